@@ -1,0 +1,58 @@
+"""What turns a finished sample into a number, and who collects the numbers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from lit_rl.types import Info
+
+
+class Reward(ABC):
+    """A reward function over finished samples.
+
+    `score` runs in a worker thread while the next chunk is being sampled. A reward that waits for the network overrides `score_async`
+    instead. A sample that cannot be scored is NaN, never 0: it then leaves the group statistics and the loss.
+    """
+
+    def setup(self, *, rank: int, world_size: int, device: str) -> None:  # noqa: B027  (optional by design)
+        """Called once per process before the first score, with the place of this process in the run: load models, pick a server."""
+
+    @abstractmethod
+    def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+        """Scores by output name, each Float "B". media: uint8 "B 3 H W"; info: the B prompts (`info[i]["prompt"]` is the text)."""
+
+    async def score_async(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+        """As `score`, awaited on the scoring loop. Default: `score` in a thread."""
+        import asyncio
+
+        return await asyncio.to_thread(self.score, media, info)
+
+    def counters(self) -> Mapping[str, float]:
+        """Totals since the start worth logging (retries, failures, ...)."""
+        return {}
+
+    async def close(self) -> None:  # noqa: B027
+        """Release sessions and threads; called once, on the scoring loop."""
+
+
+class Scorer(ABC):
+    """What a method asks for rewards; implemented by the callback that owns them (`callbacks.reward_scoring.RewardScoring`)."""
+
+    @abstractmethod
+    def submit(self, media: Tensor, info: Sequence[Info]) -> None:
+        """Queue one decoded chunk (uint8 "B 3 H W", on the CPU) and return at once."""
+
+    @abstractmethod
+    def gather(self) -> dict[str, Tensor]:
+        """Await everything submitted since the last call: name -> Float64 "B" in order of submission, NaN where scoring failed.
+
+        Collective: raises on every rank alike when too many samples failed on any of them.
+        """
+
+    @property
+    @abstractmethod
+    def weights(self) -> Mapping[str, float]:
+        """Weight of each named reward in the total."""

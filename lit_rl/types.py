@@ -1,0 +1,74 @@
+"""What flows through an iteration: dataclasses of tensors, nothing else.
+
+Axes, named once: **B** trajectories (prompts x G siblings), **S** actions per trajectory (denoising steps or tokens),
+**\\*D** latent shape, **K** kept points of a denoising path (S + 1), **U** unique prompts. Time **t** is in [0, 1], 1 = noise, 0 = data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+Info = Mapping[str, Any]
+"""One prompt and what its file says about it. Read-only: siblings of a group share the object."""
+
+Cond = dict[str, Tensor]
+"""Encoded prompts, one row per unique prompt ("U ..."), or one row for all ("1 ...", e.g. the empty negative prompt)."""
+
+
+@dataclass
+class Prompts:
+    """B prompts. Equal `group` means same prompt; the ids come from the sampler, never from the text."""
+
+    group: Tensor  # Int "B"
+    info: Sequence[Info]  # B entries, read-only
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    @property
+    def text(self) -> list[str]:
+        return [str(row["prompt"]) for row in self.info]
+
+
+@dataclass
+class Rollout(Prompts):
+    """Finished trajectories and everything that the loss needs of them."""
+
+    logprobs: Tensor  # Float "B S", of the policy that acted
+    mask: Tensor  # Bool "B S", True where the policy chose (and training may look)
+    rewards: dict[str, Tensor] = field(default_factory=dict)  # name -> Float "B"; NaN = could not be scored
+    advantages: Tensor | None = None  # Float "B S"
+    weights: Tensor | None = None  # Float "B S"; the loss of an optimizer step is the sum of loss * weights over all ranks
+
+    def to(self, device: torch.device | str) -> Self:
+        """Every tensor on `device`."""
+        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
+
+
+@dataclass
+class FlowRollout(Rollout):
+    """Denoising paths. Only the points that training needs are kept: action s goes from latents[:, s] to latents[:, s + 1]."""
+
+    latents: Tensor = field(default_factory=lambda: torch.empty(0))  # Float "B K *D"
+    times: Tensor = field(default_factory=lambda: torch.empty(0))  # Float "B K", sigma of each kept point, falling
+    cond: Cond = field(default_factory=dict)  # "U ..."
+    cond_row: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # Int "B", row of `cond` for each trajectory
+    media: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))  # uint8 "B 3 H W"
+
+
+def take_rows(cond: Cond, rows: Tensor) -> Cond:
+    """`cond[rows]` per entry; an entry with one row answers for every prompt and is expanded, not copied."""
+    return {k: v[rows] if v.shape[0] > 1 else v.expand(len(rows), *v.shape[1:]) for k, v in cond.items()}
+
+
+def _move(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: _move(v, device) for k, v in value.items()}
+    return value
