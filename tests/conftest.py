@@ -1,0 +1,24 @@
+"""One thread per process, shapes of the pure rooms checked, golden folder."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+torch.set_num_threads(1)
+install_import_hook(["lit_rl.samplers", "lit_rl.losses", "lit_rl.advantages"], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Folder with one subfolder per set of reference numbers (`diffusion`, `calligrapher`, ...)."""
+    folder = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"GOLDEN_DIR={folder} is not a folder; unset it to use the numbers shipped in tests/golden")
+    return folder
