@@ -10,12 +10,22 @@ from torch import Tensor
 from lit_rl.types import Info
 
 
+class RewardError(RuntimeError):
+    """Scores that the run cannot do without are missing, or a reward broke its contract. Raised on every rank alike."""
+
+
 class Reward(ABC):
     """A reward function over finished samples.
 
     `score` runs in a worker thread while the next chunk is being sampled. A reward that waits for the network overrides `score_async`
     instead. A sample that cannot be scored is NaN, never 0: it then leaves the group statistics and the loss.
     """
+
+    outputs: Sequence[str] = ()
+    """Names of the scores, where they are known before the first call; weights are then checked before any model is loaded."""
+
+    last_error: str = ""
+    """Why samples could last not be scored; becomes part of the message that stops a run."""
 
     def setup(self, *, rank: int, world_size: int, device: str) -> None:  # noqa: B027  (optional by design)
         """Called once per process before the first score, with the place of this process in the run: load models, pick a server."""
