@@ -1,0 +1,61 @@
+"""Losses on what a flow model predicts: distance to a reference, flow matching. One number per sample, averaged over latent elements."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+KLKind = Literal["x_diffusion", "x_noise_std", "x", "v", "v_diffusion"]
+"""What `gaussian_kl` divides by, and whether it compares predicted next samples (x) or velocities (v)."""
+
+
+def gaussian_kl(
+    new: Float[Tensor, "B *D"],
+    ref: Float[Tensor, "B *D"],
+    *,
+    kind: KLKind,
+    diffusion: Float[Tensor, "B"] | None = None,
+    noise_std: Float[Tensor, "B"] | None = None,
+) -> Float[Tensor, "B"]:
+    """mean_D (new - ref)^2 / c, with c as each project has it. new, ref: step means for x kinds, velocities for v kinds.
+
+    | kind        | c                   | from                                                                            |
+    | x_diffusion | 2 g^2               | Flow-GRPO; lacks the step's -dt, so kl_coef 0.04 there is not 0.04 of a true KL |
+    | x_noise_std | 2 noise_std^2       | the KL of the two Gaussians; GenRL                                              |
+    | x           | 1                   | Flow-Factory x-based (kl_coef ~ 1e-2), GenRL's CPS                              |
+    | v           | 1                   | Flow-Factory v-based (kl_coef ~ 1e-3), DiffusionNFT (1e-4), AWM                 |
+    | v_diffusion | 2 g^2 + 1e-7        | DeepGen-RL (kl_coef 5e-7)                                                       |
+
+    Rows whose divisor is 0 (no noise, no action) give 0. The gradient flows to `new`; compute `ref` without one.
+    """
+    square = (new - ref).pow(2).flatten(1).mean(1)
+    if kind in ("x", "v"):
+        return square
+    name, scale = ("noise_std", noise_std) if kind == "x_noise_std" else ("diffusion", diffusion)
+    if scale is None:
+        raise ValueError(f"kind {kind!r} divides by the step's {name}: pass {name}=")
+    if kind == "v_diffusion":
+        return square / (2 * scale**2 + 1e-7)
+    noisy = scale > 0
+    return torch.where(noisy, square / (2 * torch.where(noisy, scale, 1.0) ** 2), 0.0)
+
+
+def old_policy_penalty(new: Float[Tensor, "*S"], logprobs: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """(new - logprobs)^2 / 2, elementwise: MixGRPO's "KL", a pull towards the policy that acted, not towards a reference."""
+    return 0.5 * (new - logprobs) ** 2
+
+
+def flow_matching_loss(v: Float[Tensor, "B *D"], x0: Float[Tensor, "B *D"], noise: Float[Tensor, "B *D"]) -> Float[Tensor, "B"]:
+    """mean_D (v - (noise - x0))^2 (arXiv 2210.02747), for v predicted at x = (1 - t) x0 + t noise."""
+    return (v - (noise - x0)).pow(2).flatten(1).mean(1)
+
+
+def longcat_weight(sigma: Float[Tensor, "B"], sigma_next: Float[Tensor, "B"], *, sigma_max: float) -> Float[Tensor, "B"]:
+    """kappa = sqrt(sigma / (1 - sigma*)) / sqrt(-dt): LongCat-Video (arXiv 2510.22200) weighs a step's policy loss by kappa, its KL by kappa^2.
+
+    It undoes the factor by which flow_sde's gradient falls with the step; sigma* = sigma_max, the schedule's second entry, where sigma is 1.
+    """
+    return (sigma / (1 - torch.where(sigma >= 1, sigma_max, sigma)) / (sigma - sigma_next)).sqrt()

@@ -1,0 +1,94 @@
+"""Policy-gradient losses, elementwise over actions. The caller multiplies with its weights and sums; nothing is averaged here."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+LOG_RATIO_LIMIT = 20.0
+"""exp(20) is far outside every clip range; beyond it the gradient of an overflowing branch would be 0 * inf = NaN."""
+
+
+def clipped_surrogate(
+    new: Float[Tensor, "*S"],
+    logprobs: Float[Tensor, "*S"],
+    advantages: Float[Tensor, "*S"],
+    *,
+    clip_low: float,
+    clip_high: float,
+    adv_clip: float | None = None,
+) -> Float[Tensor, "*S"]:
+    """max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high)), r = exp(new - logprobs): PPO (arXiv 1707.06347, eq. 7), GRPO.
+
+    clip_low, clip_high: for denoising steps 1e-5 ... 1e-3, because their log-probabilities are means over latent elements; for tokens 0.2.
+    adv_clip: A is clamped to [-adv_clip, adv_clip] first (Flow-GRPO: 5).
+    """
+    return clipped_ratio_loss(new - logprobs, advantages, clip_low=clip_low, clip_high=clip_high, adv_clip=adv_clip)
+
+
+def clipped_ratio_loss(
+    log_ratio: Float[Tensor, "*S"], advantages: Float[Tensor, "*S"], *, clip_low: float, clip_high: float, adv_clip: float | None = None
+) -> Float[Tensor, "*S"]:
+    """`clipped_surrogate` for a log-ratio that is more than a difference of log-probabilities (GRPO-Guard)."""
+    if adv_clip is not None:
+        advantages = advantages.clamp(-adv_clip, adv_clip)
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
+
+
+def guard_logratio(
+    new: Float[Tensor, "B"],
+    logprobs: Float[Tensor, "B"],
+    mean: Float[Tensor, "B *D"],
+    old_mean: Float[Tensor, "B *D"],
+    *,
+    noise_std: Float[Tensor, "B"],
+    batch_bias: bool = False,
+) -> Float[Tensor, "B"]:
+    """s (new - logprobs) + mean_D (mu - mu_old)^2 / (2 s), s = noise_std: GRPO-Guard's log-ratio (arXiv 2510.22319).
+
+    The Gaussian log-ratio has mean -(mu - mu_old)^2 / (2 s^2): clipping it around 1 is lopsided, and differently so at every step.
+    Adding that mean back and multiplying with s makes one clip range (2e-6 ... 4e-6) fit all steps.
+    batch_bias: the squared difference is averaged over the micro-batch too, as in Flow-GRPO's code; then it depends on the micro-batch.
+    Rows without noise give 0.
+    """
+    bias = (mean - old_mean).pow(2).flatten(1).mean(1)
+    if batch_bias:
+        bias = bias.mean().expand_as(bias)
+    noisy = noise_std > 0
+    return torch.where(noisy, noise_std * (new - logprobs) + bias / (2 * torch.where(noisy, noise_std, 1.0)), 0.0)
+
+
+def policy_metrics(
+    new: Float[Tensor, "*S"],
+    logprobs: Float[Tensor, "*S"],
+    *,
+    clip_low: float,
+    clip_high: float,
+    weights: Float[Tensor, "*S"] | Bool[Tensor, "*S"] | None = None,
+) -> dict[str, Float[Tensor, ""]]:
+    """How far the policy has moved from the one that acted: 0-d tensors on the device, averaged with `weights` (or a mask).
+
+    approx_kl = 0.5 mean (new - logprobs)^2; clip_fraction_high: r > 1 + clip_high; clip_fraction_low: r < 1 - clip_low; clip_fraction: both.
+    ratio_max_dev = max |r - 1| over elements of non-zero weight: at the first update it is the rollout/training mismatch, ideally 0.
+    """
+    new, logprobs = new.detach(), logprobs.detach()
+    weights = torch.ones_like(new) if weights is None else weights.to(new.dtype)
+    seen = weights != 0
+    log_ratio = torch.where(seen, new - logprobs, 0.0)
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    total = weights.sum().clamp(min=torch.finfo(new.dtype).tiny)
+
+    def average(value: Tensor) -> Tensor:
+        return (value * weights).sum() / total
+
+    high, low = average((ratio - 1 > clip_high).to(new.dtype)), average((1 - ratio > clip_low).to(new.dtype))
+    return {
+        "approx_kl": 0.5 * average(log_ratio**2),
+        "clip_fraction": high + low,
+        "clip_fraction_high": high,
+        "clip_fraction_low": low,
+        "ratio_mean": average(ratio),
+        "ratio_max_dev": ((ratio - 1).abs() * seen).amax(),
+    }

@@ -1,0 +1,150 @@
+"""One denoising step of a flow model as an action: where it goes, how sure the policy was of it.
+
+Notation: sigma in [0, 1], 1 = noise, 0 = data; x = (1 - sigma) x0 + sigma eps; the network's output is the velocity v = eps - x0, so
+x0_hat = x - sigma v and eps_hat = x + (1 - sigma) v. A step goes from sigma to sigma_next < sigma; dt = sigma_next - sigma < 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Dynamics = Literal["flow_sde", "dance_sde", "cps", "wan_sde", "ode"]
+"""flow_sde: Flow-GRPO (arXiv 2505.05470). dance_sde: DanceGRPO (2505.07818). cps: coefficients-preserving (2509.05952).
+wan_sde: Flow-GRPO's video variant. ode: Euler, nothing to learn from."""
+
+DYNAMICS: tuple[str, ...] = get_args(Dynamics)
+
+
+class Step(NamedTuple):
+    """A step of the whole batch. A row without noise has noise_std = 0, sample = mean (rounded) and logprob = 0."""
+
+    sample: Float[Tensor, "B *D"]  # x' at sigma_next, in the storage dtype; detached
+    mean: Float[Tensor, "B *D"]  # carries the gradient of v
+    noise_std: Float[Tensor, "B"]  # standard deviation of the fresh noise in x'
+    diffusion: Float[Tensor, "B"]  # g(sigma); noise_std / sqrt(-dt) for cps, which has no g of its own
+    logprob: Float[Tensor, "B"]  # mean over *D, not the sum: clip ranges are therefore 1e-5 ... 1e-3
+
+
+def sde_step(
+    x: Float[Tensor, "B *D"],
+    v: Float[Tensor, "B *D"],
+    *,
+    sigma: Float[Tensor, "B"],
+    sigma_next: Float[Tensor, "B"],
+    dynamics: Dynamics,
+    noise_level: float | Float[Tensor, "B"],
+    sigma_max: float,
+    noise: Float[Tensor, "B *D"] | None = None,
+    sample: Float[Tensor, "B *D"] | None = None,
+    dtype: torch.dtype | None = None,
+    diffusion_clip: float | None = None,
+) -> Step:
+    """x' = x + v dt + k eps_hat + noise_std z: draw it from `noise`, or score a given `sample`.
+
+    - flow_sde: g = a sqrt(sigma / (1 - sigma*)), k = g^2 dt / (2 sigma), noise_std = g sqrt(-dt); sigma* = sigma_max where sigma is 1
+    - dance_sde: g = a; wan_sde: g = a sigma_max sigma (published with a = 1); the rest as flow_sde
+    - cps: noise_std = sigma' sin(a pi / 2), k = sigma' (cos(a pi / 2) - 1), which keeps the noise in x' at exactly sigma'
+    - ode: k = noise_std = 0; takes neither noise nor sample
+
+    logprob is the mean over latent elements of log N(sample; mean, noise_std^2); for cps of -(sample - mean)^2, as published: without
+    1 / (2 noise_std^2) and constants. Rows with noise_level 0 step like ode, whatever the dynamics, with logprob 0.
+
+    Args:
+        sigma, sigma_next: one pair per row, sigma in (0, 1], 0 <= sigma_next < sigma.
+        noise_level: a above, for all rows or one per row. cps: in [0, 1].
+        sigma_max: the schedule's second entry, in [0, 1).
+        noise: standard normal z, to draw x'.
+        sample: an x' that was drawn earlier, to score it (training). Exactly one of noise and sample.
+        dtype: storage dtype of the drawn x'. It is rounded through it *before* its log-probability, so that scoring the stored sample
+            later gives the very same number. Default: the dtype of the mathematics.
+        diffusion_clip: LongCat's c (arXiv 2510.22200, 0.45): g is at most c / sqrt(-dt).
+
+    The mathematics is in float32, or float64 if x or v are: bfloat16 overflows here.
+    """
+    _check(dynamics, noise=noise, sample=sample, noise_level=noise_level, sigma_max=sigma_max)
+    work = torch.promote_types(torch.promote_types(x.dtype, v.dtype), torch.float32)
+    x, v, sigma, sigma_next = x.to(work), v.to(work), sigma.to(work), sigma_next.to(work)
+    level = torch.as_tensor(noise_level, dtype=work, device=x.device).expand(len(x))
+    diffusion, noise_std, pull = _coefficients(
+        sigma, sigma_next, level, dynamics=dynamics, sigma_max=sigma_max, diffusion_clip=diffusion_clip
+    )
+
+    mean = x + v * _rows(sigma_next - sigma, x) + (x + v * _rows(1 - sigma, x)) * _rows(pull, x)
+    if sample is None:
+        drawn = mean if noise is None else mean + noise.to(work) * _rows(noise_std, x)
+        sample = drawn.detach().to(dtype or work)
+    sample = sample.detach()
+    return Step(sample, mean, noise_std, diffusion, _logprob(sample.to(work), mean, noise_std, level, dynamics))
+
+
+def predict_clean(x: Float[Tensor, "B *D"], v: Float[Tensor, "B *D"], *, sigma: Float[Tensor, "B"]) -> Float[Tensor, "B *D"]:
+    """x0_hat = x - sigma v. DanceGRPO decodes this, not x', at its last step."""
+    return x - v * _rows(sigma.to(x.dtype), x)
+
+
+def _coefficients(
+    sigma: Float[Tensor, "B"],
+    sigma_next: Float[Tensor, "B"],
+    level: Float[Tensor, "B"],
+    *,
+    dynamics: Dynamics,
+    sigma_max: float,
+    diffusion_clip: float | None,
+) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"], Float[Tensor, "B"]]:
+    """(g, noise_std, k): what `sde_step` multiplies its noise and eps_hat with."""
+    root = (sigma - sigma_next).sqrt()
+    if dynamics == "ode":
+        zero = torch.zeros_like(sigma)
+        return zero, zero, zero
+    if dynamics == "cps":
+        angle = level * (math.pi / 2)
+        noise_std = sigma_next * angle.sin()
+        return noise_std / root, noise_std, sigma_next * (angle.cos() - 1)
+    if dynamics == "flow_sde":
+        diffusion = level * (sigma / (1 - torch.where(sigma >= 1, sigma_max, sigma))).sqrt()
+    elif dynamics == "dance_sde":
+        diffusion = level
+    else:
+        diffusion = level * sigma_max * sigma
+    if diffusion_clip is not None:
+        diffusion = torch.minimum(diffusion, diffusion_clip / root)
+    return diffusion, diffusion * root, -(diffusion**2) * root**2 / (2 * sigma)
+
+
+def _logprob(
+    sample: Float[Tensor, "B *D"], mean: Float[Tensor, "B *D"], noise_std: Float[Tensor, "B"], level: Float[Tensor, "B"], dynamics: Dynamics
+) -> Float[Tensor, "B"]:
+    """Per-element log-density of `sample`. The dividing rows are made safe on both sides of `where`, so no NaN reaches a gradient."""
+    square = (sample - mean).pow(2).flatten(1).mean(1)
+    if dynamics == "cps":
+        # A level above 0 keeps the last step (noise_std 0) in: upstream scores it too, and -(x' - mean)^2 is finite there.
+        return torch.where(level > 0, -square, 0.0)
+    noisy = noise_std > 0
+    std = torch.where(noisy, noise_std, 1.0)
+    return torch.where(noisy, -square / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi), 0.0)
+
+
+def _rows(value: Float[Tensor, "B"], like: Float[Tensor, "B *D"]) -> Tensor:
+    """A number per row, shaped to broadcast over `like`."""
+    return value.view(-1, *[1] * (like.ndim - 1))
+
+
+def _check(dynamics: str, *, noise: Tensor | None, sample: Tensor | None, noise_level: float | Tensor, sigma_max: float) -> None:
+    if dynamics not in DYNAMICS:
+        raise ValueError(f"dynamics {dynamics!r} is unknown; choose one of {', '.join(DYNAMICS)}")
+    given = (noise is not None) + (sample is not None)
+    if dynamics == "ode" and given:
+        raise ValueError("an ode step has no randomness: leave out noise and sample, or choose another dynamics")
+    if dynamics != "ode" and given != 1:
+        raise ValueError(f"{dynamics} needs exactly one of noise (to draw the next sample) and sample (to score it), got {given}")
+    if not isinstance(noise_level, Tensor) and (noise_level < 0 or (dynamics == "cps" and noise_level > 1)):
+        raise ValueError(
+            f"noise_level {noise_level} is out of range for {dynamics}; set it to {'[0, 1]' if dynamics == 'cps' else '0 or more'}"
+        )
+    if not 0 <= sigma_max < 1:
+        raise ValueError(f"sigma_max {sigma_max} must be the schedule's second entry, in [0, 1): pass float(sigmas[1])")

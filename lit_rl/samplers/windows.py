@@ -1,0 +1,91 @@
+"""Which steps of a denoising path are stochastic, and therefore trained. Never empty; the same on every rank for the same arguments."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Literal
+
+import numpy as np
+import torch
+
+MixStrategy = Literal["progressive", "random", "decay", "exp_decay"]
+
+
+def full_window(num_steps: int, *, fraction: float = 0.99) -> range:
+    """The first int(N fraction) steps. Flow-GRPO's 0.99 leaves out the last one."""
+    if num_steps < 1 or not 0 < fraction <= 1:
+        raise ValueError(f"a window needs num_steps >= 1 and a fraction in (0, 1], got {num_steps} and {fraction}")
+    return range(max(1, int(num_steps * fraction)))
+
+
+def random_window(*, size: int, low: int, high: int, rng: random.Random) -> range:
+    """`size` steps in a row, the first uniform in low ... high - size, both included: Flow-GRPO-Fast (3 of the first half, 2 of 0 ... 5)."""
+    if size < 1 or low < 0 or high - low < size:
+        raise ValueError(
+            f"a window of {size} steps does not fit into steps {low} ... {high}; set size in [1, {high - low}] or widen the range"
+        )
+    first = rng.randint(low, high - size)
+    return range(first, first + size)
+
+
+def mix_window(
+    iteration: int,
+    *,
+    num_steps: int,
+    size: int = 4,
+    iterations_per_window: int = 25,
+    strategy: MixStrategy = "progressive",
+    overlap: bool = True,
+    overlap_step: int = 1,
+    roll_back: bool = True,
+    seed: int = 0,
+    decay_from: int = 13,
+    decay_rate: float = 0.1,
+) -> range:
+    """MixGRPO's sliding window [c, min(c + size, M)) over the first M = N - 2 steps (arXiv 2507.21802), as a function of the iteration.
+
+    - progressive: c moves by overlap_step, or by size without overlap, every `iterations_per_window` iterations; past M it starts again
+      (roll_back) or stays
+    - decay: as progressive, but the time spent at c falls linearly to a quarter of iterations_per_window at c = M
+    - exp_decay: ... falls as exp(-decay_rate max(0, c - decay_from))
+    - random: c is uniform, from numpy's default_rng(seed + iteration - 1); iteration 0 begins at 0
+
+    Published code reaches c = M, where nothing is left to train; here the window then stays where it last was.
+    """
+    steps = max(1, num_steps - 2)
+    if size < 1 or iterations_per_window < 1 or overlap_step < 1 or iteration < 0:
+        raise ValueError(
+            f"size ({size}), iterations_per_window ({iterations_per_window}) and overlap_step ({overlap_step}) must be at least 1, "
+            f"iteration ({iteration}) at least 0"
+        )
+    size = min(size, steps)
+    if strategy == "random":
+        first = int(np.random.default_rng(seed + iteration - 1).integers(0, steps - size + 1)) if iteration else 0
+        return range(first, first + size)
+
+    def stay(position: int) -> int:
+        if strategy == "decay":
+            last = max(1, iterations_per_window // 4)
+            return max(last, int(iterations_per_window * (1 - position / steps) + last * (position / steps)))
+        if strategy == "exp_decay":
+            return math.ceil(iterations_per_window * math.exp(-decay_rate * max(0, position - decay_from)))
+        return iterations_per_window
+
+    positions = range(0, steps + 1, overlap_step if overlap else size)
+    if roll_back:
+        iteration %= sum(stay(p) for p in positions)
+    trainable = [p for p in positions if p < steps]
+    for first in trainable:
+        iteration -= stay(first)
+        if iteration < 0:
+            break
+    return range(first, min(first + size, steps))
+
+
+def random_subset(candidates: range, *, count: int, generator: torch.Generator) -> list[int]:
+    """`count` of the candidate steps in random order, by `torch.randperm`: Flow-Factory's SDE steps, DanceGRPO's trained steps (60 %)."""
+    if not 1 <= count <= len(candidates):
+        raise ValueError(f"{count} steps cannot be drawn from {len(candidates)} candidates; set count in [1, {len(candidates)}]")
+    order = torch.randperm(len(candidates), generator=generator)[:count]
+    return [candidates[i] for i in order.tolist()]
