@@ -1,0 +1,82 @@
+"""Where the reward servers are, which of them a rank asks, and whether they are there."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Mapping, Sequence
+
+from lit_rl.rewards.base import RewardError
+
+log = logging.getLogger(__name__)
+
+
+def parse_urls(urls: str | Sequence[str]) -> list[str]:
+    """`host:port`, `http(s)://host:port[/score]` and port ranges `host:8000-8003` -> base URLs without a trailing slash."""
+    found = []
+    for url in [urls] if isinstance(urls, str) else urls:
+        match = re.fullmatch(r"(?:(https?)://)?([^/:\s]+|\[[0-9a-fA-F:]+\])(?::(\d+)(?:-(\d+))?)?(/\S*?)?/?", url.strip())
+        if match is None:
+            raise ValueError(f"urls: {url!r} is not http(s)://host:port, host:port or host:first-last")
+        scheme, host, first, last, path = match.groups()
+        path = re.sub(r"/(score|v1/score_batch)$", "", path or "")
+        ports = [f":{p}" for p in range(int(first), int(last or first) + 1)] if first else [""]
+        if not ports:
+            raise ValueError(f"urls: {url!r} ends its range of ports before its start")
+        found += [f"{scheme or 'http'}://{host}{port}{path}" for port in ports]
+    if not found:
+        raise ValueError("urls is empty; give at least one reward server, e.g. urls: 127.0.0.1:8000")
+    return found
+
+
+def servers_of_rank(urls: Sequence[str], *, rank: int, world_size: int, mapping: str) -> list[str]:
+    """The servers that `rank` asks, in turn where they are several.
+
+    rank: url `rank % n`, so rank i has server i when the counts match and fewer servers are shared evenly; more servers than ranks raise.
+    round_robin: all of them, starting at its own. auto: as `rank`, and with more servers than ranks each rank asks every
+    `world_size`-th, so that none is idle.
+    """
+    if mapping == "round_robin":
+        start = rank % len(urls)
+        return [*urls[start:], *urls[:start]]
+    if len(urls) <= world_size:
+        return [urls[rank % len(urls)]]
+    if mapping == "rank":
+        raise ValueError(
+            f"mapping=rank with {len(urls)} reward servers for {world_size} ranks leaves {len(urls) - world_size} idle; "
+            "give at most one url per rank, or set mapping: auto"
+        )
+    return list(urls[rank::world_size])
+
+
+def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> None:
+    """Wait while the server at `url` is loading. Raises RewardError when nobody answers `GET /health`; servers without that route pass."""
+    import urllib.error
+    import urllib.request
+
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    until, status = time.monotonic() + patience_s, 0
+    while status != 200:
+        try:
+            with opener.open(urllib.request.Request(f"{url}/health", headers=dict(headers)), timeout=5.0) as response:
+                status = response.status
+        except urllib.error.HTTPError as error:
+            status = error.code
+        except OSError as error:
+            port = re.search(r":(\d+)(/|$)", url)
+            raise RewardError(
+                f"no reward server answers at {url} ({getattr(error, 'reason', error)}); start one with `python -m lit_rl.rewards.server "
+                f"--port {port[1] if port else 80}`, correct `urls`, or set DISABLE_RL_REWARD_MODEL=true to train on pseudo scores"
+            ) from error
+        if status in (404, 405):
+            return
+        if status not in (200, 503):
+            raise RewardError(f"reward server {url} answers GET /health with status {status}; is something else listening on that port?")
+        if status == 503 and time.monotonic() >= until:
+            raise RewardError(
+                f"reward server {url} is still loading or draining after {patience_s:g} s; look at its log or raise deadline_s"
+            )
+        if status == 503:
+            log.info("reward server %s is loading; waiting", url)
+            time.sleep(0.5)
