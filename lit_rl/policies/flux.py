@@ -1,0 +1,87 @@
+"""FLUX.1-dev and FLUX.1-schnell (Black Forest Labs 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
+from lit_rl.types import Cond
+
+
+class FluxPolicy(DiffusersFlowPolicy):
+    """One forward per velocity: the guidance scale is an input of FLUX.1-dev; schnell has no such input and ignores it.
+
+    Latents are packed, "B L 4C": L = (height / 16) (width / 16) tokens of 2 x 2 latent cells. Args as in `DiffusersFlowPolicy`.
+    """
+
+    pipeline: ClassVar[str] = "FluxPipeline"
+    lora_targets: ClassVar[list[str]] = [
+        "attn.to_k",
+        "attn.to_q",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    ]
+
+    def __init__(self, pretrained: str, *, guidance_scale: float = 3.5, max_sequence_length: int = 512, **kwargs: Any) -> None:
+        super().__init__(pretrained, guidance_scale=guidance_scale, max_sequence_length=max_sequence_length, **kwargs)
+
+    @staticmethod
+    def tokens_side(transformer: dict[str, Any]) -> int:
+        return 2
+
+    def blocks(self, network: nn.Module | None = None) -> Sequence[nn.Module]:
+        network = network or self.network
+        return [*network.transformer_blocks, *network.single_transformer_blocks]  # type: ignore[misc, list-item]
+
+    def encode_one(self, prompt: str) -> Cond:
+        embeds, pooled, _ = self._pipe.encode_prompt(prompt=prompt, device=self.device, max_sequence_length=self.max_sequence_length)
+        return {"prompt_embeds": embeds, "pooled": pooled}
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        network = self.answering()
+        image, embeds, pooled = self.compute_dtype(x, cond["prompt_embeds"], cond["pooled"])
+        guidance = (
+            t.new_full((len(x),), self.guidance_scale, dtype=torch.float32) if self._pipe.transformer.config.guidance_embeds else None
+        )
+        return network(
+            hidden_states=image,
+            timestep=t.float(),  # the network multiplies by 1000 itself
+            guidance=guidance,
+            pooled_projections=pooled,
+            encoder_hidden_states=embeds,
+            txt_ids=embeds.new_zeros(embeds.shape[1], 3),
+            img_ids=self._image_ids(embeds),
+            return_dict=False,
+        )[0].float()
+
+    def _image_ids(self, like: Tensor) -> Tensor:
+        """(0, row, column) of each token."""
+        height, width = (side // 2 for side in self.latent_size)
+        ids = torch.cartesian_prod(torch.zeros(1), torch.arange(height).float(), torch.arange(width).float())
+        return ids.to(like)
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        return self.scheduler_sigmas(num_steps, sigmas=np.linspace(1.0, 1 / num_steps, num_steps))
+
+    def pack(self, z: Tensor) -> Tensor:
+        batch, channels, height, width = z.shape
+        cells = z.view(batch, channels, height // 2, 2, width // 2, 2)
+        return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, 4 * channels)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        height, width = self.latent_size
+        cells = x.view(len(x), height // 2, width // 2, -1, 2, 2)
+        return cells.permute(0, 3, 1, 4, 2, 5).reshape(len(x), -1, height, width)

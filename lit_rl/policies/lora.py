@@ -1,0 +1,141 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on a diffusers transformer, through peft.
+
+The trained adapter is called "default". Others may sit frozen beside it in the same base weights (a reference, an average, an old
+policy): they are switched to by name, and never by peft's own calls, which change `requires_grad` on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+TRAINED = "default"
+
+
+@dataclass(kw_only=True)
+class LoraSettings:
+    """W x + (alpha / rank) B A x on every targeted linear layer.
+
+    targets: ends of module names; None means the family's list. init: "default" draws A uniformly as a linear layer's weight,
+    "gaussian" with std 1 / rank; B starts at 0 either way. dropout: on the adapter's input; above 0, rollouts and training see
+    different networks. initial: a LoRA folder as `save` writes it to start from, of the same rank, alpha and targets.
+    """
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: list[str] | None = None
+    init: Literal["gaussian", "default"] = "gaussian"
+    dropout: float = 0.0
+    initial: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank: must be at least 1, got {self.rank}")
+        if self.alpha <= 0:
+            raise ValueError(f"lora.alpha: must be positive, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout: must be in [0, 1), got {self.dropout}")
+        if self.targets is not None and not self.targets:
+            raise ValueError("lora.targets: the list is empty; name at least one module, or leave it out for the family's list")
+        if self.initial is not None and not Path(self.initial).expanduser().is_dir():
+            raise ValueError(f"lora.initial: no such folder {self.initial!r}")
+
+
+def add_lora(network: nn.Module, settings: LoraSettings, *, targets: list[str], name: str = TRAINED, seed: int = 0) -> None:
+    """Freeze `network` and add a trainable adapter in float32, drawn from `seed` alone. Raises when a target names no module."""
+    from peft import LoraConfig
+
+    names = [n for n, module in network.named_modules() if isinstance(module, nn.Linear)]
+    missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
+    if missing:
+        raise ValueError(
+            f"lora.targets: no linear layer of {type(network).__name__} ends in {', '.join(missing)}; there are e.g. {', '.join(names[:6])}"
+        )
+    network.requires_grad_(False)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft computes with it, whole or not
+        target_modules=list(targets),
+        lora_dropout=settings.dropout,
+        init_lora_weights="gaussian" if settings.init == "gaussian" else True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+    for parameter in adapter_parameters(network, name).values():
+        parameter.data = parameter.data.float()
+
+
+def add_frozen_copy(network: nn.Module, name: str) -> None:
+    """Add adapter `name`, frozen and equal to the trained one, which stays the active one."""
+    import copy
+
+    config = copy.deepcopy(network.peft_config[TRAINED])  # type: ignore[union-attr, index]
+    with using_adapter(network, TRAINED):
+        network.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+    for adapter, trained in ((name, False), (TRAINED, True)):
+        for parameter in adapter_parameters(network, adapter).values():
+            parameter.requires_grad_(trained)
+            parameter.data = parameter.data.float()
+    copy_adapter(network, source=TRAINED, target=name)
+
+
+@torch.no_grad()
+def copy_adapter(network: nn.Module, *, source: str, target: str) -> None:
+    """target <- source, in place; local shards when sharded."""
+    targets = adapter_parameters(network, target)
+    for key, parameter in adapter_parameters(network, source).items():
+        local(targets[key]).copy_(local(parameter))
+
+
+def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by their name in diffusers' LoRA files ("...to_q.lora_A.weight")."""
+    return {key.replace(f".{name}.", "."): p for key, p in network.named_parameters() if f".{name}." in key and ".lora_" in key}
+
+
+def local(parameter: Tensor) -> Tensor:
+    """The storage an in-place edit must reach: the partition under DeepSpeed ZeRO-3, the tensor itself elsewhere."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+@contextmanager
+def disabled_adapters(network: nn.Module) -> Iterator[None]:
+    """Inside it only the base weights answer."""
+    with _switched(network, "_disable_adapters", True):
+        yield
+
+
+@contextmanager
+def using_adapter(network: nn.Module, name: str) -> Iterator[None]:
+    """Inside it adapter `name` answers in place of the active one."""
+    with _switched(network, "_active_adapter", [name]):
+        yield
+
+
+@contextmanager
+def _switched(network: nn.Module, attribute: str, value: Any) -> Iterator[None]:
+    # peft's enable_adapters and set_adapter would also flip requires_grad, which DDP, FSDP and the optimizer have already read.
+    layers = tuner_layers(network)
+    before = [getattr(layer, attribute) for layer in layers]
+    try:
+        for layer in layers:
+            setattr(layer, attribute, value)
+        yield
+    finally:
+        for layer, old in zip(layers, before):
+            setattr(layer, attribute, old)
+
+
+def tuner_layers(network: nn.Module) -> list[BaseTunerLayer]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]

@@ -1,0 +1,57 @@
+"""Where a pipeline comes from: what can be known of a folder or hub id without reading any weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def check_pretrained(pretrained: str, *, pipeline: str, policies: dict[str, str]) -> Path | None:
+    """The pipeline's folder, or None for a hub id (owner/name, found to exist or not when it is loaded).
+
+    pipeline: the class that `model_index.json` must name; policies: which of our classes serves which pipeline, for the message.
+    Raises ValueError when there is no such folder, or it holds something else.
+    """
+    folder = Path(pretrained).expanduser()
+    if not folder.exists():
+        if _is_hub_id(pretrained):
+            return None
+        raise ValueError(f"pretrained: no such folder {pretrained!r}; give a folder in diffusers format or a hub id like 'owner/name'")
+    index = folder / "model_index.json"
+    if not index.is_file():
+        found = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing" if folder.is_dir() else "a file"
+        raise ValueError(f"pretrained: {pretrained!r} is not a diffusers pipeline: no model_index.json there, found {found}")
+    stored = json.loads(index.read_text()).get("_class_name")
+    if stored != pipeline:
+        hint = f"; {policies[stored]} serves that" if stored in policies else ""
+        raise ValueError(f"pretrained: {pretrained!r} holds a {stored}, not a {pipeline}{hint}")
+    return folder
+
+
+def component_config(folder: Path, name: str) -> dict[str, Any]:
+    """config.json of one component of a local pipeline."""
+    return json.loads((folder / name / "config.json").read_text())
+
+
+def vae_factor(config: dict[str, Any]) -> int:
+    """Pixels per latent cell, as diffusers' pipelines count it: 2^(levels - 1)."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def check_resolution(resolution: int | tuple[int, int], *, cell: int | None) -> tuple[int, int]:
+    """(height, width) in pixels, both positive multiples of `cell` pixels (None: not known yet)."""
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if min(height, width) < 1 or (cell and (height % cell or width % cell)):
+        step = cell or 1
+        near = tuple(max(step, round(side / step) * step) for side in (height, width))
+        raise ValueError(
+            f"resolution: {height} x {width} (height x width) must be multiples of {step} for this model; {near[0]} x {near[1]} fits"
+        )
+    return height, width
+
+
+def _is_hub_id(name: str) -> bool:
+    """owner/name, where `owner` is not a folder here: anything else that does not exist was meant as a path."""
+    parts = name.split("/")
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and "\\" not in name and not Path(parts[0]).exists()

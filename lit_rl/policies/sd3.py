@@ -1,0 +1,77 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
+from lit_rl.types import Cond
+
+
+class SD3Policy(DiffusersFlowPolicy):
+    """v = n + s (p - n): prompt and empty prompt in one forward, differentiable through both.
+
+    s is guidance_scale; at s <= 1 the prompt alone answers, as in the pipeline. Args as in `DiffusersFlowPolicy`.
+    """
+
+    pipeline: ClassVar[str] = "StableDiffusion3Pipeline"
+    lora_targets: ClassVar[list[str]] = [
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn.to_k",
+        "attn.to_out.0",
+        "attn.to_q",
+        "attn.to_v",
+    ]
+
+    @staticmethod
+    def tokens_side(transformer: dict[str, Any]) -> int:
+        return transformer["patch_size"]
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1
+
+    def blocks(self, network: nn.Module | None = None) -> Sequence[nn.Module]:
+        return list((network or self.network).transformer_blocks)  # type: ignore[arg-type]
+
+    def encode_one(self, prompt: str) -> Cond:
+        embeds, _, pooled, _ = self._pipe.encode_prompt(
+            prompt=prompt,
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"prompt_embeds": embeds, "pooled": pooled}
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        embeds, pooled = cond["prompt_embeds"], cond["pooled"]
+        if self.guided:
+            x, t = torch.cat([x, x]), torch.cat([t, t])
+            embeds = torch.cat([cond["negative_prompt_embeds"].expand_as(embeds), embeds])
+            pooled = torch.cat([cond["negative_pooled"].expand_as(pooled), pooled])
+        x, embeds, pooled = self.compute_dtype(x, embeds, pooled)
+        v = self.answering()(
+            hidden_states=x, timestep=t.float() * 1000, encoder_hidden_states=embeds, pooled_projections=pooled, return_dict=False
+        )[0].float()
+        if self.guided:
+            negative, positive = v.chunk(2)
+            v = negative + self.guidance_scale * (positive - negative)
+        return v
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        return self.scheduler_sigmas(num_steps)
+
+    def pack(self, z: Tensor) -> Tensor:
+        return z
+
+    def unpack(self, x: Tensor) -> Tensor:
+        return x
