@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
@@ -34,6 +35,10 @@ class Prompts:
     def text(self) -> list[str]:
         return [str(row["prompt"]) for row in self.info]
 
+    def to(self, device: torch.device | str, **_: Any) -> Self:
+        """Every tensor on `device`."""
+        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
+
 
 @dataclass
 class Rollout(Prompts):
@@ -45,10 +50,6 @@ class Rollout(Prompts):
     advantages: Tensor | None = None  # Float "B S"
     weights: Tensor | None = None  # Float "B S"; the loss of an optimizer step is the sum of loss * weights over all ranks
 
-    def to(self, device: torch.device | str) -> Self:
-        """Every tensor on `device`."""
-        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
-
 
 @dataclass
 class FlowRollout(Rollout):
@@ -58,7 +59,26 @@ class FlowRollout(Rollout):
     times: Tensor = field(default_factory=lambda: torch.empty(0))  # Float "B K", sigma of each kept point, falling
     cond: Cond = field(default_factory=dict)  # "U ..."
     cond_row: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # Int "B", row of `cond` for each trajectory
-    media: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))  # uint8 "B 3 H W"
+    means: Tensor | None = None  # Float "B S *D", mean of each step under the policy that acted; kept by GRPO-Guard only
+
+
+class Minibatch(SimpleNamespace):
+    """Tensors of one forward under the names of the method that made them.
+
+    Not a dataclass, dict or tuple on purpose: Lightning casts the floats of those to the training precision and copies them field by field.
+    """
+
+    def to(self, device: torch.device | str, **_: Any) -> Self:
+        return type(self)(**{k: _move(v, device) for k, v in vars(self).items()})
+
+
+class Examples(Minibatch):
+    """A supervised minibatch: what to imitate, and its place in the run (so that its noise is a function of the place)."""
+
+    info: Sequence[Info]  # B prompts
+    images: Tensor  # uint8 "B 3 H W"
+    step: int  # optimizer step of the warm-up
+    first: int  # number of the first example within the step, counted over all processes
 
 
 def take_rows(cond: Cond, rows: Tensor) -> Cond:

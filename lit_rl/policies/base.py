@@ -28,9 +28,13 @@ class FlowPolicy(nn.Module, ABC):
     def load(self) -> None:
         """Build everything from the configured folder. Idempotent."""
 
+    def networks(self) -> Sequence[nn.Module]:
+        """`network`, and its frozen copy where a full fine-tune keeps one as reference: what FSDP2 shards, each on its own."""
+        return [self.network]
+
     @abstractmethod
-    def blocks(self) -> Sequence[nn.Module]:
-        """The repeated blocks of `network`, in order: what FSDP2 shards one by one and `torch.compile` compiles one by one."""
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        """The repeated blocks of one of `networks()`, in order: what FSDP2 shards and `torch.compile` compiles one by one."""
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Cond:
@@ -59,6 +63,9 @@ class FlowPolicy(nn.Module, ABC):
     @abstractmethod
     def reference(self) -> AbstractContextManager[None]:
         """Inside it the initial weights answer: LoRA disabled, or the frozen copy of a full fine-tune."""
+
+    def refresh_reference(self) -> None:  # noqa: B027  (LoRA's reference is its base, which nothing changes)
+        """Called once after a supervised warm-up: a frozen copy becomes equal to the current weights."""
 
     @abstractmethod
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:

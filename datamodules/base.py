@@ -1,0 +1,86 @@
+"""What every datamodule of a method that acts offers: prompts by iteration, evaluation batches, and the module's own training loader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lit_rl.seeding import generator
+from lit_rl.types import Info, Prompts
+
+
+class PromptDataModule(L.LightningDataModule):
+    """Training prompts in seeded order, and held-out prompts in file order.
+
+    Args:
+        train, held_out, to_predict: The prompts of fit, validate/test and predict; each a read-only mapping with at least `prompt`.
+        eval_batch_size: Held-out prompts per batch and process.
+        shuffle: Draw training prompts in a new random order each time all have been used; otherwise in file order.
+        seed: Of that order. The CLI sets it to `seed_everything`.
+    """
+
+    def __init__(
+        self,
+        train: Sequence[Info] = (),
+        held_out: Sequence[Info] = (),
+        to_predict: Sequence[Info] = (),
+        *,
+        eval_batch_size: int = 8,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if eval_batch_size < 1:
+            raise ValueError(f"data.eval_batch_size={eval_batch_size} must be at least 1")
+        self.train, self.held_out, self.to_predict = train, held_out, to_predict
+        self.eval_batch_size = eval_batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+
+    def prompts(self, iteration: int, count: int) -> list[Info]:
+        """Prompts number iteration * count ... of an endless sequence of permutations: every prompt once before any comes again."""
+        if not self.train:
+            raise ValueError("No training prompts: set data.train")
+        n = len(self.train)
+        return [self.train[self._order(k // n)[k % n]] for k in range(iteration * count, (iteration + 1) * count)]
+
+    def _order(self, round_: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(len(self.train)))
+        return torch.randperm(len(self.train), generator=generator(self.seed, "prompts", round_)).tolist()
+
+    def examples(self, step: int, count: int) -> tuple[Sequence[Info], Tensor]:
+        raise ValueError(f"{type(self).__name__} has no images to imitate: set model.warmup_steps to 0, or use datamodules.rendered_text")
+
+    def train_dataloader(self) -> Any:
+        """The rollouts of this epoch, which the method collects itself."""
+        return self._trainer().lightning_module.train_loader()
+
+    def val_dataloader(self) -> list[Prompts]:
+        return self._batches(self.held_out)
+
+    def test_dataloader(self) -> list[Prompts]:
+        return self._batches(self.held_out)
+
+    def predict_dataloader(self) -> list[Prompts]:
+        return self._batches(self.to_predict or self.held_out)
+
+    def _batches(self, info: Sequence[Info]) -> list[Prompts]:
+        """This rank's batches. All ranks get equally many of equal size: the last are filled up with copies whose group is -1."""
+        trainer = self._trainer()
+        if not info:
+            return []
+        size, world = self.eval_batch_size, trainer.world_size
+        per_rank = -(-len(info) // (size * world)) * size if world > 1 else len(info)
+        ids = list(range(trainer.global_rank * per_rank, (trainer.global_rank + 1) * per_rank))
+        rows = [(i if i < len(info) else -1, info[min(i, len(info) - 1)]) for i in ids]
+        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        return [Prompts(group=torch.tensor([i for i, _ in b]), info=[row for _, row in b]) for b in batches]
+
+    def _trainer(self) -> L.Trainer:
+        assert self.trainer is not None, "the datamodule is used through a Trainer"
+        return self.trainer

@@ -1,0 +1,83 @@
+"""Prompts from files: .txt, .jsonl, or a folder with both splits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import MappingProxyType
+
+from datamodules.base import PromptDataModule
+from lit_rl.types import Info
+
+SUFFIXES = (".txt", ".jsonl")
+
+
+class PromptFiles(PromptDataModule):
+    """Prompts from one file per split, or from a folder that holds `train.*` and `test.*` (or `val.*`).
+
+    Args:
+        train: `.txt` (a prompt per line), `.jsonl` (objects with the key `prompt`; the rest is kept for rewards), or such a folder.
+        val: Held-out prompts, likewise; with a folder as `train`, its `test.*` or `val.*` unless given.
+        predict: What `predict` renders; default: the held-out prompts.
+        prompt_key: Name of the prompt in `.jsonl` files.
+        max_train, max_val: Use only so many, from the start.
+        eval_batch_size, shuffle, seed: See `PromptDataModule`.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        val: str | None = None,
+        predict: str | None = None,
+        *,
+        prompt_key: str = "prompt",
+        max_train: int | None = None,
+        max_val: int | None = None,
+        eval_batch_size: int = 8,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if train is not None and Path(train).is_dir():
+            folder = Path(train)
+            train = str(_split_file(folder, "train"))
+            val = val or str(_split_file(folder, "test", "val"))
+        splits = [read_prompts(Path(p), prompt_key=prompt_key) if p else [] for p in (train, val, predict)]
+        super().__init__(
+            splits[0][:max_train], splits[1][:max_val], splits[2], eval_batch_size=eval_batch_size, shuffle=shuffle, seed=seed
+        )
+
+
+def read_prompts(path: Path, *, prompt_key: str = "prompt") -> list[Info]:
+    """The prompts of a .txt or .jsonl file, in order; raises ValueError with file and line for the first row that is not one."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: prompts are read from {' or '.join(SUFFIXES)} files")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    rows: list[Info] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if line.strip():
+            rows.append(_row(line, f"{path}:{number}", prompt_key) if path.suffix == ".jsonl" else MappingProxyType({"prompt": line.strip()}))
+    if not rows:
+        raise ValueError(f"{path}: holds no prompts")
+    return rows
+
+
+def _row(line: str, where: str, prompt_key: str) -> Info:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}); each line must be one object") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object such as {{\"{prompt_key}\": ...}}, found {type(row).__name__}")
+    if not isinstance(row.get(prompt_key), str) or not row[prompt_key].strip():
+        raise ValueError(f"{where}: key {prompt_key!r} must be a non-empty string; keys found: {sorted(row)}. data.prompt_key names another key")
+    return MappingProxyType(row | {"prompt": row[prompt_key]})
+
+
+def _split_file(folder: Path, *names: str) -> Path:
+    for name in names:
+        for suffix in SUFFIXES:
+            if (folder / f"{name}{suffix}").is_file():
+                return folder / f"{name}{suffix}"
+    found = sorted(p.name for p in folder.iterdir())
+    raise ValueError(f"{folder}: needs {' or '.join(f'{n}{s}' for n in names for s in SUFFIXES)}; found {found}")

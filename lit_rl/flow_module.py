@@ -1,0 +1,234 @@
+"""What all methods on flow-matching image models share: the policy's life, sampling, warm-up, evaluation and prediction."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+
+from lit_rl.advantages import group_metrics, total_reward
+from lit_rl.credit import Advantage
+from lit_rl.losses.flow import flow_matching_loss
+from lit_rl.module import LitRL, gather_objects
+from lit_rl.policies.base import FlowPolicy
+from lit_rl.samplers.flow import sde_step
+from lit_rl.seeding import Key, generator, normal
+from lit_rl.types import Cond, Examples, FlowRollout, Prompts, take_rows
+
+StorageDtype = Literal["float32", "bfloat16", "float16"]
+
+
+class LitFlow(LitRL[FlowRollout]):
+    """Base of the methods on flow models.
+
+    Args:
+        policy: The model, e.g. `lit_rl.policies.sd3.SD3Policy`.
+        num_steps: Denoising steps of a rollout (N).
+        eval_num_steps: Denoising steps of evaluation and prediction, which use the deterministic Euler sampler.
+        eval_seed: Of the initial noise in evaluation and prediction; image i of the evaluation set always starts from the same noise.
+        rollout_micro_batch: Images denoised and decoded together; each finished batch is scored while the next one is sampled.
+        train_micro_batch: (sample, step) pairs in one forward; None = all that one optimizer step and process has.
+        storage_dtype: Of the latents kept between rollout and training. A step is rounded through it before its log-probability.
+        advantage: How rewards become advantages.
+        warmup_timesteps: Distribution of t in the supervised warm-up: uniform, or SD3's logit-normal (arXiv 2403.03206, eq. 19).
+        kwargs: See `LitRL`.
+    """
+
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        *,
+        num_steps: int = 10,
+        eval_num_steps: int = 40,
+        eval_seed: int = 0,
+        rollout_micro_batch: int = 8,
+        train_micro_batch: int | None = None,
+        storage_dtype: StorageDtype = "float32",
+        advantage: Advantage | None = None,
+        warmup_timesteps: Literal["uniform", "logit_normal"] = "logit_normal",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        sizes = {"num_steps": num_steps, "eval_num_steps": eval_num_steps, "rollout_micro_batch": rollout_micro_batch}
+        for name, value in (sizes | {"train_micro_batch": train_micro_batch or 1}).items():
+            if value < 1:
+                raise ValueError(f"model.{name}={value} must be at least 1")
+        self.policy = policy
+        self.num_steps = num_steps
+        self.eval_num_steps = eval_num_steps
+        self.eval_seed = eval_seed
+        self.rollout_micro_batch = rollout_micro_batch
+        self.train_micro_batch = train_micro_batch
+        self.storage_dtype: torch.dtype = getattr(torch, storage_dtype)
+        self.credit_rule = advantage or Advantage()
+        self.tracker = self.credit_rule.tracker()
+        self.warmup_timesteps = warmup_timesteps
+        self.evaluated: list[Prompts] = []
+
+    # ------------------------------------------------------------------ the policy's life
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.policy.load()
+
+    def configure_model(self) -> None:
+        """FSDP2: shard each block, then the network. Other strategies need nothing here."""
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return
+        for network in self.policy.networks():
+            if not isinstance(network, FSDPModule):
+                for block in self.policy.blocks(network):
+                    fully_shard(block, mesh=self.device_mesh["data_parallel"])
+                fully_shard(network, mesh=self.device_mesh["data_parallel"])
+
+    def finish_warmup(self) -> None:
+        super().finish_warmup()
+        self.policy.refresh_reference()
+
+    # ------------------------------------------------------------------ sampling
+    def encode(self, prompts: Prompts) -> tuple[Cond, Tensor]:
+        """Each different prompt encoded once, and the row of the result for each of the B prompts."""
+        texts = list(dict.fromkeys(prompts.text))
+        row = {text: i for i, text in enumerate(texts)}
+        return self.policy.encode(texts), torch.tensor([row[text] for text in prompts.text], device=self.device)
+
+    def noise(self, keys: Sequence[tuple[Key, ...]]) -> Tensor:
+        """Standard normal latents "B *D" on the device; row i is a function of `keys[i]`."""
+        return normal(keys, self.policy.latent_shape()).to(self.device)
+
+    def render(self, prompts: Prompts) -> Tensor:
+        """Images uint8 "B 3 H W" (CPU) of the deterministic sampler; the noise depends on `eval_seed` and the prompt's group id."""
+        cond, rows = self.encode(prompts)
+        images = []
+        for chunk in torch.arange(len(prompts)).split(self.rollout_micro_batch):
+            x = self.noise([(self.eval_seed, "eval", int(prompts.group[i])) for i in chunk])
+            images.append(self.policy.decode(self.denoise(x, take_rows(cond, rows[chunk.to(self.device)]))).cpu())
+        return torch.cat(images)
+
+    def denoise(self, x: Tensor, cond: Cond) -> Tensor:
+        """Euler steps from noise "B *D" to clean latents, `eval_num_steps` of them."""
+        sigmas = self.policy.sigmas(self.eval_num_steps).float().to(self.device)
+        for i in range(self.eval_num_steps):
+            sigma, sigma_next = sigmas[i].expand(len(x)), sigmas[i + 1].expand(len(x))
+            v = self.policy.velocity(x, sigma, cond)
+            x = sde_step(x, v, sigma=sigma, sigma_next=sigma_next, dynamics="ode", noise_level=0.0, sigma_max=0.0).sample
+        return x
+
+    # ------------------------------------------------------------------ supervised warm-up
+    def supervised_loss(self, batch: Examples) -> Tensor:
+        """Flow matching |v - (eps - x0)|^2 on the examples (arXiv 2210.02747), one number per example."""
+        x0 = self.policy.encode_images(batch.images)
+        keys = [(self.seed, "warmup", batch.step, batch.first + i) for i in range(len(x0))]
+        draws = torch.stack([torch.randn(2, generator=generator(*key, "t")) for key in keys]).to(self.device)
+        t = torch.special.ndtr(draws[:, 0]) if self.warmup_timesteps == "uniform" else draws[:, 0].sigmoid()
+        noise = self.noise(keys)
+        cond, rows = self.encode(Prompts(group=torch.arange(len(x0)), info=batch.info))
+        at = t.view(-1, *[1] * (x0.ndim - 1))
+        v = self.policy.velocity((1 - at) * x0 + at * noise, t, take_rows(cond, rows))
+        return flow_matching_loss(v, x0, noise)
+
+    # ------------------------------------------------------------------ evaluation and prediction
+    def validation_step(self, batch: Prompts, batch_idx: int) -> dict[str, Any]:
+        media = self.render(batch)
+        self.scores().submit(media, batch.info)
+        self.evaluated.append(batch)
+        return {"media": media, "prompts": batch}
+
+    def on_validation_epoch_end(self) -> None:
+        rewards, batches = self.scores().gather(), self.evaluated
+        self.evaluated = []
+        prompts = Prompts(group=torch.cat([b.group.cpu() for b in batches]), info=[row for b in batches for row in b.info])
+        real = prompts.group >= 0  # the rest fills up the last batch
+        for name, values in rewards.items():
+            everywhere = torch.cat(gather_objects(values[real].double()))
+            self.log(f"val/{name}", everywhere.nanmean(), prog_bar=True, rank_zero_only=False)
+            self.log(f"val/{name}_perfect", (everywhere >= 1 - 1e-6).double().mean(), rank_zero_only=False)
+        self.notify("on_evaluation_end", prompts, rewards)
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: Prompts, batch_idx: int) -> dict[str, Any]:
+        return {"media": self.render(batch), "prompts": batch}
+
+    # ------------------------------------------------------------------ credit
+    def chosen(self, rollout: FlowRollout) -> Tensor:
+        """Bool "B S": the actions that are trained."""
+        return rollout.mask
+
+    def credit(self, rollout: FlowRollout) -> FlowRollout:
+        """Advantages over the groups of all processes; weights so that each optimizer step is the mean over its pairs."""
+        weights = {name: weight for name, weight in self.scores().weights.items() if weight}
+        rewards = {name: self.all_ranks(rollout.rewards[name].to(self.device)).cpu() for name in weights}
+        group = self.all_ranks(rollout.group).cpu()
+        total = total_reward(rewards, weights)
+        asked = self.data.prompts(self.iteration, self.prompts_per_iteration)
+        prompts = [str(asked[g]["prompt"]) for g in group.tolist()]
+        values = self.credit_rule(rewards, total, group, weights=weights, prompts=prompts, tracker=self.tracker)
+
+        mine = slice(self.global_rank * len(rollout), (self.global_rank + 1) * len(rollout))
+        use = total[mine].isfinite() & ((values[mine] != 0) | (not self.credit_rule.drop_zero))
+        mask = self.chosen(rollout) & use[:, None].to(self.device)
+        updates = self.minibatches_per_pass() // self.trainer.accumulate_grad_batches
+        count = self.all_ranks(mask.sum()[None]).sum()
+        self.rollout_metrics = group_metrics(total, group)
+        self.rollout_metrics |= {f"reward/{name}": float(r.nanmean()) for name, r in rewards.items()}
+        self.rollout_metrics["trained_share"] = float(count / (mask.numel() * self.trainer.world_size))
+        advantages = values[mine, None].float().expand(mask.shape).to(self.device)
+        return replace(rollout, mask=mask, advantages=advantages, weights=mask.float() * updates / count.clamp(min=1))
+
+    # ------------------------------------------------------------------ minibatches of (sample, step) pairs
+    @abstractmethod
+    def trained_steps(self) -> int:
+        """Trained steps of each trajectory in the current iteration (S)."""
+
+    def minibatches_per_pass(self) -> int:
+        """As many as keep each within `train_micro_batch` pairs, rounded up to whole optimizer steps."""
+        accumulate = self.trainer.accumulate_grad_batches
+        if self.train_micro_batch is None:
+            return accumulate
+        pairs = self.prompts_per_iteration // self.trainer.world_size * self.group_size * self.trained_steps()
+        return -(-pairs // (self.train_micro_batch * accumulate)) * accumulate
+
+    def split(self, rollout: FlowRollout, inner_epoch: int) -> list[Tensor]:
+        """Minibatches of one pass: each optimizer step gets its share of the pairs of *every* group, drawn by a permutation of that group's own.
+
+        So an optimizer step sees the same pairs whatever the number of processes and the size of micro-batches, and every prompt
+        weighs alike in it. Pairs without weight are left out. Rows are flat indices b * S + s.
+        """
+        assert rollout.weights is not None
+        used = (rollout.weights != 0).flatten().cpu()
+        accumulate, steps = self.trainer.accumulate_grad_batches, rollout.logprobs.shape[1]
+        shares: list[list[Tensor]] = [[] for _ in range(self.minibatches_per_pass() // accumulate)]
+        for first in range(0, len(rollout), self.group_size):
+            group = int(rollout.group[first])
+            pairs = self.permutation(self.group_size * steps, "split", self.iteration, inner_epoch, group) + first * steps
+            for i, part in enumerate(pairs.tensor_split(len(shares))):
+                shares[(i + group) % len(shares)].append(part)  # rotated, so that remainders spread evenly
+        minibatches: list[Tensor] = []
+        for share in shares:
+            pairs = torch.cat(share)
+            kept, filler = pairs[used[pairs]], pairs[~used[pairs]]  # every rank needs `accumulate` forwards, even of weight 0
+            minibatches += torch.cat([kept, filler[: max(0, accumulate - len(kept))]]).tensor_split(accumulate)
+        return minibatches
+
+    # ------------------------------------------------------------------ checkpoints
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.tracker is not None:
+            checkpoint["prompt_history"] = self.tracker.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.tracker is not None and "prompt_history" in checkpoint:
+            self.tracker.load_state_dict(checkpoint["prompt_history"])
+
+    def restore_rollout(self, fields: dict[str, Any]) -> FlowRollout:
+        return FlowRollout(**fields).to(self.device)
+

@@ -1,0 +1,340 @@
+"""Flow-GRPO: policy gradients on the denoising steps of a flow model (arXiv 2505.05470), and its relatives."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_rl.flow_module import LitFlow
+from lit_rl.losses.flow import KLKind, gaussian_kl
+from lit_rl.losses.policy_gradient import clipped_ratio_loss, guard_logratio, policy_metrics
+from lit_rl.policies.base import FlowPolicy
+from lit_rl.samplers.flow import Dynamics, Step, sde_step
+from lit_rl.samplers.windows import MixStrategy, full_window, mix_window, random_subset, random_window
+from lit_rl.seeding import Key, generator, seed_of
+from lit_rl.types import Cond, FlowRollout, Minibatch, Prompts, take_rows
+
+
+class PairBatch(Minibatch):
+    """N (sample, step) pairs: the action that went from `x` at `sigma` to `x_next` at `sigma_next`."""
+
+    x: Tensor  # Float "N *D"
+    x_next: Tensor  # Float "N *D"
+    sigma: Tensor  # Float "N"
+    sigma_next: Tensor  # Float "N"
+    logprobs: Tensor  # Float "N"
+    advantages: Tensor  # Float "N"
+    weights: Tensor  # Float "N"
+    cond: Cond  # "N ..."
+    means: Tensor | None  # Float "N *D", GRPO-Guard only
+
+
+class FlowGRPO(LitFlow):
+    """Clipped policy gradient on every step of a stochastic sampler, advantages relative to the group of the same prompt.
+
+    Args:
+        policy: See `LitFlow`, as for `num_steps`, `rollout_micro_batch`, `train_micro_batch`, ...
+        dynamics: Stochastic sampler. With `cps` images stay clean at any noise level; its log-probabilities have another scale, so clip anew.
+        noise_level: a of the sampler (flow_sde 0.7, FLUX 0.9; cps 0.8, in [0, 1]; dance_sde 0.3).
+        timestep_fraction: Trained share of the steps, from the start; 0.99 leaves out the last one.
+        clip_low, clip_high: The ratio is clipped to [1 - clip_low, 1 + clip_high]. Log-probabilities are means over latent elements, so
+            1e-4 here is like 0.2 for tokens.
+        kl_coef: Weight of the divergence from the reference; 0 spends no forward on it.
+        kl_kind: Which of the published expressions that is, see `lit_rl.losses.flow.gaussian_kl`.
+        same_latent: Siblings start from the same noise, and share what is deterministic before the window.
+        kwargs: See `LitFlow` and `LitRL`.
+    """
+
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        *,
+        dynamics: Dynamics = "flow_sde",
+        noise_level: float = 0.7,
+        timestep_fraction: float = 0.99,
+        clip_low: float = 1e-4,
+        clip_high: float = 1e-4,
+        kl_coef: float = 0.0,
+        kl_kind: KLKind = "x_diffusion",
+        same_latent: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, **kwargs)
+        _check(dynamics=dynamics, noise_level=noise_level, clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef)
+        if not 0 < timestep_fraction <= 1:
+            raise ValueError(f"model.timestep_fraction={timestep_fraction} must be in (0, 1]; 0.99 leaves out the last step")
+        if self.credit_rule.drop_zero and kl_coef:
+            raise ValueError("model.advantage.drop_zero would drop pairs that model.kl_coef still trains: set one of them to its default")
+        self.dynamics = dynamics
+        self.noise_level = noise_level
+        self.timestep_fraction = timestep_fraction
+        self.clip_low, self.clip_high = clip_low, clip_high
+        self.kl_coef, self.kl_kind = kl_coef, kl_kind
+        self.same_latent = same_latent
+
+    # ------------------------------------------------------------------ which steps are actions
+    def window(self, iteration: int) -> range:
+        """Trained steps."""
+        return full_window(self.num_steps, fraction=self.timestep_fraction)
+
+    def noise_levels(self, window: range) -> list[float]:
+        """Noise level of each of the N steps."""
+        return [self.noise_level] * self.num_steps
+
+    def trained_steps(self) -> int:
+        return len(self.window(max(0, self.iteration)))
+
+    # ------------------------------------------------------------------ collect
+    def collect(self, prompts: Prompts) -> FlowRollout:
+        """Denoise in micro-batches, keep the window's points, and submit each decoded micro-batch for scoring."""
+        window, sigmas = self.window(self.iteration), self.policy.sigmas(self.num_steps).float().to(self.device)
+        levels = self.noise_levels(window)
+        cond, rows = self.encode(prompts)
+        starts, first = self.start(prompts, cond, rows, sigmas, levels)
+        parts: list[dict[str, Tensor]] = []
+        for chunk in torch.arange(len(prompts)).split(self.rollout_micro_batch):
+            keys = [self.row_key(prompts, int(i)) for i in chunk]
+            x = self.noise([(*key, "start") for key in keys]) if starts is None else starts[chunk.to(self.device)]
+            part = self.denoise_stochastic(x, take_rows(cond, rows[chunk.to(self.device)]), keys, sigmas, levels, window, first)
+            media = self.policy.decode(part.pop("final").float()).cpu()
+            self.scores().submit(media, [prompts.info[i] for i in chunk])
+            self.notify("on_rollout_chunk", media, [prompts.info[i] for i in chunk], len(prompts))
+            parts.append(part)
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        times = sigmas[window.start : window.stop + 1].expand(len(prompts), -1)
+        mask = torch.ones_like(joined["logprobs"], dtype=torch.bool)
+        return FlowRollout(prompts.group.to(self.device), prompts.info, mask=mask, times=times, cond=cond, cond_row=rows, **joined)  # type: ignore[arg-type]
+
+    def row_key(self, prompts: Prompts, i: int) -> tuple[Key, ...]:
+        """What the noise of trajectory i depends on: never its place in a micro-batch or on a rank."""
+        return (self.seed, "rollout", self.iteration, int(prompts.group[i]), i % self.group_size)
+
+    def start(self, prompts: Prompts, cond: Cond, rows: Tensor, sigmas: Tensor, levels: Sequence[float]) -> tuple[Tensor | None, int]:
+        """Where siblings part ways: latents "B *D" and the step they are at.
+
+        With `same_latent` the deterministic steps before the window are the same for all siblings: they are computed once per group.
+        """
+        if not self.same_latent:
+            return None, 0
+        first = next((i for i, level in enumerate(levels) if level), len(levels))
+        leaders = torch.arange(0, len(prompts), self.group_size)
+        starts = []
+        for chunk in leaders.split(self.rollout_micro_batch):
+            x = self.noise([(self.seed, "start", self.iteration, int(prompts.group[i])) for i in chunk])
+            here = take_rows(cond, rows[chunk.to(self.device)])
+            for i in range(first):
+                x = self.act(x, self.policy.velocity(x, sigmas[i].expand(len(x)), here), sigmas, i, 0.0, None).sample.float()
+            starts.append(x)
+        return torch.cat(starts).repeat_interleave(self.group_size, 0), first
+
+    def denoise_stochastic(
+        self, x: Tensor, cond: Cond, keys: Sequence[tuple[Key, ...]], sigmas: Tensor, levels: Sequence[float], window: range, first: int
+    ) -> dict[str, Tensor]:
+        """Steps first ... N - 1 of one micro-batch; the window's points, log-probabilities (and means), and the clean latents."""
+        x = x.to(self.storage_dtype)
+        kept, logprobs, means = [x] if window.start == first else [], [], []
+        for i in range(first, self.num_steps):
+            v = self.policy.velocity(x.float(), sigmas[i].expand(len(x)), cond)
+            noise = self.noise([(*key, i) for key in keys]) if levels[i] else None
+            step = self.act(x.float(), v, sigmas, i, levels[i], noise)
+            x = step.sample
+            if i in window:
+                logprobs.append(step.logprob)
+                means.append(step.mean)
+            if window.start <= i + 1 <= window.stop:
+                kept.append(x)
+        part = {"latents": torch.stack(kept, 1), "logprobs": torch.stack(logprobs, 1), "final": x}
+        return part | ({"means": torch.stack(means, 1)} if self.keeps_means else {})
+
+    keeps_means = False
+
+    def act(self, x: Tensor, v: Tensor, sigmas: Tensor, i: int, level: float, noise: Tensor | None) -> Step:
+        """Step i of the whole micro-batch, drawn with `noise`; deterministic where the level is 0."""
+        return sde_step(
+            x, v, sigma=sigmas[i].expand(len(x)), sigma_next=sigmas[i + 1].expand(len(x)),
+            dynamics=self.dynamics if level else "ode", noise_level=level, sigma_max=float(sigmas[1]), noise=noise, dtype=self.storage_dtype,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ loss
+    def minibatch(self, rollout: FlowRollout, rows: Tensor) -> PairBatch:
+        b, s = (rows // rollout.logprobs.shape[1]).to(self.device), (rows % rollout.logprobs.shape[1]).to(self.device)
+        assert rollout.advantages is not None and rollout.weights is not None
+        return PairBatch(
+            x=rollout.latents[b, s].float(), x_next=rollout.latents[b, s + 1], sigma=rollout.times[b, s], sigma_next=rollout.times[b, s + 1],
+            logprobs=rollout.logprobs[b, s], advantages=rollout.advantages[b, s], weights=rollout.weights[b, s],
+            cond=take_rows(rollout.cond, rollout.cond_row[b]), means=None if rollout.means is None else rollout.means[b, s],
+        )  # fmt: skip
+
+    def loss(self, minibatch: PairBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """max(-A r, -A clip(r)) + kl_coef KL, per pair."""
+        v = self.policy.velocity(minibatch.x, minibatch.sigma, minibatch.cond)
+        step = self.replay_step(v, minibatch)
+        losses = clipped_ratio_loss(
+            self.log_ratio(step, minibatch), minibatch.advantages, clip_low=self.clip_low, clip_high=self.clip_high
+        )
+        self.log_dict(
+            policy_metrics(step.logprob, minibatch.logprobs, clip_low=self.clip_low, clip_high=self.clip_high, weights=minibatch.weights)
+        )
+        if self.kl_coef:
+            with torch.no_grad(), self.policy.reference():
+                ref_v = self.policy.velocity(minibatch.x, minibatch.sigma, minibatch.cond)
+            kl = self.kl(v, step, ref_v, minibatch)
+            self.log("kl", (kl.detach() * minibatch.weights).sum() / minibatch.weights.sum().clamp(min=1e-12))
+            losses = losses + self.kl_coef * kl
+        return losses, minibatch.weights
+
+    def replay_step(self, v: Tensor, batch: PairBatch) -> Step:
+        """The stored action under today's velocity. Every trained step was drawn at `noise_level`."""
+        sigma_max = float(self.policy.sigmas(self.num_steps)[1])
+        return sde_step(
+            batch.x, v, sigma=batch.sigma, sigma_next=batch.sigma_next,
+            dynamics=self.dynamics, noise_level=self.noise_level, sigma_max=sigma_max, sample=batch.x_next,
+        )  # fmt: skip
+
+    def log_ratio(self, step: Step, batch: PairBatch) -> Tensor:
+        return step.logprob - batch.logprobs
+
+    def kl(self, v: Tensor, step: Step, ref_v: Tensor, batch: PairBatch) -> Tensor:
+        """Divergence from the reference, Float "N"."""
+        if self.kl_kind in ("v", "v_diffusion"):
+            return gaussian_kl(v, ref_v, kind=self.kl_kind, diffusion=step.diffusion)
+        ref_mean = self.replay_step(ref_v, batch).mean
+        return gaussian_kl(step.mean, ref_mean, kind=self.kl_kind, diffusion=step.diffusion, noise_std=step.noise_std)
+
+
+class FlowGRPOFast(FlowGRPO):
+    """Noise, and training, only in a random window of a few steps; the other steps are deterministic (Flow-GRPO-Fast).
+
+    Args:
+        window_size: Trained steps (w).
+        window_range: The window lies in steps window_range[0] ... window_range[1] - 1; None = the first half.
+        kwargs: See `FlowGRPO`. Published with cps at noise_level 0.8, clip 1e-5 and no KL.
+    """
+
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        *,
+        window_size: int = 3,
+        window_range: tuple[int, int] | None = None,
+        dynamics: Dynamics = "cps",
+        noise_level: float = 0.8,
+        clip_low: float = 1e-5,
+        clip_high: float = 1e-5,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, dynamics=dynamics, noise_level=noise_level, clip_low=clip_low, clip_high=clip_high, **kwargs)
+        self.window_size = window_size
+        self.window_range = window_range or (0, max(window_size, self.num_steps // 2))
+        if not (0 <= self.window_range[0] and self.window_range[1] <= self.num_steps):
+            raise ValueError(f"model.window_range={list(self.window_range)} must lie in 0 ... model.num_steps={self.num_steps}")
+        self.window(0)  # raises if the window does not fit
+
+    def window(self, iteration: int) -> range:
+        rng = random.Random(seed_of(self.seed, "window", iteration))
+        return random_window(size=self.window_size, low=self.window_range[0], high=self.window_range[1], rng=rng)
+
+    def noise_levels(self, window: range) -> list[float]:
+        return [self.noise_level if i in window else 0.0 for i in range(self.num_steps)]
+
+
+class MixGRPO(FlowGRPO):
+    """Noise, and training, only in a window that slides from noise to data as training goes on (arXiv 2507.21802).
+
+    Args:
+        window_size: Trained steps (w = 4 of 25).
+        iterations_per_window: Iterations before the window moves (25).
+        window_strategy: How it moves, see `lit_rl.samplers.windows.mix_window`.
+        window_overlap: It moves by one step; otherwise by its size.
+        kwargs: See `FlowGRPO`.
+    """
+
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        *,
+        window_size: int = 4,
+        iterations_per_window: int = 25,
+        window_strategy: MixStrategy = "progressive",
+        window_overlap: bool = True,
+        num_steps: int = 25,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, num_steps=num_steps, **kwargs)
+        self.window_size = window_size
+        self.iterations_per_window = iterations_per_window
+        self.window_strategy: MixStrategy = window_strategy
+        self.window_overlap = window_overlap
+        self.window(0)  # raises if the window does not fit
+
+    def window(self, iteration: int) -> range:
+        return mix_window(
+            iteration, num_steps=self.num_steps, size=self.window_size, iterations_per_window=self.iterations_per_window,
+            strategy=self.window_strategy, overlap=self.window_overlap, seed=self.seed,
+        )  # fmt: skip
+
+    noise_levels = FlowGRPOFast.noise_levels
+
+
+class DanceGRPO(FlowGRPO):
+    """Constant noise at every step; each trajectory is trained on its own random 60 % of the steps before the last (arXiv 2505.07818).
+
+    Args:
+        trained_fraction: Share of the N - 1 steps.
+        kwargs: See `FlowGRPO`. Published with siblings that start from the same noise.
+    """
+
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        *,
+        trained_fraction: float = 0.6,
+        dynamics: Dynamics = "dance_sde",
+        noise_level: float = 0.3,
+        same_latent: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, dynamics=dynamics, noise_level=noise_level, same_latent=same_latent, **kwargs)
+        if not 0 < trained_fraction <= 1:
+            raise ValueError(f"model.trained_fraction={trained_fraction} must be in (0, 1]; DanceGRPO uses 0.6")
+        self.trained_fraction = trained_fraction
+
+    def chosen(self, rollout: FlowRollout) -> Tensor:
+        steps = rollout.logprobs.shape[1]
+        mask = torch.zeros_like(rollout.mask)
+        for i in range(len(rollout)):
+            draw = generator(*self.row_key(rollout, i), "trained")
+            mask[i, random_subset(range(steps), count=max(1, int(steps * self.trained_fraction)), generator=draw)] = True
+        return mask
+
+
+class GRPOGuard(FlowGRPO):
+    """The ratio is centred and scaled by the step's noise, so that one clip range fits all steps (arXiv 2510.22319).
+
+    kwargs: see `FlowGRPO`. Published with advantages over the group's own standard deviation, clip 2e-6 (OCR, GenEval) or 4e-6 (PickScore).
+    """
+
+    keeps_means = True
+
+    def __init__(self, policy: FlowPolicy, *, clip_low: float = 2e-6, clip_high: float = 2e-6, **kwargs: Any) -> None:
+        super().__init__(policy, clip_low=clip_low, clip_high=clip_high, **kwargs)
+
+    def log_ratio(self, step: Step, batch: PairBatch) -> Tensor:
+        assert batch.means is not None
+        return guard_logratio(step.logprob, batch.logprobs, step.mean, batch.means, noise_std=step.noise_std)
+
+
+def _check(*, dynamics: Dynamics, noise_level: float, clip_low: float, clip_high: float, kl_coef: float) -> None:
+    if dynamics == "ode":
+        raise ValueError("model.dynamics=ode takes no random steps, so there is nothing to learn from; use flow_sde, cps or dance_sde")
+    if noise_level <= 0 or (dynamics == "cps" and noise_level > 1):
+        raise ValueError(f"model.noise_level={noise_level} must be above 0{' and at most 1 for cps' if dynamics == 'cps' else ''}")
+    for name, value in {"clip_low": clip_low, "clip_high": clip_high}.items():
+        if not 0 < value < 1:
+            raise ValueError(f"model.{name}={value} must be in (0, 1); log-probabilities are means over latent elements, so use 1e-5 ... 1e-3")
+    if kl_coef < 0:
+        raise ValueError(f"model.kl_coef={kl_coef} must not be negative; 0 turns the reference off")

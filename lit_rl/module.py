@@ -1,0 +1,358 @@
+"""The verbs every method shares: ask -> collect -> score -> credit -> split -> loss, one rollout per Lightning epoch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Generic, Protocol, TypeVar
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from lit_rl.rewards.base import Scorer
+from lit_rl.seeding import generator
+from lit_rl.types import Examples, Info, Minibatch, Prompts, Rollout
+
+R = TypeVar("R", bound=Rollout)
+
+
+class PromptSource(Protocol):
+    """What a method asks of `trainer.datamodule`."""
+
+    def prompts(self, iteration: int, count: int) -> Sequence[Info]:
+        """The `count` prompts of an iteration, the same on every rank, a function of (seed, iteration) alone."""
+
+    def examples(self, step: int, count: int) -> tuple[Sequence[Info], Tensor]:
+        """`count` supervised examples for warm-up step `step`: prompts and images uint8 "B 3 H W"."""
+
+
+class ReplayLoader:
+    """What Lightning iterates in one epoch: collects the rollout at its first `next()`, then replays it in seeded minibatches.
+
+    Sized, so that nothing is fetched ahead; stateful, so that a checkpoint inside an epoch continues at the next minibatch;
+    no `DataLoader`, so that no strategy replaces its sampler. Built anew for every epoch, because the warm-up epoch is longer.
+    """
+
+    def __init__(self, module: LitRL[Any]) -> None:
+        self.module = module
+        self.start = 0
+
+    def __len__(self) -> int:
+        return self.module.minibatches_per_epoch()
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        start, self.start = self.start % len(self), 0  # a checkpoint on the last minibatch continues with the next epoch
+        yield from self.module.replay(range(start, len(self)))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"start": self.module.minibatches_done()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["start"]
+
+
+class LitRL(L.LightningModule, ABC, Generic[R]):
+    """Base of all methods. One epoch is one iteration is one rollout; epoch 0 is the supervised warm-up if there is one.
+
+    Optimization is Lightning's automatic one, so accumulation, clipping, precision, schedulers, checkpoints and strategies keep their
+    documented meaning. `training_step` returns sum(loss * weights), scaled so that after Lightning's division by
+    `accumulate_grad_batches` and the strategy's mean over ranks the gradient is that of the global weighted sum.
+
+    Args:
+        prompts_per_iteration: Different prompts in one rollout, over all processes.
+        group_size: Samples of each prompt (G).
+        inner_epochs: Passes over a rollout.
+        warmup_steps: Optimizer steps of supervised learning on `data`'s examples before the first rollout (epoch 0).
+        warmup_batch_size: Examples per warm-up step, over all processes.
+        warmup_lr: Learning rate of the warm-up; None = the optimizer's own.
+        optimizer: E.g. `{class_path: torch.optim.AdamW, init_args: {lr: 3e-4}}`; its state restarts after the warm-up.
+        lr_scheduler: Stepped once per optimizer step, counted from the end of the warm-up.
+        seed: Of rollouts, prompts order, minibatches and evaluation noise. The CLI sets it to `seed_everything`.
+    """
+
+    def __init__(
+        self,
+        *,
+        prompts_per_iteration: int,
+        group_size: int,
+        inner_epochs: int = 1,
+        warmup_steps: int = 0,
+        warmup_batch_size: int = 32,
+        warmup_lr: float | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _at_least(1, prompts_per_iteration=prompts_per_iteration, group_size=group_size, inner_epochs=inner_epochs)
+        _at_least(1, warmup_batch_size=warmup_batch_size)
+        _at_least(0, warmup_steps=warmup_steps)
+        self.prompts_per_iteration = prompts_per_iteration
+        self.group_size = group_size
+        self.inner_epochs = inner_epochs
+        self.warmup_steps = warmup_steps
+        self.warmup_batch_size = warmup_batch_size
+        self.warmup_lr = warmup_lr
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.seed = seed
+        self.scorer: Scorer | None = None  # set by the callback that owns the rewards
+        self.rollout: R | None = None
+        self.rollout_iteration = -1
+        self.rollout_metrics: dict[str, float] = {}
+        self._plan: list[Tensor] = []
+
+    # ------------------------------------------------------------------ what a method is
+    @abstractmethod
+    def collect(self, prompts: Prompts) -> R:
+        """Let the policy act on `prompts` and submit each finished chunk to `self.scorer` while the next one is sampled."""
+
+    @abstractmethod
+    def credit(self, rollout: R) -> R:
+        """`rollout.rewards` -> advantages "B S" and weights "B S"."""
+
+    @abstractmethod
+    def minibatches_per_pass(self) -> int:
+        """Minibatches that one pass over a rollout is cut into, on each process."""
+
+    @abstractmethod
+    def split(self, rollout: R, inner_epoch: int) -> Sequence[Tensor]:
+        """Rows of each minibatch of one pass, `minibatches_per_pass()` of them."""
+
+    @abstractmethod
+    def minibatch(self, rollout: R, rows: Tensor) -> Minibatch:
+        """The rows of a rollout that one forward needs, on `self.device`."""
+
+    @abstractmethod
+    def loss(self, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
+        """The paper's loss, one number per row, and the rows' weights."""
+
+    @abstractmethod
+    def supervised_loss(self, batch: Examples) -> Tensor:
+        """Warm-up loss, one number per example."""
+
+    # ------------------------------------------------------------------ ask
+    def ask(self, iteration: int) -> Prompts:
+        """This process's prompts of an iteration, every prompt `group_size` times in a row."""
+        info = self.data.prompts(iteration, self.prompts_per_iteration)
+        ids = range(self.prompts_per_iteration)[self.local(self.prompts_per_iteration)]
+        group = torch.tensor(ids, dtype=torch.long).repeat_interleave(self.group_size)
+        return Prompts(group=group, info=[info[g] for g in group.tolist()])
+
+    # ------------------------------------------------------------------ score
+    def score(self, rollout: R) -> R:
+        """Await the rewards of everything that `collect` submitted."""
+        with self.phase("score"):
+            return replace(rollout, rewards=self.scores().gather())
+
+    def scores(self) -> Scorer:
+        if self.scorer is None:
+            raise RuntimeError("No rewards: add callbacks.reward_scoring.RewardScoring to trainer.callbacks")
+        return self.scorer
+
+    # ------------------------------------------------------------------ one iteration, served as an epoch
+    @property
+    def warmup_epochs(self) -> int:
+        return 1 if self.warmup_steps else 0
+
+    @property
+    def iteration(self) -> int:
+        """Rollouts finished before the current epoch."""
+        return self.current_epoch - self.warmup_epochs
+
+    @property
+    def warming_up(self) -> bool:
+        return self.current_epoch < self.warmup_epochs
+
+    def train_loader(self) -> ReplayLoader:
+        """What the datamodule's `train_dataloader` returns."""
+        return ReplayLoader(self)
+
+    def minibatches_per_epoch(self) -> int:
+        if self.warming_up:
+            return self.warmup_steps * self.trainer.accumulate_grad_batches
+        return self.inner_epochs * self.minibatches_per_pass()
+
+    def minibatches_done(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+
+    def replay(self, indices: range) -> Iterator[Minibatch]:
+        if self.warming_up:
+            for index in indices:
+                yield self.supervised_minibatch(index)
+            return
+        if self.rollout is None or self.rollout_iteration != self.iteration:
+            self.rollout, self.rollout_iteration = self.iterate(), self.iteration
+        self._plan = [rows for e in range(self.inner_epochs) for rows in self.split(self.rollout, e)]
+        for index in indices:
+            yield self.minibatch(self.rollout, self._plan[index])
+
+    @torch.no_grad()
+    def iterate(self) -> R:
+        """ask -> collect -> score -> credit, in evaluation mode and under the trainer's precision."""
+        self.rollout = None  # free the previous one before the new one is built
+        was_training = self.training
+        self.eval()
+        with self.phase("rollout"), self.trainer.precision_plugin.forward_context():
+            rollout = self.collect(self.ask(self.iteration))
+        self.train(was_training)
+        rollout = self.credit(self.score(rollout))
+        self.notify("on_rollout_end", rollout)
+        return rollout
+
+    def supervised_minibatch(self, index: int) -> Examples:
+        accumulate = self.trainer.accumulate_grad_batches
+        step, part = divmod(index, accumulate)
+        size = self.warmup_batch_size // (accumulate * self.trainer.world_size)
+        first = (part * self.trainer.world_size + self.global_rank) * size
+        info, images = self.data.examples(step, self.warmup_batch_size)
+        mine = slice(first, first + size)
+        return Examples(info=info[mine], images=images[mine], step=step, first=first).to(self.device)
+
+    # ------------------------------------------------------------------ loss
+    def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
+        if isinstance(batch, Examples):
+            loss = self.supervised_loss(batch).mean()
+            self.log("warmup/loss", loss, prog_bar=True)
+            return loss
+        losses, weights = self.loss(batch)
+        loss = (losses * weights).sum() * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        self.log("loss", loss.detach(), prog_bar=True)
+        for name, value in self.rollout_metrics.items():
+            self.log(name, value, on_step=False, on_epoch=True, prog_bar=name == "reward_mean", batch_size=1)
+        return loss
+
+    # ------------------------------------------------------------------ optimization
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        after = self.lr_scheduler(optimizer) if self.lr_scheduler else None
+        if not self.warmup_steps:
+            return {"optimizer": optimizer} | ({"lr_scheduler": {"scheduler": after, "interval": "step"}} if after else {})
+        lr = optimizer.param_groups[0]["lr"]
+        factor = 1.0 if self.warmup_lr is None else self.warmup_lr / lr
+        constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor if step < self.warmup_steps else 1.0)
+        if after is None:
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": constant, "interval": "step"}}
+        schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [constant, after], milestones=[self.warmup_steps])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.warmup_steps and self.trainer.global_step == self.warmup_steps and not self.warming_up and batch_idx == 0:
+            self.finish_warmup()
+
+    def finish_warmup(self) -> None:
+        """Forget the moments of the supervised gradients: they are orders of magnitude larger than a policy gradient's."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+    # ------------------------------------------------------------------ Lightning's other hooks
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.trainer.reload_dataloaders_every_n_epochs = 1  # one loader per epoch, see ReplayLoader
+            self.check_geometry()
+
+    def check_geometry(self) -> None:
+        """Raise on sizes that do not divide, before any model is loaded."""
+        world, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        if self.prompts_per_iteration % world:
+            raise ValueError(
+                f"model.prompts_per_iteration={self.prompts_per_iteration} does not divide among {world} processes; "
+                f"use a multiple of {world}, e.g. {-(-self.prompts_per_iteration // world) * world}"
+            )
+        if self.warmup_steps and self.warmup_batch_size % (world * accumulate):
+            raise ValueError(
+                f"model.warmup_batch_size={self.warmup_batch_size} does not divide among {world} processes x "
+                f"trainer.accumulate_grad_batches={accumulate}; use a multiple of {world * accumulate}"
+            )
+        if self.trainer.max_steps != -1:
+            raise ValueError(
+                "trainer.max_steps breaks the one-epoch-one-rollout scheme on resume: set trainer.max_epochs "
+                f"(iterations{' + 1 for the warm-up' if self.warmup_steps else ''}) and leave max_steps at -1"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        inside = 0 < self.minibatches_done() < self.minibatches_per_epoch() if self.trainer.fit_loop._combined_loader else False
+        if inside and self.rollout is not None:
+            ranks = gather_objects(_plain(self.rollout.to("cpu")))
+            checkpoint["rollout"] = {"iteration": self.rollout_iteration, "metrics": self.rollout_metrics, "ranks": ranks}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("rollout")
+        if saved is None:
+            return
+        if len(saved["ranks"]) != self.trainer.world_size:
+            raise ValueError(
+                f"This checkpoint was written inside an iteration by {len(saved['ranks'])} processes and cannot continue on "
+                f"{self.trainer.world_size}: use as many devices, or a checkpoint from the end of an epoch"
+            )
+        self.rollout = self.restore_rollout(saved["ranks"][self.global_rank])
+        self.rollout_iteration, self.rollout_metrics = saved["iteration"], saved["metrics"]
+
+    @abstractmethod
+    def restore_rollout(self, fields: dict[str, Any]) -> R:
+        """The method's own dataclass from its plain fields."""
+
+    # ------------------------------------------------------------------ small helpers
+    @property
+    def data(self) -> PromptSource:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None:
+            raise RuntimeError("No prompts: give a datamodule, e.g. data: {class_path: datamodules.prompts.PromptFiles}")
+        return datamodule
+
+    def local(self, count: int) -> slice:
+        """This process's contiguous share of `count` things."""
+        size = count // self.trainer.world_size
+        return slice(self.global_rank * size, (self.global_rank + 1) * size)
+
+    def all_ranks(self, x: Tensor) -> Tensor:
+        """Rows of every process, in order of rank: "B ..." -> "W*B ..."."""
+        return self.all_gather(x).flatten(0, 1) if self.trainer.world_size > 1 else x
+
+    def permutation(self, n: int, *purpose: int | str) -> Tensor:
+        """A permutation of n that depends on the seed and `purpose` alone."""
+        return torch.randperm(n, generator=generator(self.seed, *purpose))
+
+    def notify(self, hook: str, *args: Any) -> None:
+        """Call `hook(trainer, module, *args)` of every callback that has it: on_phase_start/end, on_rollout_chunk, on_rollout_end, ..."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            method = getattr(callback, hook, None)
+            if method is not None:
+                method(self.trainer, self, *args)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Tell the callbacks when a phase ("rollout", "score", ...) starts and ends."""
+        self.notify("on_phase_start", name)
+        try:
+            yield
+        finally:
+            self.notify("on_phase_end", name)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every rank, in order. Collective."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _plain(rollout: Rollout) -> dict[str, Any]:
+    fields = dict(vars(rollout))
+    fields["info"] = [dict(row) if isinstance(row, Mapping) else row for row in rollout.info]
+    return fields
+
+
+def _at_least(minimum: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < minimum:
+            raise ValueError(f"model.{name}={value} must be at least {minimum}")

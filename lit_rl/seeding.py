@@ -1,0 +1,27 @@
+"""Counter-based randomness: a draw is a function of (seed, purpose, iteration, sample), so there is nothing to restore on resume
+and nothing that depends on micro-batches or on the number of processes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Key = int | str
+
+
+def seed_of(*key: Key) -> int:
+    """A 63-bit seed from the parts of `key`: equal keys give equal seeds on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def generator(*key: Key) -> torch.Generator:
+    """A CPU generator seeded by `seed_of(*key)`."""
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+def normal(keys: Sequence[tuple[Key, ...]], shape: Sequence[int]) -> Tensor:
+    """Standard normal Float32 "B *shape" on the CPU; row i depends on `keys[i]` alone."""
+    return torch.stack([torch.randn(tuple(shape), generator=generator(*key)) for key in keys])

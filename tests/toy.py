@@ -1,0 +1,103 @@
+"""The smallest complete run: a flow policy of two linear layers, a reward, a datamodule, a Trainer. For tests of everything but models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from callbacks.reward_scoring import RewardScoring
+from datamodules.base import PromptDataModule
+from lit_rl.methods.flow_grpo import FlowGRPO
+from lit_rl.policies.base import FlowPolicy
+from lit_rl.rewards.base import Reward
+from lit_rl.samplers.schedules import shifted_sigmas
+from lit_rl.types import Cond, Info
+
+
+class ToyPolicy(FlowPolicy):
+    """v = f(x, t, prompt) on 2 x 2 one-channel "images"; the prompt's text is a number that chooses an embedding row."""
+
+    def __init__(self, width: int = 16, dropout: float = 0.0, seed: int = 0) -> None:
+        super().__init__()
+        self.width, self.dropout, self.seed = width, dropout, seed
+        self.encoded: list[str] = []
+        self.velocity_calls = 0
+
+    def load(self) -> None:
+        if hasattr(self, "network"):
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.network = nn.Sequential(
+                nn.Sequential(nn.Linear(4 + 1 + 8, self.width), nn.SiLU(), nn.Dropout(self.dropout)), nn.Linear(self.width, 4)
+            )
+
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        return [network[0]]  # type: ignore[index]
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        self.encoded += prompts
+        return {"embeds": torch.stack([torch.randn(8, generator=torch.Generator().manual_seed(int(p))) for p in prompts]).to(self.device)}
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        self.velocity_calls += 1
+        return self.network(torch.cat([x.flatten(1), t[:, None], cond["embeds"]], 1)).view(x.shape).float()
+
+    def decode(self, x: Tensor) -> Tensor:
+        return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        return images[:, :1].float() / 127.5 - 1
+
+    def latent_shape(self) -> tuple[int, ...]:
+        return (1, 2, 2)
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        return shifted_sigmas(num_steps, shift=1.0)
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        torch.save(weights, folder / "weights.pt")
+
+
+class Brightness(Reward):
+    """Mean pixel in [0, 1]: easy to raise, so a policy gradient of the right sign shows within a few iterations."""
+
+    outputs = ("brightness",)
+
+    def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+        return {"brightness": media.double().flatten(1).mean(1) / 255}
+
+
+class ToyData(PromptDataModule):
+    """Prompts "0" ... ; the images to imitate are black."""
+
+    def __init__(self, prompts: int = 6, held_out: int = 5, **kwargs: Any) -> None:
+        rows = [MappingProxyType({"prompt": str(i)}) for i in range(prompts + held_out)]
+        super().__init__(rows[:prompts], rows[prompts:], eval_batch_size=2, **kwargs)
+
+    def examples(self, step: int, count: int) -> tuple[Sequence[Info], Tensor]:
+        return [self.train[i % len(self.train)] for i in range(count)], torch.zeros(count, 3, 2, 2, dtype=torch.uint8)
+
+
+def toy_method(cls: type[FlowGRPO] = FlowGRPO, *, lr: float = 1e-2, dropout: float = 0.0, **kwargs: Any) -> FlowGRPO:
+    defaults: dict[str, Any] = dict(
+        prompts_per_iteration=4, group_size=4, num_steps=4, eval_num_steps=4, rollout_micro_batch=6, warmup_batch_size=8,
+        clip_low=1e-2, clip_high=1e-2, optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
+    )  # fmt: skip
+    return cls(ToyPolicy(dropout=dropout), **(defaults | kwargs))
+
+
+def toy_trainer(folder: Path, *, callbacks: Sequence[L.Callback] = (), rewards: Mapping[str, Reward] | None = None, **kwargs: Any) -> L.Trainer:
+    defaults: dict[str, Any] = dict(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        max_epochs=2, num_sanity_val_steps=0, limit_val_batches=0, default_root_dir=folder, log_every_n_steps=1,
+    )  # fmt: skip
+    scoring = RewardScoring(rewards=dict(rewards or {"brightness": Brightness()}))
+    return L.Trainer(**(defaults | kwargs), callbacks=[scoring, *callbacks])
+
