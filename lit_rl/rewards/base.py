@@ -34,6 +34,10 @@ class Reward(ABC):
     def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
         """Scores by output name, each Float "B". media: uint8 "B 3 H W"; info: the B prompts (`info[i]["prompt"]` is the text)."""
 
+    def explain(self, media: Tensor, info: Sequence[Info]) -> tuple[Mapping[str, Tensor], Mapping[str, Sequence[str]]]:
+        """The scores, and by name B texts worth showing beside them (what was read in the image, ...): the reward server answers both."""
+        return self.score(media, info), {}
+
     async def score_async(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
         """As `score`, awaited on the scoring loop. Default: `score` in a thread."""
         import asyncio
