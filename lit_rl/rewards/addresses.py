@@ -16,11 +16,11 @@ def parse_urls(urls: str | Sequence[str]) -> list[str]:
     """`host:port`, `http(s)://host:port[/score]` and port ranges `host:8000-8003` -> base URLs without a trailing slash."""
     found = []
     for url in [urls] if isinstance(urls, str) else urls:
-        match = re.fullmatch(r"(?:(https?)://)?([^/:\s]+|\[[0-9a-fA-F:]+\])(?::(\d+)(?:-(\d+))?)?(/\S*?)?/?", url.strip())
+        match = re.fullmatch(r"(?:(https?)://)?([^/:\s]+|\[[0-9a-fA-F:]+\])(?::(\d+)(?:-(\d+))?)?(/\S*)?", url.strip())
         if match is None:
             raise ValueError(f"urls: {url!r} is not http(s)://host:port, host:port or host:first-last")
         scheme, host, first, last, path = match.groups()
-        path = re.sub(r"/(score|v1/score_batch)$", "", path or "")
+        path = re.sub(r"/(score|v1/score_batch)$", "", (path or "").rstrip("/"))
         ports = [f":{p}" for p in range(int(first), int(last or first) + 1)] if first else [""]
         if not ports:
             raise ValueError(f"urls: {url!r} ends its range of ports before its start")

@@ -32,10 +32,12 @@ class Breaker:
     async def admit(self, probe: Callable[[], Awaitable[bool]], *, patience_s: float, until: float) -> None:
         """Return when a request may go out: at once if closed, else after the breaker closed or when this request is the trial.
 
-        Raises ServerDown at `until` (`time.monotonic`) or when the breaker has been open for `patience_s`, but probes first if that is due.
+        Raises ServerDown at `until` (`time.monotonic`) or when the breaker has been open for `patience_s`, but not before the
+        probe that is due, or the trial under way, has had its say.
         """
         while self.open_since is not None:
-            now, end = time.monotonic(), min(until, self.open_since + patience_s)
+            now = time.monotonic()
+            end = until if self._on_trial else min(until, self.open_since + patience_s)
             if not self._on_trial and now >= self._next_probe:
                 self._on_trial = True
                 if await self._alive(probe):
@@ -44,8 +46,11 @@ class Breaker:
             elif now >= end:
                 raise ServerDown(f"down for {now - self.open_since:.1f} s")
             else:
-                next_step = end if self._on_trial else min(end, self._next_probe)
-                await self._wait_for_move(next_step - now)
+                await self._wait_for_move((end if self._on_trial else min(end, self._next_probe)) - now)
+
+    def hurry(self) -> None:
+        """Make the next probe due now: new work has come, and the server may be back."""
+        self._next_probe = 0.0
 
     def succeeded(self) -> None:
         """The server answered."""
