@@ -1,7 +1,8 @@
-"""From rewards to advantages. Everything here takes the rewards of *all* ranks, gathered: only then are batch statistics those of the batch.
+"""From rewards to advantages. Everything here takes the rewards of *all* ranks, gathered: only then is "batch" the whole batch.
 
 NaN means "could not be scored": such a row is in no statistic and gets advantage 0. So does every row of a group that cannot say which
-of its members was better: one with fewer than two scored members, or with equal rewards. Statistics are in float64, results in the dtype of the rewards.
+of its members was better: one with fewer than two scored members, or with equal rewards. Statistics are in float64, results in the dtype
+of the rewards.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def leave_one_out(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> Float
     values, index = rewards.double(), _index(group)
     valid = ~values.isnan()
     stats = _statistics(values, index, valid, ddof=0)
-    bessel = stats.count / (stats.count - 1).clamp(min=1)
+    bessel = stats.size / (stats.size - 1).clamp(min=1)
     return torch.where(_informative(values, index, valid), bessel * (values - stats.mean), 0.0).to(rewards.dtype)
 
 
@@ -133,20 +134,20 @@ def ranked_advantages(
 
 
 class GroupStatistics(NamedTuple):
-    """Of each row's group: mean and std of its scored rewards, and how many there are."""
+    """Of each row's group: mean and std of its scored rewards, and how many these are."""
 
     mean: Float[Tensor, "B"]
     std: Float[Tensor, "B"]
-    count: Float[Tensor, "B"]
+    size: Float[Tensor, "B"]
 
 
 def group_statistics(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"], *, ddof: int = 0) -> GroupStatistics:
-    """Mean, std and count of the scored rewards of each row's group. A group without any has mean 0, std 0, count 0."""
+    """Statistics of the scored rewards of each row's group; all 0 if it has none."""
     return _statistics(rewards.double(), _index(group), ~rewards.isnan(), ddof=ddof)
 
 
 def group_metrics(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> dict[str, float]:
-    """What to log about an iteration's rewards: mean, std, share of NaN; of the groups: mean std, mean size, share of those without a signal."""
+    """What to log of an iteration: the rewards' mean, std and share of NaN; the groups' mean std and size, and share without a signal."""
     valid, index = ~rewards.isnan(), _index(group)
     stats = group_statistics(rewards, group)
     one_per_group = _first(torch.ones_like(valid), index)
@@ -157,7 +158,7 @@ def group_metrics(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> dict[
         "reward_std": batch.std[0].item(),
         "nan_ratio": 1 - valid.double().mean().item(),
         "group_std_mean": stats.std[one_per_group].mean().item(),
-        "group_size_mean": one_per_group.sum().reciprocal().item() * len(rewards),
+        "group_size_mean": len(rewards) / one_per_group.sum().item(),
         "zero_std_ratio": flat[one_per_group].double().mean().item(),
     }
 
@@ -176,7 +177,7 @@ class PromptTracker:
         self.history: dict[str, list[float]] = {}
 
     def update(self, keys: Sequence[str], rewards: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """Take in the rewards of all ranks, in the same order on every rank, and return their advantages. NaN rewards are not remembered."""
+        """Take in the rewards of all ranks, in the same order on every rank; returns their advantages. NaN is not remembered."""
         for key, reward in zip(keys, rewards.tolist(), strict=True):
             if reward == reward:  # not NaN
                 past = self.history.setdefault(key, [])
@@ -184,8 +185,8 @@ class PromptTracker:
                 if self.window is not None:
                     del past[: -self.window]
         values = rewards.double()
-        past = {key: torch.tensor(self.history.get(key, [0.0]), dtype=torch.float64) for key in set(keys)}
-        of_row = [past[key] for key in keys]
+        tensors = {key: torch.tensor(self.history.get(key, [0.0]), dtype=torch.float64) for key in set(keys)}
+        of_row = [tensors[key] for key in keys]
         mean = torch.stack([p.mean() for p in of_row]).to(values)
         deviation = torch.stack([p.std(correction=0) for p in of_row]).to(values)
         flat = torch.tensor([bool((p == p[0]).all()) for p in of_row], device=values.device)

@@ -33,14 +33,14 @@ def linear_decay(step: int, *, decay: float, initial: float = 0.0, warmup_steps:
 
 
 def cosine_decay(step: int, *, decay: float, initial: float = 0.9, total_steps: int = 1000, warmup_steps: int = 0) -> float:
-    """From `initial` to `decay` along half a cosine, until total_steps; before that 0 to `initial` in a line over warmup_steps (Flow-Factory)."""
+    """0 to `initial` in a line over warmup_steps, then to `decay` along half a cosine until total_steps (Flow-Factory)."""
     if step < warmup_steps:
         return initial * step / warmup_steps
     progress = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
     return initial + (decay - initial) * (1 - math.cos(math.pi * progress)) / 2
 
 
-def ramp_decay(step: int, *, start: int = 0, value: float = 0.0, slope: float = 0.0, end: float = 0.0) -> float:
+def ramp_decay(step: int, *, start: float = 0, value: float = 0.0, slope: float = 0.0, end: float = 0.0) -> float:
     """`value` before step `start`, then min(value + slope (step - start), end)."""
     return value if step < start else min(value + (step - start) * slope, end)
 

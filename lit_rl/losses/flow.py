@@ -54,8 +54,8 @@ def flow_matching_loss(v: Float[Tensor, "B *D"], x0: Float[Tensor, "B *D"], nois
 
 
 def longcat_weight(sigma: Float[Tensor, "B"], sigma_next: Float[Tensor, "B"], *, sigma_max: float) -> Float[Tensor, "B"]:
-    """kappa = sqrt(sigma / (1 - sigma*)) / sqrt(-dt): LongCat-Video (arXiv 2510.22200) weighs a step's policy loss by kappa, its KL by kappa^2.
+    """kappa = sqrt(sigma / (1 - sigma*)) / sqrt(-dt): LongCat-Video (arXiv 2510.22200) multiplies policy losses by kappa, KLs by kappa^2.
 
-    It undoes the factor by which flow_sde's gradient falls with the step; sigma* = sigma_max, the schedule's second entry, where sigma is 1.
+    It undoes the factor by which flow_sde's gradient falls with the step. sigma* = sigma_max (the schedule's second entry) at sigma 1.
     """
     return (sigma / (1 - torch.where(sigma >= 1, sigma_max, sigma)) / (sigma - sigma_next)).sqrt()

@@ -1,7 +1,8 @@
 """Noise levels of a denoising path: Float64 tensors of N + 1 sigmas, from 1 (noise) down to 0 (data).
 
 Published projects use different schedules for the same model, and "leave out the last step" means something else in each: SD3's ends
-..., 0.28, 0.009, 0, the shifted one ..., 0.25, 0 (10 steps, shift 3). A run therefore logs its sigmas. A network's timestep is 1000 sigma, never truncated.
+..., 0.28, 0.009, 0, the shifted one ..., 0.25, 0 (10 steps, shift 3). A run therefore logs its sigmas. A network's timestep is
+1000 sigma, never truncated.
 """
 
 from __future__ import annotations

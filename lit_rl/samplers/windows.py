@@ -20,10 +20,10 @@ def full_window(num_steps: int, *, fraction: float = 0.99) -> range:
 
 
 def random_window(*, size: int, low: int, high: int, rng: random.Random) -> range:
-    """`size` steps in a row, the first uniform in low ... high - size, both included: Flow-GRPO-Fast (3 of the first half, 2 of 0 ... 5)."""
+    """`size` steps in a row out of low ... high - 1, every position equally likely: Flow-GRPO-Fast (3 steps of the first half)."""
     if size < 1 or low < 0 or high - low < size:
         raise ValueError(
-            f"a window of {size} steps does not fit into steps {low} ... {high}; set size in [1, {high - low}] or widen the range"
+            f"a window of {size} steps does not fit into steps {low} ... {high - 1}; set size in [1, {high - low}] or widen the range"
         )
     first = rng.randint(low, high - size)
     return range(first, first + size)
