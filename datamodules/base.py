@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from lit_rl.errors import ConfigError
 from lit_rl.seeding import generator
 from lit_rl.types import Info, Prompts
+
+
+class Batches:
+    """A sized iterable that Lightning takes as *one* loader (a list would be several) and whose rows it does not redistribute."""
+
+    def __init__(self, batches: Sequence[Prompts]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Prompts]:
+        return iter(self.batches)
 
 
 class PromptDataModule(L.LightningDataModule):
@@ -35,7 +49,7 @@ class PromptDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if eval_batch_size < 1:
-            raise ValueError(f"data.eval_batch_size={eval_batch_size} must be at least 1")
+            raise ConfigError(f"data.eval_batch_size={eval_batch_size} must be at least 1")
         self.train, self.held_out, self.to_predict = train, held_out, to_predict
         self.eval_batch_size = eval_batch_size
         self.shuffle = shuffle
@@ -44,7 +58,7 @@ class PromptDataModule(L.LightningDataModule):
     def prompts(self, iteration: int, count: int) -> list[Info]:
         """Prompts number iteration * count ... of an endless sequence of permutations: every prompt once before any comes again."""
         if not self.train:
-            raise ValueError("No training prompts: set data.train")
+            raise ConfigError("No training prompts: set data.train")
         n = len(self.train)
         return [self.train[self._order(k // n)[k % n]] for k in range(iteration * count, (iteration + 1) * count)]
 
@@ -54,32 +68,32 @@ class PromptDataModule(L.LightningDataModule):
         return torch.randperm(len(self.train), generator=generator(self.seed, "prompts", round_)).tolist()
 
     def examples(self, step: int, count: int) -> tuple[Sequence[Info], Tensor]:
-        raise ValueError(f"{type(self).__name__} has no images to imitate: set model.warmup_steps to 0, or use datamodules.rendered_text")
+        raise ConfigError(f"{type(self).__name__} has no images to imitate: set model.warmup_steps to 0, or use datamodules.rendered_text")
 
     def train_dataloader(self) -> Any:
         """The rollouts of this epoch, which the method collects itself."""
         return self._trainer().lightning_module.train_loader()
 
-    def val_dataloader(self) -> list[Prompts]:
+    def val_dataloader(self) -> Batches:
         return self._batches(self.held_out)
 
-    def test_dataloader(self) -> list[Prompts]:
+    def test_dataloader(self) -> Batches:
         return self._batches(self.held_out)
 
-    def predict_dataloader(self) -> list[Prompts]:
+    def predict_dataloader(self) -> Batches:
         return self._batches(self.to_predict or self.held_out)
 
-    def _batches(self, info: Sequence[Info]) -> list[Prompts]:
+    def _batches(self, info: Sequence[Info]) -> Batches:
         """This rank's batches. All ranks get equally many of equal size: the last are filled up with copies whose group is -1."""
         trainer = self._trainer()
         if not info:
-            return []
+            return Batches(())
         size, world = self.eval_batch_size, trainer.world_size
         per_rank = -(-len(info) // (size * world)) * size if world > 1 else len(info)
         ids = list(range(trainer.global_rank * per_rank, (trainer.global_rank + 1) * per_rank))
         rows = [(i if i < len(info) else -1, info[min(i, len(info) - 1)]) for i in ids]
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-        return [Prompts(group=torch.tensor([i for i, _ in b]), info=[row for _, row in b]) for b in batches]
+        return Batches([Prompts(group=torch.tensor([i for i, _ in b]), info=[row for _, row in b]) for b in batches])
 
     def _trainer(self) -> L.Trainer:
         assert self.trainer is not None, "the datamodule is used through a Trainer"

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from datamodules.base import PromptDataModule
+from lit_rl.errors import ConfigError
 from lit_rl.types import Info
 
 SUFFIXES = (".txt", ".jsonl")
@@ -42,23 +43,23 @@ class PromptFiles(PromptDataModule):
             train = str(_split_file(folder, "train"))
             val = val or str(_split_file(folder, "test", "val"))
         splits = [read_prompts(Path(p), prompt_key=prompt_key) if p else [] for p in (train, val, predict)]
-        super().__init__(
-            splits[0][:max_train], splits[1][:max_val], splits[2], eval_batch_size=eval_batch_size, shuffle=shuffle, seed=seed
-        )
+        super().__init__(splits[0][:max_train], splits[1][:max_val], splits[2], eval_batch_size=eval_batch_size, shuffle=shuffle, seed=seed)
 
 
 def read_prompts(path: Path, *, prompt_key: str = "prompt") -> list[Info]:
     """The prompts of a .txt or .jsonl file, in order; raises ValueError with file and line for the first row that is not one."""
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: prompts are read from {' or '.join(SUFFIXES)} files")
+        raise ConfigError(f"{path}: prompts are read from {' or '.join(SUFFIXES)} files")
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ConfigError(f"{path}: no such file")
     rows: list[Info] = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if line.strip():
-            rows.append(_row(line, f"{path}:{number}", prompt_key) if path.suffix == ".jsonl" else MappingProxyType({"prompt": line.strip()}))
+            rows.append(
+                _row(line, f"{path}:{number}", prompt_key) if path.suffix == ".jsonl" else MappingProxyType({"prompt": line.strip()})
+            )
     if not rows:
-        raise ValueError(f"{path}: holds no prompts")
+        raise ConfigError(f"{path}: holds no prompts")
     return rows
 
 
@@ -66,11 +67,13 @@ def _row(line: str, where: str, prompt_key: str) -> Info:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}); each line must be one object") from error
+        raise ConfigError(f"{where}: not JSON ({error.msg} at column {error.colno}); each line must be one object") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object such as {{\"{prompt_key}\": ...}}, found {type(row).__name__}")
+        raise ConfigError(f'{where}: expected an object such as {{"{prompt_key}": ...}}, found {type(row).__name__}')
     if not isinstance(row.get(prompt_key), str) or not row[prompt_key].strip():
-        raise ValueError(f"{where}: key {prompt_key!r} must be a non-empty string; keys found: {sorted(row)}. data.prompt_key names another key")
+        raise ConfigError(
+            f"{where}: key {prompt_key!r} must be a non-empty string; keys found: {sorted(row)}. data.prompt_key names another key"
+        )
     return MappingProxyType(row | {"prompt": row[prompt_key]})
 
 
@@ -80,4 +83,4 @@ def _split_file(folder: Path, *names: str) -> Path:
             if (folder / f"{name}{suffix}").is_file():
                 return folder / f"{name}{suffix}"
     found = sorted(p.name for p in folder.iterdir())
-    raise ValueError(f"{folder}: needs {' or '.join(f'{n}{s}' for n in names for s in SUFFIXES)}; found {found}")
+    raise ConfigError(f"{folder}: needs {' or '.join(f'{n}{s}' for n in names for s in SUFFIXES)}; found {found}")

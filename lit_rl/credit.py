@@ -8,7 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from lit_rl.advantages import Scale, PromptTracker, gdpo_advantages, group_advantages, per_reward_advantages
+from lit_rl.advantages import PromptTracker, Scale, gdpo_advantages, group_advantages, per_reward_advantages
+from lit_rl.errors import ConfigError
 
 
 @dataclass
@@ -33,16 +34,23 @@ class Advantage:
 
     def __post_init__(self) -> None:
         if self.clip <= 0:
-            raise ValueError(f"model.advantage.clip={self.clip} must be above 0; Flow-GRPO uses 5")
+            raise ConfigError(f"model.advantage.clip={self.clip} must be above 0; Flow-GRPO uses 5")
         if self.eps < 0:
-            raise ValueError(f"model.advantage.eps={self.eps} must not be negative; Flow-GRPO uses 1e-4")
+            raise ConfigError(f"model.advantage.eps={self.eps} must not be negative; Flow-GRPO uses 1e-4")
 
     def tracker(self) -> PromptTracker | None:
         """The statistics that `history` needs; they belong into the checkpoint."""
         return PromptTracker() if self.kind == "history" else None
 
     def __call__(
-        self, rewards: Mapping[str, Tensor], total: Tensor, group: Tensor, *, weights: Mapping[str, float], prompts: Sequence[str], tracker: PromptTracker | None
+        self,
+        rewards: Mapping[str, Tensor],
+        total: Tensor,
+        group: Tensor,
+        *,
+        weights: Mapping[str, float],
+        prompts: Sequence[str],
+        tracker: PromptTracker | None,
     ) -> Tensor:
         """Advantages Float64 "B" of the samples of all processes; NaN rewards give 0.
 

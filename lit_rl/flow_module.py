@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_rl.advantages import group_metrics, total_reward
 from lit_rl.credit import Advantage
+from lit_rl.errors import ConfigError
 from lit_rl.losses.flow import flow_matching_loss
 from lit_rl.module import LitRL, gather_objects
 from lit_rl.policies.base import FlowPolicy
@@ -57,7 +58,7 @@ class LitFlow(LitRL[FlowRollout]):
         sizes = {"num_steps": num_steps, "eval_num_steps": eval_num_steps, "rollout_micro_batch": rollout_micro_batch}
         for name, value in (sizes | {"train_micro_batch": train_micro_batch or 1}).items():
             if value < 1:
-                raise ValueError(f"model.{name}={value} must be at least 1")
+                raise ConfigError(f"model.{name}={value} must be at least 1")
         self.policy = policy
         self.num_steps = num_steps
         self.eval_num_steps = eval_num_steps
@@ -197,7 +198,7 @@ class LitFlow(LitRL[FlowRollout]):
         return -(-pairs // (self.train_micro_batch * accumulate)) * accumulate
 
     def split(self, rollout: FlowRollout, inner_epoch: int) -> list[Tensor]:
-        """Minibatches of one pass: each optimizer step gets its share of the pairs of *every* group, drawn by a permutation of that group's own.
+        """Minibatches of one pass: each optimizer step gets a share of the pairs of *every* group, by a permutation of the group's own.
 
         So an optimizer step sees the same pairs whatever the number of processes and the size of micro-batches, and every prompt
         weighs alike in it. Pairs without weight are left out. Rows are flat indices b * S + s.
@@ -231,4 +232,3 @@ class LitFlow(LitRL[FlowRollout]):
 
     def restore_rollout(self, fields: dict[str, Any]) -> FlowRollout:
         return FlowRollout(**fields).to(self.device)
-

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import Scorer
 from lit_rl.seeding import generator
 from lit_rl.types import Examples, Info, Minibatch, Prompts, Rollout
@@ -262,17 +263,17 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         """Raise on sizes that do not divide, before any model is loaded."""
         world, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
         if self.prompts_per_iteration % world:
-            raise ValueError(
+            raise ConfigError(
                 f"model.prompts_per_iteration={self.prompts_per_iteration} does not divide among {world} processes; "
                 f"use a multiple of {world}, e.g. {-(-self.prompts_per_iteration // world) * world}"
             )
         if self.warmup_steps and self.warmup_batch_size % (world * accumulate):
-            raise ValueError(
+            raise ConfigError(
                 f"model.warmup_batch_size={self.warmup_batch_size} does not divide among {world} processes x "
                 f"trainer.accumulate_grad_batches={accumulate}; use a multiple of {world * accumulate}"
             )
         if self.trainer.max_steps != -1:
-            raise ValueError(
+            raise ConfigError(
                 "trainer.max_steps breaks the one-epoch-one-rollout scheme on resume: set trainer.max_epochs "
                 f"(iterations{' + 1 for the warm-up' if self.warmup_steps else ''}) and leave max_steps at -1"
             )
@@ -288,7 +289,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         if saved is None:
             return
         if len(saved["ranks"]) != self.trainer.world_size:
-            raise ValueError(
+            raise ConfigError(
                 f"This checkpoint was written inside an iteration by {len(saved['ranks'])} processes and cannot continue on "
                 f"{self.trainer.world_size}: use as many devices, or a checkpoint from the end of an epoch"
             )
@@ -355,4 +356,4 @@ def _plain(rollout: Rollout) -> dict[str, Any]:
 def _at_least(minimum: int, **values: int) -> None:
     for name, value in values.items():
         if value < minimum:
-            raise ValueError(f"model.{name}={value} must be at least {minimum}")
+            raise ConfigError(f"model.{name}={value} must be at least {minimum}")

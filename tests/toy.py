@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,6 +39,21 @@ class ToyPolicy(FlowPolicy):
             self.network = nn.Sequential(
                 nn.Sequential(nn.Linear(4 + 1 + 8, self.width), nn.SiLU(), nn.Dropout(self.dropout)), nn.Linear(self.width, 4)
             )
+        self.frozen = deepcopy(self.network).requires_grad_(False)
+
+    def networks(self) -> Sequence[nn.Module]:
+        return [self.network, self.frozen]
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        live, self.network = self.network, self.frozen
+        try:
+            yield
+        finally:
+            self.network = live
+
+    def refresh_reference(self) -> None:
+        self.frozen.load_state_dict(self.network.state_dict())
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         return [network[0]]  # type: ignore[index]
@@ -87,17 +104,23 @@ class ToyData(PromptDataModule):
 
 def toy_method(cls: type[FlowGRPO] = FlowGRPO, *, lr: float = 1e-2, dropout: float = 0.0, **kwargs: Any) -> FlowGRPO:
     defaults: dict[str, Any] = dict(
-        prompts_per_iteration=4, group_size=4, num_steps=4, eval_num_steps=4, rollout_micro_batch=6, warmup_batch_size=8,
+        prompts_per_iteration=4, group_size=4, num_steps=4, eval_num_steps=4, rollout_micro_batch=6, warmup_batch_size=24,
         clip_low=1e-2, clip_high=1e-2, optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
     )  # fmt: skip
     return cls(ToyPolicy(dropout=dropout), **(defaults | kwargs))
 
 
-def toy_trainer(folder: Path, *, callbacks: Sequence[L.Callback] = (), rewards: Mapping[str, Reward] | None = None, **kwargs: Any) -> L.Trainer:
+def toy_trainer(
+    folder: Path,
+    *,
+    callbacks: Sequence[L.Callback] = (),
+    rewards: Mapping[str, Reward] | None = None,
+    max_failed_fraction: float = 0.05,
+    **kwargs: Any,
+) -> L.Trainer:
     defaults: dict[str, Any] = dict(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
         max_epochs=2, num_sanity_val_steps=0, limit_val_batches=0, default_root_dir=folder, log_every_n_steps=1,
     )  # fmt: skip
-    scoring = RewardScoring(rewards=dict(rewards or {"brightness": Brightness()}))
+    scoring = RewardScoring(rewards=dict(rewards or {"brightness": Brightness()}), max_failed_fraction=max_failed_fraction)
     return L.Trainer(**(defaults | kwargs), callbacks=[scoring, *callbacks])
-

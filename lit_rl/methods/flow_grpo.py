@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_rl.errors import ConfigError
 from lit_rl.flow_module import LitFlow
 from lit_rl.losses.flow import KLKind, gaussian_kl
 from lit_rl.losses.policy_gradient import clipped_ratio_loss, guard_logratio, policy_metrics
@@ -38,7 +39,7 @@ class FlowGRPO(LitFlow):
 
     Args:
         policy: See `LitFlow`, as for `num_steps`, `rollout_micro_batch`, `train_micro_batch`, ...
-        dynamics: Stochastic sampler. With `cps` images stay clean at any noise level; its log-probabilities have another scale, so clip anew.
+        dynamics: Stochastic sampler. With `cps` images stay clean at any noise level; its log-probabilities are smaller, so clip less.
         noise_level: a of the sampler (flow_sde 0.7, FLUX 0.9; cps 0.8, in [0, 1]; dance_sde 0.3).
         timestep_fraction: Trained share of the steps, from the start; 0.99 leaves out the last one.
         clip_low, clip_high: The ratio is clipped to [1 - clip_low, 1 + clip_high]. Log-probabilities are means over latent elements, so
@@ -66,9 +67,9 @@ class FlowGRPO(LitFlow):
         super().__init__(policy, **kwargs)
         _check(dynamics=dynamics, noise_level=noise_level, clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef)
         if not 0 < timestep_fraction <= 1:
-            raise ValueError(f"model.timestep_fraction={timestep_fraction} must be in (0, 1]; 0.99 leaves out the last step")
+            raise ConfigError(f"model.timestep_fraction={timestep_fraction} must be in (0, 1]; 0.99 leaves out the last step")
         if self.credit_rule.drop_zero and kl_coef:
-            raise ValueError("model.advantage.drop_zero would drop pairs that model.kl_coef still trains: set one of them to its default")
+            raise ConfigError("model.advantage.drop_zero would drop pairs that model.kl_coef still trains: set one of them to its default")
         self.dynamics = dynamics
         self.noise_level = noise_level
         self.timestep_fraction = timestep_fraction
@@ -155,8 +156,8 @@ class FlowGRPO(LitFlow):
     def act(self, x: Tensor, v: Tensor, sigmas: Tensor, i: int, level: float, noise: Tensor | None) -> Step:
         """Step i of the whole micro-batch, drawn with `noise`; deterministic where the level is 0."""
         return sde_step(
-            x, v, sigma=sigmas[i].expand(len(x)), sigma_next=sigmas[i + 1].expand(len(x)),
-            dynamics=self.dynamics if level else "ode", noise_level=level, sigma_max=float(sigmas[1]), noise=noise, dtype=self.storage_dtype,
+            x, v, sigma=sigmas[i].expand(len(x)), sigma_next=sigmas[i + 1].expand(len(x)), sigma_max=float(sigmas[1]),
+            dynamics=self.dynamics if level else "ode", noise_level=level, noise=noise, dtype=self.storage_dtype,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ loss
@@ -164,7 +165,8 @@ class FlowGRPO(LitFlow):
         b, s = (rows // rollout.logprobs.shape[1]).to(self.device), (rows % rollout.logprobs.shape[1]).to(self.device)
         assert rollout.advantages is not None and rollout.weights is not None
         return PairBatch(
-            x=rollout.latents[b, s].float(), x_next=rollout.latents[b, s + 1], sigma=rollout.times[b, s], sigma_next=rollout.times[b, s + 1],
+            x=rollout.latents[b, s].float(), x_next=rollout.latents[b, s + 1],
+            sigma=rollout.times[b, s], sigma_next=rollout.times[b, s + 1],
             logprobs=rollout.logprobs[b, s], advantages=rollout.advantages[b, s], weights=rollout.weights[b, s],
             cond=take_rows(rollout.cond, rollout.cond_row[b]), means=None if rollout.means is None else rollout.means[b, s],
         )  # fmt: skip
@@ -173,9 +175,7 @@ class FlowGRPO(LitFlow):
         """max(-A r, -A clip(r)) + kl_coef KL, per pair."""
         v = self.policy.velocity(minibatch.x, minibatch.sigma, minibatch.cond)
         step = self.replay_step(v, minibatch)
-        losses = clipped_ratio_loss(
-            self.log_ratio(step, minibatch), minibatch.advantages, clip_low=self.clip_low, clip_high=self.clip_high
-        )
+        losses = clipped_ratio_loss(self.log_ratio(step, minibatch), minibatch.advantages, clip_low=self.clip_low, clip_high=self.clip_high)
         self.log_dict(
             policy_metrics(step.logprob, minibatch.logprobs, clip_low=self.clip_low, clip_high=self.clip_high, weights=minibatch.weights)
         )
@@ -230,8 +230,8 @@ class FlowGRPOFast(FlowGRPO):
         super().__init__(policy, dynamics=dynamics, noise_level=noise_level, clip_low=clip_low, clip_high=clip_high, **kwargs)
         self.window_size = window_size
         self.window_range = window_range or (0, max(window_size, self.num_steps // 2))
-        if not (0 <= self.window_range[0] and self.window_range[1] <= self.num_steps):
-            raise ValueError(f"model.window_range={list(self.window_range)} must lie in 0 ... model.num_steps={self.num_steps}")
+        if not (self.window_range[0] >= 0 and self.window_range[1] <= self.num_steps):
+            raise ConfigError(f"model.window_range={list(self.window_range)} must lie in 0 ... model.num_steps={self.num_steps}")
         self.window(0)  # raises if the window does not fit
 
     def window(self, iteration: int) -> range:
@@ -300,7 +300,7 @@ class DanceGRPO(FlowGRPO):
     ) -> None:
         super().__init__(policy, dynamics=dynamics, noise_level=noise_level, same_latent=same_latent, **kwargs)
         if not 0 < trained_fraction <= 1:
-            raise ValueError(f"model.trained_fraction={trained_fraction} must be in (0, 1]; DanceGRPO uses 0.6")
+            raise ConfigError(f"model.trained_fraction={trained_fraction} must be in (0, 1]; DanceGRPO uses 0.6")
         self.trained_fraction = trained_fraction
 
     def chosen(self, rollout: FlowRollout) -> Tensor:
@@ -330,11 +330,13 @@ class GRPOGuard(FlowGRPO):
 
 def _check(*, dynamics: Dynamics, noise_level: float, clip_low: float, clip_high: float, kl_coef: float) -> None:
     if dynamics == "ode":
-        raise ValueError("model.dynamics=ode takes no random steps, so there is nothing to learn from; use flow_sde, cps or dance_sde")
+        raise ConfigError("model.dynamics=ode takes no random steps, so there is nothing to learn from; use flow_sde, cps or dance_sde")
     if noise_level <= 0 or (dynamics == "cps" and noise_level > 1):
-        raise ValueError(f"model.noise_level={noise_level} must be above 0{' and at most 1 for cps' if dynamics == 'cps' else ''}")
+        raise ConfigError(f"model.noise_level={noise_level} must be above 0{' and at most 1 for cps' if dynamics == 'cps' else ''}")
     for name, value in {"clip_low": clip_low, "clip_high": clip_high}.items():
         if not 0 < value < 1:
-            raise ValueError(f"model.{name}={value} must be in (0, 1); log-probabilities are means over latent elements, so use 1e-5 ... 1e-3")
+            raise ConfigError(
+                f"model.{name}={value} must be in (0, 1); log-probabilities are means over latent elements, so use 1e-5 ... 1e-3"
+            )
     if kl_coef < 0:
-        raise ValueError(f"model.kl_coef={kl_coef} must not be negative; 0 turns the reference off")
+        raise ConfigError(f"model.kl_coef={kl_coef} must not be negative; 0 turns the reference off")

@@ -42,7 +42,7 @@ class FlowPolicy(nn.Module, ABC):
 
     @abstractmethod
     def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Predicted dx/dt, guidance included. x: Float "B *D", t: Float "B" in [0, 1] (1 = noise), cond: rows matched to x. Returns Float "B *D"."""
+        """Predicted dx/dt Float32 "B *D", guidance included. x: Float32 "B *D", t: Float "B" in [0, 1] (1 = noise), cond: B rows."""
 
     @abstractmethod
     def decode(self, x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class FlowPolicy(nn.Module, ABC):
     def reference(self) -> AbstractContextManager[None]:
         """Inside it the initial weights answer: LoRA disabled, or the frozen copy of a full fine-tune."""
 
-    def refresh_reference(self) -> None:  # noqa: B027  (LoRA's reference is its base, which nothing changes)
+    def refresh_reference(self) -> None:
         """Called once after a supervised warm-up: a frozen copy becomes equal to the current weights."""
 
     @abstractmethod

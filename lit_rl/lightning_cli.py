@@ -1,0 +1,76 @@
+"""LightningCLI for this project: one-sentence errors, one seed, checkpoints that are checked before anything is loaded."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import lightning as L
+from callbacks.graceful_stop import GracefulStop
+from callbacks.image_writer import ImageWriter
+from callbacks.rng_state import RngState
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from lit_rl.checkpoints.files import AtomicCheckpointIO, resolve_checkpoint
+from lit_rl.errors import ConfigError
+from lit_rl.module import LitRL
+
+
+class Parser(LightningArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        """The sentence that says what is wrong, without pages of usage around it."""
+        sys.stderr.write(f"error: {message}\n")
+        raise SystemExit(2)
+
+
+class CLI(LightningCLI):
+    """`fit | validate | test | predict` over any `LitRL` method and any datamodule, named by dotted path in the YAML."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            LitRL,
+            L.LightningDataModule,
+            parser_class=Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [RngState(), GracefulStop()]},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ImageWriter, "images")
+        for target in ("model.init_args.seed", "data.init_args.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=int)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would replace the hyper-parameters of the YAML and the command line by the checkpoint's; a run means what it says."""
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            self.parser.error(str(error))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        AtomicCheckpointIO.install(trainer)
+        return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs.get("ckpt_path"):
+            folders = [c.dirpath for c in self.trainer.checkpoint_callbacks if c.dirpath]  # type: ignore[attr-defined]
+            try:
+                kwargs["ckpt_path"] = resolve_checkpoint(kwargs["ckpt_path"], folders)
+            except ConfigError as error:
+                self.parser.error(str(error))
+        return kwargs
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except ConfigError as error:
+            self.parser.error(str(error))
