@@ -31,7 +31,7 @@ class PromptDataModule(L.LightningDataModule):
     """Training prompts in seeded order, and held-out prompts in file order.
 
     Args:
-        train, held_out, to_predict: The prompts of fit, validate/test and predict; each a read-only mapping with at least `prompt`.
+        train_prompts, held_out, to_predict: The prompts of fit, validate/test and predict; each a read-only mapping with at least `prompt`.
         eval_batch_size: Held-out prompts per batch and process.
         shuffle: Draw training prompts in a new random order each time all have been used; otherwise in file order.
         seed: Of that order. The CLI sets it to `seed_everything`.
@@ -39,7 +39,7 @@ class PromptDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: Sequence[Info] = (),
+        train_prompts: Sequence[Info] = (),
         held_out: Sequence[Info] = (),
         to_predict: Sequence[Info] = (),
         *,
@@ -50,22 +50,22 @@ class PromptDataModule(L.LightningDataModule):
         super().__init__()
         if eval_batch_size < 1:
             raise ConfigError(f"data.eval_batch_size={eval_batch_size} must be at least 1")
-        self.train, self.held_out, self.to_predict = train, held_out, to_predict
+        self.train_prompts, self.held_out, self.to_predict = train_prompts, held_out, to_predict
         self.eval_batch_size = eval_batch_size
         self.shuffle = shuffle
         self.seed = seed
 
     def prompts(self, iteration: int, count: int) -> list[Info]:
         """Prompts number iteration * count ... of an endless sequence of permutations: every prompt once before any comes again."""
-        if not self.train:
+        if not self.train_prompts:
             raise ConfigError("No training prompts: set data.train")
-        n = len(self.train)
-        return [self.train[self._order(k // n)[k % n]] for k in range(iteration * count, (iteration + 1) * count)]
+        n = len(self.train_prompts)
+        return [self.train_prompts[self._order(k // n)[k % n]] for k in range(iteration * count, (iteration + 1) * count)]
 
     def _order(self, round_: int) -> list[int]:
         if not self.shuffle:
-            return list(range(len(self.train)))
-        return torch.randperm(len(self.train), generator=generator(self.seed, "prompts", round_)).tolist()
+            return list(range(len(self.train_prompts)))
+        return torch.randperm(len(self.train_prompts), generator=generator(self.seed, "prompts", round_)).tolist()
 
     def examples(self, step: int, count: int) -> tuple[Sequence[Info], Tensor]:
         raise ConfigError(f"{type(self).__name__} has no images to imitate: set model.warmup_steps to 0, or use datamodules.rendered_text")

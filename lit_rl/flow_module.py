@@ -82,11 +82,13 @@ class LitFlow(LitRL[FlowRollout]):
 
         if not isinstance(self.trainer.strategy, ModelParallelStrategy):
             return
+        assert self.device_mesh is not None
+        mesh = self.device_mesh["data_parallel"]
         for network in self.policy.networks():
             if not isinstance(network, FSDPModule):
                 for block in self.policy.blocks(network):
-                    fully_shard(block, mesh=self.device_mesh["data_parallel"])
-                fully_shard(network, mesh=self.device_mesh["data_parallel"])
+                    fully_shard(block, mesh=mesh)
+                fully_shard(network, mesh=mesh)
 
     def finish_warmup(self) -> None:
         super().finish_warmup()

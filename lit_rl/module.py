@@ -179,7 +179,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         return self.inner_epochs * self.minibatches_per_pass()
 
     def minibatches_done(self) -> int:
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
 
     def replay(self, indices: range) -> Iterator[Minibatch]:
         if self.warming_up:
@@ -247,8 +247,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
 
     def finish_warmup(self) -> None:
         """Forget the moments of the supervised gradients: they are orders of magnitude larger than a policy gradient's."""
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        for state in optimizer.state.values():
+        for state in self.trainer.optimizers[0].state.values():
             for value in state.values():
                 if isinstance(value, Tensor):
                     value.zero_()
@@ -256,7 +255,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     # ------------------------------------------------------------------ Lightning's other hooks
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            self.trainer.reload_dataloaders_every_n_epochs = 1  # one loader per epoch, see ReplayLoader
+            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # see ReplayLoader
             self.check_geometry()
 
     def check_geometry(self) -> None:
@@ -315,7 +314,11 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
 
     def all_ranks(self, x: Tensor) -> Tensor:
         """Rows of every process, in order of rank: "B ..." -> "W*B ..."."""
-        return self.all_gather(x).flatten(0, 1) if self.trainer.world_size > 1 else x
+        if self.trainer.world_size == 1:
+            return x
+        rows = self.all_gather(x)
+        assert isinstance(rows, Tensor)
+        return rows.flatten(0, 1)
 
     def permutation(self, n: int, *purpose: int | str) -> Tensor:
         """A permutation of n that depends on the seed and `purpose` alone."""

@@ -99,7 +99,7 @@ class ToyData(PromptDataModule):
         super().__init__(rows[:prompts], rows[prompts:], eval_batch_size=2, **kwargs)
 
     def examples(self, step: int, count: int) -> tuple[Sequence[Info], Tensor]:
-        return [self.train[i % len(self.train)] for i in range(count)], torch.zeros(count, 3, 2, 2, dtype=torch.uint8)
+        return [self.train_prompts[i % len(self.train_prompts)] for i in range(count)], torch.zeros(count, 3, 2, 2, dtype=torch.uint8)
 
 
 def toy_method(cls: type[FlowGRPO] = FlowGRPO, *, lr: float = 1e-2, dropout: float = 0.0, **kwargs: Any) -> FlowGRPO:
