@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +17,18 @@ from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.lora import (
     TRAINED,
     LoraSettings,
-    adapter_parameters,
     add_frozen_copy,
     add_lora,
     copy_adapter,
     disabled_adapters,
+    load_adapter,
     local,
+    save_adapter,
     using_adapter,
 )
-from lit_rl.policies.pretrained import check_pretrained, check_resolution, component_config, vae_factor
+from lit_rl.policies.pretrained import check_index, check_pretrained, check_resolution, component_config, vae_factor
 from lit_rl.samplers.schedules import flux_mu
 from lit_rl.types import Cond
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -138,14 +136,14 @@ class DiffusersFlowPolicy(FlowPolicy):
         if "network" in self._modules:
             return
         pipe = self._read_pipeline()
-        self._pipe = pipe  # no nn.Module, so that nobody shards, moves or saves what is frozen in it
+        self._pipe: Any = pipe  # no nn.Module, so that nobody shards, moves or saves what is frozen in it
         check_resolution(self.resolution, cell=self.vae_factor * self.tokens_side(pipe.transformer.config))
         self._network_class = type(pipe.transformer)
         self.network = pipe.transformer
         if self.lora:
             add_lora(self.network, self.lora, targets=self.lora.targets or self.lora_targets, seed=torch.initial_seed())
             if self.lora.initial:
-                self._start_from(self.lora.initial, self.lora)
+                load_adapter(self.network, self.lora.initial, self.lora, pipeline=type(pipe))
             if self.keep_reference:
                 add_frozen_copy(self.network, REFERENCE)
         else:
@@ -159,14 +157,20 @@ class DiffusersFlowPolicy(FlowPolicy):
                 for block in self.blocks(network):
                     block.compile()
 
-    def _read_pipeline(self) -> DiffusionPipeline:
+    def _read_pipeline(self) -> Any:
         import diffusers
 
         import lit_rl.policies.pixel_vae  # noqa: F401  (diffusers looks it up among the imported modules)
 
         pipeline = getattr(diffusers, self.pipeline)
         where = str(self.folder or self.pretrained)
-        index = pipeline.load_config(where, revision=self.source["revision"])
+        try:
+            index = pipeline.load_config(where, revision=self.source["revision"])
+        except OSError as error:
+            raise ValueError(f"pretrained: {where!r} is neither a folder nor a hub repository that can be read: {error}") from error
+        check_index(index, where, pipeline=self.pipeline, policies=POLICIES)
+        if self.max_sequence_length == 0 and any(part[1] == "T5EncoderModel" for part in index.values() if isinstance(part, list | tuple)):
+            raise ValueError(f"max_sequence_length: 0 asks the T5 encoder of {where!r} for no token; set it to at least 1")
         absent = {name: None for name, part in index.items() if isinstance(part, list | tuple) and part[0] is None}
         network_dtype = self.dtype if self.lora else torch.float32
         dtypes = {"transformer": network_dtype, "vae": self.vae_dtype, "default": self.dtype}
@@ -175,22 +179,6 @@ class DiffusersFlowPolicy(FlowPolicy):
             if isinstance(part, nn.Module):
                 part.requires_grad_(False)
         return pipe
-
-    def _start_from(self, folder: str, settings: LoraSettings) -> None:
-        """Copy the adapter stored in `folder` into the trained one."""
-        stored, metadata = type(self._pipe).lora_state_dict(str(Path(folder).expanduser()), return_lora_metadata=True)
-        alpha = (metadata or {}).get("transformer.lora_alpha", settings.alpha)
-        targets = adapter_parameters(self.network, TRAINED)
-        weights = {key.removeprefix("transformer."): value for key, value in stored.items()}
-        if weights.keys() != targets.keys() or alpha != settings.alpha or any(weights[k].shape != targets[k].shape for k in targets):
-            rank = next(value.shape[0] for key, value in weights.items() if ".lora_A." in key)
-            raise ValueError(
-                f"lora.initial: {folder!r} holds {len(weights)} tensors of rank {rank} and alpha {alpha}, the settings ask for {len(targets)} "
-                f"of rank {settings.rank} and alpha {settings.alpha}; set lora.rank, lora.alpha and lora.targets to those of the folder"
-            )
-        with torch.no_grad():
-            for key, parameter in targets.items():
-                parameter.copy_(weights[key])
 
     # ------------------------------------------------------------------ geometry
     @classmethod
@@ -255,8 +243,10 @@ class DiffusersFlowPolicy(FlowPolicy):
         if not self.keep_reference:
             return
         for module in self.modules():
-            if hasattr(module, "reshard"):  # FSDP2: a forward may have left the gathered weights in place of the shards
-                module.reshard()
+            if callable(
+                reshard := getattr(module, "reshard", None)
+            ):  # FSDP2: a forward may have left gathered weights in the shards' place
+                reshard()
         if self.lora:
             copy_adapter(self.network, source=TRAINED, target=REFERENCE)
         elif self.reference_network is not None:
@@ -267,7 +257,8 @@ class DiffusersFlowPolicy(FlowPolicy):
         """The inputs in the network's own precision, or as they are where autocast chooses."""
         if torch.is_autocast_enabled(self.device.type):
             return list(tensors)
-        dtype = self.answering().context_embedder.weight.dtype  # type: ignore[union-attr]
+        network: Any = self.answering()
+        dtype = network.context_embedder.weight.dtype
         return [tensor.to(dtype) for tensor in tensors]
 
     # ------------------------------------------------------------------ frozen parts
@@ -325,18 +316,9 @@ class DiffusersFlowPolicy(FlowPolicy):
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         named = {name.removeprefix("network."): tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         if self.lora:
-            self._save_lora(folder, {name.replace(f".{TRAINED}.", "."): tensor for name, tensor in named.items()})
+            save_adapter(self.network, folder, named, pipeline=type(self._pipe))
         else:
             self._save_pipeline(folder, named)
-
-    def _save_lora(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        expected = adapter_parameters(self.network, TRAINED).keys()
-        if weights.keys() != expected:
-            raise ValueError(
-                f"save: the adapter has {len(expected)} tensors, got {len(weights)}, {len(weights.keys() & expected)} of them its own"
-            )
-        settings = self.network.peft_config[TRAINED].to_dict()  # type: ignore[union-attr, index]
-        type(self._pipe).save_lora_weights(folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=settings)
 
     def _save_pipeline(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """The whole pipeline around a transformer without storage of its own, so that the live one is neither read nor written."""

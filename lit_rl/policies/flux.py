@@ -42,8 +42,7 @@ class FluxPolicy(DiffusersFlowPolicy):
     def tokens_side(transformer: dict[str, Any]) -> int:
         return 2
 
-    def blocks(self, network: nn.Module | None = None) -> Sequence[nn.Module]:
-        network = network or self.network
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         return [*network.transformer_blocks, *network.single_transformer_blocks]  # type: ignore[misc, list-item]
 
     def encode_one(self, prompt: str) -> Cond:

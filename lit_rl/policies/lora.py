@@ -6,7 +6,8 @@ policy): they are switched to by name, and never by peft's own calls, which chan
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,10 +78,8 @@ def add_lora(network: nn.Module, settings: LoraSettings, *, targets: list[str], 
 
 def add_frozen_copy(network: nn.Module, name: str) -> None:
     """Add adapter `name`, frozen and equal to the trained one, which stays the active one."""
-    import copy
-
     config = copy.deepcopy(network.peft_config[TRAINED])  # type: ignore[union-attr, index]
-    with using_adapter(network, TRAINED):
+    with using_adapter(network, TRAINED), torch.random.fork_rng(devices=[]):
         network.add_adapter(config, adapter_name=name)  # type: ignore[operator]
     for adapter, trained in ((name, False), (TRAINED, True)):
         for parameter in adapter_parameters(network, adapter).values():
@@ -100,6 +99,33 @@ def copy_adapter(network: nn.Module, *, source: str, target: str) -> None:
 def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The adapter's parameters by their name in diffusers' LoRA files ("...to_q.lora_A.weight")."""
     return {key.replace(f".{name}.", "."): p for key, p in network.named_parameters() if f".{name}." in key and ".lora_" in key}
+
+
+@torch.no_grad()
+def load_adapter(network: nn.Module, folder: str, settings: LoraSettings, *, pipeline: type) -> None:
+    """Copy the adapter stored in `folder` into the trained one. Raises when it has another rank, alpha or other targets."""
+    stored, metadata = pipeline.lora_state_dict(str(Path(folder).expanduser()), return_lora_metadata=True)  # type: ignore[attr-defined]
+    weights = {key.removeprefix("transformer."): value for key, value in stored.items()}
+    alpha = (metadata or {}).get("transformer.lora_alpha", settings.alpha)
+    targets = adapter_parameters(network, TRAINED)
+    if weights.keys() != targets.keys() or alpha != settings.alpha or any(weights[key].shape != targets[key].shape for key in targets):
+        rank = next(value.shape[0] for key, value in weights.items() if ".lora_A." in key)
+        raise ValueError(
+            f"lora.initial: {folder!r} holds {len(weights)} tensors of rank {rank} and alpha {alpha}, the settings ask for {len(targets)} "
+            f"of rank {settings.rank} and alpha {settings.alpha}; set lora.rank, lora.alpha and lora.targets to those of the folder"
+        )
+    for key, parameter in targets.items():
+        parameter.copy_(weights[key])
+
+
+def save_adapter(network: nn.Module, folder: Path, weights: Mapping[str, Tensor], *, pipeline: type) -> None:
+    """Write `weights`, named as the trained adapter's parameters in `network`, as stock `pipe.load_lora_weights(folder)` reads them."""
+    named = {key.replace(f".{TRAINED}.", "."): tensor for key, tensor in weights.items()}
+    expected = adapter_parameters(network, TRAINED).keys()
+    if named.keys() != expected:
+        raise ValueError(f"save: the adapter has {len(expected)} tensors, got {len(named)}, {len(named.keys() & expected)} of them its own")
+    metadata = network.peft_config[TRAINED].to_dict()  # type: ignore[union-attr, index]  # without it alpha would be read as the rank
+    pipeline.save_lora_weights(folder, transformer_lora_layers=named, transformer_lora_adapter_metadata=metadata)  # type: ignore[attr-defined]
 
 
 def local(parameter: Tensor) -> Tensor:

@@ -31,13 +31,14 @@ class PixelUnshuffleVAE(ModelMixin, ConfigMixin):
         shift_factor: float = 0.0,
     ) -> None:
         super().__init__()
+        self.image_channels = image_channels
         self.factor = 2 ** (len(block_out_channels) - 1)
         if latent_channels != (unshuffled := image_channels * self.factor**2):
             raise ValueError(f"latent_channels={latent_channels}: {image_channels} channels unshuffled by {self.factor} make {unshuffled}")
         self.register_buffer("anchor", torch.zeros(1))  # a tensor for the dtype, the device and the weights file to hang on
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        pixels = x if self.config.image_channels == 3 else x.mean(dim=1, keepdim=True)
+        pixels = x if self.image_channels == 3 else x.mean(dim=1, keepdim=True)
         mean = pixel_unshuffle(pixels, self.factor)
         posterior = DiagonalGaussianDistribution(torch.cat([mean, torch.zeros_like(mean)], dim=1), deterministic=True)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)

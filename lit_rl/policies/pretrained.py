@@ -22,11 +22,16 @@ def check_pretrained(pretrained: str, *, pipeline: str, policies: dict[str, str]
     if not index.is_file():
         found = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing" if folder.is_dir() else "a file"
         raise ValueError(f"pretrained: {pretrained!r} is not a diffusers pipeline: no model_index.json there, found {found}")
-    stored = json.loads(index.read_text()).get("_class_name")
+    check_index(json.loads(index.read_text()), pretrained, pipeline=pipeline, policies=policies)
+    return folder
+
+
+def check_index(index: dict[str, Any], pretrained: str, *, pipeline: str, policies: dict[str, str]) -> None:
+    """Raises ValueError when `model_index.json` is of another pipeline class than `pipeline`."""
+    stored = index.get("_class_name")
     if stored != pipeline:
         hint = f"; {policies[stored]} serves that" if stored in policies else ""
         raise ValueError(f"pretrained: {pretrained!r} holds a {stored}, not a {pipeline}{hint}")
-    return folder
 
 
 def component_config(folder: Path, name: str) -> dict[str, Any]:

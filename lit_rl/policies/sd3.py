@@ -38,8 +38,8 @@ class SD3Policy(DiffusersFlowPolicy):
     def guided(self) -> bool:
         return self.guidance_scale > 1
 
-    def blocks(self, network: nn.Module | None = None) -> Sequence[nn.Module]:
-        return list((network or self.network).transformer_blocks)  # type: ignore[arg-type]
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        return list(network.transformer_blocks)  # type: ignore[arg-type]
 
     def encode_one(self, prompt: str) -> Cond:
         embeds, _, pooled, _ = self._pipe.encode_prompt(

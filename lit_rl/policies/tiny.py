@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 if TYPE_CHECKING:
-    from diffusers import ModelMixin
     from transformers import CLIPTokenizer, PreTrainedModel, T5EncoderModel, T5Tokenizer
 
 VaeKind = Literal["pixel", "kl"]
@@ -77,7 +76,7 @@ def build_sd3(
             dual_attention_layers=tuple(dual_attention_layers),
             qk_norm=qk_norm,
         )
-        pipe = StableDiffusion3Pipeline(
+        pipe: Any = StableDiffusion3Pipeline(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
             vae=autoencoder,
@@ -134,7 +133,7 @@ def build_flux(
             guidance_embeds=guidance_embeds,
             axes_dims_rope=(head // 4, head // 8 * 3, head - head // 4 - head // 8 * 3),
         )
-        pipe = FluxPipeline(
+        pipe: Any = FluxPipeline(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if guidance_embeds else 1.0, use_dynamic_shifting=guidance_embeds),
             vae=autoencoder,
@@ -152,7 +151,7 @@ def _check_size(height: int, width: int, *, cell: int) -> None:
         raise ValueError(f"{height} x {width} pixels do not divide into tokens of {cell} x {cell}; choose multiples of {cell}")
 
 
-def _autoencoder(kind: VaeKind, factor: int, image_channels: int, scaling_factor: float, shift_factor: float) -> ModelMixin:
+def _autoencoder(kind: VaeKind, factor: int, image_channels: int, scaling_factor: float, shift_factor: float) -> Any:
     from diffusers import AutoencoderKL
 
     from lit_rl.policies.pixel_vae import PixelUnshuffleVAE
