@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
-
 import lightning as L
 import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
+from lit_rl.module import LitRL, ReplayLoader
 from lit_rl.seeding import generator
 from lit_rl.types import Info, Prompts
 
@@ -70,9 +69,12 @@ class PromptDataModule(L.LightningDataModule):
     def examples(self, step: int, count: int) -> tuple[Sequence[Info], Tensor]:
         raise ConfigError(f"{type(self).__name__} has no images to imitate: set model.warmup_steps to 0, or use datamodules.rendered_text")
 
-    def train_dataloader(self) -> Any:
+    def train_dataloader(self) -> ReplayLoader:
         """The rollouts of this epoch, which the method collects itself."""
-        return self._trainer().lightning_module.train_loader()
+        method = self._trainer().lightning_module
+        if not isinstance(method, LitRL):
+            raise ConfigError(f"{type(self).__name__} feeds methods of lit_rl.methods, not {type(method).__name__}")
+        return method.train_loader()
 
     def val_dataloader(self) -> Batches:
         return self._batches(self.held_out)

@@ -71,9 +71,7 @@ def _row(line: str, where: str, prompt_key: str) -> Info:
     if not isinstance(row, dict):
         raise ConfigError(f'{where}: expected an object such as {{"{prompt_key}": ...}}, found {type(row).__name__}')
     if not isinstance(row.get(prompt_key), str) or not row[prompt_key].strip():
-        raise ConfigError(
-            f"{where}: key {prompt_key!r} must be a non-empty string; keys found: {sorted(row)}. data.prompt_key names another key"
-        )
+        raise ConfigError(f"{where}: key {prompt_key!r} must be a non-empty string; found {sorted(row)}; see data.prompt_key")
     return MappingProxyType(row | {"prompt": row[prompt_key]})
 
 

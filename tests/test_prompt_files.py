@@ -1,0 +1,96 @@
+"""Prompts from files, and the order in which a run sees them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datamodules.prompts import PromptFiles, read_prompts
+
+
+def attached(data: PromptFiles, *, rank: int = 0, world: int = 1) -> PromptFiles:
+    data.trainer = SimpleNamespace(world_size=world, global_rank=rank)  # type: ignore[assignment]
+    return data
+
+
+def write(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_text_file_skips_blank_lines(tmp_path: Path) -> None:
+    rows = read_prompts(Path(write(tmp_path / "p.txt", "a cat", "", "  an owl  ")))
+    assert [row["prompt"] for row in rows] == ["a cat", "an owl"]
+
+
+def test_jsonl_keeps_what_rewards_need(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", json.dumps({"caption": "a sign", "target": "EXIT"}))
+    (row,) = read_prompts(Path(path), prompt_key="caption")
+    assert row["prompt"] == "a sign" and row["target"] == "EXIT"
+    with pytest.raises(TypeError):
+        row["target"] = "ENTER"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"', r"p\.jsonl:2: not JSON"),
+        ('["a"]', r"p\.jsonl:2: expected an object .* found list"),
+        ('{"text": "a"}', r"p\.jsonl:2: key 'prompt' must be a non-empty string; found \['text'\]"),
+        ('{"prompt": "  "}', r"p\.jsonl:2: key 'prompt'"),
+    ],
+)
+def test_errors_name_file_and_line(tmp_path: Path, line: str, message: str) -> None:
+    path = write(tmp_path / "p.jsonl", '{"prompt": "fine"}', line)
+    with pytest.raises(ValueError, match=message):
+        PromptFiles(path)
+
+
+def test_missing_file_wrong_suffix_and_empty_file(tmp_path: Path) -> None:
+    for name, message in {"no.txt": "no such file", "p.csv": r"read from \.txt or \.jsonl", "empty.txt": "holds no prompts"}.items():
+        if not name.startswith("no"):
+            write(tmp_path / name, "")
+        with pytest.raises(ValueError, match=message):
+            PromptFiles(str(tmp_path / name))
+
+
+def test_folder_with_both_splits(tmp_path: Path) -> None:
+    write(tmp_path / "train.txt", "a", "b")
+    write(tmp_path / "test.jsonl", '{"prompt": "c"}')
+    data = PromptFiles(str(tmp_path))
+    assert [r["prompt"] for r in data.train_prompts] == ["a", "b"] and [r["prompt"] for r in data.held_out] == ["c"]
+    (tmp_path / "test.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"needs test\.txt or test\.jsonl or val\.txt or val\.jsonl; found \['train.txt'\]"):
+        PromptFiles(str(tmp_path))
+
+
+@given(n=st.integers(1, 9), count=st.integers(1, 7), seed=st.integers(0, 3))
+def test_every_prompt_comes_once_before_any_comes_again(tmp_path_factory: Any, n: int, count: int, seed: int) -> None:
+    path = tmp_path_factory.mktemp("prompts") / "p.txt"
+    data = PromptFiles(write(path, *map(str, range(n))), seed=seed)
+    stream = [row["prompt"] for iteration in range(3 * n) for row in data.prompts(iteration, count)]
+    for start in range(0, len(stream) - n + 1, n):
+        assert len(set(stream[start : start + n])) == n
+    again = PromptFiles(str(path), seed=seed)
+    assert [row["prompt"] for row in again.prompts(2 * n, count)] == stream[2 * n * count : (2 * n + 1) * count]
+
+
+def test_seeds_and_rounds_differ(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.txt", *map(str, range(50)))
+    orders = {tuple(row["prompt"] for row in PromptFiles(path, seed=s).prompts(i, 50)) for s in (0, 1) for i in (0, 1)}
+    assert len(orders) == 4
+
+
+@pytest.mark.parametrize(("count", "world", "size"), [(5, 1, 2), (5, 2, 2), (8, 2, 2), (1, 3, 4)])
+def test_evaluation_batches_cover_everything_once_in_equal_shares(tmp_path: Path, count: int, world: int, size: int) -> None:
+    path = write(tmp_path / "p.txt", *map(str, range(count)))
+    shares = [list(attached(PromptFiles(path, path, eval_batch_size=size), rank=r, world=world).val_dataloader()) for r in range(world)]
+    assert len({tuple(len(batch) for batch in share) for share in shares}) == 1
+    seen = [(int(g), row["prompt"]) for share in shares for b in share for g, row in zip(b.group, b.info) if g >= 0]
+    assert seen == [(i, str(i)) for i in range(count)]
