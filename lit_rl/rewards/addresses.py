@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 
-from lit_rl.rewards.base import RewardError
+from lit_rl.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -18,15 +18,15 @@ def parse_urls(urls: str | Sequence[str]) -> list[str]:
     for url in [urls] if isinstance(urls, str) else urls:
         match = re.fullmatch(r"(?:(https?)://)?([^/:\s]+|\[[0-9a-fA-F:]+\])(?::(\d+)(?:-(\d+))?)?(/\S*)?", url.strip())
         if match is None:
-            raise ValueError(f"urls: {url!r} is not http(s)://host:port, host:port or host:first-last")
+            raise ConfigError(f"urls: {url!r} is not http(s)://host:port, host:port or host:first-last")
         scheme, host, first, last, path = match.groups()
         path = re.sub(r"/(score|v1/score_batch)$", "", (path or "").rstrip("/"))
         ports = [f":{p}" for p in range(int(first), int(last or first) + 1)] if first else [""]
         if not ports:
-            raise ValueError(f"urls: {url!r} ends its range of ports before its start")
+            raise ConfigError(f"urls: {url!r} ends its range of ports before its start")
         found += [f"{scheme or 'http'}://{host}{port}{path}" for port in ports]
     if not found:
-        raise ValueError("urls is empty; give at least one reward server, e.g. urls: 127.0.0.1:8000")
+        raise ConfigError("urls is empty; give at least one reward server, e.g. urls: 127.0.0.1:8000")
     return found
 
 
@@ -43,7 +43,7 @@ def servers_of_rank(urls: Sequence[str], *, rank: int, world_size: int, mapping:
     if len(urls) <= world_size:
         return [urls[rank % len(urls)]]
     if mapping == "rank":
-        raise ValueError(
+        raise ConfigError(
             f"mapping=rank with {len(urls)} reward servers for {world_size} ranks leaves {len(urls) - world_size} idle; "
             "give at most one url per rank, or set mapping: auto"
         )
@@ -51,7 +51,7 @@ def servers_of_rank(urls: Sequence[str], *, rank: int, world_size: int, mapping:
 
 
 def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> None:
-    """Wait while the server at `url` is loading. Raises RewardError when nobody answers `GET /health`; servers without that route pass."""
+    """Wait while the server at `url` is loading. Raises ConfigError when nobody answers `GET /health`; servers without that route pass."""
     import urllib.error
     import urllib.request
 
@@ -65,16 +65,16 @@ def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> 
             status = error.code
         except OSError as error:
             port = re.search(r":(\d+)(/|$)", url)
-            raise RewardError(
+            raise ConfigError(
                 f"no reward server answers at {url} ({getattr(error, 'reason', error)}); start one with `python -m lit_rl.rewards.server "
                 f"--port {port[1] if port else 80}`, correct `urls`, or set DISABLE_RL_REWARD_MODEL=true to train on pseudo scores"
             ) from error
         if status in (404, 405):
             return
         if status not in (200, 503):
-            raise RewardError(f"reward server {url} answers GET /health with status {status}; is something else listening on that port?")
+            raise ConfigError(f"reward server {url} answers GET /health with status {status}; is something else listening on that port?")
         if status == 503 and time.monotonic() >= until:
-            raise RewardError(
+            raise ConfigError(
                 f"reward server {url} is still loading or draining after {patience_s:g} s; look at its log or raise deadline_s"
             )
         if status == 503:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_rl.errors import ConfigError
 from lit_rl.rewards.addresses import check_health, parse_urls, servers_of_rank
 from lit_rl.rewards.base import Reward, RewardError
 from lit_rl.rewards.breaker import Breaker, ServerDown
@@ -74,15 +75,15 @@ class HTTPReward(Reward):
         times = {"timeout_s": timeout_s, "deadline_s": deadline_s, "probe_s": probe_s}
         for name, value in {**counts, **times}.items():
             if not value > 0:
-                raise ValueError(f"{name}={value} must be positive")
+                raise ConfigError(f"{name}={value} must be positive")
         if route not in ROUTES or mapping not in ("auto", "rank", "round_robin"):
-            raise ValueError(
+            raise ConfigError(
                 f"route={route!r}, mapping={mapping!r}: choose route from {sorted(ROUTES)}, mapping from auto, rank, round_robin"
             )
         self.urls = parse_urls(urls)
         self.fields = dict(outputs) if isinstance(outputs, Mapping) else {name: name for name in outputs}
         if not self.fields:
-            raise ValueError("outputs is empty; name at least one score of the server, e.g. outputs: [ocr_similarity]")
+            raise ConfigError("outputs is empty; name at least one score of the server, e.g. outputs: [ocr_similarity]")
         self.outputs = list(self.fields)
         self.mapping, self.route = mapping, route
         self.images_per_request = images_per_request if route == "batch" else 1
@@ -96,7 +97,7 @@ class HTTPReward(Reward):
     # -- the trainer's side
 
     def setup(self, *, rank: int, world_size: int, device: str) -> None:
-        """Pick this rank's servers and wait until they are ready. Raises RewardError naming the one that does not answer."""
+        """Pick this rank's servers and wait until they are ready. Raises ConfigError naming the one that does not answer."""
         self.own = servers_of_rank(self.urls, rank=rank, world_size=world_size, mapping=self.mapping)
         if world_size > 1 and len(self.urls) not in (1, world_size):
             log.info("rank %d of %d asks %s of the %d reward servers", rank, world_size, self.own, len(self.urls))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fault_proxy import Fault, FaultProxy, RedServer, red_images
 
+from lit_rl.errors import ConfigError
 from lit_rl.rewards.addresses import check_health, parse_urls, servers_of_rank
 from lit_rl.rewards.base import RewardError
 from lit_rl.rewards.breaker import Breaker, ServerDown
@@ -52,7 +53,7 @@ def test_addresses_are_understood(given: str | list[str], urls: list[str]) -> No
 
 @pytest.mark.parametrize("given", ["", "ftp://a:1", "a:b", "a:9-8", "http://a b", []])
 def test_bad_addresses_are_named(given: str | list[str]) -> None:
-    with pytest.raises(ValueError, match="urls"):
+    with pytest.raises(ConfigError, match="urls"):
         parse_urls(given)
 
 
@@ -75,14 +76,14 @@ def test_servers_of_rank(mapping: str, servers: int, ranks: int, answer: list[st
 
 
 def test_more_servers_than_ranks_is_an_error_when_each_rank_has_one() -> None:
-    with pytest.raises(ValueError, match=r"4 reward servers for 2 ranks leaves 2 idle.*mapping: auto"):
+    with pytest.raises(ConfigError, match=r"4 reward servers for 2 ranks leaves 2 idle.*mapping: auto"):
         servers_of_rank(["a"] * 4, rank=0, world_size=2, mapping="rank")
 
 
 def test_setup_says_in_one_sentence_that_nobody_listens() -> None:
     reward = HTTPReward(RedServer().url)  # the port is free: the server was never started
     with pytest.raises(
-        RewardError, match=r"no reward server answers at http://127.0.0.1:\d+ \(.*refused.*\); start one with `python -m"
+        ConfigError, match=r"no reward server answers at http://127.0.0.1:\d+ \(.*refused.*\); start one with `python -m"
     ) as raised:
         reward.setup(rank=0, world_size=1, device="cpu")
     assert "\n" not in str(raised.value)
@@ -104,10 +105,10 @@ def test_setup_accepts_a_server_without_health_and_waits_for_one_that_is_loading
         check_health(loading.url, headers={}, patience_s=30.0)
         assert loading.probes == 3
         loading.health = [503] * 99
-        with pytest.raises(RewardError, match=r"still loading or draining after 0\.1 s.*deadline_s"):
+        with pytest.raises(ConfigError, match=r"still loading or draining after 0\.1 s.*deadline_s"):
             check_health(loading.url, headers={}, patience_s=0.1)
         loading.health = [401]
-        with pytest.raises(RewardError, match="status 401"):
+        with pytest.raises(ConfigError, match="status 401"):
             check_health(loading.url, headers={}, patience_s=1.0)
 
 
@@ -343,7 +344,7 @@ def test_pickled_rewards_work_and_keep_no_connection(server: RedServer) -> None:
 
 @pytest.mark.parametrize("bad", [{"timeout_s": 0}, {"concurrency": -1}, {"outputs": []}, {"route": "pickle"}, {"mapping": "sticky"}])
 def test_wrong_knobs_are_named(bad: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(bad))):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
         HTTPReward(**bad)
 
 
