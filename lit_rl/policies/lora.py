@@ -7,6 +7,7 @@ policy): they are switched to by name, and never by peft's own calls, which chan
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,9 +59,8 @@ def add_lora(network: nn.Module, settings: LoraSettings, *, targets: list[str], 
     names = [n for n, module in network.named_modules() if isinstance(module, nn.Linear)]
     missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
     if missing:
-        raise ValueError(
-            f"lora.targets: no linear layer of {type(network).__name__} ends in {', '.join(missing)}; there are e.g. {', '.join(names[:6])}"
-        )
+        there = sorted({n.split("blocks.0.")[1] for n in names if "blocks.0." in n})
+        raise ValueError(f"lora.targets: no linear layer ends in {', '.join(missing)}; a block has {', '.join(there)}")
     network.requires_grad_(False)
     config = LoraConfig(
         r=settings.rank,
@@ -79,7 +79,8 @@ def add_lora(network: nn.Module, settings: LoraSettings, *, targets: list[str], 
 def add_frozen_copy(network: nn.Module, name: str) -> None:
     """Add adapter `name`, frozen and equal to the trained one, which stays the active one."""
     config = copy.deepcopy(network.peft_config[TRAINED])  # type: ignore[union-attr, index]
-    with using_adapter(network, TRAINED), torch.random.fork_rng(devices=[]):
+    with using_adapter(network, TRAINED), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is what is wanted
         network.add_adapter(config, adapter_name=name)  # type: ignore[operator]
     for adapter, trained in ((name, False), (TRAINED, True)):
         for parameter in adapter_parameters(network, adapter).values():
