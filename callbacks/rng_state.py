@@ -1,0 +1,69 @@
+"""The global random streams (dropout, and whatever a library draws) of every process, in the checkpoint."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lit_rl.module import gather_objects
+
+
+class RngState(L.Callback):
+    """Python's, NumPy's, torch's and CUDA's generator of each process: saved with every checkpoint, restored when training starts.
+
+    Rollouts, prompts, minibatches and evaluation do not need it: their draws are functions of (seed, purpose, iteration, ...). What is
+    left is dropout. Restored in `on_train_start` because loaders are built and sanity checks run after a checkpoint is read.
+    """
+
+    def __init__(self) -> None:
+        self._restored: list[dict[str, Any]] | None = None
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["rng"] = gather_objects(streams())
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._restored = checkpoint.get("rng")
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        saved, self._restored = self._restored, None
+        if saved is None:
+            return
+        if len(saved) != trainer.world_size:
+            rank_zero_warn(
+                f"The checkpoint holds the random streams of {len(saved)} processes, this run has {trainer.world_size}: "
+                "dropout continues with new draws (rollouts, prompts and minibatches do not depend on it)"
+            )
+            return
+        restore_streams(saved[trainer.global_rank])
+
+
+def streams() -> dict[str, Any]:
+    """State of the four generators of this process, in types that `torch.load(weights_only=True)` accepts."""
+    state: Any = np.random.get_state(legacy=False)
+    return {
+        "python": random.getstate(),
+        "numpy": {
+            "key": state["state"]["key"].tolist(),
+            "pos": int(state["state"]["pos"]),
+            "has_gauss": int(state["has_gauss"]),
+            "gauss": float(state["gauss"]),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def restore_streams(state: dict[str, Any]) -> None:
+    """Continue where `streams` was called."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    numpy = state["numpy"]
+    np.random.set_state(("MT19937", np.array(numpy["key"], dtype=np.uint32), numpy["pos"], numpy["has_gauss"], numpy["gauss"]))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
