@@ -22,7 +22,7 @@ _SINGLE = re.compile(r"(?<!\w)'(.+?)'(?!\w)")
 
 
 def find_target(info: Info) -> str | None:
-    """The text to show: in the first double quotes of the prompt, else in its first single quotes, else `info["text"]`, else `info["target"]`.
+    """The text to show: in the prompt's first double quotes, else in its first single ones, else `info["text"]`, else `info["target"]`.
 
     An apostrophe is not a quote: `The text is 'don't panic'` gives `don't panic`. None when there is no text, or only white space.
     """
@@ -70,8 +70,8 @@ class OCRReward(Reward):
     Args:
         detect: find the lines of text first (0.15-0.5 s an image). Off: the image, or the box around `info["mask"]`, is taken as one line
             (20-50 ms), which is right for rendered words and for inpainting.
-        trim: without `detect`, crop to the ink before reading. Words of 2-5 letters in three fonts on canvases of 16-64 pixels: all read when
-            clean or blurred (without: 56-100 %), no difference under heavy noise.
+        trim: without `detect`, crop to the ink before reading. Words of 2-5 letters in three fonts, canvases 16-64 pixels high: all
+            clean or blurred ones were read (without: 56-100 %); no difference under heavy noise.
         compare: `compact` ignores case and white space, `exact` does not.
         anywhere: a reading that contains the target counts as exact.
         detect_side: shorter side in pixels to which `detect` enlarges an image.

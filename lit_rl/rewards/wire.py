@@ -21,6 +21,8 @@ import numpy as np
 CONTENT_TYPE = "application/octet-stream"
 MAX_HEADER = 1 << 20
 """Bytes of JSON that may stand in front of the pixels."""
+MAX_PROMPT = 1 << 16
+"""Characters of one prompt."""
 
 Image = np.ndarray
 """uint8 [H, W, 3]."""
@@ -98,6 +100,13 @@ def decode_answer(body: bytes | str, count: int) -> tuple[list[dict[str, float] 
     if len(rows) != count:
         raise WireError(f"the server answered {len(rows)} scores for {count} images")
     return rows, reasons
+
+
+def is_text(value: Any) -> bool:
+    """A string that can be written as UTF-8 (JSON can hold lone surrogates) and is not absurdly long."""
+    if not isinstance(value, str) or len(value) > MAX_PROMPT:
+        return False
+    return value.isascii() or value == value.encode("utf-8", "replace").decode()
 
 
 def _number(value: Any) -> float:
@@ -194,8 +203,8 @@ def _json_strings(metadata: Mapping[str, str], key: str, *, count: int | None = 
     if key not in metadata:
         raise WireError(f"metadata `{key}` is missing; expected a JSON list of strings, one per image")
     rows = _json(metadata[key], f"metadata `{key}`")
-    if not isinstance(rows, list) or not all(isinstance(r, str) or (allow_null and r is None) for r in rows):
-        raise WireError(f"metadata `{key}` must be a JSON list of strings")
+    if not isinstance(rows, list) or not all(is_text(r) or (allow_null and r is None) for r in rows):
+        raise WireError(f"metadata `{key}` must be a JSON list of strings of at most {MAX_PROMPT} characters")
     if not rows or (count is not None and len(rows) != count):
         raise WireError(f"metadata `{key}` has {len(rows)} entries; expected {count or 'at least 1'}")
     return rows
