@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -83,7 +84,7 @@ def mix_window(
     return range(first, min(first + size, steps))
 
 
-def random_subset(candidates: range, *, count: int, generator: torch.Generator) -> list[int]:
+def random_subset(candidates: Sequence[int], *, count: int, generator: torch.Generator) -> list[int]:
     """`count` of the candidate steps in random order, by `torch.randperm`: Flow-Factory's SDE steps, DanceGRPO's trained steps (60 %)."""
     if not 1 <= count <= len(candidates):
         raise ValueError(f"{count} steps cannot be drawn from {len(candidates)} candidates; set count in [1, {len(candidates)}]")
