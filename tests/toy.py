@@ -17,6 +17,7 @@ from callbacks.reward_scoring import RewardScoring
 from datamodules.base import PromptDataModule
 from lit_rl.methods.flow_grpo import FlowGRPO
 from lit_rl.policies.base import FlowPolicy
+from lit_rl.policies.shards import copy_weights
 from lit_rl.rewards.base import Reward
 from lit_rl.samplers.schedules import shifted_sigmas
 from lit_rl.types import Cond, Info
@@ -53,7 +54,7 @@ class ToyPolicy(FlowPolicy):
             self.network = live
 
     def refresh_reference(self) -> None:
-        self.frozen.load_state_dict(self.network.state_dict())
+        copy_weights(self.network, self.frozen)
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         return [network[0]]  # type: ignore[index]

@@ -74,6 +74,10 @@ class FlowPolicy(nn.Module, ABC):
         weights: full, unsharded trainable tensors by their name in `self.named_parameters()`.
         """
 
+    def checkpoint_keys(self) -> set[str]:
+        """Names in `state_dict()` of what a checkpoint must hold: all but the frozen weights that `load` reads again."""
+        return set(self.state_dict())
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device

@@ -22,11 +22,11 @@ from lit_rl.policies.lora import (
     copy_adapter,
     disabled_adapters,
     load_adapter,
-    local,
     save_adapter,
     using_adapter,
 )
 from lit_rl.policies.pretrained import check_index, check_pretrained, check_resolution, component_config, vae_factor
+from lit_rl.policies.shards import copy_weights, reshard
 from lit_rl.samplers.schedules import flux_mu
 from lit_rl.types import Cond
 
@@ -237,21 +237,20 @@ class DiffusersFlowPolicy(FlowPolicy):
         finally:
             self._reference_answers = before
 
-    @torch.no_grad()
     def refresh_reference(self) -> None:
         """The kept copy <- the current weights, e.g. when a warm-up ends; nothing where no copy is kept."""
         if not self.keep_reference:
             return
-        for module in self.modules():
-            if callable(
-                reshard := getattr(module, "reshard", None)
-            ):  # FSDP2: a forward may have left gathered weights in the shards' place
-                reshard()
         if self.lora:
+            reshard(self.network)
             copy_adapter(self.network, source=TRAINED, target=REFERENCE)
         elif self.reference_network is not None:
-            for mine, current in zip(self.reference_network.parameters(), self.network.parameters()):
-                local(mine).copy_(local(current))
+            copy_weights(self.network, self.reference_network)
+
+    def checkpoint_keys(self) -> set[str]:
+        """Everything in a full fine-tune, its reference included; with LoRA all adapters, trained or not, without the base network."""
+        keys = super().checkpoint_keys()
+        return {key for key in keys if ".lora_" in key} if self.lora else keys
 
     def compute_dtype(self, *tensors: Tensor) -> list[Tensor]:
         """The inputs in the network's own precision, or as they are where autocast chooses."""

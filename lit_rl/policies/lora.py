@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lit_rl.policies.shards import local
+
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -127,11 +129,6 @@ def save_adapter(network: nn.Module, folder: Path, weights: Mapping[str, Tensor]
         raise ValueError(f"save: the adapter has {len(expected)} tensors, got {len(named)}, {len(named.keys() & expected)} of them its own")
     metadata = network.peft_config[TRAINED].to_dict()  # type: ignore[union-attr, index]  # without it alpha would be read as the rank
     pipeline.save_lora_weights(folder, transformer_lora_layers=named, transformer_lora_adapter_metadata=metadata)  # type: ignore[attr-defined]
-
-
-def local(parameter: Tensor) -> Tensor:
-    """The storage an in-place edit must reach: the partition under DeepSpeed ZeRO-3, the tensor itself elsewhere."""
-    return getattr(parameter, "ds_tensor", parameter)
 
 
 @contextmanager
