@@ -69,7 +69,7 @@ class HTTPReward(Reward):
         breaker_after: int = 5,
         probe_s: float = 5.0,
         spill: bool = False,
-        token_env: str = "REWARD_SERVER_TOKEN",
+        token_env: str = "REWARD_TOKEN",
     ) -> None:
         counts = {"images_per_request": images_per_request, "concurrency": concurrency, "breaker_after": breaker_after}
         times = {"timeout_s": timeout_s, "deadline_s": deadline_s, "probe_s": probe_s}
@@ -130,7 +130,7 @@ class HTTPReward(Reward):
         return {name: torch.tensor([math.nan if r is None else r[f] for r in rows], dtype=torch.float64) for name, f in self.fields.items()}
 
     def counters(self) -> Mapping[str, float]:
-        """requests, retries, failures (images left without a score), breaker_opened."""
+        """requests, retries, failures (images that lack a score), breaker_opened."""
         return dict(self._counts)
 
     async def close(self) -> None:
@@ -175,9 +175,11 @@ class HTTPReward(Reward):
                 rows, reasons = await self._retrying(until)(self._send, pool, request, until)
             except _NoAnswer as error:
                 rows, reasons = [None] * len(images), {0: str(error)}
-        self._counts["failures"] += sum(row is None for row in rows)
-        if reasons:
-            self.last_error = next(iter(reasons.values()))
+        fields = self.fields.values()
+        lost = [row for row in rows if row is None or any(math.isnan(row.get(f, 0.0)) for f in fields)]
+        self._counts["failures"] += len(lost)
+        if lost:
+            self.last_error = next(iter(reasons.values()), f"reward server {pool.own}: null for an image among {list(fields)}")
         return rows
 
     def _retrying(self, until: float) -> Any:
@@ -232,7 +234,7 @@ class HTTPReward(Reward):
 
         seconds = max(seconds, 0.001)
         limit = aiohttp.ClientTimeout(total=seconds, sock_connect=min(seconds, 5.0))
-        headers = {**request.headers, "X-Deadline-Ms": str(math.ceil(seconds * 1000))}
+        headers = {**request.headers, "X-Deadline-Ms": str(min(math.ceil(seconds * 1000), 3_600_000))}
         body = io.BytesIO(request.body)  # bytes would be written in one go, blocking the loop
         try:
             async with session.post(url + ROUTES[self.route], data=body, headers=headers, timeout=limit, allow_redirects=False) as response:

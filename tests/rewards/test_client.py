@@ -137,7 +137,7 @@ def test_outputs_can_be_renamed_and_targets_travel(server: RedServer) -> None:
 
 
 def test_requests_carry_size_deadline_and_token(server: RedServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REWARD_SERVER_TOKEN", "s3cret")
+    monkeypatch.setenv("REWARD_TOKEN", "s3cret")
     HTTPReward(server.url, ["red"], timeout_s=7.0).score(red_images([1, 2, 3]), prompts(3))
     headers = server.headers[-1]
     assert headers["X-Batch-Size"] == "3" and headers["Authorization"] == "Bearer s3cret"
@@ -203,7 +203,7 @@ def test_an_image_that_the_server_cannot_score_is_nan_alone(server: RedServer) -
     scores = reward.score(red_images([255] * 4), prompts(4, at1="unscorable", at2="null"))
     assert scores["red"].isnan().tolist() == [False, True, True, False]
     assert scores["blue"].tolist() == pytest.approx([0, math.nan, 0, 0], nan_ok=True)
-    assert reward.counters()["failures"] == 1 and "image 1: model_error: cannot read it" in reward.last_error
+    assert reward.counters()["failures"] == 2 and "image 1: model_error: cannot read it" in reward.last_error
 
 
 def test_an_error_answered_with_status_200_is_not_a_score(server: RedServer) -> None:
