@@ -47,15 +47,14 @@ def check(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> Non
 
 def build(names: Sequence[str], options: Mapping[str, Mapping[str, Any]], *, device: str | None) -> list[Reward]:
     """Import, construct and load the named rewards on `device` (None: the GPU if there is one)."""
+    paths = [SCORERS.get(name, name).rpartition(".") for name in names]
+    classes = [getattr(importlib.import_module(module), attribute) for module, _, attribute in paths]
+    rewards: list[Reward] = [cls(**options.get(name, {})) for cls, name in zip(classes, names, strict=True)]
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rewards = []
-    for name in names:
-        module, _, attribute = SCORERS.get(name, name).rpartition(".")
-        reward: Reward = getattr(importlib.import_module(module), attribute)(**options.get(name, {}))
+    for reward in rewards:
         reward.setup(rank=0, world_size=1, device=device)
-        rewards.append(reward)
     return rewards
 
 

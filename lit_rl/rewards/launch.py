@@ -1,0 +1,228 @@
+"""Start one reward server per GPU on consecutive ports and keep them running.
+
+    python -m lit_rl.rewards.launch --vlm-model-path FOLDER --port 8000 --gpu-ids 4,5,6,7 [-- more options of lit_rl.rewards.server]
+
+Each server logs to logs/reward_server_gpu_{id}.log. Ctrl+C, SIGTERM and SIGHUP stop all; when the launcher itself is killed, so are they.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from lit_rl.rewards import server as reward_server
+
+RESTARTS = 3
+STABLE_SECONDS = 60.0
+STOP_SECONDS = reward_server.DRAIN_SECONDS + 5
+_PR_SET_PDEATHSIG = 1
+
+
+class LaunchError(Exception):
+    """A server that does not start, or does not stay up; one sentence for the user."""
+
+
+@dataclass
+class Server:
+    """One server process, its address and its log."""
+
+    gpu: str
+    host: str
+    port: int
+    options: Sequence[str]
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    restarts: int = 0
+    start_at: float = 0.0
+    ready_since: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"server on GPU {self.gpu} at {self.host}:{self.port}"
+
+    def start(self) -> None:
+        self.ready_since = None
+        command = [sys.executable, "-m", "lit_rl.rewards.server", "--host", self.host, "--port", str(self.port), *self.options]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": self.gpu, "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,  # Ctrl+C reaches the launcher alone, which then stops the servers in order
+                preexec_fn=die_with_parent(),
+            )
+
+    def healthy(self) -> bool:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        connection = http.client.HTTPConnection(host, self.port, timeout=1.0)  # unlike urllib it ignores http_proxy
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else "nothing was logged"
+
+
+def die_with_parent() -> Callable[[], None] | None:
+    """For the forked child: SIGKILL as soon as the parent is gone, whatever ended it (Linux)."""
+    if sys.platform != "linux":
+        return None
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it went away before the call above
+            os._exit(1)
+
+    return prepare
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m lit_rl.rewards.launch",
+        description="Start one reward server per GPU.",
+        epilog="Options after `--` go to every server: python -m lit_rl.rewards.server --help",
+    )
+    p.add_argument("--vlm-model-path", help="folder of a Qwen2.5-VL model; without it the servers score by OCR only")
+    p.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 lets other machines in, with REWARD_TOKEN or `-- --no-auth` (default: %(default)s)"
+    )
+    p.add_argument("--port", type=int, default=8000, help="of the first server; the others take the next ones (default: %(default)s)")
+    p.add_argument(
+        "--gpu-ids", default="4,5,6,7", help="one server each; on a machine without GPUs the ids are only labels (default: %(default)s)"
+    )
+    p.add_argument("--log-dir", type=Path, default=Path("logs"), help="default: %(default)s")
+    p.add_argument("--ready-timeout", type=float, default=900.0, help="seconds in which the models must load (default: %(default)s)")
+    return p
+
+
+def plan(args: argparse.Namespace, extra: Sequence[str]) -> list[Server]:
+    """The servers to start. Raises ValueError for whatever can be known to be wrong before the first one is."""
+    gpus = [gpu.strip() for gpu in args.gpu_ids.split(",")]
+    if not all(gpu.isalnum() for gpu in gpus) or len(set(gpus)) != len(gpus):
+        raise ValueError(f"--gpu-ids is {args.gpu_ids!r}; expected different ids with commas between them, e.g. 4,5,6,7")
+    if not 1 <= args.port <= 65536 - len(gpus):
+        raise ValueError(f"--port is {args.port}; {len(gpus)} servers need ports from 1 to 65535")
+    options = [*(["--vlm-model-path", args.vlm_model_path] if args.vlm_model_path else []), *extra]
+    reward_server.check_arguments(reward_server.parser().parse_args(["--host", args.host, "--port", str(args.port), *options]))
+    logs = [args.log_dir / f"reward_server_gpu_{gpu}.log" for gpu in gpus]
+    servers = [Server(gpu, args.host, args.port + i, options, log) for i, (gpu, log) in enumerate(zip(gpus, logs))]
+    with ExitStack() as taken:  # all ports at once, then free them for the servers
+        for server in servers:
+            taken.enter_context(reward_server.bind(server.host, server.port))
+    return servers
+
+
+def wait_ready(servers: Sequence[Server], *, timeout: float, stopped: Callable[[], bool]) -> None:
+    """Return when every server is healthy, or a signal came. A server that ends before that is not restarted: its options are wrong."""
+    end = time.monotonic() + timeout
+    for server in servers:
+        while not stopped():
+            if server.healthy():
+                server.ready_since = time.monotonic()
+                print(f"Launching {server.name} ✓", flush=True)
+                break
+            for other in servers:
+                assert other.process is not None
+                if (code := other.process.poll()) is not None:
+                    raise LaunchError(f"The {other.name} ended with code {code} while starting: {other.last_words()} (log: {other.log})")
+            if time.monotonic() > end:
+                raise LaunchError(f"The {server.name} was not ready within {timeout:g} s (--ready-timeout); log: {server.log}")
+            time.sleep(0.1)
+
+
+def keep_alive(server: Server) -> None:
+    """Restart a dead server after 1, 2, 4 seconds; raise LaunchError when it dies a fourth time within a minute of being healthy."""
+    now = time.monotonic()
+    if server.process is None:
+        if now >= server.start_at:
+            server.start()
+    elif (code := server.process.poll()) is not None:
+        if server.restarts == RESTARTS:
+            raise LaunchError(
+                f"The {server.name} ended with code {code} after {RESTARTS} restarts: {server.last_words()} (log: {server.log})"
+            )
+        server.restarts += 1
+        server.start_at, server.process = now + 2 ** (server.restarts - 1), None
+        print(f"The {server.name} ended with code {code}; restarting it ({server.restarts} of {RESTARTS}, log: {server.log})", flush=True)
+    elif server.ready_since is None:
+        if server.healthy():
+            server.ready_since = now
+            print(f"The {server.name} is back.", flush=True)
+    elif now - server.ready_since > STABLE_SECONDS:
+        server.restarts = 0
+
+
+def stop_all(servers: Sequence[Server], *, hurry: Callable[[], bool]) -> None:
+    """SIGTERM to all, SIGKILL to those that have not finished their work in time or when the user insists."""
+    running = [s.process for s in servers if s.process is not None and s.process.poll() is None]
+    for process in running:
+        process.terminate()
+    end = time.monotonic() + STOP_SECONDS
+    while any(process.poll() is None for process in running) and time.monotonic() < end and not hurry():
+        time.sleep(0.05)
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def run(servers: Sequence[Server], *, timeout: float) -> None:
+    """Start, watch and finally stop the servers. Returns after a signal."""
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, frame: signals.append(received))
+    try:
+        for server in servers:
+            server.start()
+        wait_ready(servers, timeout=timeout, stopped=lambda: bool(signals))
+        if not signals:
+            print("Press Ctrl+C to stop all servers.", flush=True)
+        while not signals:
+            for server in servers:
+                keep_alive(server)
+            time.sleep(0.2)
+    finally:
+        count = len(signals)
+        stop_all(servers, hurry=lambda: len(signals) > max(1, count))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without ✓ must not stop the servers
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    args = parser().parse_args(words[:cut])
+    try:
+        servers = plan(args, words[cut + 1 :])
+        args.log_dir.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        run(servers, timeout=args.ready_timeout)
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("All servers are stopped.", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
