@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lit_rl.advantages import group_metrics, total_reward
@@ -19,6 +18,7 @@ from lit_rl.module import LitRL, gather_objects
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.samplers.flow import sde_step
 from lit_rl.seeding import Key, generator, normal
+from lit_rl.strategies import FSDP2Strategy
 from lit_rl.types import Cond, Examples, FlowRollout, Prompts, take_rows
 
 StorageDtype = Literal["float32", "bfloat16", "float16"]
@@ -75,20 +75,14 @@ class LitFlow(LitRL[FlowRollout]):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.policy.load()
+        self.policy.train()  # from_pretrained leaves it in evaluation mode
 
     def configure_model(self) -> None:
         """FSDP2: shard each block, then the network. Other strategies need nothing here."""
-        from torch.distributed.fsdp import FSDPModule, fully_shard
-
-        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
-            return
-        assert self.device_mesh is not None
-        mesh = self.device_mesh["data_parallel"]
-        for network in self.policy.networks():
-            if not isinstance(network, FSDPModule):
-                for block in self.policy.blocks(network):
-                    fully_shard(block, mesh=mesh)
-                fully_shard(network, mesh=mesh)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP2Strategy):
+            for network in self.policy.networks():
+                strategy.shard(network, self.policy.blocks(network))
 
     def finish_warmup(self) -> None:
         super().finish_warmup()
@@ -182,6 +176,7 @@ class LitFlow(LitRL[FlowRollout]):
         count = self.all_ranks(mask.sum()[None]).sum()
         self.rollout_metrics = group_metrics(total, group)
         self.rollout_metrics |= {f"reward/{name}": float(r.nanmean()) for name, r in rewards.items()}
+        self.rollout_metrics["images"] = float(len(group))
         self.rollout_metrics["trained_share"] = float(count / (mask.numel() * self.trainer.world_size))
         advantages = values[mine, None].float().expand(mask.shape).to(self.device)
         return replace(rollout, mask=mask, advantages=advantages, weights=mask.float() * updates / count.clamp(min=1))

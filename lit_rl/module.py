@@ -13,9 +13,11 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from lit_rl.checkpoints.layout import check_layout
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import Scorer
 from lit_rl.seeding import generator
+from lit_rl.strategies import check_strategy
 from lit_rl.types import Examples, Info, Minibatch, Prompts, Rollout
 
 R = TypeVar("R", bound=Rollout)
@@ -89,6 +91,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.strict_loading = False  # see `checkpoint_keys`; what must be there is checked by name and shape
         _at_least(1, prompts_per_iteration=prompts_per_iteration, group_size=group_size, inner_epochs=inner_epochs)
         _at_least(1, warmup_batch_size=warmup_batch_size)
         _at_least(0, warmup_steps=warmup_steps)
@@ -248,12 +251,12 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     def finish_warmup(self) -> None:
         """Forget the moments of the supervised gradients: they are orders of magnitude larger than a policy gradient's."""
         for state in self.trainer.optimizers[0].state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
+            for name, value in state.items():
+                state[name] = value.zero_() if isinstance(value, Tensor) else 0  # DeepSpeed's Adam counts its steps in an int
 
     # ------------------------------------------------------------------ Lightning's other hooks
     def setup(self, stage: str) -> None:
+        check_strategy(self.trainer.strategy)
         if stage == "fit":
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # see ReplayLoader
             self.check_geometry()
@@ -277,13 +280,28 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
                 f"(iterations{' + 1 for the warm-up' if self.warmup_steps else ''}) and leave max_steps at -1"
             )
 
+    def checkpoint_keys(self) -> set[str]:
+        """Names in `state_dict()` of the weights that a checkpoint holds: all but what a policy reads again from its pretrained folder."""
+        parts = [(name, part) for name, part in self.named_children() if hasattr(part, "checkpoint_keys")]
+        left_out = {f"{name}.{key}" for name, part in parts for key in part.state_dict().keys() - part.checkpoint_keys()}  # type: ignore[operator]
+        return self.state_dict().keys() - left_out
+
+    def checkpoint_shapes(self) -> dict[str, list[int]]:
+        """Shape by name of those weights, whole."""
+        keys, tensors = self.checkpoint_keys(), [*self.named_parameters(), *self.named_buffers()]
+        return {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors if name in keys}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        keys = self.checkpoint_keys()
+        checkpoint["state_dict"] = {name: weight for name, weight in checkpoint["state_dict"].items() if name in keys}
         inside = 0 < self.minibatches_done() < self.minibatches_per_epoch() if self.trainer.fit_loop._combined_loader else False
         if inside and self.rollout is not None:
             ranks = gather_objects(_plain(self.rollout.to("cpu")))
             checkpoint["rollout"] = {"iteration": self.rollout_iteration, "metrics": self.rollout_metrics, "ranks": ranks}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "state_dict" in checkpoint:  # otherwise the strategy has looked at the weights and loaded them
+            check_layout({name: weight.shape for name, weight in checkpoint["state_dict"].items()}, self.checkpoint_shapes())
         saved = checkpoint.get("rollout")
         if saved is None:
             return

@@ -43,7 +43,7 @@ def whole(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     if isinstance(tensor, DTensor):
-        return tensor.detach().full_tensor().to("cpu", copy=True)
+        return tensor.full_tensor().detach().to("cpu", copy=True)
     if not hasattr(tensor, "ds_id"):
         return tensor.detach().to("cpu", copy=True)
     import deepspeed

@@ -1,0 +1,242 @@
+"""Lightning's sharding strategies with checkpoints that hold what `LitRL.checkpoint_keys` names, and appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from lightning.fabric.strategies.model_parallel import _is_sharded_checkpoint
+from lightning.fabric.utilities.load import _METADATA_FILENAME
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_rl.checkpoints.layout import check_layout
+from lit_rl.errors import ConfigError
+from lit_rl.policies.shards import gathered, reshard, whole
+
+if TYPE_CHECKING:
+    from lit_rl.module import LitRL
+
+LAYOUT_FILE = "weights.json"
+"""In a DeepSpeed checkpoint: shape of every weight by name."""
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """FSDP2: weights, gradients and optimizer states in shards over all processes of all nodes.
+
+    Lightning's own class means something else by its defaults (tensor parallelism within a node, which no policy here has).
+
+    Args:
+        save_distributed_checkpoint: A folder into which every process writes its shards; False gathers one file on the first process.
+            Either continues on another number of processes.
+        gather_dtype: Precision in which the weights of a block travel and are computed with; None is that of the weights themselves. With
+            trainer.precision=bf16-mixed, "bfloat16" halves the traffic of a full fine-tune. Gradients are summed in float32.
+        kwargs: See `lightning.pytorch.strategies.ModelParallelStrategy` (process_group_backend, timeout).
+    """
+
+    def __init__(
+        self,
+        *,
+        save_distributed_checkpoint: bool = True,
+        gather_dtype: Literal["bfloat16", "float16"] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, **kwargs)
+        self.gather_dtype: torch.dtype | None = getattr(torch, gather_dtype) if gather_dtype else None
+
+    def _setup_distributed(self) -> None:
+        super()._setup_distributed()
+        self._data_parallel_size, self._tensor_parallel_size = self.world_size, 1
+
+    def shard(self, network: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        """Cut each block, then what is left of the network. Once."""
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+        if isinstance(network, FSDPModule):
+            return
+        # Inputs keep their precision: a timestep of 999 is 1000 in bfloat16.
+        reduce_dtype = torch.float32 if self.gather_dtype else None
+        precision = MixedPrecisionPolicy(param_dtype=self.gather_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+        for module in (*blocks, network):
+            fully_shard(module, mesh=self.device_mesh["data_parallel"], mp_policy=precision)
+
+    # ------------------------------------------------------------------ saving
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Shards; or the whole tensors, on the first process only. Nothing but what goes into the file is gathered."""
+        weights = self._kept_weights()
+        if self._save_distributed_checkpoint:
+            return weights
+        gathered_here: dict[str, Any] = {}
+        for name, weight in weights.items():
+            tensor = whole(weight)
+            if self.is_global_zero:
+                gathered_here[name] = tensor
+        return gathered_here
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Shards by name; or the whole state as `torch.optim` numbers it, so that the file is one of an unsharded run."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        assert self.model is not None
+        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        options = StateDictOptions(full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, plain, options=options)
+        if self._save_distributed_checkpoint or not self.is_global_zero:
+            return state  # type: ignore[return-value]
+        return _renamed(state, {name: i for i, name in enumerate(_names(self.model, plain))})
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        with _replaced(self, filepath) as folder:
+            super().save_checkpoint(checkpoint, folder, storage_options)
+
+    # ------------------------------------------------------------------ loading
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(checkpoint_path))
+        weights_only = True if weights_only is None else weights_only
+        return self._load_shards(path, weights_only) if _is_sharded_checkpoint(path) else self._load_file(path, weights_only)
+
+    def _load_shards(self, path: Path, weights_only: bool) -> dict[str, Any]:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+        stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        shapes = {name.removeprefix("state_dict."): entry.size for name, entry in stored.items() if name.startswith("state_dict.")}  # type: ignore[union-attr]
+        check_layout(shapes, _litrl(self).checkpoint_shapes())
+        assert self.model is not None
+        weights = self._kept_weights()
+        dcp.load({"state_dict": weights}, checkpoint_id=path)
+        self.model.load_state_dict(weights, strict=False)
+        for i, optimizer in enumerate(self.optimizers):
+            state = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
+            dcp.load(state, checkpoint_id=path)
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state[f"optimizer_{i}"])
+        return torch.load(path / _METADATA_FILENAME, weights_only=weights_only)
+
+    def _load_file(self, path: Path, weights_only: bool) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+
+        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        check_layout({name: weight.shape for name, weight in checkpoint["state_dict"].items()}, _litrl(self).checkpoint_shapes())
+        assert self.model is not None
+        reshard(self.model)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", [])):
+            named = _renamed(state, dict(enumerate(_names(self.model, optimizer))))
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=named, options=options)
+        return checkpoint
+
+    def _kept_weights(self) -> dict[str, Tensor]:
+        assert self.model is not None
+        reshard(self.model)
+        keys = _litrl(self).checkpoint_keys()
+        return {name: weight for name, weight in self.model.state_dict().items() if name in keys}
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """DeepSpeed ZeRO. Stage 1 shards optimizer states, stage 2 gradients too, stage 3 weights too.
+
+    Two defaults differ from DeepSpeed's: in stage 3 small parameters do not stay gathered between forwards, because edits of the shards
+    (weight averages, references) would not reach them; and an offloaded optimizer may be any, not only `DeepSpeedCPUAdam`, which is
+    faster there but compiles itself at first use. Frozen weights that the policy reads from its pretrained folder are not saved.
+
+    Args:
+        stage: 1, 2 or 3.
+        config: DeepSpeed's own JSON, as a file or a mapping; replaces all other arguments.
+        kwargs: See `lightning.pytorch.strategies.DeepSpeedStrategy` (offload_optimizer, offload_parameters, overlap_comm, ...).
+    """
+
+    def __init__(self, *, stage: Literal[1, 2, 3] = 2, config: str | dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(stage=stage, config=config, logging_batch_size_per_gpu=1, **kwargs)
+        assert isinstance(self.config, dict)
+        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+        zero = self.config.setdefault("zero_optimization", {})
+        if zero.get("stage") == 3:
+            zero.setdefault("stage3_param_persistence_threshold", 0)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        module = _litrl(self)
+        keys = module.checkpoint_keys()
+        frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+        self.exclude_frozen_parameters = not frozen <= keys  # DeepSpeed saves all frozen ones or none
+        if self.exclude_frozen_parameters:
+            checkpoint["frozen"] = dict(gathered(module, frozen & keys))
+        with _replaced(self, filepath) as folder:
+            super().save_checkpoint(checkpoint, folder, storage_options)
+            if self.is_global_zero:
+                (folder / LAYOUT_FILE).write_text(json.dumps(module.checkpoint_shapes()))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        module, path = _litrl(self), Path(checkpoint_path)
+        if path.is_dir():
+            check_layout(json.loads((path / LAYOUT_FILE).read_text()), module.checkpoint_shapes())
+        checkpoint = super().load_checkpoint(path, weights_only)
+        self._load_frozen(checkpoint.pop("frozen", {}))
+        return checkpoint
+
+    @torch.no_grad()
+    def _load_frozen(self, weights: dict[str, Tensor]) -> None:
+        import deepspeed
+
+        parameters = dict(_litrl(self).named_parameters())
+        for name, weight in weights.items():
+            with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0):
+                parameters[name].copy_(weight)
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Raise ConfigError for strategies under which a rollout fails, nothing is sharded, or checkpoints cannot be read again."""
+    advice = ""
+    if isinstance(strategy, ModelParallelStrategy | FSDPStrategy) and not isinstance(strategy, FSDP2Strategy):
+        advice = "lit_rl.strategies.FSDP2Strategy, e.g. by --config configs/base/fsdp.yaml before the run's own"
+    if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, ZeroStrategy):
+        advice = "lit_rl.strategies.ZeroStrategy, e.g. by --config configs/base/deepspeed_zero2.yaml before the run's own"
+    if advice:
+        raise ConfigError(f"trainer.strategy={type(strategy).__name__} is not supported here: use {advice}")
+
+
+@contextmanager
+def _replaced(strategy: Strategy, target: Any) -> Iterator[Path]:
+    """A folder to write a checkpoint into, which takes the place of `target` when every process has left the block without an exception."""
+    final = Path(strategy.broadcast(target))
+    new, old = (final.with_name(f".{final.name}.{state}") for state in ("tmp", "old"))
+    if strategy.is_global_zero:
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+    strategy.barrier()
+    yield new
+    strategy.barrier()
+    if strategy.is_global_zero:
+        if final.is_file():
+            final.unlink()
+        elif final.exists():
+            final.rename(old)
+        new.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    strategy.barrier()
+
+
+def _litrl(strategy: Strategy) -> LitRL[Any]:
+    return cast("LitRL[Any]", strategy.lightning_module)
+
+
+def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Names of the parameters in the order in which `torch.optim` numbers them."""
+    name = {parameter: name for name, parameter in model.named_parameters()}
+    return [name[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state with its parameters under other names or numbers."""
+    groups = [{**group, "params": [names[key] for key in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[key]: value for key, value in state["state"].items()}, "param_groups": groups}
