@@ -49,7 +49,7 @@ class FreeReward(Reward):
 
 
 def pictures(count: int, size: int) -> np.ndarray:
-    """Smooth colour gradients with a little noise: about 400 kB of PNG at 512 x 512, as generated photographs have. uint8 [count, size, size, 3]."""
+    """Smooth colours with a little noise: about 470 kB of PNG at 512 x 512, as generated photographs have. uint8 [count, size, size, 3]."""
     rng = np.random.default_rng(0)
     x, y = np.meshgrid(np.linspace(0, 1, size), np.linspace(0, 1, size))
     phase = rng.uniform(1, 6, (count, 1, 1, 3))
@@ -82,9 +82,8 @@ async def compare(url: str, server: psutil.Process, *, rounds: int, images: int,
     media = pictures(PER_BODY, size)
     json_bodies = [single_body(image) for image in media]
     raw_bodies = [encode_batch(media, ["a picture"] * PER_BODY, request_id="")]
-    print(
-        f"{size} x {size}: {len(json_bodies[0]) / 1024:.0f} KiB per image as JSON, {len(raw_bodies[0]) / 1024 / PER_BODY:.0f} KiB as safetensors"
-    )
+    sizes = len(json_bodies[0]) / 1024, len(raw_bodies[0]) / 1024 / PER_BODY
+    print(f"{size} x {size}: {sizes[0]:.0f} KiB per image as JSON, {sizes[1]:.0f} KiB as safetensors")
     arms = {
         "single": ("/score", "application/json", json_bodies, 1, SINGLE_IN_FLIGHT, images),
         "batched": ("/v1/score_batch", "application/octet-stream", raw_bodies, PER_BODY, BATCHED_IN_FLIGHT, 4 * images),
@@ -138,9 +137,8 @@ def main() -> None:
     for name, (rate, cpu) in medians.items():
         spread = f"{min(r for r, _ in results[name]):.0f}-{max(r for r, _ in results[name]):.0f}"
         print(f"{name:8} {rate:7.0f} images/s ({spread})   {cpu:6.2f} ms server CPU per image")
-    print(
-        f"ratio    {medians['batched'][0] / medians['single'][0]:7.1f} x the rate, {medians['single'][1] / medians['batched'][1]:.1f} x less CPU"
-    )
+    (single, single_cpu), (batched, batched_cpu) = medians["single"], medians["batched"]
+    print(f"ratio    {batched / single:7.1f} x the rate, {single_cpu / batched_cpu:.1f} x less CPU")
 
 
 if __name__ == "__main__":

@@ -19,11 +19,12 @@ import numpy as np
 import psutil
 import pytest
 from aiohttp import web
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from lit_rl.rewards.app import Limits, RewardApp, make_runner
 from lit_rl.rewards.batching import Model
 from lit_rl.rewards.images import ImageError
+from lit_rl.rewards.ocr import OCRReward
 from lit_rl.rewards.pseudo import PseudoReward
 from lit_rl.rewards.scorers import score_images
 from lit_rl.rewards.wire import decode_answer, encode_batch
@@ -242,6 +243,22 @@ async def test_a_score_does_not_depend_on_its_batch_or_route() -> None:
         order = RNG.permutation(12).tolist()
         parts = await asyncio.gather(*(batch(order[k : k + 3]) for k in range(0, 12, 3)), *(alone(i) for i in order[:4]))
         assert [x for part in parts[:4] for x in part] == [singles[i] for i in order]  # type: ignore[union-attr]
+
+
+@aio
+async def test_the_real_ocr_behind_both_routes() -> None:
+    image = Image.new("RGB", (32, 16), "white")
+    ImageDraw.Draw(image).text((16, 8), "47", font=ImageFont.load_default(13), fill="black", anchor="mm")
+    async with served(partial(score_images, [OCRReward()])) as (_, session):
+        async with session.post("/score", json=single(png(np.asarray(image)), 'the number "47"')) as r:
+            alone = await r.json()
+        body = encode_batch([np.asarray(image)] * 2, ['the number "47"', 'the number "41"'], request_id="")
+        async with session.post("/v1/score_batch", data=body, headers=BINARY) as r:
+            together = (await r.json())["scores"]
+    assert alone["vlm_score"] is None and alone["ocr_text"].strip() == "47"
+    assert (alone["ocr_similarity"], together[1]["ocr_similarity"]) == (1.0, 0.5)
+    assert {k: v for k, v in alone.items() if k != "vlm_score"} == together[0]
+    assert alone["ocr_confidence"] > 0.5
 
 
 @aio
