@@ -61,6 +61,8 @@ def encode_batch(
     for name, rows in {"prompts": prompts, "masks": masks, "targets": targets}.items():
         if rows is not None and len(rows) != count:
             raise WireError(f"{count} images came with {len(rows)} {name}; give one per image")
+    if not count or not all(map(is_text, prompts)):
+        raise WireError(f"a batch needs at least one image, and prompts of valid Unicode with at most {MAX_PROMPT} characters")
     tensors = _stack("image", media, dims=3)
     if masks is not None:
         tensors |= _stack("mask", masks, dims=2)

@@ -56,6 +56,9 @@ def test_decoding_does_not_copy() -> None:
     [
         (np.zeros((2, 4, 4, 3), np.uint8), ["a"], "2 images came with 1 prompts"),
         (np.zeros((1, 4, 4, 3), np.float32), ["a"], "float32"),
+        (np.zeros((0, 4, 4, 3), np.uint8), [], "at least one image"),
+        (np.zeros((1, 4, 4, 3), np.uint8), ["\ud800"], "valid Unicode"),
+        (np.zeros((1, 4, 4, 3), np.uint8), ["x" * 70_000], "at most 65536 characters"),
         (np.zeros((1, 3, 4, 4), np.uint8), ["a"], r"expected uint8 \[H, W, 3\]"),
     ],
 )
