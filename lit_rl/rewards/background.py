@@ -9,6 +9,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from torch import Tensor
 
@@ -27,27 +28,27 @@ class Background:
         self._workers = ThreadPoolExecutor(thread_name_prefix="reward-worker")
         self._loop.set_default_executor(self._workers)
         self._one_at_a_time: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._futures: set[Future[Mapping[str, Tensor]]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="reward-scoring", daemon=True)
         self._thread.start()
 
     def start(self, label: str, reward: Reward, media: Tensor, info: Sequence[Info]) -> Future[Mapping[str, Tensor]]:
         """Score one chunk; returns at once. Rewards that compute in this process see one chunk at a time."""
-        future = asyncio.run_coroutine_threadsafe(self._score(label, reward, media, info), self._loop)
-        self._futures.add(future)
-        future.add_done_callback(self._futures.discard)
-        return future
+        return asyncio.run_coroutine_threadsafe(self._score(label, reward, media, info), self._loop)
 
     def close(self, rewards: Iterable[Reward], *, patience_s: float = 5.0) -> None:
-        """Cancel what is under way, close the rewards, end the threads. What computes in this process finishes unheard."""
-        idle = not self._futures
+        """Cancel what is under way, close the rewards, end the threads. What computes in this process finishes unheard.
+
+        Each of the three is waited for `patience_s` at most.
+        """
         try:
             asyncio.run_coroutine_threadsafe(self._finish(rewards), self._loop).result(patience_s)
         except TimeoutError:
             log.warning("rewards did not close in %g s; their connections are dropped", patience_s)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(patience_s)
-        self._workers.shutdown(wait=idle, cancel_futures=True)
+        ending = threading.Thread(target=partial(self._workers.shutdown, cancel_futures=True), daemon=True)
+        ending.start()
+        ending.join(patience_s)
         if not self._loop.is_running():
             self._loop.close()
 

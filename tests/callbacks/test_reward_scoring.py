@@ -9,11 +9,15 @@ import os
 import pickle
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from rewards.fault_proxy import Fault, FaultProxy, RedServer, red_images
@@ -23,6 +27,7 @@ from callbacks.reward_scoring import RewardScoring, resolve_weights
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import Reward, RewardError
 from lit_rl.rewards.client import HTTPReward
+from lit_rl.rewards.pseudo import PseudoReward
 from lit_rl.types import Info
 
 
@@ -451,6 +456,77 @@ def test_a_server_that_stays_dead_stops_the_run_with_one_sentence(scoring: list)
     with pytest.raises(RewardError, match=rf"4 of 4 samples got no score.*judge: reward server {url}.*deadline_s") as raised:
         iterate(scorer, [[1, 2], [3, 4]])
     assert "\n" not in str(raised.value)
+
+
+def start_server(port: int, ready: Path) -> subprocess.Popen[bytes]:
+    """The project's own server with the pseudo reward."""
+    command = [sys.executable, "-m", "lit_rl.rewards.server", "--port", str(port), "--scorers", "pseudo", "--ready-file", str(ready)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_our_server_killed_and_started_again_costs_no_score(scoring: list, tmp_path: Path) -> None:
+    """SIGKILL in the middle of an iteration; the server that takes the port over answers the rest, as the first would have."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = start_server(port, tmp_path / "ready")
+    try:
+        scorer = RewardScoring([HTTPReward(f"127.0.0.1:{port}", ["pseudo"], images_per_request=1, concurrency=1, probe_s=0.1)])
+        scoring.append(scorer)
+        while not (tmp_path / "ready").exists():
+            assert server.poll() is None, "the server did not start"
+            time.sleep(0.05)
+        scorer.setup(fake_trainer(), SimpleNamespace(), "fit")
+        media = torch.arange(200 * 3 * 32 * 32).remainder(251).to(torch.uint8).reshape(200, 3, 32, 32)
+        for chunk in media.split(50):
+            scorer.submit(chunk, info(50))
+        server.kill()
+        server.wait()
+        server = start_server(port, tmp_path / "again")
+        assert scorer.gather()["pseudo"].tolist() == pytest.approx(PseudoReward().score(media, info(200))["pseudo"].tolist())
+        assert scorer.metrics()["reward/HTTPReward/retries"] >= 1
+    finally:
+        server.kill()
+        server.wait()
+
+
+# -- under Lightning
+
+
+class Loop(L.LightningModule):
+    """Submits and gathers once per step, as a method does once per iteration."""
+
+    def __init__(self, crash: bool = False) -> None:
+        super().__init__()
+        self.weight, self.crash, self.seen = torch.nn.Parameter(torch.zeros(())), crash, []
+
+    def train_dataloader(self) -> list[int]:
+        return [1, 2, 3]
+
+    def training_step(self, batch: int, batch_idx: int) -> Tensor:
+        self.scorer.submit(red_images([batch]), info(1))
+        if self.crash:
+            raise RuntimeError("a crash between submit and gather")
+        self.seen += self.scorer.gather()["red"].tolist()
+        return self.weight
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_no_thread_is_left_after_fit(crash: bool) -> None:
+    reward, module = Red(), Loop(crash)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", devices=1, callbacks=[RewardScoring([reward])], **quiet)
+    if crash:
+        with pytest.raises(RuntimeError, match="a crash"):
+            trainer.fit(module)
+    else:
+        trainer.fit(module)
+        assert module.seen == [1, 2, 3]
+    assert our_threads() == [] and reward.closed == 1 and reward.places == [(0, 1, "cpu")]
 
 
 # -- several ranks
