@@ -116,6 +116,7 @@ def toy_trainer(
     *,
     callbacks: Sequence[L.Callback] = (),
     rewards: Mapping[str, Reward] | None = None,
+    weights: dict[str, float] | None = None,
     max_failed_fraction: float = 0.05,
     **kwargs: Any,
 ) -> L.Trainer:
@@ -123,5 +124,5 @@ def toy_trainer(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
         max_epochs=2, num_sanity_val_steps=0, limit_val_batches=0, default_root_dir=folder, log_every_n_steps=1,
     )  # fmt: skip
-    scoring = RewardScoring(rewards=dict(rewards or {"brightness": Brightness()}), max_failed_fraction=max_failed_fraction)
+    scoring = RewardScoring(dict(rewards or {"brightness": Brightness()}), weights, max_failed_fraction)
     return L.Trainer(**(defaults | kwargs), callbacks=[scoring, *callbacks])
