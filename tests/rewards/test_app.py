@@ -528,14 +528,14 @@ async def test_a_slow_body_is_408_and_gives_its_place_back() -> None:
 
 @aio
 async def test_many_slow_bodies_do_not_keep_others_waiting() -> None:
-    async with served(body_seconds=0.5) as (_, session):
+    async with served(body_seconds=1.5) as (_, session):
         head = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
         slow = [asyncio.create_task(raw(session, head)) for _ in range(100)]
         await asyncio.sleep(0.1)
         start = time.monotonic()
         async with session.post("/score", json=single(png(picture()))) as r:
             assert r.status == 200
-        assert time.monotonic() - start < 0.4
+        assert time.monotonic() - start < 1.2
         for status, writer in await asyncio.gather(*slow):
             assert b"408" in status
             writer.close()

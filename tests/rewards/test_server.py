@@ -57,8 +57,8 @@ async def scored(url: str, count: int) -> list[int]:
 
 def test_sigterm_drains_and_ends_with_code_0(tmp_path: Path) -> None:
     """40 images are in flight when the signal comes: all are answered, a new one gets 503."""
-    ready, slow = tmp_path / "ready", '{"slow_reward.SlowReward": {"seconds": 0.3}}'
-    with running("--scorers", "slow_reward.SlowReward", "--scorer-args", slow, "--max-batch", "16", "--ready-file", str(ready)) as process:
+    ready, slow = tmp_path / "ready", '{"slow_reward.SlowReward": {"seconds": 0.5}}'
+    with running("--scorers", "slow_reward.SlowReward", "--scorer-args", slow, "--max-batch", "10", "--ready-file", str(ready)) as process:
         until(ready.exists)
         url = ready.read_text()
 
