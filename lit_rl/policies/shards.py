@@ -50,3 +50,47 @@ def whole(tensor: Tensor) -> Tensor:
 
     with deepspeed.zero.GatheredParameters([tensor]):
         return tensor.detach().to("cpu", copy=True)
+
+
+def part(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter, as a plain tensor (flat under ZeRO-3). An alias: writing to it changes the parameter."""
+    from torch.distributed.tensor import DTensor
+
+    held = local(parameter).detach()
+    return held.to_local() if isinstance(held, DTensor) else held
+
+
+def joined(piece: Tensor, parameter: Tensor) -> Tensor:
+    """A copy on the CPU of the whole tensor of which every process holds the `piece` that is cut like its `part(parameter)`. Collective."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(parameter, DTensor):
+        mesh, placements, shape, stride = parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride()
+        return whole(DTensor.from_local(piece, mesh, placements, run_check=False, shape=shape, stride=stride))
+    if not hasattr(parameter, "ds_tensor"):
+        return whole(piece)
+    group = parameter.ds_process_group  # type: ignore[attr-defined]
+    mine = reachable(piece, group)
+    pieces = mine.new_empty(torch.distributed.get_world_size(group) * mine.numel())
+    torch.distributed.all_gather_into_tensor(pieces, mine, group=group)
+    return whole(pieces[: parameter.ds_numel].view(parameter.ds_shape))  # type: ignore[attr-defined]
+
+
+def cut(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The piece of a whole `tensor` that this process holds of `parameter`, on the same device. Inverse of `joined`."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    device = local(parameter).device
+    if isinstance(parameter, DTensor):
+        placed = distribute_tensor(tensor.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return placed.to_local().clone()
+    if not hasattr(parameter, "ds_tensor"):
+        return tensor.to(device, copy=True)
+    size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+    piece = tensor.flatten()[rank * size : (rank + 1) * size].to(device)
+    return torch.cat([piece, piece.new_zeros(size - piece.numel())])
+
+
+def reachable(tensor: Tensor, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
+    """`tensor` where the backend of the processes can send it from: NCCL does not see what is offloaded to the CPU."""
+    return tensor.cuda() if torch.distributed.get_backend(group) == "nccl" else tensor
