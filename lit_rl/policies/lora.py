@@ -74,8 +74,7 @@ def add_lora(network: nn.Module, settings: LoraSettings, *, targets: list[str], 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network.add_adapter(config, adapter_name=name)  # type: ignore[operator]
-    for parameter in adapter_parameters(network, name).values():
-        parameter.data = parameter.data.float()
+    _to_float32(network, name)
 
 
 def add_frozen_copy(network: nn.Module, name: str) -> None:
@@ -87,8 +86,14 @@ def add_frozen_copy(network: nn.Module, name: str) -> None:
     for adapter, trained in ((name, False), (TRAINED, True)):
         for parameter in adapter_parameters(network, adapter).values():
             parameter.requires_grad_(trained)
-            parameter.data = parameter.data.float()
+    _to_float32(network, name)
     copy_adapter(network, source=TRAINED, target=name)
+
+
+def _to_float32(network: nn.Module, name: str) -> None:
+    # peft gives a new adapter the precision of its base layer; in bfloat16 an optimizer's small steps would round to nothing.
+    for parameter in adapter_parameters(network, name).values():
+        parameter.data = parameter.data.float()
 
 
 @torch.no_grad()

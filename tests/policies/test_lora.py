@@ -93,8 +93,11 @@ def test_adapters_beside_each_other(make_policy: MakePolicy, make_inputs: MakeIn
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_adapter_is_float32_on_a_low_precision_base(dtype: str, make_policy: MakePolicy, make_inputs: MakeInputs) -> None:
-    policy = make_policy("sd3", lora=LoraSettings(rank=2), dtype=dtype, keep_reference=True)
+@pytest.mark.parametrize("keep_reference", [False, True])
+def test_adapter_is_float32_on_a_low_precision_base(
+    dtype: str, keep_reference: bool, make_policy: MakePolicy, make_inputs: MakeInputs
+) -> None:
+    policy = make_policy("sd3", lora=LoraSettings(rank=2), dtype=dtype, keep_reference=keep_reference)
     kinds = {p.dtype: ".lora_" in key for key, p in policy.named_parameters()}
     assert kinds == {torch.float32: True, getattr(torch, dtype): False}
     policy.velocity(**vars(make_inputs(policy))).square().mean().backward()
