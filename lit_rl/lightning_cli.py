@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
 from callbacks.graceful_stop import GracefulStop
 from callbacks.image_writer import ImageWriter
 from callbacks.rng_state import RngState
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-
 from lit_rl.checkpoints.files import AtomicCheckpointIO, resolve_checkpoint
+from lit_rl.cli_errors import explain
 from lit_rl.errors import ConfigError
 from lit_rl.module import LitRL
+
+# A notice of Lightning's own use of torch, and an advertisement, in every run.
+warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
 
 
 class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """The sentence that says what is wrong, without pages of usage around it."""
-        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.write(f"error: {explain(message, sys.argv)}\n")
         raise SystemExit(2)
 
 

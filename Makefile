@@ -1,0 +1,31 @@
+# make setup | make demo [SEED=1] | make test | make lint — each prepares what it needs, on a machine with Python 3.11 or newer.
+PYTHON ?= python3
+SEED ?= 0
+BIN = .venv/bin
+READY = .venv/.ready
+
+.PHONY: setup demo test lint
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "== Setting up .venv (about 2 minutes) =="
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" --constraint constraints.txt
+	@# the OCR engine asks for opencv-python, which needs X11 libraries; the headless build is the same module without them
+	$(BIN)/python -m pip uninstall --quiet --yes opencv-python opencv-python-headless
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt opencv-python-headless
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python -m lit_rl.demo --seed $(SEED)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy

@@ -1,0 +1,163 @@
+"""The command line: quick help, one sentence for each mistake, the documented options."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+def toy_config(folder: Path, **model: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "policy": {"class_path": "toy.ToyPolicy"},
+        "prompts_per_iteration": 4,
+        "group_size": 4,
+        "num_steps": 3,
+        "eval_num_steps": 3,
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2}},
+    }
+    checkpoint = {"dirpath": str(folder / "checkpoints"), "filename": "{epoch}", "save_top_k": -1, "save_last": True}
+    return {
+        "seed_everything": 3,
+        "model": {"class_path": "lit_rl.methods.flow_grpo.FlowGRPO", "init_args": settings | model},
+        "data": {"class_path": "toy.ToyData"},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "default_root_dir": str(folder),
+            "callbacks": [
+                {"class_path": "callbacks.reward_scoring.RewardScoring", "init_args": {"rewards": {"b": {"class_path": "toy.Brightness"}}}},
+                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint},
+            ],
+        },
+    }
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`cli("fit", config, *options)` runs the real command line in this process and returns the CLI object."""
+    from lit_rl.lightning_cli import CLI
+
+    def run(command: str, config: dict[str, Any], *options: str) -> Any:
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+        monkeypatch.setattr(sys, "argv", ["cli.py", command, "--config", str(tmp_path / "run.yaml"), *options])
+        return CLI()
+
+    return run
+
+
+def test_help_does_not_import_torch(tmp_path: Path) -> None:
+    for module in ("torch", "lightning", "transformers"):
+        (tmp_path / f"{module}.py").write_text("raise ImportError('imported for a help page')")
+    for args in ([], ["--help"], ["fit", "--help"], ["predict", "-h"]):
+        done = subprocess.run(
+            [sys.executable, "cli.py", *args], cwd=ROOT, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and "--ckpt_path" in done.stdout, done.stderr
+
+
+def test_options_of_the_help_page_exist(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--model.init_args.group_size",
+        "8",
+        "--trainer.max_epochs",
+        "300",
+        "--trainer.devices",
+        "1",
+        "--trainer.precision",
+        "bf16-mixed",
+    ]
+    with pytest.raises(SystemExit) as done:
+        cli("fit", toy_config(tmp_path), *options, "--trainer.callbacks+=lightning.pytorch.callbacks.RichProgressBar", "--print_config")
+    assert done.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["group_size"] == 8 and len(printed["trainer"]["callbacks"]) == 3
+
+
+def test_one_seed_reaches_method_and_data(cli: Any, tmp_path: Path) -> None:
+    run = cli("fit", toy_config(tmp_path), "--seed_everything", "7")
+    assert run.model.seed == run.datamodule.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.init_args.grup_size", "8"], "did you mean 'group_size'?"),
+        (["--model.init_args.group_size", "many"], "group_size"),
+        (["--model.init_args.clip_low", "1.5"], "model.clip_low=1.5 must be in (0, 1)"),
+        (["--model.init_args.prompts_per_iteration", "0"], "model.prompts_per_iteration=0 must be at least 1"),
+        (["--trainer.max_steps", "5"], "set trainer.max_epochs"),
+        (
+            ["--model.init_args.policy", "lit_rl.policies.sd3.SD3Policy", "--model.init_args.policy.pretrained", "./no/such"],
+            "no such folder",
+        ),
+        (["--data", "datamodules.prompts.PromptFiles", "--data.train", "missing.txt"], "missing.txt: no such file"),
+        (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
+    ],
+)
+def test_mistakes_get_one_sentence(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli("fit", toy_config(tmp_path), *options)
+    assert done.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_mistakes_in_a_file_are_named_with_line_and_remedy(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for key, value, message in (("grop_size", 4, "did you mean 'group_size'?"), ("group_size", "four", "Expected a int. Got value: four")):
+        with pytest.raises(SystemExit):
+            cli("fit", toy_config(tmp_path, **{key: value}))
+        lines = (tmp_path / "run.yaml").read_text().splitlines()
+        number = next(i for i, line in enumerate(lines, start=1) if line.strip() == f"{key}: {value}")
+        error = capsys.readouterr().err
+        assert f"run.yaml:{number}: " in error and message in error
+
+
+def test_unreachable_server_is_named_before_the_model_is_loaded(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = toy_config(tmp_path)
+    reward = {"class_path": "lit_rl.rewards.client.HTTPReward", "init_args": {"urls": "127.0.0.1:9"}}
+    config["trainer"]["callbacks"][0]["init_args"]["rewards"] = {"ocr": reward}
+    with pytest.raises(SystemExit) as done:
+        cli("fit", config)
+    assert done.value.code == 2
+    assert "no reward server answers at http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_options_beat_what_a_checkpoint_was_trained_with(cli: Any, tmp_path: Path) -> None:
+    cli("fit", toy_config(tmp_path))
+    run = cli("fit", toy_config(tmp_path), "--ckpt_path", "last", "--trainer.max_epochs", "3", "--model.init_args.clip_low", "0.5")
+    assert run.model.clip_low == 0.5 and run.trainer.current_epoch == 3
+
+
+def test_last_starts_from_scratch_when_there_is_nothing_yet(cli: Any, tmp_path: Path) -> None:
+    assert cli("fit", toy_config(tmp_path), "--ckpt_path", "last").trainer.current_epoch == 2
+
+
+def test_truncated_checkpoint_is_refused_with_the_last_good_one(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli("fit", toy_config(tmp_path))
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    with pytest.raises(SystemExit):
+        cli("fit", toy_config(tmp_path), "--ckpt_path", "last")
+    assert str(tmp_path / "checkpoints" / "epoch=1.ckpt") in capsys.readouterr().err
+
+
+def test_validate_and_predict_use_the_checkpoint(cli: Any, tmp_path: Path) -> None:
+    cli("fit", toy_config(tmp_path))
+    run = cli("predict", toy_config(tmp_path), "--ckpt_path", "last", "--images.output_dir", str(tmp_path / "images"))
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(run.model.policy.network[1].bias.detach(), saved["policy.network.1.bias"])
+    assert len(list((tmp_path / "images").glob("*.png"))) == len(run.datamodule.held_out)
+    assert "val/brightness" in cli("validate", toy_config(tmp_path), "--ckpt_path", "last").trainer.callback_metrics
