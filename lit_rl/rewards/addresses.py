@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,17 @@ def parse_urls(urls: str | Sequence[str]) -> list[str]:
     if not found:
         raise ConfigError("urls is empty; give at least one reward server, e.g. urls: 127.0.0.1:8000")
     return found
+
+
+def urls_from_environment(world_size: int) -> list[str]:
+    """$REWARD_SERVER_URLS (a comma list); else one port per process from $REWARD_SERVER_PORT (8000) on, at $REWARD_SERVER_HOST (127.0.0.1)."""
+    listed = os.environ.get("REWARD_SERVER_URLS")
+    if listed:
+        return listed.split(",")
+    host, port = os.environ.get("REWARD_SERVER_HOST", "127.0.0.1"), os.environ.get("REWARD_SERVER_PORT", "8000")
+    if not port.isdecimal():
+        raise ConfigError(f"REWARD_SERVER_PORT={port} in the environment is not a number; it is the port of the first server")
+    return [f"{host}:{int(port) + i}" for i in range(world_size)]
 
 
 def servers_of_rank(urls: Sequence[str], *, rank: int, world_size: int, mapping: str) -> list[str]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.rewards.addresses import check_health, parse_urls, servers_of_rank
+from lit_rl.rewards.addresses import check_health, parse_urls, servers_of_rank, urls_from_environment
 from lit_rl.rewards.base import Reward, RewardError
 from lit_rl.rewards.breaker import Breaker, ServerDown
 from lit_rl.rewards.wire import CONTENT_TYPE, WireError, decode_answer, encode_batch
@@ -45,7 +45,8 @@ PASSING = OUTAGE | {408, 429}
 class HTTPReward(Reward):
     """Scores from reward servers: `POST /v1/score_batch` with raw uint8, or `POST /score` (route: single) with one PNG per request.
 
-    urls: `http://host:port`, bare `host:port`, or a range of ports `host:8000-8003`. outputs: names of the scores to use, or
+    urls: `http://host:port`, bare `host:port`, or a range of ports `host:8000-8003`; None: what the environment says, see
+    `urls_from_environment`. outputs: names of the scores to use, or
     {name here: name at the server}. mapping: see `servers_of_rank`; with `spill` a rank whose servers are down asks the others'.
     concurrency: requests in flight per server. timeout_s: of one try. deadline_s: of one request with all its retries, counted from
     its first try or, if earlier, from when its server was given up as down. After `breaker_after` failures in a row a server is asked
@@ -58,7 +59,7 @@ class HTTPReward(Reward):
 
     def __init__(
         self,
-        urls: str | list[str] = "127.0.0.1:8000",
+        urls: str | list[str] | None = None,
         outputs: Sequence[str] | Mapping[str, str] = ("ocr_similarity",),
         mapping: Literal["auto", "rank", "round_robin"] = "auto",
         route: Literal["batch", "single"] = "batch",
@@ -80,7 +81,8 @@ class HTTPReward(Reward):
             raise ConfigError(
                 f"route={route!r}, mapping={mapping!r}: choose route from {sorted(ROUTES)}, mapping from auto, rank, round_robin"
             )
-        self.urls = parse_urls(urls)
+        self.given_urls = urls
+        self.urls = parse_urls(urls_from_environment(1) if urls is None else urls)
         self.fields = dict(outputs) if isinstance(outputs, Mapping) else {name: name for name in outputs}
         if not self.fields:
             raise ConfigError("outputs is empty; name at least one score of the server, e.g. outputs: [ocr_similarity]")
@@ -98,6 +100,8 @@ class HTTPReward(Reward):
 
     def setup(self, *, rank: int, world_size: int, device: str) -> None:
         """Pick this rank's servers and wait until they are ready. Raises ConfigError naming the one that does not answer."""
+        if self.given_urls is None:
+            self.urls = parse_urls(urls_from_environment(world_size))
         self.own = servers_of_rank(self.urls, rank=rank, world_size=world_size, mapping=self.mapping)
         if world_size > 1 and len(self.urls) not in (1, world_size):
             log.info("rank %d of %d asks %s of the %d reward servers", rank, world_size, self.own, len(self.urls))

@@ -13,7 +13,7 @@ import torch
 from fault_proxy import Fault, FaultProxy, RedServer, red_images
 
 from lit_rl.errors import ConfigError
-from lit_rl.rewards.addresses import check_health, parse_urls, servers_of_rank
+from lit_rl.rewards.addresses import check_health, parse_urls, servers_of_rank, urls_from_environment
 from lit_rl.rewards.base import RewardError
 from lit_rl.rewards.breaker import Breaker, ServerDown
 from lit_rl.rewards.client import HTTPReward
@@ -49,6 +49,22 @@ def expected(reds: list[int]) -> list[float]:
 )
 def test_addresses_are_understood(given: str | list[str], urls: list[str]) -> None:
     assert parse_urls(given) == urls
+
+
+def test_addresses_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank i asks the server on port 8000 + i, and neither one nor four processes need an edit of the YAML."""
+    reward = HTTPReward()
+    assert reward.urls == ["http://127.0.0.1:8000"]
+    assert urls_from_environment(4) == [f"127.0.0.1:{port}" for port in (8000, 8001, 8002, 8003)]
+    monkeypatch.setenv("REWARD_SERVER_HOST", "10.0.0.5")
+    monkeypatch.setenv("REWARD_SERVER_PORT", "9000")
+    assert urls_from_environment(2) == ["10.0.0.5:9000", "10.0.0.5:9001"]
+    monkeypatch.setenv("REWARD_SERVER_URLS", "a:1,b:2")
+    assert HTTPReward().urls == ["http://a:1", "http://b:2"]
+    monkeypatch.delenv("REWARD_SERVER_URLS")
+    monkeypatch.setenv("REWARD_SERVER_PORT", "http")
+    with pytest.raises(ConfigError, match="REWARD_SERVER_PORT=http"):
+        HTTPReward()
 
 
 @pytest.mark.parametrize("given", ["", "ftp://a:1", "a:b", "a:9-8", "http://a b", []])
