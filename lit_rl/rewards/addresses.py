@@ -32,7 +32,7 @@ def parse_urls(urls: str | Sequence[str]) -> list[str]:
 
 
 def urls_from_environment(world_size: int) -> list[str]:
-    """$REWARD_SERVER_URLS (a comma list); else one port per process from $REWARD_SERVER_PORT (8000) on, at $REWARD_SERVER_HOST (127.0.0.1)."""
+    """$REWARD_SERVER_URLS (a comma list); else one port per process, $REWARD_SERVER_HOST:$REWARD_SERVER_PORT (127.0.0.1:8000) and up."""
     listed = os.environ.get("REWARD_SERVER_URLS")
     if listed:
         return listed.split(",")
