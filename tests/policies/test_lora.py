@@ -98,8 +98,8 @@ def test_adapter_is_float32_on_a_low_precision_base(
     dtype: str, keep_reference: bool, make_policy: MakePolicy, make_inputs: MakeInputs
 ) -> None:
     policy = make_policy("sd3", lora=LoraSettings(rank=2), dtype=dtype, keep_reference=keep_reference)
-    kinds = {p.dtype: ".lora_" in key for key, p in policy.named_parameters()}
-    assert kinds == {torch.float32: True, getattr(torch, dtype): False}
+    kinds = {(p.dtype, ".lora_" in key) for key, p in policy.named_parameters()}
+    assert kinds == {(torch.float32, True), (getattr(torch, dtype), False)}
     policy.velocity(**vars(make_inputs(policy))).square().mean().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for _, p in policy.trainable())
 
