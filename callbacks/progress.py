@@ -1,0 +1,132 @@
+"""A progress bar that also moves while a rollout is sampled, and one line per finished iteration."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
+
+
+class Progress(TQDMProgressBar):
+    """Live bar on a terminal; in a log file or CI plain lines, one per iteration and one now and then in between.
+
+    Args:
+        refresh_rate: Minibatches between two updates of the bar; 0 shows nothing at all.
+        seconds_between_lines: At least so many between two lines of one iteration where there is no terminal.
+    """
+
+    def __init__(self, refresh_rate: int = 1, *, seconds_between_lines: float = 30.0) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+        self.seconds_between_lines = seconds_between_lines
+        self._lines = False
+        self._done = 0
+        self._evaluated = False
+        self._epoch_began = self._last_line = time.perf_counter()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._lines = self.is_enabled and trainer.is_global_zero and not sys.stdout.isatty()
+        if self._lines:
+            self.disable()
+
+    # ------------------------------------------------------------------ what the bar says
+    def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+        """Reward first, of the current rollout; no version number, and of the warm-up's metrics only while it lasts."""
+        metrics = {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+        rollout = pl_module.rollout_metrics
+        reward = {"reward_mean": rollout["reward_mean"]} if "reward_mean" in rollout else {}
+        return reward | {n: v for n, v in metrics.items() if n not in reward and (pl_module.warming_up or not n.startswith("warmup/"))}
+
+    def label(self, trainer: L.Trainer, module: Any) -> str:
+        if module.warming_up:
+            return "warm-up"
+        last = (trainer.max_epochs or 0) - module.warmup_epochs
+        return f"iteration {module.iteration + 1}" + (f"/{last}" if last > 0 else "")
+
+    def _show(self, trainer: L.Trainer, module: Any, activity: str, total: int | float, unit: str) -> None:
+        bar = self.train_progress_bar
+        bar.unit, bar.initial, bar.postfix = f" {unit}", 0, ""
+        bar.set_description(f"{self.label(trainer, module)} {activity}".rstrip(), refresh=False)
+        bar.reset(total)
+        self._done = 0
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        if self._lines:
+            print(*args, flush=True, **kwargs)
+        else:
+            super().print(*args, **kwargs)
+
+    def _say(self, line: str) -> None:
+        """A line in the log, unless the last one was just now."""
+        if self._lines and time.perf_counter() - self._last_line >= self.seconds_between_lines:
+            self._last_line = time.perf_counter()
+            self.print(line)
+
+    # ------------------------------------------------------------------ rollout and scoring
+    def on_phase_start(self, trainer: L.Trainer, module: Any, name: str) -> None:
+        if name == "rollout":
+            images = module.prompts_per_iteration // trainer.world_size * module.group_size
+            self._show(trainer, module, "rollout", images, "images")
+        elif name == "score":
+            self.train_progress_bar.set_description(f"{self.label(trainer, module)} waiting for rewards")
+
+    def on_rollout_chunk(self, trainer: L.Trainer, module: Any, media: Tensor, info: Sequence[Any], total: int) -> None:
+        self._done += len(media)
+        bar = self.train_progress_bar
+        bar.total = total
+        bar.update(len(media))
+        self._say(f"{self.label(trainer, module)}: rollout {self._done}/{total} images")
+
+    def on_rollout_end(self, trainer: L.Trainer, module: Any, rollout: Any) -> None:
+        self._show(trainer, module, "training", self.total_train_batches, "minibatches")
+        self.train_progress_bar.set_postfix(self.get_metrics(trainer, module))
+
+    # ------------------------------------------------------------------ training
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # type: ignore[override]
+        super().on_train_start(trainer, pl_module)
+        self._epoch_began = self._last_line = time.perf_counter()
+        self._show(trainer, pl_module, "", self.total_train_batches, "minibatches")  # on_train_epoch_start is left out after some resumes
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # type: ignore[override]
+        super().on_train_epoch_start(trainer, pl_module)
+        self._show(trainer, pl_module, "", self.total_train_batches, "minibatches")
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._say(
+            f"{self.label(trainer, pl_module)}: minibatch {batch_idx + 1}/{self.total_train_batches}{self._metrics(trainer, pl_module)}"
+        )
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The line that stays."""
+        super().on_train_epoch_end(trainer, pl_module)
+        seconds, self._epoch_began = time.perf_counter() - self._epoch_began, time.perf_counter()
+        self.print(f"{self.label(trainer, pl_module)}:{self._metrics(trainer, pl_module)}  ({seconds:.1f} s)")
+        self._evaluated, self._last_line = False, time.perf_counter()
+
+    def _metrics(self, trainer: L.Trainer, module: Any) -> str:
+        shown = {n: v for n, v in self.get_metrics(trainer, module).items() if self._evaluated or not n.startswith("val/")}
+        return "".join(f"  {name} {float(value):.4g}" for name, value in shown.items())
+
+    # ------------------------------------------------------------------ evaluation
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        if batch_idx == 0:
+            self.val_progress_bar.set_description("evaluation")
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        self._say(f"evaluation: batch {batch_idx + 1}/{self.total_val_batches_current_dataloader}")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._evaluated = not trainer.sanity_checking
+        super().on_validation_end(trainer, pl_module)

@@ -1,0 +1,111 @@
+"""Where the time of an iteration goes."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import lightning as L
+import torch
+from torch import Tensor
+
+Phase = Literal["rollout", "score", "train", "validation", "other"]
+
+
+class Throughput(L.Callback):
+    """Wall-clock seconds of each iteration by what the process was doing, images and trained pairs per second.
+
+    Logged once per iteration, as means over the processes:
+      time/rollout_s     sampling and decoding; scoring of finished chunks goes on meanwhile
+      time/score_s       blocked until the last rewards arrived
+      time/train_s       forward, backward, optimizer
+      time/validation_s  evaluation, in the iterations that have one
+      time/other_s       everything else: checkpoints of the previous iteration, logging, loading
+      throughput/images_per_s  sampled images of all processes per second of the whole iteration
+      throughput/pairs_per_s   trained (sample, step) pairs of all processes per second of training, repeated passes included
+
+    The first five add up to the iteration's time. On a GPU the clock waits for the device once, at the end of an iteration.
+    """
+
+    def __init__(self) -> None:
+        self._clock = Clock()
+        self._images = 0
+        self._pairs = 0
+
+    # ------------------------------------------------------------------ what is going on
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._clock.restart()
+
+    def on_phase_start(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> None:
+        self._clock.enter(name)
+
+    def on_phase_end(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> None:
+        self._clock.enter("other")
+
+    def on_rollout_chunk(self, trainer: L.Trainer, module: L.LightningModule, media: Tensor, info: Sequence[Any], total: int) -> None:
+        self._images += len(media)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._clock.enter("train")
+        self._pairs += batch.weights.numel() if hasattr(batch, "weights") else 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)
+        self._clock.enter("other")
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._clock.enter("validation")
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._clock.enter("other")
+
+    # ------------------------------------------------------------------ the sums
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        seconds, images, pairs = self._clock.restart(), self._images, self._pairs
+        self._images = self._pairs = 0
+        row = {f"time/{phase}_s": seconds[phase] for phase in get_args(Phase) if phase != "validation" or seconds[phase]}
+        if images:
+            row["throughput/images_per_s"] = images * trainer.world_size / sum(seconds.values())
+        if pairs:
+            row["throughput/pairs_per_s"] = pairs * trainer.world_size / seconds["train"]
+        module.log_dict(row, sync_dist=True)
+
+
+class Clock:
+    """Seconds spent in named phases, one at a time, starting in "other"."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.phase, self.since = "other", time.perf_counter()
+
+    def enter(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[self.phase] += now - self.since
+        self.phase, self.since = phase, now
+
+    def restart(self) -> defaultdict[str, float]:
+        """What was counted so far; counting goes on from nothing, in "other"."""
+        self.enter("other")
+        seconds, self.seconds = self.seconds, defaultdict(float)
+        return seconds
+
+
+def plot_time(rows: Sequence[Mapping[str, float]], file: Path) -> None:
+    """Draw where the time went: one stacked bar per iteration, from logged rows that hold `time/<phase>_s`."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if "time/train_s" in row]
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots()
+    bottom = [0.0] * len(rows)
+    for phase in get_args(Phase):
+        seconds = [row.get(f"time/{phase}_s", 0.0) for row in rows]
+        axes.bar(range(len(rows)), seconds, bottom=bottom, width=1.0, label=phase)
+        bottom = [b + s for b, s in zip(bottom, seconds)]
+    axes.set(xlabel="iteration", ylabel="seconds")
+    axes.legend(loc="upper right")
+    figure.savefig(file, dpi=120)
