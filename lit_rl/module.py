@@ -48,11 +48,11 @@ class ReplayLoader:
         return self.module.minibatches_per_epoch()
 
     def __iter__(self) -> Iterator[Minibatch]:
-        start, self.start = self.start % len(self), 0  # a checkpoint on the last minibatch continues with the next epoch
+        start, self.start = self.start, 0
         yield from self.module.replay(range(start, len(self)))
 
     def state_dict(self) -> dict[str, int]:
-        return {"start": self.module.minibatches_done()}
+        return {"start": self.module.minibatches_done() % len(self)}  # after the last minibatch: the next epoch from its first
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.start = state["start"]
@@ -302,6 +302,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "state_dict" in checkpoint:  # otherwise the strategy has looked at the weights and loaded them
             check_layout({name: weight.shape for name, weight in checkpoint["state_dict"].items()}, self.checkpoint_shapes())
+        self._close_finished_epoch(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"])
         saved = checkpoint.get("rollout")
         if saved is None:
             return
@@ -312,6 +313,14 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             )
         self.rollout = self.restore_rollout(saved["ranks"][self.global_rank])
         self.rollout_iteration, self.rollout_metrics = saved["iteration"], saved["metrics"]
+
+    def _close_finished_epoch(self, progress: dict[str, Any]) -> None:
+        """Make Lightning see that a checkpoint on the last minibatch ends its epoch: it compares with the *next* epoch's length, and the
+        epoch after the warm-up may be longer."""
+        current = progress["current"]
+        if progress["is_last_batch"] and current["completed"] < current["processed"]:
+            length = max(current["processed"], self.inner_epochs * self.minibatches_per_pass())
+            current |= {"ready": length, "started": length, "processed": length, "completed": length - 1}
 
     @abstractmethod
     def restore_rollout(self, fields: dict[str, Any]) -> R:

@@ -156,7 +156,7 @@ def checkpointing(folder: Path, **kwargs: Any) -> ModelCheckpoint:
     return ModelCheckpoint(dirpath=folder, save_top_k=-1, filename="{epoch}-{step}", **kwargs)
 
 
-@pytest.mark.parametrize("kind", ["epoch end", "inside an iteration", "inside the warm-up", "last minibatch"])
+@pytest.mark.parametrize("kind", ["epoch end", "inside an iteration", "inside the warm-up", "end of the warm-up", "last minibatch"])
 def test_resume_equals_the_unbroken_run_bit_for_bit(tmp_path: Path, kind: str) -> None:
     """8 minibatches in epochs 1 ... 3 (2 passes x 4), 6 in the warm-up; accumulation of 2."""
 
@@ -170,6 +170,7 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(tmp_path: Path, kind: str) -
         "epoch end": (dict(every_n_epochs=1, save_on_train_epoch_end=True), "epoch=1-step=7"),
         "inside an iteration": (dict(every_n_train_steps=1), "epoch=2-step=9"),
         "inside the warm-up": (dict(every_n_train_steps=1), "epoch=0-step=2"),
+        "end of the warm-up": (dict(every_n_train_steps=1), "epoch=0-step=3"),
         "last minibatch": (dict(every_n_train_steps=1), "epoch=1-step=7"),
     }[kind]
     unbroken = run(tmp_path, method(), callbacks=[checkpointing(tmp_path / "a", **every)], **settings)
