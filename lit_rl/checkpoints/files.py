@@ -95,8 +95,10 @@ def what_is_missing(checkpoint: Path) -> str | None:
         return "does not exist"
     if (checkpoint / "checkpoint").is_dir():
         states = sorted((checkpoint / "checkpoint").glob("*.pt"))
-        if not any("model_states" in file.name for file in states) or not (checkpoint / "latest").exists():
-            return "is a DeepSpeed checkpoint without its " + ("`latest` file" if states else "model states")
+        if not any("model_states" in file.name for file in states):
+            return "is a DeepSpeed checkpoint without model states"
+        if not (checkpoint / "latest").exists():
+            return "is a DeepSpeed checkpoint without `latest`, which is written last"
         return _first(_broken_file(file) for file in states)
     if not (checkpoint / ".metadata").is_file():
         return "is a folder without `.metadata` (FSDP2) or `checkpoint/` (DeepSpeed)"
