@@ -108,6 +108,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         self.rollout: R | None = None
         self.rollout_iteration = -1
         self.rollout_metrics: dict[str, float] = {}
+        self._metrics_logged = False
         self._plan: list[Tensor] = []
 
     # ------------------------------------------------------------------ what a method is
@@ -205,6 +206,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             rollout = self.collect(self.ask(self.iteration))
         self.train(was_training)
         rollout = self.credit(self.score(rollout))
+        self._metrics_logged = False
         self.notify("on_rollout_end", rollout)
         return rollout
 
@@ -226,8 +228,10 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         losses, weights = self.loss(batch)
         loss = (losses * weights).sum() * self.trainer.accumulate_grad_batches * self.trainer.world_size
         self.log("loss", loss.detach(), prog_bar=True)
-        for name, value in self.rollout_metrics.items():
-            self.log(name, value, on_step=False, on_epoch=True, prog_bar=name == "reward_mean", batch_size=1)
+        if not self._metrics_logged:  # once per rollout: each call costs a millisecond
+            self._metrics_logged = True
+            for name, value in self.rollout_metrics.items():
+                self.log(name, value, on_step=False, on_epoch=True, prog_bar=name == "reward_mean", batch_size=1)
         return loss
 
     # ------------------------------------------------------------------ optimization

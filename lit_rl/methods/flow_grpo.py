@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -89,6 +90,11 @@ class FlowGRPO(LitFlow):
     def trained_steps(self) -> int:
         return len(self.window(max(0, self.iteration)))
 
+    @cached_property
+    def sigma_max(self) -> float:
+        """The schedule's second entry, read once: on the device it would cost a synchronisation per step."""
+        return float(self.policy.sigmas(self.num_steps)[1])
+
     # ------------------------------------------------------------------ collect
     def collect(self, prompts: Prompts) -> FlowRollout:
         """Denoise in micro-batches, keep the window's points, and submit each decoded micro-batch for scoring."""
@@ -156,7 +162,7 @@ class FlowGRPO(LitFlow):
     def act(self, x: Tensor, v: Tensor, sigmas: Tensor, i: int, level: float, noise: Tensor | None) -> Step:
         """Step i of the whole micro-batch, drawn with `noise`; deterministic where the level is 0."""
         return sde_step(
-            x, v, sigma=sigmas[i].expand(len(x)), sigma_next=sigmas[i + 1].expand(len(x)), sigma_max=float(sigmas[1]),
+            x, v, sigma=sigmas[i].expand(len(x)), sigma_next=sigmas[i + 1].expand(len(x)), sigma_max=self.sigma_max,
             dynamics=self.dynamics if level else "ode", noise_level=level, noise=noise, dtype=self.storage_dtype,
         )  # fmt: skip
 
@@ -189,10 +195,9 @@ class FlowGRPO(LitFlow):
 
     def replay_step(self, v: Tensor, batch: PairBatch) -> Step:
         """The stored action under today's velocity. Every trained step was drawn at `noise_level`."""
-        sigma_max = float(self.policy.sigmas(self.num_steps)[1])
         return sde_step(
             batch.x, v, sigma=batch.sigma, sigma_next=batch.sigma_next,
-            dynamics=self.dynamics, noise_level=self.noise_level, sigma_max=sigma_max, sample=batch.x_next,
+            dynamics=self.dynamics, noise_level=self.noise_level, sigma_max=self.sigma_max, sample=batch.x_next,
         )  # fmt: skip
 
     def log_ratio(self, step: Step, batch: PairBatch) -> Tensor:
