@@ -1,0 +1,88 @@
+"""Pull the plug at a random moment, continue with `--ckpt_path last`: the run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from test_cli import ROOT, toy_config
+
+EPOCHS = 30
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """Warm-up, several minibatches and passes per rollout, KL, dropout, EMA, per-prompt statistics; a checkpoint at every optimizer step."""
+    run = toy_config(folder, warmup_steps=4, train_micro_batch=8, inner_epochs=2, kl_coef=0.1, advantage={"kind": "history"})
+    run["model"]["init_args"]["policy"] = {"class_path": "toy.ToyPolicy", "init_args": {"dropout": 0.1}}
+    run["trainer"] |= {"max_epochs": EPOCHS, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0, "limit_val_batches": 0}
+    checkpoint = {"dirpath": str(folder / "checkpoints"), "filename": "{step}", "save_top_k": 3, "monitor": "step", "mode": "max"}
+    run["trainer"]["callbacks"][1:] = [
+        {"class_path": "callbacks.ema.EMA", "init_args": {"decay": 0.9}},
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": checkpoint | {"save_last": True, "every_n_train_steps": 1},
+        },
+    ]
+    return run
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen[bytes]:
+    folder.mkdir(exist_ok=True)
+    (folder / "run.yaml").write_text(yaml.safe_dump(config(folder)))
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "cli.py"), "fit", "--config", str(folder / "run.yaml"), *options]
+    return subprocess.Popen(command, env=environment, cwd=folder, stdout=(folder / "log").open("ab"), stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen[bytes], folder: Path) -> dict[str, Any]:
+    assert process.wait(timeout=200) == 0, (folder / "log").read_text()[-3000:]
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def differences(a: Any, b: Any, at: str = "") -> list[str]:
+    """Paths of leaves that are not bitwise equal."""
+    if isinstance(a, dict):
+        return [d for k in a.keys() | b.keys() for d in differences(a.get(k), b.get(k), f"{at}/{k}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{at}/{i}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+    return [] if same else [at]
+
+
+@pytest.mark.slow
+def test_killed_run_ends_as_the_unbroken_one(tmp_path: Path) -> None:
+    unbroken = start(tmp_path / "unbroken")
+    folder = tmp_path / "killed"
+    killed, kills = start(folder), 0
+    moment = random.Random(time.time_ns())
+    seen: dict[str, float] = {}
+    while kills < 2 and killed.poll() is None:  # once early, once later, each at no particular moment
+        checkpoints = len(list((folder / "checkpoints").glob("step=*.ckpt")))
+        if checkpoints and "since" not in seen:
+            seen["since"], seen["wait"] = time.monotonic(), moment.uniform(0.0, 1.5)
+        if "since" in seen and time.monotonic() > seen["since"] + seen["wait"]:
+            killed.send_signal(signal.SIGKILL)
+            killed.wait()
+            kills, seen = kills + 1, {}
+            killed = start(folder, "--ckpt_path", "last")
+            time.sleep(3)  # it needs longer than that to get going
+        time.sleep(0.005)
+    assert kills >= 1, "the run was over before it could be killed; raise EPOCHS"
+    a, b = finish(unbroken, tmp_path / "unbroken"), finish(killed, folder)
+    parts = [
+        part
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "ema", "prompt_history", "rng", "global_step", "epoch")
+        if part in a
+    ]
+    assert {"state_dict", "optimizer_states", "ema", "prompt_history", "rng", "global_step"} <= set(parts)
+    assert [d for part in parts for d in differences(a[part], b[part], part)] == []
+    assert a["epoch"] == EPOCHS - 1
