@@ -50,4 +50,5 @@ def test_the_page_names_enough_and_only_real_arguments() -> None:
     text = PAGE.read_text()
     assert {"decay", "update_interval"} <= parameters(EMA) and {"urls", "route"} <= parameters(HTTPReward)
     for path in re.findall(r"`((?:lit_rl|callbacks)(?:\.\w+)+)", text):
-        assert list((PAGE.parent.parent).glob(path.split(".")[0] + "/**/" + path.split(".")[-2 if path.split(".")[-1][0].isupper() else -1] + ".py"))
+        module = path.rpartition(".")[0] if path.rpartition(".")[2][0].isupper() else path
+        assert (PAGE.parent.parent / f"{module.replace('.', '/')}.py").is_file(), path
