@@ -164,6 +164,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         if zero.get("stage") == 3:
             zero.setdefault("stage3_param_persistence_threshold", 0)
 
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning has divided the loss by `accumulate_grad_batches`; DeepSpeed would again, and clip at a multiple of what was asked."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         module = _litrl(self)
         keys = module.checkpoint_keys()
