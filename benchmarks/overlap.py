@@ -1,28 +1,72 @@
-"""What scoring costs beside a rollout: python benchmarks/overlap.py [--chunks 8] [--images 4] [--chunk-ms 250] [--side 512]
+"""What scoring costs beside a rollout.
 
-A rollout of `chunks` pieces of matrix multiplication submits `images` images after each; a server in another process scores them one
-request at a time, like one GPU. For scoring that takes 0.5, 1 and 2 times as long as the rollout it prints the seconds of both alone, one
-after the other, and overlapped by RewardScoring, and the ratio overlapped / max(rollout, scoring). Aim at 0.5: at most 1.15; the score of
-the last chunk, which nothing hides, is 1/16 of it. Needs two idle cores: one computes the rollout, one moves the images.
+    python benchmarks/overlap.py [--repeats 3] [--prompts 6] [--group 8] [--chunk 6] [--side 512]
+
+Iterations of FlowGRPO on the demo's model under Lightning's Trainer, its images enlarged to `side` pixels, with rewards that take half as
+long as the rollout, and as long: one that sleeps in this process, and `HTTPReward` asking a server in another process over its batched
+route. Both score one image at a time. Prints median seconds of the rollout alone, of scoring alone, and of both overlapped by
+RewardScoring, and the median of overlapped / the larger of both: at most 1.15 for half the rollout. What cannot be hidden is the last
+chunk: at the defaults 1/8 of the scoring. Arms take turns. Needs a core for the rollout and a bit of another to move the images.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import multiprocessing as mp
 import socket
 import statistics
+import tempfile
 import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import lightning as L
 import torch
+from torch import Tensor
 
 from callbacks.reward_scoring import RewardScoring
+from datamodules.base import PromptDataModule
+from lit_rl.methods.flow_grpo import FlowGRPO
+from lit_rl.policies.sd3 import SD3Policy
+from lit_rl.policies.tiny import build_sd3
+from lit_rl.rewards.base import Reward, Scorer
 from lit_rl.rewards.client import HTTPReward
+from lit_rl.types import Info
+
+CALIBRATION = 2
+"""Iterations without scoring before the first round: one to warm up, one to measure the rollout that the latencies refer to."""
 
 
-def serve(port: int, ready: mp.synchronize.Event) -> None:
-    """Scores one request at a time, `milliseconds` (in the path) per image."""
+class Enlarged(SD3Policy):
+    """Images of `side` x `side` pixels, so that moving them costs what it costs in earnest."""
+
+    side = 512
+
+    def decode(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.interpolate(super().decode(x), (self.side, self.side))
+
+
+class Sleeping(Reward):
+    """One pixel, after `latency.value` seconds per image."""
+
+    outputs = ("pixel",)
+
+    def __init__(self, latency: Any) -> None:
+        self.latency = latency
+
+    def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+        time.sleep(self.latency.value * len(media))
+        return {"pixel": media[:, 0, 0, 0].double()}
+
+
+def serve(port: int, latency: Any, ready: Any) -> None:
+    """The same behind `POST /v1/score_batch`: one request at a time."""
     from aiohttp import web
 
     from lit_rl.rewards.wire import decode_batch
@@ -33,11 +77,11 @@ def serve(port: int, ready: mp.synchronize.Event) -> None:
         async def score(request: web.Request) -> web.Response:
             images = decode_batch(await request.read()).images
             async with one:
-                await asyncio.sleep(float(request.match_info["milliseconds"]) / 1000 * len(images))
-            return web.json_response({"scores": [{"mean": float(image[0].mean())} for image in images], "errors": {}})
+                await asyncio.sleep(latency.value * len(images))
+            return web.json_response({"scores": [{"pixel": float(image[0, 0, 0])} for image in images], "errors": {}})
 
         app = web.Application(client_max_size=1 << 28)
-        app.router.add_post("/{milliseconds}/v1/score_batch", score)
+        app.router.add_post("/v1/score_batch", score)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", port).start()
@@ -47,82 +91,143 @@ def serve(port: int, ready: mp.synchronize.Event) -> None:
     asyncio.run(run())
 
 
-class Work:
-    """A fixed amount of computation that took `milliseconds` when nothing else ran."""
-
-    def __init__(self, milliseconds: float) -> None:
-        self.x = torch.randn(512, 512)
-        rates = [self._timed(20) for _ in range(5)]
-        self.repeats = max(round(20 * milliseconds / 1000 / statistics.median(rates)), 1)
-
-    def _timed(self, repeats: int) -> float:
-        started = time.perf_counter()
-        for _ in range(repeats):
-            self.x @ self.x
-        return time.perf_counter() - started
-
-    def __call__(self) -> None:
-        self._timed(self.repeats)
-
-
-def rollout(work: Work, media: torch.Tensor, chunks: int, scorer: RewardScoring | None, *, overlap: bool) -> float:
-    info = [{"prompt": ""}] * len(media)
-    started = time.perf_counter()
-    for _ in range(chunks):
-        work()
-        if scorer is not None and overlap:
-            scorer.submit(media, info)
-    if scorer is not None:
-        if not overlap:
-            for _ in range(chunks):
-                scorer.submit(media, info)
-        scorer.gather()
-    return time.perf_counter() - started
-
-
-def measure(url: str, work: Work, args: argparse.Namespace, share: float) -> tuple[float, float, float, float]:
-    """Median seconds of rollout alone, scoring alone, one after the other, overlapped."""
-    media = torch.randint(0, 256, (args.images, 3, args.side, args.side), dtype=torch.uint8)
-    milliseconds = share * args.chunk_ms / args.images
-    scorer = RewardScoring([HTTPReward(f"{url}/{milliseconds}", ["mean"])])
-    scorer.submit(media, [{"prompt": ""}] * args.images)  # starts the thread and connects
-    scorer.gather()
-    rows = []
-    for _ in range(args.rounds):  # interleaved, so that a noisy neighbour disturbs all alike
-        alone = rollout(work, media, args.chunks, None, overlap=False)
-        after = rollout(work, media, args.chunks, scorer, overlap=False)
-        beside = rollout(work, media, args.chunks, scorer, overlap=True)
-        rows.append((alone, share * args.chunk_ms / 1000 * args.chunks, after, beside))
-    scorer.close()
-    return tuple(map(statistics.median, zip(*rows)))  # type: ignore[return-value]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chunks", type=int, default=8)
-    parser.add_argument("--images", type=int, default=4, help="per chunk")
-    parser.add_argument("--chunk-ms", type=float, default=250.0, help="of rollout")
-    parser.add_argument("--side", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+@contextmanager
+def server(latency: Any) -> Iterator[str]:
+    """The address of a running `serve`, in a process of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ready = mp.get_context("spawn").Event()
-    server = mp.get_context("spawn").Process(target=serve, args=(port, ready), daemon=True)
-    server.start()
+    context = mp.get_context("spawn")
+    ready = context.Event()
+    process = context.Process(target=serve, args=(port, latency, ready), daemon=True)
+    process.start()
     try:
-        if not ready.wait(60):
+        if not ready.wait(120):
             raise SystemExit("the scoring server did not start")
-        work = Work(args.chunk_ms)
-        print(f"{'scoring/rollout':>15} {'rollout s':>10} {'scoring s':>10} {'in turn s':>10} {'overlapped s':>13} {'/ larger':>9}")
-        for share in (0.5, 1.0, 2.0):
-            alone, scoring, after, beside = measure(f"http://127.0.0.1:{port}", work, args, share)
-            print(f"{share:15.1f} {alone:10.2f} {scoring:10.2f} {after:10.2f} {beside:13.2f} {beside / max(alone, scoring):9.2f}")
+        yield f"127.0.0.1:{port}"
     finally:
-        server.terminate()
-        server.join()
+        process.terminate()
+        process.join()
+
+
+class Unscored(Scorer):
+    """Takes everything and knows nothing: the rollout alone."""
+
+    weights: Mapping[str, float] = {"pixel": 1.0}
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def submit(self, media: Tensor, info: Sequence[Info]) -> None:
+        self.count += len(info)
+
+    def gather(self) -> dict[str, Tensor]:
+        count, self.count = self.count, 0
+        return {"pixel": torch.zeros(count, dtype=torch.float64)}
+
+
+@dataclass
+class Arm:
+    """A scorer, how long its scoring takes as a share of the rollout, and what was measured, one entry per round."""
+
+    name: str
+    scorer: Scorer
+    share: float = 0.0
+    overlapped: list[float] = field(default_factory=list)
+    alone: list[float] = field(default_factory=list)
+
+
+class Rounds(L.Callback):
+    """Gives each iteration its arm, and times it."""
+
+    def __init__(self, arms: Sequence[Arm], latency: Any) -> None:
+        self.arms, self.latency = arms, latency
+        self.unscored = arms[0]
+
+    def on_train_epoch_start(self, trainer: L.Trainer, method: L.LightningModule) -> None:
+        assert isinstance(method, FlowGRPO)
+        number = trainer.current_epoch - CALIBRATION
+        self.arm = self.unscored if number < 0 else self.arms[number % len(self.arms)]
+        if number == 0:
+            self.rollout_seconds = self.unscored.overlapped[-1]
+            self.unscored.overlapped.clear()
+        method.scorer = self.arm.scorer
+        self.chunks: list[tuple[Tensor, Sequence[Info]]] = []
+        if self.arm.share:
+            self.latency.value = self.arm.share * self.rollout_seconds / (method.prompts_per_iteration * method.group_size)
+
+    def on_phase_start(self, trainer: L.Trainer, method: L.LightningModule, name: str) -> None:
+        if name == "rollout":
+            self.began = time.perf_counter()
+
+    def on_rollout_chunk(self, trainer: L.Trainer, method: L.LightningModule, media: Tensor, info: Sequence[Info], total: int) -> None:
+        self.chunks.append((media, info))
+
+    def on_phase_end(self, trainer: L.Trainer, method: L.LightningModule, name: str) -> None:
+        if name == "score":
+            self.arm.overlapped.append(time.perf_counter() - self.began)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, method: L.LightningModule) -> None:
+        """The same chunks once more, with nothing beside them."""
+        if self.arm.share:
+            began = time.perf_counter()
+            for media, info in self.chunks:
+                self.arm.scorer.submit(media, info)
+            self.arm.scorer.gather()
+            self.arm.alone.append(time.perf_counter() - began)
+
+
+def measure(args: argparse.Namespace, folder: Path) -> list[Arm]:
+    """All arms, `args.repeats` rounds of them in one fit. The first arm is the rollout alone."""
+    latency = mp.get_context("spawn").Value("d", 0.0)
+    with server(latency) as url:
+        scorings = {"sleeping": RewardScoring([Sleeping(latency)]), "HTTP": RewardScoring([HTTPReward(url, ["pixel"])])}
+        arms = [Arm("none", Unscored())] + [Arm(name, scoring, share) for share in (0.5, 1.0) for name, scoring in scorings.items()]
+        policy = Enlarged(str(build_sd3(folder / "pipeline")), resolution=(16, 32), max_sequence_length=24)
+        policy.side = args.side
+        method = FlowGRPO(
+            policy, prompts_per_iteration=args.prompts, group_size=args.group, rollout_micro_batch=args.chunk, timestep_fraction=0.1
+        )  # one trained step of ten: training is not what is measured
+        trainer = L.Trainer(
+            accelerator="auto", devices=1, max_epochs=CALIBRATION + args.repeats * len(arms), limit_val_batches=0, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+            callbacks=[*scorings.values(), Rounds(arms, latency)],
+        )  # fmt: skip
+        trainer.fit(method, PromptDataModule([{"prompt": f'the number "{i}"'} for i in range(64)]))
+    return arms
+
+
+def report(arms: Sequence[Arm], args: argparse.Namespace) -> str:
+    """A line per reward."""
+    images = args.prompts * args.group
+    lines = [
+        f"{images} images of {args.side} x {args.side} in chunks of {args.chunk}; median seconds of {args.repeats} rounds",
+        f"{'reward':24} {'rollout alone':>14} {'scoring alone':>14} {'overlapped':>11} {'/ the larger':>13}",
+    ]
+    rollout = arms[0].overlapped
+    for arm in arms[1:]:
+        factor = statistics.median(both / max(pair) for both, *pair in zip(arm.overlapped, rollout, arm.alone, strict=True))
+        seconds = map(statistics.median, (rollout, arm.alone, arm.overlapped))
+        columns = "{:14.2f} {:14.2f} {:11.2f}".format(*seconds)
+        lines.append(f"{f'{arm.name}, {arm.share} x rollout':24} {columns} {factor:13.2f}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3, help="rounds over all rewards")
+    parser.add_argument("--prompts", type=int, default=6, help="per iteration")
+    parser.add_argument("--group", type=int, default=8, help="images per prompt")
+    parser.add_argument("--chunk", type=int, default=6, help="images sampled, and submitted, together")
+    parser.add_argument("--side", type=int, default=512, help="of an image in pixels")
+    args = parser.parse_args(arguments)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        table = report(measure(args, Path(folder)), args)
+    print(table)
+    return table
 
 
 if __name__ == "__main__":

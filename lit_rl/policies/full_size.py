@@ -88,7 +88,7 @@ CLIP_TOKENS = 77
 def build_sd35_medium(
     folder: str | Path, *, text_encoders: TextEncoders = "small", dtype: Dtype = "bfloat16", device: str = "cpu", seed: int = 0
 ) -> Path:
-    """Save a random Stable Diffusion 3.5 Medium (transformer: 2.24 B parameters) and return its folder: 5 GiB, 16 GiB with full text encoders.
+    """Save a random Stable Diffusion 3.5 Medium (transformer: 2.24 B parameters) and return its folder: 5 GiB, or 16 with full text encoders.
 
     device: where the weights are drawn, e.g. "cuda", which is faster; they fit into its memory whole.
     """
