@@ -88,7 +88,7 @@ CLIP_TOKENS = 77
 def build_sd35_medium(
     folder: str | Path, *, text_encoders: TextEncoders = "small", dtype: Dtype = "bfloat16", device: str = "cpu", seed: int = 0
 ) -> Path:
-    """Save a random Stable Diffusion 3.5 Medium (transformer: 2.24 B parameters) and return its folder: 5 GiB, or 16 with full text encoders.
+    """Save a random Stable Diffusion 3.5 Medium (transformer: 2.24 B parameters) and return its folder: 5 GiB, 16 with full encoders.
 
     device: where the weights are drawn, e.g. "cuda", which is faster; they fit into its memory whole.
     """
@@ -110,7 +110,7 @@ def build_sd35_medium(
 def build_flux_dev(
     folder: str | Path, *, text_encoders: TextEncoders = "small", dtype: Dtype = "bfloat16", device: str = "cpu", seed: int = 0
 ) -> Path:
-    """Save a random FLUX.1-dev (transformer: 11.9 B parameters) and return its folder: 23 GiB, 32 GiB with full text encoders.
+    """Save a random FLUX.1-dev (transformer: 11.9 B parameters) and return its folder: 23 GiB, 32 with full encoders.
 
     Parameters as in `build_sd35_medium`.
     """
