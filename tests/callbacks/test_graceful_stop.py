@@ -92,19 +92,22 @@ def test_waits_for_the_optimizer_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "ask, epochs",
     [
-        Ask(signal.SIGTERM, batch=-1, hook="on_rollout_chunk"),
-        Ask(signal.SIGTERM, batch=3),
-        Ask(signal.SIGTERM, batch=-1, hook="on_validation_batch_end"),
-        Ask(signal.SIGTERM, batch=-1, hook="on_train_epoch_end"),
+        (Ask(signal.SIGTERM, batch=-1, hook="on_rollout_chunk"), 1),
+        (Ask(signal.SIGTERM, batch=3), 2),
+        (Ask(signal.SIGTERM, batch=-1, hook="on_validation_batch_end"), 2),
+        (Ask(signal.SIGTERM, batch=-1, hook="on_train_epoch_end"), 2),
     ],
     ids=["in the rollout", "in the last minibatch", "in the evaluation", "at the end of the epoch"],
 )
-def test_anywhere_in_an_epoch(tmp_path: Path, ask: Ask) -> None:
+def test_anywhere_in_an_epoch(tmp_path: Path, ask: Ask, epochs: int) -> None:
+    """Epoch 1 is finished, with its evaluation, when only that is left of it; a rollout is not thrown away, but trained on once only."""
     evaluate = dict(limit_val_batches=1.0)
     stopped(tmp_path, ask, **evaluate)
-    assert ask.batches_after <= 1  # after a rollout its first minibatch
+    assert ask.batches_after == (epochs == 1)
+    progress = torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=True)["loops"]["fit_loop"]["epoch_progress"]["current"]
+    assert progress["completed"] == epochs
     assert same_end(train(tmp_path, resume="last", **evaluate), train(tmp_path / "unbroken", **evaluate))
 
 
