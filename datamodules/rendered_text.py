@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 
+LINE_DISTANCE = 3
+"""Rows from one printed line to the next: no OCR engine reads a number through them."""
+
+
 class RenderedText(PromptDataModule):
     """Prompts such as `a sign that says "47"` with black-on-white renderings for the warm-up; held-out numbers are never trained on.
 
@@ -26,8 +30,9 @@ class RenderedText(PromptDataModule):
         digits: Length of the numbers; there are 10^digits.
         held_out_share: Share of the numbers kept for evaluation.
         eval_repeats: Evaluation images of each held-out number, each from its own noise.
-        wrong_share: Share of the warm-up images in which one digit is not the one that the prompt names: a data set with mistakes,
-            which supervised learning imitates and a reward corrects.
+        defect: What is wrong with some of the warm-up images: `lines` are printed over the number, or one digit is a `misprint`.
+            Supervised learning imitates that, a reward corrects it.
+        defect_share: Share of the warm-up images with the defect.
         jitter: Renderings are shifted sideways by up to so many pixels.
         font_size: Of Pillow's built-in font, in pixels.
         template: Of the prompt; {text} is the number.
@@ -42,7 +47,8 @@ class RenderedText(PromptDataModule):
         digits: int = 2,
         held_out_share: float = 0.2,
         eval_repeats: int = 5,
-        wrong_share: float = 0.0,
+        defect: Literal["lines", "misprint"] = "lines",
+        defect_share: float = 0.0,
         jitter: int = 1,
         font_size: float = 16,
         template: str = 'a sign that says "{text}"',
@@ -50,8 +56,8 @@ class RenderedText(PromptDataModule):
         shuffle: bool = True,
         seed: int = 0,
     ) -> None:
-        if not 0 <= wrong_share < 1:
-            raise ConfigError(f"data.wrong_share={wrong_share} must be in [0, 1)")
+        if not 0 <= defect_share < 1:
+            raise ConfigError(f"data.defect_share={defect_share} must be in [0, 1)")
         if not 0 < held_out_share < 1:
             raise ConfigError(f"data.held_out_share={held_out_share} must be in (0, 1)")
         if "{text}" not in template:
@@ -64,7 +70,7 @@ class RenderedText(PromptDataModule):
         evaluation = [rows[i] for i in held_out for _ in range(eval_repeats)]
         super().__init__(train, evaluation, eval_batch_size=eval_batch_size, shuffle=shuffle, seed=seed)
         self.size = (height, width)
-        self.wrong_share = wrong_share
+        self.defect, self.defect_share = defect, defect_share
         self.jitter = jitter
         self.font_size = font_size
         self._rendered: dict[tuple[str, int], Tensor] = {}
@@ -73,10 +79,14 @@ class RenderedText(PromptDataModule):
         """`count` prompts with their pictures uint8 "B 3 H W", a function of (seed, step)."""
         draw = generator(self.seed, "examples", step)
         rows = [self.train_prompts[i] for i in torch.randint(len(self.train_prompts), (count,), generator=draw).tolist()]
-        wrong = (torch.rand(count, generator=draw) < self.wrong_share).tolist()
-        shown = [_misprint(row["text"], draw) if is_wrong else row["text"] for row, is_wrong in zip(rows, wrong)]
         shifts = torch.randint(-self.jitter, self.jitter + 1, (count,), generator=draw).tolist()
-        return rows, torch.stack([self.render(text, shift) for text, shift in zip(shown, shifts)])
+        defective = (torch.rand(count, generator=draw) < self.defect_share).tolist()
+        if self.defect == "misprint":
+            shown = [_misprint(row["text"], draw) if bad else row["text"] for row, bad in zip(rows, defective)]
+            return rows, torch.stack([self.render(text, shift) for text, shift in zip(shown, shifts)])
+        images = torch.stack([self.render(row["text"], shift) for row, shift in zip(rows, shifts)])
+        images[torch.tensor(defective), :, ::LINE_DISTANCE] = 0
+        return rows, images
 
     def render(self, text: str, shift: int = 0) -> Tensor:
         """uint8 "3 H W": `text` in the middle, `shift` pixels to the right of it."""

@@ -58,7 +58,7 @@ def main() -> None:
     with reward_server() as url:
         os.environ["REWARD_SERVER_URLS"] = url
         common = ["--config", CONFIG, "--seed_everything", str(args.seed)]
-        say("supervised warm-up on pictures of numbers, some of them misprinted")
+        say("supervised warm-up on pictures of numbers, half of which have lines printed over them")
         seconds["warmup"] = cli("fit", *common, "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1")
         cli("predict", *common, "--ckpt_path", "last", "--images.output_dir", str(OUT / "images/after_warmup"))
         say("Flow-GRPO against the OCR server, continued from the warm-up's checkpoint")
@@ -82,7 +82,19 @@ def say(message: str) -> None:
 def build_model() -> None:
     from lit_rl.policies.tiny import build_sd3
 
-    build_sd3(OUT / "model")
+    build_sd3(
+        OUT / "model",
+        height=16,
+        width=16,
+        factor=4,
+        patch_size=1,
+        hidden=96,
+        heads=3,
+        qk_norm=None,
+        text_hidden=32,
+        t5_hidden=None,
+        shift=1.0,
+    )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, SequentialLR
 
 from lit_rl.checkpoints.layout import check_layout
 from lit_rl.errors import ConfigError
@@ -71,7 +73,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         inner_epochs: Passes over a rollout.
         warmup_steps: Optimizer steps of supervised learning on `data`'s examples before the first rollout (epoch 0).
         warmup_batch_size: Examples per warm-up step, over all processes.
-        warmup_lr: Learning rate of the warm-up; None = the optimizer's own.
+        warmup_lr: Peak learning rate of the warm-up, see `warmup_factor`; None = the optimizer's own.
         optimizer: E.g. `{class_path: torch.optim.AdamW, init_args: {lr: 3e-4}}`; its state restarts after the warm-up.
         lr_scheduler: Stepped once per optimizer step, counted from the end of the warm-up.
         seed: Of rollouts, prompts order, minibatches and evaluation noise. The CLI sets it to `seed_everything`.
@@ -240,12 +242,12 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         after = self.lr_scheduler(optimizer) if self.lr_scheduler else None
         if not self.warmup_steps:
             return {"optimizer": optimizer} | ({"lr_scheduler": {"scheduler": after, "interval": "step"}} if after else {})
-        lr = optimizer.param_groups[0]["lr"]
-        factor = 1.0 if self.warmup_lr is None else self.warmup_lr / lr
-        constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor if step < self.warmup_steps else 1.0)
-        if after is None:
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": constant, "interval": "step"}}
-        schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [constant, after], milestones=[self.warmup_steps])
+        peak = 1.0 if self.warmup_lr is None else self.warmup_lr / optimizer.param_groups[0]["lr"]
+        schedule: Any = LambdaLR(
+            optimizer, lambda step: peak * warmup_factor(step, steps=self.warmup_steps) if step < self.warmup_steps else 1.0
+        )
+        if after is not None:
+            schedule = SequentialLR(optimizer, [schedule, after], milestones=[self.warmup_steps])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -370,6 +372,11 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             yield
         finally:
             self.notify("on_phase_end", name)
+
+
+def warmup_factor(step: int, *, steps: int) -> float:
+    """Share of the peak learning rate at a step of a supervised warm-up: a straight rise over its first 5 %, times half a cosine to 0."""
+    return min(1.0, (step + 1) / max(1, steps // 20)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -187,6 +187,33 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(tmp_path: Path, kind: str) -
     assert ("rollout" in torch.load(path, weights_only=True)) == (kind == "inside an iteration")
 
 
+@pytest.mark.parametrize("scheduler", [None, lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)])
+def test_learning_rate_of_the_warm_up_and_after_it(tmp_path: Path, scheduler: Any) -> None:
+    """40 warm-up steps: a rise over 2, peak 0.1, half a cosine; then 0.01, halved every second step by the run's own scheduler."""
+    rates: list[float] = []
+
+    class Rates(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    run(tmp_path, toy_method(warmup_steps=40, warmup_lr=0.1, lr_scheduler=scheduler), callbacks=[Rates()], max_epochs=5)
+    assert rates[0] == pytest.approx(0.05) and rates[20] == pytest.approx(0.05) and max(rates) == pytest.approx(0.1, rel=0.01)
+    assert rates[39] < 0.001
+    assert rates[40:] == pytest.approx([0.01, 0.01, 0.005, 0.005] if scheduler else [0.01] * 4)
+
+
+def test_moments_of_the_warm_up_are_forgotten(tmp_path: Path) -> None:
+    steps: list[float] = []
+
+    class Steps(L.Callback):
+        def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+            state = next(iter(optimizer.state.values()), {"step": torch.tensor(0.0)})
+            steps.append(float(state["step"]))
+
+    run(tmp_path, toy_method(warmup_steps=3), callbacks=[Steps()], max_epochs=3)
+    assert steps == [0, 1, 2, 0, 1]
+
+
 def test_geometry_that_does_not_divide_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     method = toy_method(warmup_steps=1, warmup_batch_size=7)
     with pytest.raises(ConfigError, match="warmup_batch_size=7 .* use a multiple of 2"):

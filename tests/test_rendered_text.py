@@ -19,17 +19,25 @@ def test_held_out_numbers_are_never_trained_on_and_do_not_depend_on_the_seed() -
 
 
 def test_examples_are_a_function_of_seed_and_step() -> None:
-    (rows, images), (again, same) = (RenderedText(seed=3, wrong_share=0.5).examples(7, 8) for _ in range(2))
+    (rows, images), (again, same) = (RenderedText(seed=3, defect_share=0.5).examples(7, 8) for _ in range(2))
     assert list(rows) == list(again) and torch.equal(images, same)
-    assert not torch.equal(images, RenderedText(seed=4, wrong_share=0.5).examples(7, 8)[1])
+    assert not torch.equal(images, RenderedText(seed=4, defect_share=0.5).examples(7, 8)[1])
     assert images.dtype == torch.uint8 and images.shape == (8, 3, 16, 32)
 
 
-def test_share_of_misprints() -> None:
-    data = RenderedText(wrong_share=0.4, jitter=0)
+@pytest.mark.parametrize("defect", ["lines", "misprint"])
+def test_share_of_defects(defect: str) -> None:
+    data = RenderedText(defect=defect, defect_share=0.4, jitter=0)
     rows, images = data.examples(0, 1000)
     right = sum(torch.equal(image, data.render(row["text"])) for row, image in zip(rows, images))
     assert right == pytest.approx(600, abs=50)
+
+
+def test_lines_are_black_and_the_rest_is_as_it_was() -> None:
+    data = RenderedText(defect_share=0.999999, jitter=0)
+    rows, images = data.examples(0, 1)
+    clean = data.render(rows[0]["text"])
+    assert (images[0, :, ::3] == 0).all() and torch.equal(images[0, :, 1::3], clean[:, 1::3])
 
 
 def test_ink_is_centred_and_jitter_moves_it() -> None:
@@ -39,7 +47,7 @@ def test_ink_is_centred_and_jitter_moves_it() -> None:
     assert (moved.mean(0) - ink.mean(0)).tolist() == pytest.approx([0, 3])
 
 
-@pytest.mark.parametrize("settings", [dict(wrong_share=1.0), dict(held_out_share=0.0), dict(template="a sign")])
+@pytest.mark.parametrize("settings", [dict(defect_share=1.0), dict(held_out_share=0.0), dict(template="a sign")])
 def test_nonsense_is_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="data"):
         RenderedText(**settings)
