@@ -78,8 +78,8 @@ class Progress(TQDMProgressBar):
     def on_rollout_chunk(self, trainer: L.Trainer, module: Any, media: Tensor, info: Sequence[Any], total: int) -> None:
         self._done += len(media)
         bar = self.train_progress_bar
-        bar.total = total
-        bar.update(len(media))
+        bar.total, bar.n = total, self._done
+        bar.refresh()
         self._say(f"{self.label(trainer, module)}: rollout {self._done}/{total} images")
 
     def on_rollout_end(self, trainer: L.Trainer, module: Any, rollout: Any) -> None:
