@@ -50,7 +50,10 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> N
     before = path.read_bytes()
     child = os.fork()
     if child == 0:
-        AtomicCheckpointIO().save_checkpoint({"w": torch.randn(1000), "bomb": _Bomb()}, path)
+        try:
+            AtomicCheckpointIO().save_checkpoint({"w": torch.randn(1000), "bomb": _Bomb()}, path)
+        finally:
+            os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert path.read_bytes() == before
     assert resolve_checkpoint("last", [tmp_path]) == str(path)
