@@ -95,7 +95,7 @@ class Clock:
 
 
 def plot_time(rows: Sequence[Mapping[str, float]], file: Path) -> None:
-    """Draw where the time went: one stacked bar per iteration, from logged rows that hold `time/<phase>_s`."""
+    """Draw where the time went: one stacked bar per epoch (a warm-up is the first), from logged rows that hold `time/<phase>_s`."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if "time/train_s" in row]
@@ -106,6 +106,6 @@ def plot_time(rows: Sequence[Mapping[str, float]], file: Path) -> None:
         seconds = [row.get(f"time/{phase}_s", 0.0) for row in rows]
         axes.bar(range(len(rows)), seconds, bottom=bottom, width=1.0, label=phase)
         bottom = [b + s for b, s in zip(bottom, seconds)]
-    axes.set(xlabel="iteration", ylabel="seconds")
-    axes.legend(loc="upper right")
+    axes.set(xlabel="epoch", ylabel="seconds")
+    figure.legend(loc="outside right upper")
     figure.savefig(file, dpi=120)
