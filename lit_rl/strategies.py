@@ -103,7 +103,11 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
         weights_only = True if weights_only is None else weights_only
-        return self._load_shards(path, weights_only) if _is_sharded_checkpoint(path) else self._load_file(path, weights_only)
+        if _is_sharded_checkpoint(path):
+            return self._load_shards(path, weights_only)
+        if path.is_dir():
+            raise ConfigError(f"--ckpt_path {path} is a folder of DeepSpeed's shards: continue with configs/base/deepspeed_*.yaml")
+        return self._load_file(path, weights_only)
 
     def _load_shards(self, path: Path, weights_only: bool) -> dict[str, Any]:
         import torch.distributed.checkpoint as dcp
@@ -174,28 +178,35 @@ class ZeroStrategy(DeepSpeedStrategy):
         frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
         self.exclude_frozen_parameters = not frozen <= keys  # DeepSpeed saves all frozen ones or none
         if self.exclude_frozen_parameters:
-            checkpoint["frozen"] = dict(gathered(module, frozen & keys))
+            checkpoint["frozen"] = {name: w if self.is_global_zero else None for name, w in gathered(module, frozen & keys)}
         with _replaced(self, filepath) as folder:
             super().save_checkpoint(checkpoint, folder, storage_options)
             if self.is_global_zero:
                 (folder / LAYOUT_FILE).write_text(json.dumps(module.checkpoint_shapes()))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        module, path = _litrl(self), Path(checkpoint_path)
-        if path.is_dir():
-            check_layout(json.loads((path / LAYOUT_FILE).read_text()), module.checkpoint_shapes())
+        path = Path(checkpoint_path)
+        if not (path / LAYOUT_FILE).is_file():
+            kind = "a single file" if path.is_file() else "no folder of DeepSpeed's shards"
+            raise ConfigError(
+                f"--ckpt_path {path} is {kind}, and DeepSpeed continues from its own folders only: continue with the configs/base/*.yaml "
+                "it was written under"
+            )
+        check_layout(json.loads((path / LAYOUT_FILE).read_text()), _litrl(self).checkpoint_shapes())
         checkpoint = super().load_checkpoint(path, weights_only)
         self._load_frozen(checkpoint.pop("frozen", {}))
         return checkpoint
 
     @torch.no_grad()
-    def _load_frozen(self, weights: dict[str, Tensor]) -> None:
+    def _load_frozen(self, weights: dict[str, Tensor | None]) -> None:
+        """In stage 3 each process has read what it wrote itself, and the first one's weights are cut for all."""
         import deepspeed
 
         parameters = dict(_litrl(self).named_parameters())
         for name, weight in weights.items():
             with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0):
-                parameters[name].copy_(weight)
+                if weight is not None:
+                    parameters[name].copy_(weight)
 
 
 def check_strategy(strategy: Strategy) -> None:

@@ -41,6 +41,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with atomic_file(target) as file:
             torch.save(checkpoint, file)
 
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if os.path.isdir(path):
+            raise ConfigError(f"--ckpt_path {path} is a folder of shards: continue with the configs/base/*.yaml it was written under")
+        return super().load_checkpoint(path, *args, **kwargs)
+
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[IO[bytes]]:
