@@ -1,0 +1,31 @@
+"""What scale tests compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHARDED = ["fsdp2", "fsdp2-file", "zero1", "zero2", "zero3"]
+SPLIT_WEIGHTS = ["fsdp2", "fsdp2-file", "zero3"]
+LORA: dict[str, Any] = {"lora": {"rank": 4, "alpha": 8.0, "init": "default"}, "keep_reference": True, "gradient_checkpointing": True}
+FULL: dict[str, Any] = {"keep_reference": True, "gradient_checkpointing": True}
+
+
+def ended(folder: Path) -> dict[str, Any]:
+    """What `scenarios.fit` wrote."""
+    return torch.load(folder / "end.pt", weights_only=True)
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Largest difference of any weight."""
+    assert a.keys() == b.keys() and a
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+def identical(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Bit for bit: weights, average, prompt statistics and the score of the held-out prompts."""
+    tensors = all(torch.equal(a[kind][name], b[kind][name]) for kind in ("weights", "average") for name in a[kind])
+    return tensors and a["average"].keys() == b["average"].keys() and all(a[k] == b[k] for k in ("tracker", "validated"))

@@ -1,0 +1,28 @@
+"""A pair of processes for the whole session, and a miniature pipeline on disk."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from pair import Pair
+
+from lit_rl.policies.tiny import build_sd3
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    two = Pair(tmp_path_factory.mktemp("pair"))
+    yield two
+    two.stop()
+
+
+@pytest.fixture(scope="session")
+def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipelines") / "sd3"
+    return build_sd3(folder, height=16, width=24, hidden=32, heads=2, layers=2, text_hidden=16, text_length=16, t5_hidden=32)

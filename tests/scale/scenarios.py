@@ -1,0 +1,154 @@
+"""What the processes of a scale test do: the same function runs in one process and in two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import lightning as L
+import torch
+from cpu_strategies import CPUZeroStrategy
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+from toy import Brightness, ToyData, ToyPolicy, toy_trainer
+
+from callbacks.ema import EMA
+from callbacks.export import Export
+from callbacks.rng_state import RngState
+from datamodules.base import PromptDataModule
+from lit_rl.credit import Advantage
+from lit_rl.errors import ConfigError
+from lit_rl.methods.flow_grpo import FlowGRPO
+from lit_rl.policies.base import FlowPolicy
+from lit_rl.policies.lora import LoraSettings
+from lit_rl.policies.sd3 import SD3Policy
+from lit_rl.policies.shards import gathered
+from lit_rl.rewards.base import Reward
+from lit_rl.strategies import FSDP2Strategy
+from lit_rl.types import Info
+
+STRATEGIES = {
+    "one": lambda: "auto",
+    "ddp": lambda: "ddp",
+    "fsdp2": FSDP2Strategy,
+    "fsdp2-file": partial(FSDP2Strategy, save_distributed_checkpoint=False),
+    "fsdp2-bf16": partial(FSDP2Strategy, gather_dtype="bfloat16"),
+    "zero1": partial(CPUZeroStrategy, stage=1),
+    "zero2": partial(CPUZeroStrategy, stage=2),
+    "zero3": partial(CPUZeroStrategy, stage=3),
+    "zero3-offload": partial(CPUZeroStrategy, stage=3, offload_optimizer=True, offload_parameters=True),
+}
+
+
+class Contrast(Reward):
+    outputs = ("contrast",)
+
+    def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+        return {"contrast": media.double().flatten(1).std(1) / 255}
+
+
+class Said(PromptDataModule):
+    """Two-digit prompts for the miniature pipelines; the images to imitate are striped."""
+
+    def __init__(self) -> None:
+        rows = [MappingProxyType({"prompt": f'say "{i}{i}"'}) for i in range(6)]
+        super().__init__(rows[:4], rows[4:], eval_batch_size=1)
+
+    def examples(self, step: int, count: int) -> tuple[Sequence[Info], Tensor]:
+        images = torch.arange(count * 3 * 16 * 24).view(count, 3, 16, 24) * 37 % 256
+        return [self.train_prompts[i % 4] for i in range(count)], images.to(torch.uint8)
+
+
+def policy(settings: dict[str, Any] | None, dropout: float) -> FlowPolicy:
+    if settings is None:
+        return ToyPolicy(dropout=dropout)
+    lora = settings.get("lora")
+    return SD3Policy(
+        **(settings | {"lora": LoraSettings(**lora) if lora else None}), resolution=(16, 24), guidance_scale=2.0, max_sequence_length=8
+    )
+
+
+def method(settings: dict[str, Any], sd3: dict[str, Any] | None) -> FlowGRPO:
+    adam = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3)  # with an eps of 1e-8 gradients of twice the size would train the same
+    defaults: dict[str, Any] = dict(
+        prompts_per_iteration=4, group_size=4, num_steps=4, eval_num_steps=4, rollout_micro_batch=6, clip_low=1e-2, clip_high=1e-2,
+        warmup_steps=2, warmup_batch_size=8, inner_epochs=2, kl_coef=0.1, optimizer=adam,
+    )  # fmt: skip
+    settings = defaults | settings
+    dropout = settings.pop("dropout", 0.0)
+    settings["advantage"] = Advantage(**settings.get("advantage", {}))
+    return FlowGRPO(policy(sd3, dropout), **settings)
+
+
+def trainer(folder: Path, strategy: str, settings: dict[str, Any], callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
+    rewards: dict[str, Reward] = {"brightness": Brightness(), "contrast": Contrast()}
+    chosen: str | Strategy = STRATEGIES[strategy]()
+    devices = 1 if strategy == "one" else 2
+    defaults: dict[str, Any] = dict(accumulate_grad_batches=2, gradient_clip_val=0.2, max_epochs=3, limit_val_batches=1.0)
+    return toy_trainer(
+        folder, callbacks=[*callbacks, RngState()], rewards=rewards, weights={"brightness": 1.0, "contrast": 0.5},
+        strategy=chosen, devices=devices, **(defaults | settings),
+    )  # fmt: skip
+
+
+def fit(
+    folder: str,
+    strategy: str,
+    *,
+    method_args: dict[str, Any],
+    trainer_args: dict[str, Any] | None = None,
+    sd3: dict[str, Any] | None = None,
+    save: dict[str, Any] | None = None,
+    export: bool = False,
+    ckpt_path: str | None = None,
+) -> dict[str, Any]:
+    """Train and write every weight, whole, and everything else that runs are compared by into folder/end.pt."""
+    torch.manual_seed(0)
+    at = Path(folder)
+    at.mkdir(parents=True, exist_ok=True)
+    average = EMA(0.9)
+    callbacks: list[L.Callback] = [average]
+    callbacks += [Export(str(at / "export"))] if export else []
+    callbacks += [ModelCheckpoint(dirpath=at, save_top_k=-1, filename="{epoch}-{step}", **save)] if save else []
+    module = method(method_args, sd3)
+    before = parameters(module)
+    run = trainer(at, strategy, dict(enable_checkpointing=save is not None) | (trainer_args or {}), callbacks)
+    run.fit(module, Said() if sd3 else ToyData(), ckpt_path=ckpt_path)
+    end = {
+        "weights": dict(gathered(module.policy, {name for name, _ in module.policy.named_parameters()})),
+        "average": average.averaged_weights(run, module),
+        "tracker": module.tracker.state_dict() if module.tracker else {},
+        "trained": [name for name, _ in module.policy.trainable()],
+        "validated": float(run.callback_metrics["val/brightness"]),
+    }
+    if run.is_global_zero:
+        torch.save(end, at / "end.pt")
+    return {"steps": run.global_step, "held": sum(held(p) for p in module.policy.network.parameters()) / before}
+
+
+def parameters(module: FlowGRPO) -> int:
+    """Numbers in the trained network of one process without sharding."""
+    module.policy.load()
+    return sum(p.numel() for p in module.policy.network.parameters())
+
+
+def held(parameter: Tensor) -> int:
+    """Numbers that this process holds of a parameter between two steps."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().numel()
+    return getattr(parameter, "ds_tensor", parameter).numel()
+
+
+def fails(**arguments: Any) -> str:
+    """The error of a `fit` that must not start."""
+    try:
+        fit(**arguments)
+    except ConfigError as error:
+        return str(error)
+    raise AssertionError("it started")

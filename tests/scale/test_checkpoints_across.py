@@ -1,0 +1,112 @@
+"""What a checkpoint holds, who can continue from it, and what is said to those who cannot."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scenarios
+import torch
+from comparing import FULL, LORA, SHARDED, distance, ended
+from pair import Pair
+
+from lit_rl.checkpoints.files import what_is_missing
+
+pytestmark = pytest.mark.slow
+
+AT = "epoch=1-step=4.ckpt"
+METHOD = dict(num_steps=3, train_micro_batch=4)
+Written = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def written(pair: Pair, tmp_path_factory: pytest.TempPathFactory, sd3_folder: Path) -> Written:
+    """written(strategy): folder of a LoRA run under it, with a checkpoint inside its only iteration."""
+    done: dict[str, Path] = {}
+
+    def write(strategy: str) -> Path:
+        if strategy not in done:
+            folder = tmp_path_factory.mktemp(strategy)
+            settings = dict(method_args=METHOD, sd3=LORA | {"pretrained": str(sd3_folder)}, trainer_args=dict(max_epochs=2))
+            pair.run("fit", folder=str(folder), strategy=strategy, save=dict(every_n_train_steps=1), **settings)
+            done[strategy] = folder
+        return done[strategy]
+
+    return write
+
+
+def stored(checkpoint: Path) -> dict[str, list[int]]:
+    """Shape by name of the weights in a checkpoint, whoever wrote it."""
+    if checkpoint.is_file():
+        file = torch.load(checkpoint, weights_only=True)
+        return {name: list(weight.shape) for name, weight in file["state_dict"].items()}
+    if (checkpoint / "weights.json").exists():
+        return json.loads((checkpoint / "weights.json").read_text())
+    from torch.distributed.checkpoint import FileSystemReader
+
+    entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return {name.removeprefix("state_dict."): list(e.size) for name, e in entries.items() if name.startswith("state_dict.")}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
+def test_checkpoint_of_a_lora_run_holds_the_adapters_alone(written: Written, strategy: str) -> None:
+    folder = written(strategy)
+    weights = {f"policy.{name}": list(weight.shape) for name, weight in ended(folder)["weights"].items() if ".lora_" in name}
+    assert stored(folder / AT) == weights and any(".reference." in name for name in weights)
+    assert what_is_missing(folder / AT) is None
+    assert not list(folder.glob(".*"))  # nothing half-written is left
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_deepspeed_writes_no_base_weights(written: Written, strategy: str) -> None:
+    """DeepSpeed has several places for weights; in none of its files is a name of the frozen base network."""
+    texts = []
+    for file in (written(strategy) / AT / "checkpoint").glob("*.pt"):
+        with zipfile.ZipFile(file) as archive:
+            texts += [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+    assert any(b"to_q.lora_A.default.weight" in text for text in texts)
+    assert any(b"to_q.lora_A.reference.weight" in text for text in texts)
+    assert not any(b"pos_embed.proj.weight" in text or b"to_q.base_layer.weight" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("ddp", "fsdp2-file"), ("ddp", "fsdp2"), ("fsdp2-file", "ddp"), ("fsdp2", "fsdp2-file"), ("zero2", "zero2")]
+)
+def test_training_goes_on_under_another_strategy(
+    pair: Pair, written: Written, tmp_path: Path, sd3_folder: Path, source: str, target: str
+) -> None:
+    """Optimizer, average and rollout included. Shards need the strategy that wrote them, files do not."""
+    settings = dict(method_args=METHOD, sd3=LORA | {"pretrained": str(sd3_folder)}, trainer_args=dict(max_epochs=2))
+    pair.run("fit", folder=str(tmp_path), strategy=target, ckpt_path=str(written(source) / AT), **settings)
+    for kind in ("weights", "average"):
+        assert distance(ended(written(source))[kind], ended(tmp_path)[kind]) < 1e-6
+
+
+def test_training_goes_on_in_one_process(written: Written, tmp_path: Path, sd3_folder: Path) -> None:
+    """From the end of the warm-up: an iteration in progress belongs to its processes."""
+    settings: dict[str, Any] = dict(sd3=LORA | {"pretrained": str(sd3_folder)}, trainer_args=dict(max_epochs=2))
+    checkpoint = str(written("fsdp2-file") / "epoch=0-step=2.ckpt")
+    scenarios.fit(str(tmp_path), "one", method_args=dict(num_steps=3, train_micro_batch=8), ckpt_path=checkpoint, **settings)
+    assert distance(ended(written("fsdp2-file"))["weights"], ended(tmp_path)["weights"]) < 1e-6
+
+
+@pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
+def test_weights_of_another_model_are_refused(pair: Pair, written: Written, tmp_path: Path, sd3_folder: Path, strategy: str) -> None:
+    settings = dict(folder=str(tmp_path), strategy=strategy, method_args=METHOD, ckpt_path=str(written(strategy) / AT))
+    rank8 = LORA | {"pretrained": str(sd3_folder), "lora": LORA["lora"] | {"rank": 8}}
+    for message in pair.run("fails", sd3=rank8, **settings):
+        assert "lora_A.default.weight is [4, 32] there and [8, 32] here" in message and "lora.rank" in message
+    for message in pair.run("fails", sd3=FULL | {"pretrained": str(sd3_folder)}, **settings):
+        assert "lacks" in message and "policy.network.pos_embed.proj.weight" in message
+
+
+def test_a_file_is_no_deepspeed_checkpoint(pair: Pair, written: Written, tmp_path: Path, sd3_folder: Path) -> None:
+    settings = dict(folder=str(tmp_path), method_args=METHOD, sd3=LORA | {"pretrained": str(sd3_folder)})
+    for message in pair.run("fails", strategy="zero2", ckpt_path=str(written("ddp") / AT), **settings):
+        assert "is a single file" in message
+    for message in pair.run("fails", strategy="fsdp2", ckpt_path=str(written("zero2") / AT), **settings):
+        assert "DeepSpeed" in message
