@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lit_rl.advantages import group_metrics, total_reward
@@ -56,7 +57,7 @@ class LitFlow(LitRL[FlowRollout]):
     ) -> None:
         super().__init__(**kwargs)
         sizes = {"num_steps": num_steps, "eval_num_steps": eval_num_steps, "rollout_micro_batch": rollout_micro_batch}
-        for name, value in (sizes | {"train_micro_batch": train_micro_batch or 1}).items():
+        for name, value in (sizes | {"train_micro_batch": 1 if train_micro_batch is None else train_micro_batch}).items():
             if value < 1:
                 raise ConfigError(f"model.{name}={value} must be at least 1")
         self.policy = policy
@@ -76,6 +77,17 @@ class LitFlow(LitRL[FlowRollout]):
         super().setup(stage)
         self.policy.load()
         self.policy.train()  # from_pretrained leaves it in evaluation mode
+
+    def on_fit_start(self) -> None:
+        """Say what the numbers of the YAML multiply to."""
+        steps, accumulate, world = self.trained_steps(), self.trainer.accumulate_grad_batches, self.trainer.world_size
+        images = self.prompts_per_iteration * self.group_size
+        minibatches = self.minibatches_per_pass()
+        rank_zero_info(
+            f"An iteration: {self.prompts_per_iteration} prompts x {self.group_size} samples = {images} images, x {steps} trained steps = "
+            f"{images * steps} pairs; {self.inner_epochs * minibatches // accumulate} optimizer steps, each of {accumulate} "
+            f"micro-batches of up to {-(-images * steps // (world * minibatches))} pairs on {world} process{'es' if world > 1 else ''}."
+        )
 
     def configure_model(self) -> None:
         """FSDP2: shard each block, then the network. Other strategies need nothing here."""

@@ -234,6 +234,7 @@ def test_max_steps_is_refused(tmp_path: Path) -> None:
         (dict(dynamics="cps", noise_level=1.2), "at most 1 for cps"),
         (dict(timestep_fraction=0.0), "timestep_fraction=0.0 must be in"),
         (dict(group_size=0), "group_size=0 must be at least 1"),
+        (dict(train_micro_batch=0), "train_micro_batch=0 must be at least 1"),
         (dict(kl_coef=0.1, advantage=Advantage(drop_zero=True)), "kl_coef still trains"),
     ],
 )
