@@ -1,0 +1,58 @@
+"""configs/base/*.yaml say where a run happens, and nothing about what it is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+
+from lit_rl.strategies import FSDP2Strategy, ZeroStrategy
+
+ROOT = Path(__file__).parent.parent
+BASES = sorted((ROOT / "configs" / "base").glob("*.yaml"))
+RUN = ROOT / "configs" / "flow_grpo" / "flux_ocr.yaml"
+STRATEGIES: dict[str, type] = {"cpu": str, "one_gpu": str, "ddp": DDPStrategy, "fsdp": FSDP2Strategy}
+
+
+def parsed(*options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """What the command line makes of the options, every default included."""
+    from lit_rl.lightning_cli import CLI
+
+    monkeypatch.setattr(sys, "argv", ["cli.py", "fit", *options, "--print_config"])
+    with pytest.raises(SystemExit) as stop:
+        CLI()
+    assert stop.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda path: path.stem)
+def test_base_is_laid_under_any_run(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run's own values win, the strategy is the base's and can be built without a GPU."""
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch.strategies import Strategy
+
+    said = yaml.safe_load(base.read_text())
+    assert base.read_text().startswith("# ") and said.keys() == {"trainer"}
+    config = parsed("--config", str(base), "--config", str(RUN), monkeypatch=monkeypatch, capsys=capsys)
+    for key in ("accelerator", "devices"):
+        assert config["trainer"][key] == said["trainer"][key]
+    assert config["model"]["class_path"] == yaml.safe_load(RUN.read_text())["model"]["class_path"]
+
+    parser = ArgumentParser()
+    parser.add_argument("--strategy", type=str | Strategy)
+    built = parser.instantiate_classes(parser.parse_object({"strategy": said["trainer"]["strategy"]})).strategy
+    assert isinstance(built, STRATEGIES.get(base.stem, ZeroStrategy))
+    if isinstance(built, DeepSpeedStrategy):
+        assert isinstance(built.config, dict)
+        zero = built.config["zero_optimization"]
+        assert str(zero["stage"]) in base.stem and ("offload_param" in zero) == ("offload" in base.stem)
+        assert zero["stage"] < 3 or zero["stage3_param_persistence_threshold"] == 0
+
+
+def test_all_bases_are_there() -> None:
+    names = {"cpu", "one_gpu", "ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"}
+    assert {base.stem for base in BASES} == names
