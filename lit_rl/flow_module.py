@@ -156,8 +156,8 @@ class LitFlow(LitRL[FlowRollout]):
         real = prompts.group >= 0  # the rest fills up the last batch
         for name, values in rewards.items():
             everywhere = torch.cat(gather_objects(values[real].double()))
-            self.log(f"val/{name}", everywhere.nanmean(), prog_bar=True, rank_zero_only=False)
-            self.log(f"val/{name}_perfect", (everywhere >= 1 - 1e-6).double().mean(), rank_zero_only=False)
+            self.log(f"val/{name}", everywhere.nanmean(), prog_bar=True, sync_dist=True)
+            self.log(f"val/{name}_perfect", (everywhere >= 1 - 1e-6).double().mean(), sync_dist=True)
         self.notify("on_evaluation_end", prompts, rewards)
 
     test_step = validation_step

@@ -233,7 +233,9 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         if not self._metrics_logged:  # once per rollout: each call costs a millisecond
             self._metrics_logged = True
             for name, value in self.rollout_metrics.items():
-                self.log(name, value, on_step=False, on_epoch=True, prog_bar=name == "reward_mean", batch_size=1)
+                bar = name == "reward_mean"
+                # Equal on all processes; without sync_dist Lightning warns of each.
+                self.log(name, value, on_step=False, on_epoch=True, prog_bar=bar, batch_size=1, sync_dist=True)
         return loss
 
     # ------------------------------------------------------------------ optimization
