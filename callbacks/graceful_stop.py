@@ -107,7 +107,7 @@ class GracefulStop(L.Callback):
         path = self._checkpoint_path(trainer)
         if trainer.is_global_zero and path.is_symlink():
             path.unlink()  # save_last="link": not the file that it points to
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         for logger in trainer.loggers:
             logger.save()
         self._leave(
