@@ -96,7 +96,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        with _replaced(self, filepath) as folder:
+        with replaced(self, filepath) as folder:
             super().save_checkpoint(checkpoint, folder, storage_options)
 
     # ------------------------------------------------------------------ loading
@@ -179,7 +179,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.exclude_frozen_parameters = not frozen <= keys  # DeepSpeed saves all frozen ones or none
         if self.exclude_frozen_parameters:
             checkpoint["frozen"] = {name: w if self.is_global_zero else None for name, w in gathered(module, frozen & keys)}
-        with _replaced(self, filepath) as folder:
+        with replaced(self, filepath) as folder:
             super().save_checkpoint(checkpoint, folder, storage_options)
             if self.is_global_zero:
                 (folder / LAYOUT_FILE).write_text(json.dumps(module.checkpoint_shapes()))
@@ -221,7 +221,7 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 @contextmanager
-def _replaced(strategy: Strategy, target: Any) -> Iterator[Path]:
+def replaced(strategy: Strategy, target: Any) -> Iterator[Path]:
     """A folder to write a checkpoint into, which takes the place of `target` when every process has left the block without an exception."""
     final = Path(strategy.broadcast(target))
     new, old = (final.with_name(f".{final.name}.{state}") for state in ("tmp", "old"))

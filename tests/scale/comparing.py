@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 SHARDED = ["fsdp2", "fsdp2-file", "zero1", "zero2", "zero3"]
-SPLIT_WEIGHTS = ["fsdp2", "fsdp2-file", "zero3"]
+SPLIT_WEIGHTS = ["fsdp2", "fsdp2-file", "zero3", "zero3-offload"]
 LORA: dict[str, Any] = {"lora": {"rank": 4, "alpha": 8.0, "init": "default"}, "keep_reference": True, "gradient_checkpointing": True}
 FULL: dict[str, Any] = {"keep_reference": True, "gradient_checkpointing": True}
 

@@ -24,7 +24,9 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("strategy", "name"), [*(("ddp", name) for name in METHODS), *((sharded, "history") for sharded in SHARDED)])
+@pytest.mark.parametrize(
+    ("strategy", "name"), [*(("ddp", name) for name in METHODS), *((sharded, "history") for sharded in [*SHARDED, "zero3-offload"])]
+)
 def test_two_processes_train_as_one_does(pair: Pair, tmp_path: Path, strategy: str, name: str) -> None:
     """48 pairs: two updates of two micro-batches each, twice over, in epochs 1 and 2; epoch 0 is the warm-up of two updates."""
     one = scenarios.fit(str(tmp_path / "one"), "one", method_args=METHODS[name] | dict(train_micro_batch=12))
