@@ -6,7 +6,7 @@ The plain loop encodes every copy of every prompt, starts scoring when the rollo
 timestep per forward and backward, and reads its metrics off the device each time. Ours is `FlowGRPO` under Lightning's Trainer with
 `RewardScoring`. Both compute the same update, which is checked: after all iterations the weights must agree. Arms take turns within one
 process, on new prompts every iteration; the first iteration is skipped. Prints median seconds per phase, images/s, and the ratio of the
-medians.
+medians, by the clock and `undisturbed` (see `Stopwatch`).
 """
 
 from __future__ import annotations
@@ -100,23 +100,34 @@ class Brightness(Reward):
 
 
 class Stopwatch:
-    """Seconds by phase, in total and of this process's CPU, counted when the device is done."""
+    """Seconds by phase, counted when the device is done.
+
+    `undisturbed` has CPU seconds of this process in place of computing on a CPU, which other load on the machine does not lengthen;
+    waiting for scores, and everything on a GPU, counts by the clock.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.began = self.last = _now()
-        self.cpu_began = time.process_time()
+        self.undisturbed: dict[str, float] = {}
+        self.last = _now()
 
     def lap(self, phase: str) -> None:
         now = _now()
-        self.seconds[phase], self.last = now - self.last, now
-        self.total, self.cpu = now - self.began, time.process_time() - self.cpu_began
+        clock, cpu = (after - before for after, before in zip(now, self.last))
+        self.seconds[phase], self.last = clock, now
+        self.undisturbed[phase] = clock if phase == "score" or torch.cuda.is_available() else cpu
 
 
-def _now() -> float:
+def _now() -> tuple[float, float]:
+    """By the clock, and of this process's CPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return time.perf_counter(), time.process_time()
+
+
+def median_total(watches: Sequence[Stopwatch], kind: str) -> float:
+    """Of whole iterations, without the first. kind: seconds or undisturbed."""
+    return statistics.median(sum(getattr(watch, kind).values()) for watch in watches[1:])
 
 
 @dataclass
@@ -221,9 +232,9 @@ class Turns(L.Callback):
         for loop in self.plain:
             with swapped_in(method, loop.weights):
                 loop.iteration()
-        images = method.prompts_per_iteration * method.group_size
-        half = self.plain[0].watches[0].seconds["rollout"] / 2 / images  # of the skipped iteration, which waits for no scores
-        self.reward.seconds = half if self.latency is None else self.latency
+        rollout = statistics.median(watch.undisturbed["rollout"] for watch in self.plain[0].watches)
+        half = rollout / 2 / (method.prompts_per_iteration * method.group_size)
+        self.reward.seconds = half if self.latency is None else self.latency  # of the next iteration, for all arms
         self.watch = Stopwatch()
 
     def disagreement(self, method: FlowGRPO) -> list[float]:
@@ -281,22 +292,20 @@ def report(turns: Turns, apart: Sequence[float], name: str, size: Size) -> str:
     images, repeats = size.prompts * size.group, len(turns.watches) - 1
     arms = {f"ours ({size.rollout_batch} images, {size.pairs} pairs)": turns.watches}
     arms |= {f"plain ({loop.batch} images)": loop.watches for loop in turns.plain}
-    total = {arm: statistics.median(watch.total for watch in watches[1:]) for arm, watches in arms.items()}
     lines = [
-        f"{name}: {size.prompts} prompts x {size.group} = {images} images of {size.num_steps} steps; reward "
-        f"{turns.reward.seconds * 1000:.1f} ms per image, one at a time; median seconds of {repeats} iterations",
-        f"{'':28} {'encode+rollout':>14} {'wait for scores':>15} {'train':>8} {'total':>8} {'CPU':>8} {'images/s':>9}",
+        f"{name}: {size.prompts} prompts x {size.group} = {images} images of {size.num_steps} steps; reward about "
+        f"{turns.reward.seconds * 1000:.0f} ms per image, one at a time; median seconds of {repeats} iterations",
+        f"{'':28} {'encode+rollout':>14} {'wait for scores':>15} {'train':>8} {'total':>8} {'undisturbed':>11} {'images/s':>9}",
     ]
     for arm, watches in arms.items():
         phases = [statistics.median(watch.seconds[phase] for watch in watches[1:]) for phase in ("rollout", "score", "train")]
-        cpu = statistics.median(watch.cpu for watch in watches[1:])
-        columns = f"{phases[0]:14.2f} {phases[1]:15.2f} {phases[2]:8.2f} {total[arm]:8.2f} {cpu:8.2f} {images / total[arm]:9.2f}"
+        total, undisturbed = median_total(watches, "seconds"), median_total(watches, "undisturbed")
+        columns = "{:14.2f} {:15.2f} {:8.2f} {:8.2f} {:11.2f} {:9.2f}".format(*phases, total, undisturbed, images / total)
         lines.append(f"{arm:28} {columns}")
-    ours, *plain = total.values()
-    for loop, seconds, distance in zip(turns.plain, plain, apart):
-        lines.append(
-            f"ratio {ours / seconds:.2f} (ours / plain, {loop.batch} images); their weights differ by {distance:.1e} of the way moved"
-        )
+    for loop, distance in zip(turns.plain, apart):
+        ratio, undisturbed = (median_total(turns.watches, kind) / median_total(loop.watches, kind) for kind in ("seconds", "undisturbed"))
+        lines.append(f"ratio {ratio:.2f}, undisturbed {undisturbed:.2f} (ours / plain, {loop.batch} images)")
+        lines.append(f"  their weights differ by {distance:.1e} of the way moved")
     return "\n".join(lines)
 
 

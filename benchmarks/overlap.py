@@ -1,12 +1,13 @@
 """What scoring costs beside a rollout.
 
-    python benchmarks/overlap.py [--repeats 3] [--prompts 6] [--group 8] [--chunk 6] [--side 512]
+    python benchmarks/overlap.py [--repeats 5] [--prompts 4] [--group 8] [--chunk 4] [--side 512]
 
 Iterations of FlowGRPO on the demo's model under Lightning's Trainer, its images enlarged to `side` pixels, with rewards that take half as
 long as the rollout, and as long: one that sleeps in this process, and `HTTPReward` asking a server in another process over its batched
 route. Both score one image at a time. Prints median seconds of the rollout alone, of scoring alone, and of both overlapped by
 RewardScoring, and the median of overlapped / the larger of both: at most 1.15 for half the rollout. What cannot be hidden is the last
-chunk: at the defaults 1/8 of the scoring. Arms take turns. Needs a core for the rollout and a bit of another to move the images.
+chunk: at the defaults 1/8 of the scoring. Arms take turns, each scored iteration right after one without scoring. Needs a core for the
+rollout and a bit of another to move the images.
 """
 
 from __future__ import annotations
@@ -38,9 +39,6 @@ from lit_rl.policies.tiny import build_sd3
 from lit_rl.rewards.base import Reward, Scorer
 from lit_rl.rewards.client import HTTPReward
 from lit_rl.types import Info
-
-CALIBRATION = 2
-"""Iterations without scoring before the first round: one to warm up, one to measure the rollout that the latencies refer to."""
 
 
 class Enlarged(SD3Policy):
@@ -128,33 +126,35 @@ class Unscored(Scorer):
 
 @dataclass
 class Arm:
-    """A scorer, how long its scoring takes as a share of the rollout, and what was measured, one entry per round."""
+    """A scorer, how long its scoring takes as a share of the rollout, and the seconds that were measured, one entry per round."""
 
     name: str
     scorer: Scorer
-    share: float = 0.0
-    overlapped: list[float] = field(default_factory=list)
-    alone: list[float] = field(default_factory=list)
+    share: float
+    rollout: list[float] = field(default_factory=list)  # alone, in the iteration before
+    scoring: list[float] = field(default_factory=list)  # alone, of the same images
+    both: list[float] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)  # of both, after the rollout
 
 
 class Rounds(L.Callback):
-    """Gives each iteration its arm, and times it."""
+    """Scores every second iteration, for each arm in turn, and times them. The first iteration warms up and counts for nothing."""
 
     def __init__(self, arms: Sequence[Arm], latency: Any) -> None:
         self.arms, self.latency = arms, latency
-        self.unscored = arms[0]
+        self.unscored = Unscored()
+        self.rollouts: list[float] = []
 
     def on_train_epoch_start(self, trainer: L.Trainer, method: L.LightningModule) -> None:
         assert isinstance(method, FlowGRPO)
-        number = trainer.current_epoch - CALIBRATION
-        self.arm = self.unscored if number < 0 else self.arms[number % len(self.arms)]
-        if number == 0:
-            self.rollout_seconds = self.unscored.overlapped[-1]
-            self.unscored.overlapped.clear()
-        method.scorer = self.arm.scorer
+        number, scored = divmod(trainer.current_epoch - 2, 2)
+        self.arm = self.arms[number % len(self.arms)] if scored and number >= 0 else None
         self.chunks: list[tuple[Tensor, Sequence[Info]]] = []
-        if self.arm.share:
-            self.latency.value = self.arm.share * self.rollout_seconds / (method.prompts_per_iteration * method.group_size)
+        method.scorer = self.unscored
+        if self.arm:
+            method.scorer = self.arm.scorer
+            images = method.prompts_per_iteration * method.group_size
+            self.latency.value = self.arm.share * statistics.median(self.rollouts) / images
 
     def on_phase_start(self, trainer: L.Trainer, method: L.LightningModule, name: str) -> None:
         if name == "rollout":
@@ -164,32 +164,38 @@ class Rounds(L.Callback):
         self.chunks.append((media, info))
 
     def on_phase_end(self, trainer: L.Trainer, method: L.LightningModule, name: str) -> None:
-        if name == "score":
-            self.arm.overlapped.append(time.perf_counter() - self.began)
+        if name == "rollout":
+            self.sampled = time.perf_counter()
+        elif self.arm:
+            self.arm.both.append(time.perf_counter() - self.began)
+            self.arm.waited.append(time.perf_counter() - self.sampled)
+        elif trainer.current_epoch:
+            self.rollouts.append(time.perf_counter() - self.began)
 
     def on_train_epoch_end(self, trainer: L.Trainer, method: L.LightningModule) -> None:
         """The same chunks once more, with nothing beside them."""
-        if self.arm.share:
+        if self.arm:
             began = time.perf_counter()
             for media, info in self.chunks:
                 self.arm.scorer.submit(media, info)
             self.arm.scorer.gather()
-            self.arm.alone.append(time.perf_counter() - began)
+            self.arm.scoring.append(time.perf_counter() - began)
+            self.arm.rollout.append(self.rollouts[-1])
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[Arm]:
-    """All arms, `args.repeats` rounds of them in one fit. The first arm is the rollout alone."""
+    """All arms, `args.repeats` rounds of them in one fit."""
     latency = mp.get_context("spawn").Value("d", 0.0)
     with server(latency) as url:
         scorings = {"sleeping": RewardScoring([Sleeping(latency)]), "HTTP": RewardScoring([HTTPReward(url, ["pixel"])])}
-        arms = [Arm("none", Unscored())] + [Arm(name, scoring, share) for share in (0.5, 1.0) for name, scoring in scorings.items()]
+        arms = [Arm(name, scoring, share) for share in (0.5, 1.0) for name, scoring in scorings.items()]
         policy = Enlarged(str(build_sd3(folder / "pipeline")), resolution=(16, 32), max_sequence_length=24)
         policy.side = args.side
         method = FlowGRPO(
             policy, prompts_per_iteration=args.prompts, group_size=args.group, rollout_micro_batch=args.chunk, timestep_fraction=0.1
         )  # one trained step of ten: training is not what is measured
         trainer = L.Trainer(
-            accelerator="auto", devices=1, max_epochs=CALIBRATION + args.repeats * len(arms), limit_val_batches=0, logger=False,
+            accelerator="auto", devices=1, max_epochs=2 + 2 * args.repeats * len(arms), limit_val_batches=0, logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
             callbacks=[*scorings.values(), Rounds(arms, latency)],
         )  # fmt: skip
@@ -202,23 +208,21 @@ def report(arms: Sequence[Arm], args: argparse.Namespace) -> str:
     images = args.prompts * args.group
     lines = [
         f"{images} images of {args.side} x {args.side} in chunks of {args.chunk}; median seconds of {args.repeats} rounds",
-        f"{'reward':24} {'rollout alone':>14} {'scoring alone':>14} {'overlapped':>11} {'/ the larger':>13}",
+        f"{'reward':24} {'rollout alone':>14} {'scoring alone':>14} {'overlapped':>11} {'of that waiting':>16} {'/ the larger':>13}",
     ]
-    rollout = arms[0].overlapped
-    for arm in arms[1:]:
-        factor = statistics.median(both / max(pair) for both, *pair in zip(arm.overlapped, rollout, arm.alone, strict=True))
-        seconds = map(statistics.median, (rollout, arm.alone, arm.overlapped))
-        columns = "{:14.2f} {:14.2f} {:11.2f}".format(*seconds)
+    for arm in arms:
+        factor = statistics.median(both / max(pair) for both, *pair in zip(arm.both, arm.rollout, arm.scoring, strict=True))
+        columns = "{:14.2f} {:14.2f} {:11.2f} {:16.2f}".format(*map(statistics.median, (arm.rollout, arm.scoring, arm.both, arm.waited)))
         lines.append(f"{f'{arm.name}, {arm.share} x rollout':24} {columns} {factor:13.2f}")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="rounds over all rewards")
-    parser.add_argument("--prompts", type=int, default=6, help="per iteration")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds over all rewards")
+    parser.add_argument("--prompts", type=int, default=4, help="per iteration")
     parser.add_argument("--group", type=int, default=8, help="images per prompt")
-    parser.add_argument("--chunk", type=int, default=6, help="images sampled, and submitted, together")
+    parser.add_argument("--chunk", type=int, default=4, help="images sampled, and submitted, together")
     parser.add_argument("--side", type=int, default=512, help="of an image in pixels")
     args = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
