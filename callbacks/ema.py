@@ -5,23 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from torch import Tensor
 
-from lit_rl.decay import ema_decay, ema_is_due, ema_update
+from lit_rl.decay import ema_decay, ema_is_due
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import FlowPolicy
-from lit_rl.policies.shards import cut, joined, part, reachable, reshard
+from lit_rl.policies.weight_copy import WeightCopy
 
 
 class EMA(L.Callback):
     """average <- d average + (1 - d) weights after every optimizer step, d = min((1 + s) / (warmup_steps + s), decay) at step s = 0, 1, ...
 
-    Of the trainable weights only (LoRA: the adapter), in float32, in the parts that the strategy holds: 4 bytes per trainable weight,
-    divided by the number of processes when sharded. While it is swapped in, the live weights are kept aside in their own precision, so that
-    swapping back is exact. The checkpoint holds whole tensors and continues exactly, under another strategy or world size too;
-    a run that continues from a checkpoint without an average starts one from its weights.
+    Of the trainable weights only, see `lit_rl.policies.weight_copy.WeightCopy` for what it costs. The checkpoint holds whole tensors and
+    continues exactly, under another strategy or world size too; a run that continues from a checkpoint without an average starts one from
+    its weights.
 
     During a supervised warm-up the average just follows the weights, and s counts from the end of the warm-up: pictures of the first
     rollouts then show the policy that is trained, not what it was before it could draw.
@@ -46,81 +44,49 @@ class EMA(L.Callback):
         self.evaluate = evaluate
         self.steps = 0
         self._global_step = 0
-        self._average: dict[str, Tensor] | None = None
-        self._stash: dict[str, Tensor] | None = None
+        self._average: WeightCopy | None = None
         self._restored: dict[str, Tensor] | None = None
 
     # ------------------------------------------------------------------ life of the average
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        strategy = trainer.strategy
-        if not isinstance(strategy, DeepSpeedStrategy) or not strategy.zero_stage_3:
-            return
-        assert isinstance(strategy.config, dict)
-        threshold = strategy.config["zero_optimization"].get("stage3_param_persistence_threshold")
-        if threshold != 0:
-            raise ConfigError(
-                "EMA under ZeRO-3 needs zero_optimization.stage3_param_persistence_threshold: 0 in the DeepSpeed config "
-                f"(it is {'not set' if threshold is None else threshold}): weights that stay gathered would not see the average"
-            )
+        check_swaps_are_seen(trainer.strategy, what="EMA")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """The first moment at which weights are in their final place and restored, under every strategy."""
         self._global_step = trainer.global_step
-        policy = _policy(module)
-        if self._restored is not None:
-            self._restore(policy)
-        elif self._average is None:
-            reshard(policy)
-            self._average = {name: part(p).float().clone() for name, p in policy.trainable()}
+        self._restore(module)
+        if self._average is None:
+            self._average = WeightCopy(_policy(module))
 
-    @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self._global_step:
             return  # gradients are still being accumulated
         self._global_step = trainer.global_step
+        assert self._average is not None
         if getattr(module, "warming_up", False):
-            self._follow(_policy(module), decay=0.0)
+            self._average.follow(_policy(module), decay=0.0)
             return
         if ema_is_due(self.steps, interval=self.update_interval):
-            self._follow(_policy(module), decay=ema_decay(self.steps, decay=self.decay, warmup_steps=self.warmup_steps))
+            decay = ema_decay(self.steps, decay=self.decay, warmup_steps=self.warmup_steps)
+            self._average.follow(_policy(module), decay=decay)
         self.steps += 1
 
-    def _follow(self, policy: FlowPolicy, *, decay: float) -> None:
-        assert self._average is not None
-        reshard(policy)
-        for name, parameter in policy.trainable():
-            self._average[name] = ema_update(self._average[name], part(parameter).float(), decay=decay)
-
     def averaged_weights(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Tensor]:
-        """Whole averages by name in `policy.named_parameters()`, float32 on the CPU of the first process, empty elsewhere. Collective."""
+        """Whole averages by name in `policy.named_parameters()`, on the CPU of the first process, empty elsewhere. Collective."""
         assert self._average is not None, "the average exists from on_train_start on"
-        wholes = ((name, joined(self._average[name], parameter)) for name, parameter in _policy(module).trainable())
-        return {name: tensor for name, tensor in wholes if trainer.is_global_zero}
+        return self._average.whole(_policy(module), keep=trainer.is_global_zero)
 
     # ------------------------------------------------------------------ swapped in for evaluation
-    @torch.no_grad()
     def swap_in(self, module: L.LightningModule) -> None:
-        """The average takes the place of the weights, until `swap_out`."""
-        policy = _policy(module)
-        if self._restored is not None:
-            self._restore(policy)
-        if self._average is None or self._stash is not None:
-            return  # nothing trained or restored yet: the weights are their own average
-        reshard(policy)
-        self._stash = {name: part(p).clone() for name, p in policy.trainable()}
-        for name, parameter in policy.trainable():
-            part(parameter).copy_(self._average[name])
+        """The average takes the place of the weights, until `swap_out`; nothing while neither trained nor restored."""
+        self._restore(module)
+        if self._average is not None:
+            self._average.swap_in(_policy(module))
 
-    @torch.no_grad()
     def swap_out(self, module: L.LightningModule) -> None:
         """The live weights are back, bit for bit."""
-        stash, self._stash = self._stash, None
-        if stash is None:
-            return
-        policy = _policy(module)
-        reshard(policy)
-        for name, parameter in policy.trainable():
-            part(parameter).copy_(stash[name])
+        if self._average is not None:
+            self._average.swap_out(_policy(module))
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.evaluate:
@@ -148,31 +114,30 @@ class EMA(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """In the first process's state, which is the one that strategies write (ZeRO-3 writes all of them)."""
         if self._average is not None:
-            reshard(_policy(module))
             checkpoint["ema"] = {"steps": self.steps, "weights": self.averaged_weights(trainer, module)}
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if "ema" in checkpoint:
             self.steps, self._restored = checkpoint["ema"]["steps"], checkpoint["ema"]["weights"]
 
-    def _restore(self, policy: FlowPolicy) -> None:
-        """Cut what the checkpoint held into this process's parts. Under ZeRO-3 only the first process has read it."""
-        saved, self._restored = self._restored or {}, None
-        names = {name for name, _ in policy.trainable()}
-        if saved and names != saved.keys():
-            odd = sorted(names ^ saved.keys())
-            raise ConfigError(
-                f"The checkpoint's average is of other weights than the model's ({len(odd)} differ, e.g. {odd[0]}): same LoRA settings?"
-            )
-        reshard(policy)
-        self._average = {}
-        for name, parameter in policy.trainable():
-            tensor = saved[name] if saved else torch.empty(parameter.ds_shape)  # type: ignore[attr-defined]
-            if hasattr(parameter, "ds_shape"):
-                tensor = reachable(tensor)
-                torch.distributed.broadcast(tensor, 0)
-            self._average[name] = cut(tensor, parameter)
+    def _restore(self, module: L.LightningModule) -> None:
+        saved, self._restored = self._restored, None
+        if saved is not None:
+            self._average = WeightCopy.restored(_policy(module), saved, what="average")
 
 
 def _policy(module: L.LightningModule) -> FlowPolicy:
     return module.policy  # type: ignore[return-value]
+
+
+def check_swaps_are_seen(strategy: Strategy, *, what: str) -> None:
+    """Raise ConfigError where a forward would miss weights that are swapped in."""
+    if not isinstance(strategy, DeepSpeedStrategy) or not strategy.zero_stage_3:
+        return
+    assert isinstance(strategy.config, dict)
+    threshold = strategy.config["zero_optimization"].get("stage3_param_persistence_threshold")
+    if threshold != 0:
+        raise ConfigError(
+            f"{what} under ZeRO-3 needs zero_optimization.stage3_param_persistence_threshold: 0 in the DeepSpeed config "
+            f"(it is {'not set' if threshold is None else threshold}): weights that stay gathered would not see the swap"
+        )

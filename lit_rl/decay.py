@@ -62,3 +62,7 @@ OLD_POLICY_DECAYS: dict[OldPolicyDecay, dict[str, float]] = {
 def old_policy_decay(step: int, *, kind: OldPolicyDecay) -> float:
     """`ramp_decay` with the arguments that DiffusionNFT and CRD publish."""
     return ramp_decay(step, **OLD_POLICY_DECAYS[kind])
+
+
+DECAY_TYPES: dict[int, OldPolicyDecay] = {0: "frozen", 1: "slow", 2: "late"}
+"""`nft_decay_type` of the FLUX-Fill trainer as its guide describes it. DiffusionNFT's own type 0 is "copy"."""

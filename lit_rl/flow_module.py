@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ from lit_rl.errors import ConfigError
 from lit_rl.losses.flow import flow_matching_loss
 from lit_rl.module import LitRL, gather_objects
 from lit_rl.policies.base import FlowPolicy
-from lit_rl.samplers.flow import sde_step
+from lit_rl.samplers.solvers import Solver, solve
+from lit_rl.samplers.schedules import linear_sigmas, shifted_sigmas
 from lit_rl.seeding import Key, generator, normal
 from lit_rl.strategies import FSDP2Strategy
 from lit_rl.types import Cond, Examples, FlowRollout, Prompts, take_rows
@@ -36,6 +38,9 @@ class LitFlow(LitRL[FlowRollout]):
         rollout_micro_batch: Images denoised and decoded together; each finished batch is scored while the next one is sampled.
         train_micro_batch: (sample, step) pairs in one forward; None = all that one optimizer step and process has.
         storage_dtype: Of the latents kept between rollout and training. A step is rounded through it before its log-probability.
+        schedule: Sigmas of rollouts and evaluation: the diffusers `pipeline`'s own, or equal steps from 1 to 0 that are `shifted` as
+            DanceGRPO, MixGRPO and Flow-Factory do, or `linear` as they are.
+        shift: s of the shifted schedule, sigma = s u / (1 + (s - 1) u).
         advantage: How rewards become advantages.
         warmup_timesteps: Distribution of t in the supervised warm-up: uniform, or SD3's logit-normal (arXiv 2403.03206, eq. 19).
         kwargs: See `LitRL`.
@@ -51,6 +56,8 @@ class LitFlow(LitRL[FlowRollout]):
         rollout_micro_batch: int = 8,
         train_micro_batch: int | None = None,
         storage_dtype: StorageDtype = "float32",
+        schedule: Literal["pipeline", "shifted", "linear"] = "pipeline",
+        shift: float = 3.0,
         advantage: Advantage | None = None,
         warmup_timesteps: Literal["uniform", "logit_normal"] = "logit_normal",
         **kwargs: Any,
@@ -67,6 +74,9 @@ class LitFlow(LitRL[FlowRollout]):
         self.rollout_micro_batch = rollout_micro_batch
         self.train_micro_batch = train_micro_batch
         self.storage_dtype: torch.dtype = getattr(torch, storage_dtype)
+        if shift <= 0:
+            raise ConfigError(f"model.shift={shift} must be above 0; 1 shifts nothing, SD3 uses 3")
+        self.schedule, self.shift = schedule, shift
         self.credit_rule = advantage or Advantage()
         self.tracker = self.credit_rule.tracker()
         self.warmup_timesteps = warmup_timesteps
@@ -81,8 +91,8 @@ class LitFlow(LitRL[FlowRollout]):
     def on_fit_start(self) -> None:
         """Say what the numbers of the YAML multiply to."""
         steps, accumulate, world = self.trained_steps(), self.trainer.accumulate_grad_batches, self.trainer.world_size
-        images = self.prompts_per_iteration * self.group_size
-        minibatches = self.minibatches_per_pass()
+        rank_zero_info(f"Sigmas of a rollout: {[round(sigma, 4) for sigma in self.sigmas(self.num_steps).tolist()]}")
+        images, minibatches = self.prompts_per_iteration * self.group_size, self.minibatches_per_pass()
         rank_zero_info(
             f"An iteration: {self.prompts_per_iteration} prompts x {self.group_size} samples = {images} images, x {steps} trained steps = "
             f"{images * steps} pairs; {self.inner_epochs * minibatches // accumulate} optimizer steps, each of {accumulate} "
@@ -101,6 +111,12 @@ class LitFlow(LitRL[FlowRollout]):
         self.policy.refresh_reference()
 
     # ------------------------------------------------------------------ sampling
+    def sigmas(self, num_steps: int) -> Tensor:
+        """The configured schedule, Float64 "N+1", from 1 to 0."""
+        if self.schedule == "shifted":
+            return shifted_sigmas(num_steps, shift=self.shift)
+        return linear_sigmas(num_steps) if self.schedule == "linear" else self.policy.sigmas(num_steps)
+
     def encode(self, prompts: Prompts) -> tuple[Cond, Tensor]:
         """Each different prompt encoded once, and the row of the result for each of the B prompts."""
         texts = list(dict.fromkeys(prompts.text))
@@ -117,17 +133,37 @@ class LitFlow(LitRL[FlowRollout]):
         images = []
         for chunk in torch.arange(len(prompts)).split(self.rollout_micro_batch):
             x = self.noise([(self.eval_seed, "eval", int(prompts.group[i])) for i in chunk])
-            images.append(self.policy.decode(self.denoise(x, take_rows(cond, rows[chunk.to(self.device)]))).cpu())
+            clean = self.denoise(x, take_rows(cond, rows[chunk.to(self.device)]), num_steps=self.eval_num_steps)
+            images.append(self.policy.decode(clean).cpu())
         return torch.cat(images)
 
-    def denoise(self, x: Tensor, cond: Cond) -> Tensor:
-        """Euler steps from noise "B *D" to clean latents, `eval_num_steps` of them."""
-        sigmas = self.policy.sigmas(self.eval_num_steps).float().to(self.device)
-        for i in range(self.eval_num_steps):
-            sigma, sigma_next = sigmas[i].expand(len(x)), sigmas[i + 1].expand(len(x))
-            v = self.policy.velocity(x, sigma, cond)
-            x = sde_step(x, v, sigma=sigma, sigma_next=sigma_next, dynamics="ode", noise_level=0.0, sigma_max=0.0).sample
-        return x
+    def denoise(
+        self,
+        x: Tensor,
+        cond: Cond,
+        *,
+        num_steps: int,
+        solver: Solver = "ode",
+        eta: float = 0.0,
+        noise: Callable[[int], Tensor] | None = None,
+    ) -> Tensor:
+        """From noise "B *D" to clean latents, see `lit_rl.samplers.solvers.solve`."""
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            return self.policy.velocity(x, torch.full((len(x),), sigma, device=self.device), cond)
+
+        path = solve(velocity, x, sigmas=self.sigmas(num_steps).float(), solver=solver, eta=eta, noise=noise)
+        return deque(path, maxlen=1).pop()
+
+    def row_key(self, prompts: Prompts, i: int) -> tuple[Key, ...]:
+        """What the noise of trajectory i depends on: never its place in a micro-batch or on a rank."""
+        return (self.seed, "rollout", self.iteration, int(prompts.group[i]), i % self.group_size)
+
+    def show(self, x: Tensor, prompts: Prompts, chunk: Tensor) -> None:
+        """Decode the clean latents of a finished micro-batch, submit them for scoring and tell the callbacks."""
+        media, info = self.policy.decode(x.float()).cpu(), [prompts.info[i] for i in chunk]
+        self.scores().submit(media, info)
+        self.notify("on_rollout_chunk", media, info, len(prompts))
 
     # ------------------------------------------------------------------ supervised warm-up
     def supervised_loss(self, batch: Examples) -> Tensor:
@@ -156,8 +192,9 @@ class LitFlow(LitRL[FlowRollout]):
         real = prompts.group >= 0  # the rest fills up the last batch
         for name, values in rewards.items():
             everywhere = torch.cat(gather_objects(values[real].double()))
-            self.log(f"val/{name}", everywhere.nanmean(), prog_bar=True, sync_dist=True)
-            self.log(f"val/{name}_perfect", (everywhere >= 1 - 1e-6).double().mean(), sync_dist=True)
+            scored = everywhere[~everywhere.isnan()]
+            self.log(f"val/{name}", float(scored.mean()), prog_bar=True, sync_dist=True)
+            self.log(f"val/{name}_perfect", float((scored >= 1 - 1e-6).double().mean()), sync_dist=True)
         self.notify("on_evaluation_end", prompts, rewards)
 
     test_step = validation_step
@@ -167,6 +204,13 @@ class LitFlow(LitRL[FlowRollout]):
         return {"media": self.render(batch), "prompts": batch}
 
     # ------------------------------------------------------------------ credit
+    def check_kl(self, kl_coef: float) -> None:
+        """Raise on a weight of the divergence from the reference that makes no sense, or not with the advantages."""
+        if kl_coef < 0:
+            raise ConfigError(f"model.kl_coef={kl_coef} must not be negative; 0 turns the reference off")
+        if self.credit_rule.drop_zero and kl_coef:
+            raise ConfigError("model.advantage.drop_zero would drop pairs that model.kl_coef still trains: set one of them to its default")
+
     def chosen(self, rollout: FlowRollout) -> Tensor:
         """Bool "B S": the actions that are trained."""
         return rollout.mask
@@ -214,7 +258,7 @@ class LitFlow(LitRL[FlowRollout]):
         """
         assert rollout.weights is not None
         used = (rollout.weights != 0).flatten().cpu()
-        accumulate, steps = self.trainer.accumulate_grad_batches, rollout.logprobs.shape[1]
+        accumulate, steps = self.trainer.accumulate_grad_batches, rollout.mask.shape[1]
         shares: list[list[Tensor]] = [[] for _ in range(self.minibatches_per_pass() // accumulate)]
         for first in range(0, len(rollout), self.group_size):
             group = int(rollout.group[first])
@@ -240,4 +284,4 @@ class LitFlow(LitRL[FlowRollout]):
             self.tracker.load_state_dict(checkpoint["prompt_history"])
 
     def restore_rollout(self, fields: dict[str, Any]) -> FlowRollout:
-        return FlowRollout(**fields).to(self.device)
+        return FlowRollout(**fields)

@@ -44,7 +44,7 @@ class Prompts:
 class Rollout(Prompts):
     """Finished trajectories and everything that the loss needs of them."""
 
-    logprobs: Tensor  # Float "B S", of the policy that acted
+    logprobs: Tensor  # Float "B S", of the policy that acted; "B 0" where a method needs none
     mask: Tensor  # Bool "B S", True where the policy chose (and training may look)
     rewards: dict[str, Tensor] = field(default_factory=dict)  # name -> Float "B"; NaN = could not be scored
     advantages: Tensor | None = None  # Float "B S"
@@ -53,7 +53,10 @@ class Rollout(Prompts):
 
 @dataclass
 class FlowRollout(Rollout):
-    """Denoising paths. Only the points that training needs are kept: action s goes from latents[:, s] to latents[:, s + 1]."""
+    """Denoising paths. Only the points that training needs are kept: action s goes from latents[:, s] to latents[:, s + 1].
+
+    Methods of the forward process keep the clean latents only (K = 1); `times` are then the S sigmas each sample is looked at.
+    """
 
     latents: Tensor = field(default_factory=lambda: torch.empty(0))  # Float "B K *D"
     times: Tensor = field(default_factory=lambda: torch.empty(0))  # Float "B K", sigma of each kept point, falling

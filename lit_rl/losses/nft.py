@@ -24,7 +24,7 @@ class NFTLoss(NamedTuple):
 
 
 def optimality(advantages: Float[Tensor, "B"], *, clip: float, mode: AdvantageMode = "normal") -> Float[Tensor, "B"]:
-    """r = clamp(A / (2 clip) + 1/2, 0, 1): DiffusionNFT's probability that a sample is a good one (arXiv 2509.16117, eq. 12).
+    """r = clamp(A / (2 clip) + 1/2, 0, 1): DiffusionNFT's probability that a sample is a good one (arXiv 2509.16117).
 
     A is clamped to [-clip, clip] (published: 5) and then changed by `mode`. With clip 5, one_only and binary give r in {0.4, 0.5, 0.6}.
     """
@@ -53,8 +53,9 @@ def nft_loss(
 ) -> NFTLoss:
     """scale (r l+ + (1 - r) l-) / beta, l± = mean_D(e±^2) / max(mean_D |e±|, 1e-5), e± = x - sigma v± - x0.
 
-    DiffusionNFT (arXiv 2509.16117, algorithm 1). v+ = beta new + (1 - beta) old is the policy that good samples should come from, v- = (1 + beta) old - beta new the implicit one for
-    bad samples. At new = old the gradient with respect to new is scale (2r - 1) 2 (-sigma) e / (w D): zero at advantage 0, whatever beta.
+    DiffusionNFT (arXiv 2509.16117). v+ = beta new + (1 - beta) old is the policy that good samples should come from,
+    v- = (1 + beta) old - beta new the implicit one for bad samples. At new = old the gradient with respect to
+    new is scale (2r - 1) 2 (-sigma) e / (w D), w the divisor: zero at advantage 0, whatever beta.
 
     Args:
         new, old: velocities at x = (1 - sigma) x0 + sigma noise. The gradient flows to `new` only.
@@ -83,7 +84,7 @@ def matching_logprob(
     """-w(mean_D (v - (noise - x0))^2): what advantage-weighted matching takes for a log-probability (AWM, arXiv 2509.25050).
 
     uniform: m; t: m sigma; t2: m sigma^2; huber: (sqrt(m + 1e-10) - 1e-5) sigma; ghuber: ((m + 1e-10)^p - 1e-10^p) sigma / p, p = power.
-    Published in Flow-Factory; with ratios of these, clip ranges are 1e-4 ... 1e-1, smaller for a flatter weight.
+    All five are Flow-Factory's.
     """
     m = (v - (noise - x0)).pow(2).flatten(1).mean(1)
     if weight == "uniform":

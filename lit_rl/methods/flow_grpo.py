@@ -66,11 +66,10 @@ class FlowGRPO(LitFlow):
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
-        _check(dynamics=dynamics, noise_level=noise_level, clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef)
+        _check(dynamics=dynamics, noise_level=noise_level, clip_low=clip_low, clip_high=clip_high)
         if not 0 < timestep_fraction <= 1:
             raise ConfigError(f"model.timestep_fraction={timestep_fraction} must be in (0, 1]; 0.99 leaves out the last step")
-        if self.credit_rule.drop_zero and kl_coef:
-            raise ConfigError("model.advantage.drop_zero would drop pairs that model.kl_coef still trains: set one of them to its default")
+        self.check_kl(kl_coef)
         self.dynamics = dynamics
         self.noise_level = noise_level
         self.timestep_fraction = timestep_fraction
@@ -98,7 +97,7 @@ class FlowGRPO(LitFlow):
     # ------------------------------------------------------------------ collect
     def collect(self, prompts: Prompts) -> FlowRollout:
         """Denoise in micro-batches, keep the window's points, and submit each decoded micro-batch for scoring."""
-        window, sigmas = self.window(self.iteration), self.policy.sigmas(self.num_steps).float().to(self.device)
+        window, sigmas = self.window(self.iteration), self.sigmas(self.num_steps).float().to(self.device)
         levels = self.noise_levels(window)
         cond, rows = self.encode(prompts)
         starts, first = self.start(prompts, cond, rows, sigmas, levels)
@@ -107,18 +106,12 @@ class FlowGRPO(LitFlow):
             keys = [self.row_key(prompts, int(i)) for i in chunk]
             x = self.noise([(*key, "start") for key in keys]) if starts is None else starts[chunk.to(self.device)]
             part = self.denoise_stochastic(x, take_rows(cond, rows[chunk.to(self.device)]), keys, sigmas, levels, window, first)
-            media = self.policy.decode(part.pop("final").float()).cpu()
-            self.scores().submit(media, [prompts.info[i] for i in chunk])
-            self.notify("on_rollout_chunk", media, [prompts.info[i] for i in chunk], len(prompts))
+            self.show(part.pop("final"), prompts, chunk)
             parts.append(part)
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         times = sigmas[window.start : window.stop + 1].expand(len(prompts), -1)
         mask = torch.ones_like(joined["logprobs"], dtype=torch.bool)
         return FlowRollout(prompts.group.to(self.device), prompts.info, mask=mask, times=times, cond=cond, cond_row=rows, **joined)  # type: ignore[arg-type]
-
-    def row_key(self, prompts: Prompts, i: int) -> tuple[Key, ...]:
-        """What the noise of trajectory i depends on: never its place in a micro-batch or on a rank."""
-        return (self.seed, "rollout", self.iteration, int(prompts.group[i]), i % self.group_size)
 
     def start(self, prompts: Prompts, cond: Cond, rows: Tensor, sigmas: Tensor, levels: Sequence[float]) -> tuple[Tensor | None, int]:
         """Where siblings part ways: latents "B *D" and the step they are at.
@@ -333,7 +326,7 @@ class GRPOGuard(FlowGRPO):
         return guard_logratio(step.logprob, batch.logprobs, step.mean, batch.means, noise_std=step.noise_std)
 
 
-def _check(*, dynamics: Dynamics, noise_level: float, clip_low: float, clip_high: float, kl_coef: float) -> None:
+def _check(*, dynamics: Dynamics, noise_level: float, clip_low: float, clip_high: float) -> None:
     if dynamics == "ode":
         raise ConfigError("model.dynamics=ode takes no random steps, so there is nothing to learn from; use flow_sde, cps or dance_sde")
     if noise_level <= 0 or (dynamics == "cps" and noise_level > 1):
@@ -343,5 +336,3 @@ def _check(*, dynamics: Dynamics, noise_level: float, clip_low: float, clip_high
             raise ConfigError(
                 f"model.{name}={value} must be in (0, 1); log-probabilities are means over latent elements, so use 1e-5 ... 1e-3"
             )
-    if kl_coef < 0:
-        raise ConfigError(f"model.kl_coef={kl_coef} must not be negative; 0 turns the reference off")

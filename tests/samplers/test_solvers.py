@@ -52,7 +52,7 @@ def gaussian_error(solver, steps):
 
 
 def test_orders():
-    """Twice the steps: half the error for Euler, less for the second order, whose end steps are of first order; it is closer to begin with."""
+    """Twice the steps: half the error for Euler, less for the second order, though its end steps are of first; it starts closer."""
     first, second = ([gaussian_error(solver, n) for n in (20, 40, 80)] for solver in ("ode", "dpm2"))
     assert first[1] / first[2] == pytest.approx(2, rel=0.15)
     assert second[1] / second[2] > 2.4

@@ -1,0 +1,235 @@
+"""DiffusionNFT: reinforcement on the forward process, from finished samples alone (arXiv 2509.16117), and its relatives."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_rl.errors import ConfigError
+from lit_rl.flow_module import LitFlow
+from lit_rl.losses.flow import gaussian_kl
+from lit_rl.losses.nft import AdvantageMode, MatchingWeight, matching_logprob, nft_loss, optimality
+from lit_rl.losses.policy_gradient import clipped_surrogate, policy_metrics
+from lit_rl.policies.base import FlowPolicy
+from lit_rl.policies.weight_copy import OldPolicy
+from lit_rl.samplers.schedules import shift_sigmas
+from lit_rl.samplers.solvers import Solver
+from lit_rl.seeding import generator
+from lit_rl.types import Cond, FlowRollout, Minibatch, Prompts, take_rows
+
+Distribution = Literal["schedule", "uniform", "logit_normal"]
+
+
+class PointBatch(Minibatch):
+    """N (sample, slot) pairs: a clean sample and where on its way to which noise it is looked at."""
+
+    x0: Tensor  # Float "N *D"
+    noise: Tensor  # Float "N *D"
+    sigma: Tensor  # Float "N"
+    advantages: Tensor  # Float "N"
+    weights: Tensor  # Float "N"
+    cond: Cond  # "N ..."
+
+
+class DiffusionNFT(LitFlow):
+    """The old policy samples with any solver; good samples pull the new one, bad ones push it, both by how it predicts them noised afresh.
+
+    Neither paths nor log-probabilities are kept: a rollout is one clean latent per sample. `callbacks.old_policy.OldPolicySync` holds the
+    old policy. While it is known to be the very weights that are trained, its forward is left out: the new one's result is its result (with
+    dropout, under the same mask). Guidance is the policy's; published with `guidance_scale: 1`, which halves the cost.
+
+    Args:
+        policy: See `LitFlow`, as for `num_steps`, `rollout_micro_batch`, `train_micro_batch`, ...
+        solver: Of the rollouts, see `lit_rl.samplers.solvers`.
+        eta: Share of fresh noise in each step of solver ddim.
+        beta: How far the compared policies are from the old one: 1 (GenEval), 0.1 (OCR, several rewards).
+        adv_mode: What of an advantage is used, see `lit_rl.losses.nft.optimality`.
+        timestep_fraction: Trained points per sample, as a share of the schedule's within `timestep_range`; 0.99 leaves out one.
+        timesteps: Where they are: points of the rollout's schedule, every sample in its own random order; or drawn from a distribution.
+        timestep_range: Smallest and largest sigma that is trained; (0.5, 1) is the noisy half.
+        timestep_shift: Of drawn sigmas, s u / (1 + (s - 1) u): above 1 towards noise. The schedule has its own.
+        kl_coef: Weight of mean (v - v_ref)^2; 0 spends no forward on the reference.
+        kwargs: See `LitFlow` and `LitRL`. The loss is in units of `advantage.clip`.
+    """
+
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        *,
+        solver: Solver = "dpm2",
+        eta: float = 0.0,
+        beta: float = 1.0,
+        adv_mode: AdvantageMode = "normal",
+        timestep_fraction: float = 0.99,
+        timesteps: Distribution = "schedule",
+        timestep_range: tuple[float, float] = (0.0, 1.0),
+        timestep_shift: float = 1.0,
+        kl_coef: float = 1e-4,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, **kwargs)
+        self.check_kl(kl_coef)
+        _check(solver=solver, eta=eta, beta=beta, timestep_fraction=timestep_fraction)
+        if not 0 <= timestep_range[0] < timestep_range[1] <= 1 or timestep_shift <= 0:
+            raise ConfigError(
+                f"model.timestep_range={list(timestep_range)} must rise within [0, 1], model.timestep_shift={timestep_shift} be above 0"
+            )
+        self.solver, self.eta = solver, eta
+        self.beta = beta
+        self.adv_mode = adv_mode
+        self.timestep_fraction = timestep_fraction
+        self.timesteps = timesteps
+        self.timestep_range = timestep_range
+        self.timestep_shift = timestep_shift
+        self.kl_coef = kl_coef
+        self.old_policy: OldPolicy | None = None  # set by the callback that keeps it
+
+    def on_fit_start(self) -> None:
+        if self.old_policy is None:
+            raise ConfigError(
+                f"{type(self).__name__} needs callbacks.old_policy.OldPolicySync in trainer.callbacks; decay: copy is on-policy"
+            )
+        super().on_fit_start()
+
+    # ------------------------------------------------------------------ which points are trained
+    @cached_property
+    def candidates(self) -> Tensor:
+        """The schedule's sigmas within `timestep_range`, Float "n"."""
+        sigmas = self.policy.sigmas(self.num_steps)[:-1].float()
+        inside = sigmas[(sigmas >= self.timestep_range[0]) & (sigmas <= self.timestep_range[1])]
+        if not len(inside):
+            raise ConfigError(
+                f"model.timestep_range={list(self.timestep_range)} holds no point of the schedule of model.num_steps={self.num_steps}: "
+                f"{[round(s, 3) for s in sigmas.tolist()]}"
+            )
+        return inside
+
+    def trained_steps(self) -> int:
+        return max(1, int(len(self.candidates) * self.timestep_fraction))
+
+    def trained_sigmas(self, prompts: Prompts, i: int) -> Tensor:
+        """Of sample i, Float "S"."""
+        draw, count = generator(*self.row_key(prompts, i), "timesteps"), self.trained_steps()
+        if self.timesteps == "schedule":
+            return self.candidates[torch.randperm(len(self.candidates), generator=draw)[:count]]
+        u = torch.rand(count, generator=draw) if self.timesteps == "uniform" else torch.randn(count, generator=draw).sigmoid()
+        low, high = self.timestep_range
+        return low + (high - low) * shift_sigmas(u, shift=self.timestep_shift)
+
+    # ------------------------------------------------------------------ collect
+    def collect(self, prompts: Prompts) -> FlowRollout:
+        """Denoise with the old policy in micro-batches, keep the clean latents, and submit each decoded micro-batch for scoring."""
+        assert self.old_policy is not None
+        cond, rows = self.encode(prompts)
+        clean = []
+        with self.old_policy.acting():
+            for chunk in torch.arange(len(prompts)).split(self.rollout_micro_batch):
+                x = self.sample(prompts, chunk, take_rows(cond, rows[chunk.to(self.device)])).to(self.storage_dtype)
+                self.show(x, prompts, chunk)
+                clean.append(x)
+        times = torch.stack([self.trained_sigmas(prompts, i) for i in range(len(prompts))]).to(self.device)
+        return FlowRollout(
+            prompts.group.to(self.device), prompts.info, logprobs=times[:, :0], mask=torch.ones_like(times, dtype=torch.bool),
+            latents=torch.cat(clean)[:, None], times=times, cond=cond, cond_row=rows,
+        )  # fmt: skip
+
+    def sample(self, prompts: Prompts, chunk: Tensor, cond: Cond) -> Tensor:
+        """Clean latents of some of the prompts."""
+        keys = [self.row_key(prompts, int(i)) for i in chunk]
+
+        def noise(step: int) -> Tensor:
+            return self.noise([(*key, step) for key in keys])
+
+        start = self.noise([(*key, "start") for key in keys])
+        return self.denoise(start, cond, num_steps=self.num_steps, solver=self.solver, eta=self.eta, noise=noise if self.eta else None)
+
+    # ------------------------------------------------------------------ loss
+    def split(self, rollout: FlowRollout, inner_epoch: int) -> list[Tensor]:
+        """As in the base class; rows also say which pass they are of, because each pass draws noises of its own."""
+        return [rows + inner_epoch * rollout.mask.numel() for rows in super().split(rollout, inner_epoch)]
+
+    def minibatch(self, rollout: FlowRollout, rows: Tensor) -> PointBatch:
+        assert rollout.advantages is not None and rollout.weights is not None
+        inner_epoch, pair = rows // rollout.mask.numel(), rows % rollout.mask.numel()
+        row, slot = pair // rollout.mask.shape[1], pair % rollout.mask.shape[1]
+        places = zip(row.tolist(), slot.tolist(), inner_epoch.tolist())
+        noise = self.noise([(*self.row_key(rollout, b), "forward", s, epoch) for b, s, epoch in places])
+        b, s = row.to(self.device), slot.to(self.device)
+        return PointBatch(
+            x0=rollout.latents[b, 0].float(), noise=noise, sigma=rollout.times[b, s], advantages=rollout.advantages[b, s],
+            weights=rollout.weights[b, s], cond=take_rows(rollout.cond, rollout.cond_row[b]),
+        )  # fmt: skip
+
+    def loss(self, minibatch: PointBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """The surrogate + kl_coef mean (v - v_ref)^2, per pair."""
+        assert self.old_policy is not None
+        batch, old = minibatch, None
+        at = batch.sigma.view(-1, *[1] * (batch.x0.ndim - 1))
+        x = (1 - at) * batch.x0 + at * batch.noise
+        if not self.old_policy.is_current:  # before the new forward, whose backward must find the weights untouched
+            with torch.no_grad(), self.old_policy.acting():
+                old = self.policy.velocity(x, batch.sigma, batch.cond)
+        new = self.policy.velocity(x, batch.sigma, batch.cond)
+        old = new.detach() if old is None else old
+        losses = self.surrogate(new, old, x, batch)
+        metrics = {"old_deviation": gaussian_kl(new, old, kind="v")}
+        if self.kl_coef:
+            with torch.no_grad(), self.policy.reference():
+                ref = self.policy.velocity(x, batch.sigma, batch.cond)
+            metrics["kl"] = gaussian_kl(new, ref, kind="v")
+            losses = losses + self.kl_coef * metrics["kl"]
+        total = batch.weights.sum().clamp(min=1e-12)
+        self.log_dict({name: (value.detach() * batch.weights).sum() / total for name, value in metrics.items()})
+        return losses, batch.weights
+
+    def surrogate(self, new: Tensor, old: Tensor, x: Tensor, batch: PointBatch) -> Tensor:
+        """What makes the policy better, per pair."""
+        clip = self.credit_rule.clip
+        r = optimality(batch.advantages, clip=clip, mode=self.adv_mode)
+        return nft_loss(new, old, x=x, x0=batch.x0, sigma=batch.sigma, r=r, beta=self.beta, scale=clip).policy
+
+
+class AWM(DiffusionNFT):
+    """Advantage-weighted matching: a clipped policy gradient whose log-probability is minus the matching error (arXiv 2509.25050).
+
+    Args:
+        matching_weight, power: What that log-probability is, see `lit_rl.losses.nft.matching_logprob`.
+        clip_low, clip_high: The ratio to the old policy is clipped to [1 - clip_low, 1 + clip_high].
+        kwargs: See `DiffusionNFT`; `beta` and `adv_mode` have no part in it.
+    """
+
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        *,
+        matching_weight: MatchingWeight = "ghuber",
+        power: float = 0.25,
+        clip_low: float = 1e-2,
+        clip_high: float = 1e-2,
+        kl_coef: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, kl_coef=kl_coef, **kwargs)
+        self.matching_weight: MatchingWeight = matching_weight
+        self.power = power
+        self.clip_low, self.clip_high = clip_low, clip_high
+
+    def surrogate(self, new: Tensor, old: Tensor, x: Tensor, batch: PointBatch) -> Tensor:
+        logprob, before = (
+            matching_logprob(v, batch.x0, batch.noise, sigma=batch.sigma, weight=self.matching_weight, power=self.power) for v in (new, old)
+        )
+        clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
+        self.log_dict(policy_metrics(logprob, before, weights=batch.weights, **clip))
+        return clipped_surrogate(logprob, before, batch.advantages, **clip)
+
+
+def _check(*, solver: Solver, eta: float, beta: float, timestep_fraction: float) -> None:
+    if not 0 <= eta <= 1 or (eta and solver != "ddim"):
+        raise ConfigError(f"model.eta={eta} is the noise of model.solver=ddim, in [0, 1]; for solver {solver} set it to 0")
+    if beta <= 0:
+        raise ConfigError(f"model.beta={beta} must be above 0; DiffusionNFT uses 0.1 ... 1")
+    if not 0 < timestep_fraction <= 1:
+        raise ConfigError(f"model.timestep_fraction={timestep_fraction} must be in (0, 1]; 0.99 leaves out one of the schedule's points")
