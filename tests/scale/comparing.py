@@ -22,7 +22,7 @@ def ended(folder: Path) -> dict[str, Any]:
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """Largest difference of any weight."""
     assert a.keys() == b.keys() and a
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+    return max(float((a[name].detach().double() - b[name].detach().double()).abs().max()) for name in a)
 
 
 def identical(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -32,7 +32,7 @@ def written(pair: Pair, tmp_path_factory: pytest.TempPathFactory, sd3_folder: Pa
         if strategy not in done:
             folder = tmp_path_factory.mktemp(strategy)
             settings = dict(method_args=METHOD, sd3=LORA | {"pretrained": str(sd3_folder)}, trainer_args=dict(max_epochs=2))
-            pair.run("fit", folder=str(folder), strategy=strategy, save=dict(every_n_train_steps=1), **settings)
+            pair.run("fit", folder=str(folder), strategy=strategy, save=dict(every_n_train_steps=2), **settings)
             done[strategy] = folder
         return done[strategy]
 

@@ -39,7 +39,7 @@ def test_resume_of_adapters_restores_the_frozen_one_too(pair: Pair, tmp_path: Pa
     settings: dict[str, Any] = dict(
         sd3=LORA | {"pretrained": str(sd3_folder)}, method_args=dict(num_steps=3, train_micro_batch=4), trainer_args=dict(max_epochs=2)
     )
-    pair.run("fit", folder=str(tmp_path / "unbroken"), strategy=strategy, save=dict(every_n_train_steps=1), **settings)
+    pair.run("fit", folder=str(tmp_path / "unbroken"), strategy=strategy, save=dict(every_n_train_steps=4), **settings)
     checkpoint = tmp_path / "unbroken" / "epoch=1-step=4.ckpt"
     pair.run("fit", folder=str(tmp_path / "continued"), strategy=strategy, ckpt_path=str(checkpoint), **settings)
     assert identical(ended(tmp_path / "unbroken"), ended(tmp_path / "continued"))
