@@ -53,7 +53,9 @@ class Throughput(L.Callback):
         self._pairs += batch.weights.numel() if hasattr(batch, "weights") else 0
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and module.device.type == "cuda":
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # a GPU is still at work on this minibatch when the next one is cut
+        if module.device.type == "cuda":
             torch.cuda.synchronize(module.device)
         self._clock.enter("other")
 

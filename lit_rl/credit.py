@@ -20,14 +20,17 @@ class Advantage:
         kind: How several rewards become one advantage: that of their weighted `sum`; the weighted sum of each reward's own advantage
             (`per_reward`); GDPO's, which normalises that once more over the batch (arXiv 2601.05242); `history`: relative to everything
             the same prompt ever scored (per-prompt statistics that persist over iterations).
-        std: Divisor: standard deviation of the whole batch over all processes, of the group, the largest of all groups, or none.
+        std: Divisor: standard deviation of the whole batch over all processes, of the group, the largest of all groups, or none. None:
+            batch; for `history` the prompt's own over all its rewards. Not for `gdpo`, which has its own two.
+        ddof: 1 for the unbiased standard deviation (DanceGRPO), 0 otherwise.
         eps: Added to the divisor.
         clip: Advantages are clamped to [-clip, clip].
         drop_zero: Leave what has advantage 0 out of the mean, and spend no forward on it.
     """
 
     kind: Literal["sum", "per_reward", "gdpo", "history"] = "sum"
-    std: Scale = "batch"
+    std: Scale | None = None
+    ddof: int = 0
     eps: float = 1e-4
     clip: float = 5.0
     drop_zero: bool = False
@@ -38,9 +41,14 @@ class Advantage:
         if self.eps < 0:
             raise ConfigError(f"model.advantage.eps={self.eps} must not be negative; Flow-GRPO uses 1e-4")
 
+        if self.kind == "gdpo" and self.std is not None:
+            raise ConfigError(f"model.advantage.std={self.std} has no meaning for gdpo: leave it out")
+        if self.kind == "history" and (self.std not in (None, "batch") or self.ddof):
+            raise ConfigError("model.advantage.kind=history divides by the prompt's own std or, with std: batch, the batch's; ddof is 0")
+
     def tracker(self) -> PromptTracker | None:
         """The statistics that `history` needs; they belong into the checkpoint."""
-        return PromptTracker() if self.kind == "history" else None
+        return PromptTracker(std="batch" if self.std == "batch" else "prompt", eps=self.eps) if self.kind == "history" else None
 
     def __call__(
         self,
@@ -59,9 +67,9 @@ class Advantage:
         if tracker is not None:
             values = tracker.update(prompts, total)
         elif self.kind == "gdpo":
-            values = gdpo_advantages(dict(rewards), group, weights=weights)
+            values = gdpo_advantages(dict(rewards), group, weights=weights, ddof=self.ddof, eps=self.eps)
         elif self.kind == "per_reward":
-            values = per_reward_advantages(dict(rewards), group, weights=weights, std=self.std, eps=self.eps)
+            values = per_reward_advantages(dict(rewards), group, weights=weights, std=self.std or "batch", ddof=self.ddof, eps=self.eps)
         else:
-            values = group_advantages(total, group, std=self.std, eps=self.eps)
+            values = group_advantages(total, group, std=self.std or "batch", ddof=self.ddof, eps=self.eps)
         return values.clamp(-self.clip, self.clip)

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CONFIG = "configs/demo/flow_grpo_ocr.yaml"
 OUT = Path("outputs/demo")
@@ -142,7 +143,7 @@ def read_curves(logs: Path) -> dict[str, Curve]:
     return {tag: Curve(sorted(by_step), [by_step[s] for s in sorted(by_step)]) for tag, by_step in points.items()}
 
 
-def summarize(curves: Mapping[str, Curve], *, seconds: Mapping[str, float], seed: int) -> dict[str, object]:
+def summarize(curves: Mapping[str, Curve], *, seconds: Mapping[str, float], seed: int) -> dict[str, Any]:
     """What summary.json holds: accuracy is the share of evaluation images whose text the OCR engine reads exactly as prompted."""
     accuracy = curves[ACCURACY].values
     return {
@@ -153,7 +154,7 @@ def summarize(curves: Mapping[str, Curve], *, seconds: Mapping[str, float], seed
     }
 
 
-def draw(curves: Mapping[str, Curve], summary: Mapping[str, object], path: Path, *, samples: int = 40) -> None:
+def draw(curves: Mapping[str, Curve], summary: Mapping[str, Any], path: Path, *, samples: int = 40) -> None:
     """One PNG: training reward and held-out accuracy over the images trained on; the same prompts and noises before and after."""
     import matplotlib
 
@@ -173,7 +174,6 @@ def draw(curves: Mapping[str, Curve], summary: Mapping[str, object], path: Path,
     left.grid(alpha=0.3)
     left.legend(loc="lower right")
     values = summary["held_out_accuracy"]
-    assert isinstance(values, dict)
     for axis, name, title in ((before, "after_warmup", "after the warm-up"), (after, "after_rl", "after RL")):
         axis.imshow(contact_sheet(OUT / "images" / name, samples), interpolation="nearest")
         axis.set_title(f"{title}: {values[name]:.0%} right")

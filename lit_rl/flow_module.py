@@ -18,8 +18,8 @@ from lit_rl.errors import ConfigError
 from lit_rl.losses.flow import flow_matching_loss
 from lit_rl.module import LitRL, gather_objects
 from lit_rl.policies.base import FlowPolicy
-from lit_rl.samplers.solvers import Solver, solve
 from lit_rl.samplers.schedules import linear_sigmas, shifted_sigmas
+from lit_rl.samplers.solvers import Solver, solve
 from lit_rl.seeding import Key, generator, normal
 from lit_rl.strategies import FSDP2Strategy
 from lit_rl.types import Cond, Examples, FlowRollout, Prompts, take_rows
@@ -210,6 +210,8 @@ class LitFlow(LitRL[FlowRollout]):
             raise ConfigError(f"model.kl_coef={kl_coef} must not be negative; 0 turns the reference off")
         if self.credit_rule.drop_zero and kl_coef:
             raise ConfigError("model.advantage.drop_zero would drop pairs that model.kl_coef still trains: set one of them to its default")
+        if kl_coef:
+            self.policy.check_reference(after_warmup=self.warmup_steps > 0)
 
     def chosen(self, rollout: FlowRollout) -> Tensor:
         """Bool "B S": the actions that are trained."""

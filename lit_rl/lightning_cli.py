@@ -68,6 +68,8 @@ class CLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "predict":
+            kwargs["return_predictions"] = False  # ImageWriter has them
         if kwargs.get("ckpt_path"):
             folders = [c.dirpath for c in self.trainer.checkpoint_callbacks if c.dirpath]  # type: ignore[attr-defined]
             try:

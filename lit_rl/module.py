@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any, Generic, Protocol, TypeVar
 
 import lightning as L
@@ -194,6 +195,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             return
         if self.rollout is None or self.rollout_iteration != self.iteration:
             self.rollout, self.rollout_iteration = self.iterate(), self.iteration
+        self.rollout = self.rollout.to(self.device)  # a restored one was read before the model found its device
         self._plan = [rows for e in range(self.inner_epochs) for rows in self.split(self.rollout, e)]
         for index in indices:
             yield self.minibatch(self.rollout, self._plan[index])
@@ -229,7 +231,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             return loss
         losses, weights = self.loss(batch)
         loss = (losses * weights).sum() * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        self.log("loss", loss.detach(), prog_bar=True)
+        self.log("loss", loss.detach(), on_step=False, on_epoch=True, batch_size=1)
         if not self._metrics_logged:  # once per rollout: each call costs a millisecond
             self._metrics_logged = True
             for name, value in self.rollout_metrics.items():
@@ -302,21 +304,21 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keys = self.checkpoint_keys()
         checkpoint["state_dict"] = {name: weight for name, weight in checkpoint["state_dict"].items() if name in keys}
-        inside = 0 < self.minibatches_done() < self.minibatches_per_epoch() if self.trainer.fit_loop._combined_loader else False
+        inside = 0 < self.minibatches_done() < self.minibatches_per_epoch() if self.trainer.fit_loop._combined_loader is not None else False
         if inside and self.rollout is not None:
-            ranks = gather_objects(_plain(self.rollout.to("cpu")))
-            checkpoint["rollout"] = {"iteration": self.rollout_iteration, "metrics": self.rollout_metrics, "ranks": ranks}
+            place = {"iteration": self.rollout_iteration, "metrics": self.rollout_metrics, "world_size": self.trainer.world_size}
+            checkpoint["rollout"] = place | {"ranks": gather_to_first(_plain(self.rollout.to("cpu")))}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "state_dict" in checkpoint:  # otherwise the strategy has looked at the weights and loaded them
             check_layout({name: weight.shape for name, weight in checkpoint["state_dict"].items()}, self.checkpoint_shapes())
         self._close_finished_epoch(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"])
         saved = checkpoint.get("rollout")
-        if saved is None:
+        if saved is None or self.trainer.state.fn != "fit":
             return
-        if len(saved["ranks"]) != self.trainer.world_size:
+        if saved["world_size"] != self.trainer.world_size:
             raise ConfigError(
-                f"This checkpoint was written inside an iteration by {len(saved['ranks'])} processes and cannot continue on "
+                f"This checkpoint was written inside an iteration by {saved['world_size']} processes and cannot continue on "
                 f"{self.trainer.world_size}: use as many devices, or a checkpoint from the end of an epoch"
             )
         self.rollout = self.restore_rollout(saved["ranks"][self.global_rank])
@@ -388,6 +390,22 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def gather_to_first(value: Any) -> dict[int, Any]:
+    """`value` of every rank by rank, on the first; on the others their own only. Through CPU memory; collective."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return {0: value}
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    values: list[Any] | None = [None] * world if rank == 0 else None
+    torch.distributed.gather_object(value, values, dst=0, group=_cpu_group())
+    return {rank: value} if values is None else dict(enumerate(values))
+
+
+@cache
+def _cpu_group() -> Any:
+    """All processes, connected by gloo: rollouts are gigabytes, which NCCL would copy to the GPUs first."""
+    return torch.distributed.new_group(backend="gloo")
 
 
 def _plain(rollout: Rollout) -> dict[str, Any]:

@@ -75,13 +75,13 @@ def test_several_updates_per_rollout_see_every_pair_once_and_every_group_alike(t
 def test_first_update_is_on_policy(tmp_path: Path) -> None:
     metrics = Metrics()
     run(tmp_path, toy_method(), callbacks=[metrics])
-    assert all(row["ratio_max_dev"] < 1e-6 for row in metrics.rows)
+    assert all(row["ratio_first_update_max_dev"] < 1e-6 for row in metrics.rows)
 
 
 def test_second_update_is_not(tmp_path: Path) -> None:
     metrics = Metrics()
     run(tmp_path, toy_method(train_micro_batch=24), callbacks=[metrics])
-    assert metrics.rows[-1]["ratio_max_dev"] > 1e-4
+    assert metrics.rows[-1]["ratio_max_dev"] > 1e-4 and metrics.rows[-1]["ratio_first_update_max_dev"] < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -150,6 +150,47 @@ def test_unscored_samples_leave_the_loss(tmp_path: Path) -> None:
     assert (rollout.weights[lost] == 0).all() and (rollout.weights[~lost] > 0).all()
     torch.testing.assert_close(rollout.weights.sum(), torch.tensor(1.0))
     assert metrics.rows[0]["nan_ratio"] == pytest.approx(1 / 6) and weights(method).isfinite().all()
+
+
+def test_unscored_images_are_not_counted_as_wrong(tmp_path: Path) -> None:
+    """Of the prompts 0 ... 4, "1" has no score and the others 1.0."""
+
+    class AllRight(Broken):
+        def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+            scores = super().score(media, info)["brightness"]
+            return {"brightness": torch.where(scores.isnan(), scores, 1.0)}
+
+    data = ToyData()
+    data.held_out = [data.train_prompts[i] for i in range(5)]
+    trainer = toy_trainer(tmp_path, rewards={"brightness": AllRight()}, max_failed_fraction=0.5, limit_val_batches=1.0)
+    (metrics,) = trainer.validate(toy_method(), data, verbose=False)
+    assert metrics == {"val/brightness": 1.0, "val/brightness_perfect": 1.0}
+
+
+def test_dance_grpo_decodes_the_predicted_clean_image(tmp_path: Path) -> None:
+    levels = toy_method(DanceGRPO, num_steps=5).noise_levels(range(4))
+    assert levels == [0.3] * 4 + [0.0]
+    assert toy_method(DanceGRPO, num_steps=5, timestep_fraction=1.0).noise_levels(range(5)) == [0.3] * 5
+
+
+@pytest.mark.parametrize(("schedule", "second"), [("pipeline", 0.75), ("linear", 0.75), ("shifted", 0.9)])
+def test_schedule_is_an_option(tmp_path: Path, schedule: Any, second: float) -> None:
+    """u = 3/4 shifted by 3: 3 u / (1 + 2 u) = 2.25 / 2.5."""
+    method = run(tmp_path, toy_method(schedule=schedule, shift=3.0), max_epochs=1)
+    assert method.rollout is not None
+    assert method.rollout.times[0, :2].tolist() == pytest.approx([1.0, second])
+
+
+def test_images_can_be_rendered_from_a_checkpoint_of_another_number_of_processes(tmp_path: Path) -> None:
+    every = checkpointing(tmp_path / "a", every_n_train_steps=1)
+    run(tmp_path, toy_method(train_micro_batch=12), callbacks=[every], max_epochs=1, enable_checkpointing=True)
+    path = tmp_path / "a" / "epoch=0-step=1.ckpt"
+    saved = torch.load(path, weights_only=True)
+    saved["rollout"]["world_size"] = 8
+    torch.save(saved, path)
+    with pytest.raises(ConfigError, match="written inside an iteration by 8 processes"):
+        run(tmp_path, toy_method(train_micro_batch=12), ckpt_path=str(path))
+    toy_trainer(tmp_path).predict(toy_method(), ToyData(), ckpt_path=str(path))
 
 
 def checkpointing(folder: Path, **kwargs: Any) -> ModelCheckpoint:
@@ -233,6 +274,7 @@ def test_max_steps_is_refused(tmp_path: Path) -> None:
         (dict(dynamics="ode"), "nothing to learn from"),
         (dict(dynamics="cps", noise_level=1.2), "at most 1 for cps"),
         (dict(timestep_fraction=0.0), "timestep_fraction=0.0 must be in"),
+        (dict(schedule="shifted", shift=0.0), "shift=0.0 must be above 0"),
         (dict(group_size=0), "group_size=0 must be at least 1"),
         (dict(train_micro_batch=0), "train_micro_batch=0 must be at least 1"),
         (dict(kl_coef=0.1, advantage=Advantage(drop_zero=True)), "kl_coef still trains"),

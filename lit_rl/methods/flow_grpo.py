@@ -92,7 +92,7 @@ class FlowGRPO(LitFlow):
     @cached_property
     def sigma_max(self) -> float:
         """The schedule's second entry, read once: on the device it would cost a synchronisation per step."""
-        return float(self.policy.sigmas(self.num_steps)[1])
+        return float(self.sigmas(self.num_steps)[1])
 
     # ------------------------------------------------------------------ collect
     def collect(self, prompts: Prompts) -> FlowRollout:
@@ -161,7 +161,8 @@ class FlowGRPO(LitFlow):
 
     # ------------------------------------------------------------------ loss
     def minibatch(self, rollout: FlowRollout, rows: Tensor) -> PairBatch:
-        b, s = (rows // rollout.logprobs.shape[1]).to(self.device), (rows % rollout.logprobs.shape[1]).to(self.device)
+        rows = rows.to(self.device)
+        b, s = rows // rollout.logprobs.shape[1], rows % rollout.logprobs.shape[1]
         assert rollout.advantages is not None and rollout.weights is not None
         return PairBatch(
             x=rollout.latents[b, s].float(), x_next=rollout.latents[b, s + 1],
@@ -175,16 +176,25 @@ class FlowGRPO(LitFlow):
         v = self.policy.velocity(minibatch.x, minibatch.sigma, minibatch.cond)
         step = self.replay_step(v, minibatch)
         losses = clipped_ratio_loss(self.log_ratio(step, minibatch), minibatch.advantages, clip_low=self.clip_low, clip_high=self.clip_high)
-        self.log_dict(
+        self.log_policy(
             policy_metrics(step.logprob, minibatch.logprobs, clip_low=self.clip_low, clip_high=self.clip_high, weights=minibatch.weights)
         )
         if self.kl_coef:
             with torch.no_grad(), self.policy.reference():
                 ref_v = self.policy.velocity(minibatch.x, minibatch.sigma, minibatch.cond)
             kl = self.kl(v, step, ref_v, minibatch)
-            self.log("kl", (kl.detach() * minibatch.weights).sum() / minibatch.weights.sum().clamp(min=1e-12))
+            mean = (kl.detach() * minibatch.weights).sum() / minibatch.weights.sum().clamp(min=1e-12)
+            self.log("kl", mean, on_step=False, on_epoch=True, batch_size=1)
             losses = losses + self.kl_coef * kl
         return losses, minibatch.weights
+
+    def log_policy(self, metrics: dict[str, Tensor]) -> None:
+        """Means over the iteration; the largest deviation of the ratio from 1, and that of the first update, where it is an error."""
+        deviation = metrics.pop("ratio_max_dev")
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1)
+        self.log("ratio_max_dev", deviation, on_step=False, on_epoch=True, reduce_fx="max", batch_size=1)
+        if self.minibatches_done() < self.trainer.accumulate_grad_batches:
+            self.log("ratio_first_update_max_dev", deviation, on_step=False, on_epoch=True, reduce_fx="max", batch_size=1)
 
     def replay_step(self, v: Tensor, batch: PairBatch) -> Step:
         """The stored action under today's velocity. Every trained step was drawn at `noise_level`."""
@@ -301,13 +311,18 @@ class DanceGRPO(FlowGRPO):
             raise ConfigError(f"model.trained_fraction={trained_fraction} must be in (0, 1]; DanceGRPO uses 0.6")
         self.trained_fraction = trained_fraction
 
+    def noise_levels(self, window: range) -> list[float]:
+        """The last step is deterministic unless it is trained: its end is then the predicted clean image, which DanceGRPO decodes."""
+        last = self.num_steps - 1
+        return [self.noise_level] * last + [self.noise_level if last in window else 0.0]
+
     def chosen(self, rollout: FlowRollout) -> Tensor:
         steps = rollout.logprobs.shape[1]
-        mask = torch.zeros_like(rollout.mask)
+        mask = torch.zeros(rollout.mask.shape, dtype=torch.bool)
         for i in range(len(rollout)):
             draw = generator(*self.row_key(rollout, i), "trained")
             mask[i, random_subset(range(steps), count=max(1, int(steps * self.trained_fraction)), generator=draw)] = True
-        return mask
+        return mask.to(rollout.mask.device)
 
 
 class GRPOGuard(FlowGRPO):

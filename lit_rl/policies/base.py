@@ -64,6 +64,9 @@ class FlowPolicy(nn.Module, ABC):
     def reference(self) -> AbstractContextManager[None]:
         """Inside it the initial weights answer: LoRA disabled, or the frozen copy of a full fine-tune."""
 
+    def check_reference(self, *, after_warmup: bool) -> None:
+        """Raise ConfigError if `reference()` would have no weights to answer with, or, after a warm-up, those from before it."""
+
     def refresh_reference(self) -> None:
         """Called once after a supervised warm-up: a frozen copy becomes equal to the current weights."""
 

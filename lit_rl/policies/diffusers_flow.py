@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lit_rl.errors import ConfigError
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.lora import (
     TRAINED,
@@ -85,13 +86,13 @@ class DiffusersFlowPolicy(FlowPolicy):
     ) -> None:
         super().__init__()
         if guidance_scale < 0:
-            raise ValueError(f"guidance_scale: must not be negative, got {guidance_scale}; 1 is no guidance")
+            raise ConfigError(f"guidance_scale: must not be negative, got {guidance_scale}; 1 is no guidance")
         if not 0 <= max_sequence_length <= 512:
-            raise ValueError(f"max_sequence_length: must be in 0..512, got {max_sequence_length}")
+            raise ConfigError(f"max_sequence_length: must be in 0..512, got {max_sequence_length}")
         if vae_slice < 1:
-            raise ValueError(f"vae_slice: must be at least 1, got {vae_slice}")
+            raise ConfigError(f"vae_slice: must be at least 1, got {vae_slice}")
         if cache_prompts < 0:
-            raise ValueError(f"cache_prompts: must not be negative, got {cache_prompts}; 0 remembers nothing")
+            raise ConfigError(f"cache_prompts: must not be negative, got {cache_prompts}; 0 remembers nothing")
         self.folder = check_pretrained(pretrained, pipeline=self.pipeline, policies=POLICIES)
         self.resolution = check_resolution(resolution, cell=self._cell_of_folder(self.folder) if self.folder else None)
         self.pretrained = pretrained
@@ -167,10 +168,10 @@ class DiffusersFlowPolicy(FlowPolicy):
         try:
             index = pipeline.load_config(where, revision=self.source["revision"])
         except OSError as error:
-            raise ValueError(f"pretrained: {where!r} is neither a folder nor a hub repository that can be read: {error}") from error
+            raise ConfigError(f"pretrained: {where!r} is neither a folder nor a hub repository that can be read: {error}") from error
         check_index(index, where, pipeline=self.pipeline, policies=POLICIES)
         if self.max_sequence_length == 0 and any(part[1] == "T5EncoderModel" for part in index.values() if isinstance(part, list | tuple)):
-            raise ValueError(f"max_sequence_length: 0 asks the T5 encoder of {where!r} for no token; set it to at least 1")
+            raise ConfigError(f"max_sequence_length: 0 asks the T5 encoder of {where!r} for no token; set it to at least 1")
         absent = {name: None for name, part in index.items() if isinstance(part, list | tuple) and part[0] is None}
         network_dtype = self.dtype if self.lora else torch.float32
         dtypes = {"transformer": network_dtype, "vae": self.vae_dtype, "default": self.dtype}
@@ -229,13 +230,19 @@ class DiffusersFlowPolicy(FlowPolicy):
             with using_adapter(self.network, REFERENCE) if self.keep_reference else disabled_adapters(self.network):
                 yield
             return
-        if self.reference_network is None:
-            raise ValueError("a full fine-tune has no reference weights: set policy.keep_reference to true, or kl_coef to 0")
         before, self._reference_answers = self._reference_answers, True
         try:
             yield
         finally:
             self._reference_answers = before
+
+    def check_reference(self, *, after_warmup: bool) -> None:
+        if not self.lora and not self.keep_reference:
+            raise ConfigError("a full fine-tune has no reference weights: set model.policy.keep_reference to true, or model.kl_coef to 0")
+        if after_warmup and not self.keep_reference:
+            raise ConfigError(
+                "LoRA's reference is the base from before the warm-up: set model.policy.keep_reference to true, or model.kl_coef to 0"
+            )
 
     def refresh_reference(self) -> None:
         """The kept copy <- the current weights, e.g. when a warm-up ends; nothing where no copy is kept."""
@@ -265,6 +272,7 @@ class DiffusersFlowPolicy(FlowPolicy):
     def _awake(self, names: Sequence[str], *, offload: bool) -> Iterator[None]:
         """Inside it these parts of the pipeline are on `self.device`, in their own precision and without gradients."""
         parts = [part for name in names if (part := getattr(self._pipe, name, None)) is not None]
+        homes = [(parameter, parameter.data) for part in parts for parameter in part.parameters()] if offload else []
         for part in parts:
             part.to(self.device)
         try:
@@ -272,6 +280,8 @@ class DiffusersFlowPolicy(FlowPolicy):
                 yield
         finally:
             if offload:
+                for parameter, home in homes:
+                    parameter.data = home  # nothing has changed it, so nothing is copied back
                 for part in parts:
                     part.to("cpu")
 

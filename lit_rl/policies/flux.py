@@ -69,8 +69,8 @@ class FluxPolicy(DiffusersFlowPolicy):
     def _image_ids(self, like: Tensor) -> Tensor:
         """(0, row, column) of each token."""
         height, width = (side // 2 for side in self.latent_size)
-        ids = torch.cartesian_prod(torch.zeros(1), torch.arange(height).float(), torch.arange(width).float())
-        return ids.to(like)
+        axes = (torch.arange(side, device=like.device, dtype=like.dtype) for side in (1, height, width))
+        return torch.cartesian_prod(*axes)
 
     def sigmas(self, num_steps: int) -> Tensor:
         return self.scheduler_sigmas(num_steps, sigmas=np.linspace(1.0, 1 / num_steps, num_steps))

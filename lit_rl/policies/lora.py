@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lit_rl.errors import ConfigError
 from lit_rl.policies.shards import local
 
 if TYPE_CHECKING:
@@ -43,15 +44,15 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"lora.rank: must be at least 1, got {self.rank}")
+            raise ConfigError(f"lora.rank: must be at least 1, got {self.rank}")
         if self.alpha <= 0:
-            raise ValueError(f"lora.alpha: must be positive, got {self.alpha}")
+            raise ConfigError(f"lora.alpha: must be positive, got {self.alpha}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout: must be in [0, 1), got {self.dropout}")
+            raise ConfigError(f"lora.dropout: must be in [0, 1), got {self.dropout}")
         if self.targets is not None and not self.targets:
-            raise ValueError("lora.targets: the list is empty; name at least one module, or leave it out for the family's list")
+            raise ConfigError("lora.targets: the list is empty; name at least one module, or leave it out for the family's list")
         if self.initial is not None and not Path(self.initial).expanduser().is_dir():
-            raise ValueError(f"lora.initial: no such folder {self.initial!r}")
+            raise ConfigError(f"lora.initial: no such folder {self.initial!r}")
 
 
 def add_lora(network: nn.Module, settings: LoraSettings, *, targets: list[str], name: str = TRAINED, seed: int = 0) -> None:
@@ -62,7 +63,7 @@ def add_lora(network: nn.Module, settings: LoraSettings, *, targets: list[str], 
     missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
     if missing:
         there = sorted({n.split("blocks.0.")[1] for n in names if "blocks.0." in n})
-        raise ValueError(f"lora.targets: no linear layer ends in {', '.join(missing)}; a block has {', '.join(there)}")
+        raise ConfigError(f"lora.targets: no linear layer ends in {', '.join(missing)}; a block has {', '.join(there)}")
     network.requires_grad_(False)
     config = LoraConfig(
         r=settings.rank,
@@ -118,7 +119,7 @@ def load_adapter(network: nn.Module, folder: str, settings: LoraSettings, *, pip
     targets = adapter_parameters(network, TRAINED)
     if weights.keys() != targets.keys() or alpha != settings.alpha or any(weights[key].shape != targets[key].shape for key in targets):
         rank = next(value.shape[0] for key, value in weights.items() if ".lora_A." in key)
-        raise ValueError(
+        raise ConfigError(
             f"lora.initial: {folder!r} holds {len(weights)} tensors of rank {rank} and alpha {alpha}, the settings ask for {len(targets)} "
             f"of rank {settings.rank} and alpha {settings.alpha}; set lora.rank, lora.alpha and lora.targets to those of the folder"
         )
@@ -131,7 +132,9 @@ def save_adapter(network: nn.Module, folder: Path, weights: Mapping[str, Tensor]
     named = {key.replace(f".{TRAINED}.", "."): tensor for key, tensor in weights.items()}
     expected = adapter_parameters(network, TRAINED).keys()
     if named.keys() != expected:
-        raise ValueError(f"save: the adapter has {len(expected)} tensors, got {len(named)}, {len(named.keys() & expected)} of them its own")
+        raise ConfigError(
+            f"save: the adapter has {len(expected)} tensors, got {len(named)}, {len(named.keys() & expected)} of them its own"
+        )
     metadata = network.peft_config[TRAINED].to_dict()  # type: ignore[union-attr, index]  # without it alpha would be read as the rank
     pipeline.save_lora_weights(folder, transformer_lora_layers=named, transformer_lora_adapter_metadata=metadata)  # type: ignore[attr-defined]
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lit_rl.errors import ConfigError
+
 
 def check_pretrained(pretrained: str, *, pipeline: str, policies: dict[str, str]) -> Path | None:
     """The pipeline's folder, or None for a hub id (owner/name, found to exist or not when it is loaded).
@@ -17,11 +19,11 @@ def check_pretrained(pretrained: str, *, pipeline: str, policies: dict[str, str]
     if not folder.exists():
         if _is_hub_id(pretrained):
             return None
-        raise ValueError(f"pretrained: no such folder {pretrained!r}; give a folder in diffusers format or a hub id like 'owner/name'")
+        raise ConfigError(f"pretrained: no such folder {pretrained!r}; give a folder in diffusers format or a hub id like 'owner/name'")
     index = folder / "model_index.json"
     if not index.is_file():
         found = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing" if folder.is_dir() else "a file"
-        raise ValueError(f"pretrained: {pretrained!r} is not a diffusers pipeline: no model_index.json there, found {found}")
+        raise ConfigError(f"pretrained: {pretrained!r} is not a diffusers pipeline: no model_index.json there, found {found}")
     check_index(json.loads(index.read_text()), pretrained, pipeline=pipeline, policies=policies)
     return folder
 
@@ -31,7 +33,7 @@ def check_index(index: dict[str, Any], pretrained: str, *, pipeline: str, polici
     stored = index.get("_class_name")
     if stored != pipeline:
         hint = f"; {policies[stored]} serves that" if stored in policies else ""
-        raise ValueError(f"pretrained: {pretrained!r} holds a {stored}, not a {pipeline}{hint}")
+        raise ConfigError(f"pretrained: {pretrained!r} holds a {stored}, not a {pipeline}{hint}")
 
 
 def component_config(folder: Path, name: str) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def check_resolution(resolution: int | tuple[int, int], *, cell: int | None) -> 
     if min(height, width) < 1 or (cell and (height % cell or width % cell)):
         step = cell or 1
         near = tuple(max(step, round(side / step) * step) for side in (height, width))
-        raise ValueError(
+        raise ConfigError(
             f"resolution: {height} x {width} (height x width) must be multiples of {step} for this model; {near[0]} x {near[1]} fits"
         )
     return height, width

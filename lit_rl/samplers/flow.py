@@ -69,7 +69,7 @@ def sde_step(
     _check(dynamics, noise=noise, sample=sample, noise_level=noise_level, sigma_max=sigma_max)
     work = torch.promote_types(torch.promote_types(x.dtype, v.dtype), torch.float32)
     x, v, sigma, sigma_next = x.to(work), v.to(work), sigma.to(work), sigma_next.to(work)
-    level = torch.as_tensor(noise_level, dtype=work, device=x.device).expand(len(x))
+    level = noise_level.to(work) if isinstance(noise_level, Tensor) else x.new_full((len(x),), noise_level, dtype=work)
     diffusion, noise_std, pull = _coefficients(
         sigma, sigma_next, level, dynamics=dynamics, sigma_max=sigma_max, diffusion_clip=diffusion_clip
     )

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lit_rl.errors import ConfigError
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
+from lit_rl.policies.lora import LoraSettings
 from lit_rl.samplers.schedules import flux_sigmas, sd3_sigmas
 from lit_rl.types import Cond, take_rows
 
@@ -326,11 +328,15 @@ def test_frozen_copy_answers_with_the_initial_weights_until_refreshed(name: str,
     assert {key.split(".")[0] for key, _ in policy.trainable()} == {"network"}
 
 
-def test_full_fine_tune_without_a_copy_names_the_knob(make_policy: MakePolicy) -> None:
-    policy = make_policy("sd3")
-    policy.refresh_reference()
-    with pytest.raises(ValueError, match="set policy.keep_reference to true, or kl_coef to 0"), policy.reference():
-        pass
+def test_a_reference_that_would_not_be_there_is_refused_before_loading(make_policy: MakePolicy) -> None:
+    full, lora = make_policy("sd3"), make_policy("sd3", lora=LoraSettings(rank=2))
+    with pytest.raises(ConfigError, match=r"set model\.policy\.keep_reference to true, or model\.kl_coef to 0"):
+        full.check_reference(after_warmup=False)
+    lora.check_reference(after_warmup=False)
+    with pytest.raises(ConfigError, match="base from before the warm-up"):
+        lora.check_reference(after_warmup=True)
+    for settings in ({}, {"lora": LoraSettings(rank=2)}):
+        make_policy("sd3", keep_reference=True, **settings).check_reference(after_warmup=True)
 
 
 @families
