@@ -154,6 +154,15 @@ def test_truncated_checkpoint_is_refused_with_the_last_good_one(cli: Any, tmp_pa
     assert str(tmp_path / "checkpoints" / "epoch=1.ckpt") in capsys.readouterr().err
 
 
+def test_best_checkpoints_follow_the_held_out_reward(cli: Any, tmp_path: Path) -> None:
+    config = toy_config(tmp_path)
+    best = {"dirpath": str(tmp_path / "best"), "filename": "{epoch}", "monitor": "val/brightness", "mode": "max", "save_top_k": 1}
+    best |= {"every_n_epochs": 2, "save_on_train_epoch_end": False}
+    config["trainer"]["callbacks"].append({"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": best})
+    cli("fit", config, "--trainer.max_epochs", "4", "--trainer.check_val_every_n_epoch", "2")
+    assert len(list((tmp_path / "best").glob("epoch=*.ckpt"))) == 1
+
+
 def test_validate_and_predict_use_the_checkpoint(cli: Any, tmp_path: Path) -> None:
     cli("fit", toy_config(tmp_path))
     run = cli("predict", toy_config(tmp_path), "--ckpt_path", "last", "--images.output_dir", str(tmp_path / "images"))

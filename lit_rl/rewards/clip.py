@@ -22,7 +22,7 @@ class CLIPScoreReward(Reward):
         batch_size: images per forward.
     """
 
-    name = "clip_score"
+    outputs = ("clip_score",)
     divisor = 30.0
 
     def __init__(self, model_path: str, *, processor_path: str | None = None, dtype: str = "float32", batch_size: int = 32) -> None:
@@ -49,7 +49,7 @@ class CLIPScoreReward(Reward):
             self._similarity(media[i : i + self.batch_size], [str(row["prompt"]) for row in info[i : i + self.batch_size]])
             for i in range(0, len(media), self.batch_size)
         ]
-        return {self.name: torch.cat(parts) / self.divisor}
+        return {self.outputs[0]: torch.cat(parts) / self.divisor}
 
     def _similarity(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
         """exp(logit_scale) * cos of each image with its own prompt, Float "B". Prompts are cut at the model's context length (77)."""
@@ -68,5 +68,5 @@ class PickScoreReward(CLIPScoreReward):
     `yuvalkirstain/PickScore_v1` brings no processor: give `processor_path="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`.
     """
 
-    name = "pick_score"
+    outputs = ("pick_score",)
     divisor = 26.0

@@ -18,6 +18,8 @@ class JPEGSizeReward(Reward):
     The default scale rewards compressible images as Flow-GRPO scales it (-1/500); `scale=1.0` is DDPO's incompressibility.
     """
 
+    outputs = ("jpeg_size",)
+
     def __init__(self, *, scale: float = -1 / 500, quality: int = 95) -> None:
         if not 1 <= quality <= 95:
             raise ValueError(f"quality={quality}; JPEG quality is between 1 and 95")

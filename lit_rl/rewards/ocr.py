@@ -80,6 +80,8 @@ class OCRReward(Reward):
     Images are read one by one, so a score does not depend on its batch. Text is read reliably from a cap height of 7 pixels on.
     """
 
+    outputs = ("ocr_similarity", "ocr_confidence")
+
     def __init__(
         self,
         *,

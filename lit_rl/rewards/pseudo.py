@@ -15,6 +15,8 @@ from lit_rl.types import Info
 class PseudoReward(Reward):
     """`pseudo` in [0, 1), uniform over images: a hash of the seed, the prompt and every pixel. Same input, same score, on any machine."""
 
+    outputs = ("pseudo",)
+
     def __init__(self, *, seed: int = 0) -> None:
         self.seed = seed
 

@@ -53,6 +53,8 @@ class VLMReward(Reward):
         batch_size: images per call of `generate`. In bfloat16 a near-tie between two words may fall differently in another batch.
     """
 
+    outputs = ("vlm_score",)
+
     def __init__(
         self,
         model_path: str,
