@@ -27,6 +27,7 @@ OUT = Path("outputs/demo")
 ACCURACY = "val/ocr_similarity_perfect"
 QUIET = {  # two processes on two cores, one thread each; no bars for the files of a 9 MB model
     "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
