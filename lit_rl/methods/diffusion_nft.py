@@ -155,8 +155,9 @@ class DiffusionNFT(LitFlow):
         assert rollout.advantages is not None and rollout.weights is not None
         inner_epoch, pair = rows // rollout.mask.numel(), rows % rollout.mask.numel()
         row, slot = pair // rollout.mask.shape[1], pair % rollout.mask.shape[1]
+        prompts = Prompts(rollout.group.cpu(), rollout.info)  # one copy from a GPU, not one per row
         places = zip(row.tolist(), slot.tolist(), inner_epoch.tolist())
-        noise = self.noise([(*self.row_key(rollout, b), "forward", s, epoch) for b, s, epoch in places])
+        noise = self.noise([(*self.row_key(prompts, b), "forward", s, epoch) for b, s, epoch in places])
         b, s = row.to(self.device), slot.to(self.device)
         return PointBatch(
             x0=rollout.latents[b, 0].float(), noise=noise, sigma=rollout.times[b, s], advantages=rollout.advantages[b, s],
@@ -182,7 +183,8 @@ class DiffusionNFT(LitFlow):
             metrics["kl"] = gaussian_kl(new, ref, kind="v")
             losses = losses + self.kl_coef * metrics["kl"]
         total = batch.weights.sum().clamp(min=1e-12)
-        self.log_dict({name: (value.detach() * batch.weights).sum() / total for name, value in metrics.items()})
+        means = {name: (value.detach() * batch.weights).sum() / total for name, value in metrics.items()}
+        self.log_dict(means, on_step=False, on_epoch=True, batch_size=1)
         return losses, batch.weights
 
     def surrogate(self, new: Tensor, old: Tensor, x: Tensor, batch: PointBatch) -> Tensor:
@@ -222,7 +224,7 @@ class AWM(DiffusionNFT):
             matching_logprob(v, batch.x0, batch.noise, sigma=batch.sigma, weight=self.matching_weight, power=self.power) for v in (new, old)
         )
         clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
-        self.log_dict(policy_metrics(logprob, before, weights=batch.weights, **clip))
+        self.log_dict(policy_metrics(logprob, before, weights=batch.weights, **clip), on_step=False, on_epoch=True, batch_size=1)
         return clipped_surrogate(logprob, before, batch.advantages, **clip)
 
 
