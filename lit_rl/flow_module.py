@@ -95,7 +95,7 @@ class LitFlow(LitRL[FlowRollout]):
         images, minibatches = self.prompts_per_iteration * self.group_size, self.minibatches_per_pass()
         rank_zero_info(
             f"An iteration: {self.prompts_per_iteration} prompts x {self.group_size} samples = {images} images, x {steps} trained steps = "
-            f"{images * steps} pairs; optimizer steps: {self.inner_epochs * minibatches // accumulate}, micro-batches in each: {accumulate} "
+            f"{images * steps} pairs; optimizer steps: {self.inner_epochs * minibatches // accumulate}, each of {accumulate} micro-batches "
             f"of up to {-(-images * steps // (world * minibatches))} pairs; processes: {world}"
         )
 
