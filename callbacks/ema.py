@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from lit_rl.decay import ema_decay, ema_is_due
@@ -49,7 +49,16 @@ class EMA(L.Callback):
 
     # ------------------------------------------------------------------ life of the average
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        check_swaps_are_seen(trainer.strategy, what="EMA")
+        strategy = trainer.strategy
+        if not isinstance(strategy, DeepSpeedStrategy) or not strategy.zero_stage_3:
+            return
+        assert isinstance(strategy.config, dict)
+        threshold = strategy.config["zero_optimization"].get("stage3_param_persistence_threshold")
+        if threshold != 0:
+            raise ConfigError(
+                "EMA under ZeRO-3 needs zero_optimization.stage3_param_persistence_threshold: 0 in the DeepSpeed config "
+                f"(it is {'not set' if threshold is None else threshold}): weights that stay gathered would not see the average"
+            )
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """The first moment at which weights are in their final place and restored, under every strategy."""
@@ -128,16 +137,3 @@ class EMA(L.Callback):
 
 def _policy(module: L.LightningModule) -> FlowPolicy:
     return module.policy  # type: ignore[return-value]
-
-
-def check_swaps_are_seen(strategy: Strategy, *, what: str) -> None:
-    """Raise ConfigError where a forward would miss weights that are swapped in."""
-    if not isinstance(strategy, DeepSpeedStrategy) or not strategy.zero_stage_3:
-        return
-    assert isinstance(strategy.config, dict)
-    threshold = strategy.config["zero_optimization"].get("stage3_param_persistence_threshold")
-    if threshold != 0:
-        raise ConfigError(
-            f"{what} under ZeRO-3 needs zero_optimization.stage3_param_persistence_threshold: 0 in the DeepSpeed config "
-            f"(it is {'not set' if threshold is None else threshold}): weights that stay gathered would not see the swap"
-        )

@@ -18,10 +18,12 @@ from toy import Brightness, ToyData, ToyPolicy, toy_trainer
 
 from callbacks.ema import EMA
 from callbacks.export import Export
+from callbacks.old_policy import OldPolicySync
 from callbacks.rng_state import RngState
 from datamodules.base import PromptDataModule
 from lit_rl.credit import Advantage
 from lit_rl.errors import ConfigError
+from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.flow_grpo import FlowGRPO
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.lora import LoraSettings
@@ -72,7 +74,7 @@ def policy(settings: dict[str, Any] | None, dropout: float) -> FlowPolicy:
     )
 
 
-def method(settings: dict[str, Any], sd3: dict[str, Any] | None) -> FlowGRPO:
+def method(settings: dict[str, Any], sd3: dict[str, Any] | None) -> FlowGRPO | DiffusionNFT:
     adam = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3)  # with an eps of 1e-8 gradients of twice the size would train the same
     defaults: dict[str, Any] = dict(
         prompts_per_iteration=4, group_size=4, num_steps=4, eval_num_steps=4, rollout_micro_batch=6, clip_low=1e-2, clip_high=1e-2,
@@ -81,7 +83,11 @@ def method(settings: dict[str, Any], sd3: dict[str, Any] | None) -> FlowGRPO:
     settings = defaults | settings
     dropout = settings.pop("dropout", 0.0)
     settings["advantage"] = Advantage(**settings.get("advantage", {}))
-    return FlowGRPO(policy(sd3, dropout), **settings)
+    nft = settings.pop("nft", None)
+    if nft is None:
+        return FlowGRPO(policy(sd3, dropout), **settings)
+    clips = ("clip_low", "clip_high")
+    return DiffusionNFT(policy(sd3, dropout), **{name: value for name, value in settings.items() if name not in clips}, **nft)
 
 
 def trainer(folder: Path, strategy: str, settings: dict[str, Any], callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
@@ -104,6 +110,7 @@ def fit(
     sd3: dict[str, Any] | None = None,
     save: dict[str, Any] | None = None,
     export: bool = False,
+    old: dict[str, Any] | None = None,
     ckpt_path: str | None = None,
 ) -> dict[str, Any]:
     """Train and write every weight, whole, and everything else that runs are compared by into folder/end.pt."""
@@ -111,7 +118,8 @@ def fit(
     at = Path(folder)
     at.mkdir(parents=True, exist_ok=True)
     average = EMA(0.9)
-    callbacks: list[L.Callback] = [average]
+    old_policy = OldPolicySync(**old) if old else None
+    callbacks: list[L.Callback] = [average, *([old_policy] if old_policy else [])]
     callbacks += [Export(str(at / "export"))] if export else []
     callbacks += [ModelCheckpoint(dirpath=at, save_top_k=-1, filename="{epoch}-{step}", **save)] if save else []
     module = method(method_args, sd3)
@@ -124,13 +132,14 @@ def fit(
         "tracker": module.tracker.state_dict() if module.tracker else {},
         "trained": [name for name, _ in module.policy.trainable()],
         "validated": float(run.callback_metrics["val/brightness"]),
+        "old": old_policy.old_weights(run, module) if old_policy else {},
     }
     if run.is_global_zero:
         torch.save(end, at / "end.pt")
     return {"steps": run.global_step, "held": sum(held(p) for p in module.policy.network.parameters()) / before}
 
 
-def parameters(module: FlowGRPO) -> int:
+def parameters(module: FlowGRPO | DiffusionNFT) -> int:
     """Numbers in the trained network of one process without sharding."""
     module.policy.load()
     return sum(p.numel() for p in module.policy.network.parameters())
