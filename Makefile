@@ -1,10 +1,10 @@
-# make setup | make demo [SEED=1] | make test | make lint — each prepares what it needs, on a machine with Python 3.11 or newer.
+# make setup | make demo [SEED=1] | make demo-nft [SEED=1] | make test | make lint — each prepares what it needs, on a machine with Python 3.11 or newer.
 PYTHON ?= python3
 SEED ?= 0
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: setup demo test lint
+.PHONY: setup demo demo-nft test lint
 
 setup: $(READY)
 
@@ -21,6 +21,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/python -m lit_rl.demo --seed $(SEED)
+
+demo-nft: $(READY)
+	$(BIN)/python -m lit_rl.demo --method nft --seed $(SEED)
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -1,6 +1,6 @@
 """The demo: a miniature text-to-image model learns to write numbers from the answers of an OCR server.
 
-    python -m lit_rl.demo [--seed 0]
+    python -m lit_rl.demo [--method grpo|nft] [--seed 0]
 
 Everything a real run does, in minutes on a CPU: a pipeline in diffusers format, a reward server in its own process, a supervised warm-up,
 reinforcement learning continued from the warm-up's checkpoint, evaluation on held-out prompts, a picture of what was learned.
@@ -19,11 +19,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-CONFIG = "configs/demo/flow_grpo_ocr.yaml"
-OUT = Path("outputs/demo")
 ACCURACY = "val/ocr_similarity_perfect"
 QUIET = {  # two processes on two cores, one thread each; no bars for the files of a 9 MB model
     "OMP_NUM_THREADS": "1",
@@ -32,6 +31,21 @@ QUIET = {  # two processes on two cores, one thread each; no bars for the files 
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore",
+}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One method's run of it: name, YAML and output folder, which the YAML names too."""
+
+    title: str
+    config: str
+    out: Path
+
+
+DEMOS = {
+    "grpo": Demo("Flow-GRPO", "configs/demo/flow_grpo_ocr.yaml", Path("outputs/demo")),
+    "nft": Demo("DiffusionNFT", "configs/demo/diffusion_nft_ocr.yaml", Path("outputs/demo-nft")),
 }
 
 
@@ -45,47 +59,50 @@ class Curve:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=DEMOS, default="grpo")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if not Path(CONFIG).is_file():
-        raise SystemExit(f"error: {CONFIG} is not here; run the demo from the folder of the repository")
+    demo = DEMOS[args.method]
+    out = demo.out
+    if not Path(demo.config).is_file():
+        raise SystemExit(f"error: {demo.config} is not here; run the demo from the folder of the repository")
     os.environ |= QUIET
     started = time.perf_counter()
-    if OUT.exists():
-        say(f"removing the previous demo in {OUT}/")
-        shutil.rmtree(OUT)
-    say(f"building a miniature SD3 pipeline in {OUT / 'model'}/")
-    build_model()
+    if out.exists():
+        say(f"removing the previous demo in {out}/")
+        shutil.rmtree(out)
+    say(f"building a miniature SD3 pipeline in {out / 'model'}/")
+    build_model(out / "model")
     seconds = {}
-    with reward_server() as url:
+    with reward_server(out) as url:
         os.environ["REWARD_SERVER_URLS"] = url
-        common = ["--config", CONFIG, "--seed_everything", str(args.seed)]
+        common = ["--config", demo.config, "--seed_everything", str(args.seed)]
         say("supervised warm-up on pictures of numbers, half of which have lines printed over them")
         seconds["warmup"] = cli("fit", *common, "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1")
-        cli("predict", *common, "--ckpt_path", "last", "--images.output_dir", str(OUT / "images/after_warmup"))
-        say("Flow-GRPO against the OCR server, continued from the warm-up's checkpoint")
+        cli("predict", *common, "--ckpt_path", "last", "--images.output_dir", str(out / "images/after_warmup"))
+        say(f"{demo.title} against the OCR server, continued from the warm-up's checkpoint")
         seconds["rl"] = cli("fit", *common, "--ckpt_path", "last")
-        cli("predict", *common, "--ckpt_path", "last", "--images.output_dir", str(OUT / "images/after_rl"))
-    summary = summarize(read_curves(OUT / "logs"), seconds=seconds, seed=args.seed)
-    (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    draw(read_curves(OUT / "logs"), summary, OUT / "demo.png")
+        cli("predict", *common, "--ckpt_path", "last", "--images.output_dir", str(out / "images/after_rl"))
+    summary = summarize(read_curves(out / "logs"), seconds=seconds, seed=args.seed)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    draw(read_curves(out / "logs"), summary, demo)
     accuracy = summary["held_out_accuracy"]
     say(
         f"held-out numbers read correctly: {accuracy['after_warmup']:.0%} after the warm-up, {accuracy['after_rl']:.0%} after "
         f"{summary['images_trained']} images of reinforcement learning ({time.perf_counter() - started:.0f} s in all)"
     )
-    say(f"see {OUT / 'demo.png'}, {OUT / 'summary.json'}, and: {Path(sys.executable).parent / 'tensorboard'} --logdir {OUT / 'logs'}")
+    say(f"see {out / 'demo.png'}, {out / 'summary.json'}, and: {Path(sys.executable).parent / 'tensorboard'} --logdir {out / 'logs'}")
 
 
 def say(message: str) -> None:
     print(f"\n== {message} ==", flush=True)
 
 
-def build_model() -> None:
+def build_model(folder: Path) -> None:
     from lit_rl.policies.tiny import build_sd3
 
     build_sd3(
-        OUT / "model",
+        folder,
         height=16,
         width=16,
         factor=4,
@@ -100,9 +117,9 @@ def build_model() -> None:
 
 
 @contextmanager
-def reward_server() -> Iterator[str]:
+def reward_server(folder: Path) -> Iterator[str]:
     """The URL of an OCR server of its own process on a free port; it is stopped when the block ends, however it ends."""
-    ready, log = OUT / "reward_server.url", OUT / "reward_server.log"
+    ready, log = folder / "reward_server.url", folder / "reward_server.log"
     command = [sys.executable, "-m", "lit_rl.rewards.server", "--scorers", "ocr", "--port", "0", "--ready-file", str(ready)]
     with open(log, "wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -155,7 +172,7 @@ def summarize(curves: Mapping[str, Curve], *, seconds: Mapping[str, float], seed
     }
 
 
-def draw(curves: Mapping[str, Curve], summary: Mapping[str, Any], path: Path, *, samples: int = 40) -> None:
+def draw(curves: Mapping[str, Curve], summary: Mapping[str, Any], demo: Demo, *, samples: int = 40) -> None:
     """One PNG: training reward and held-out accuracy over the images trained on; the same prompts and noises before and after."""
     import matplotlib
 
@@ -163,23 +180,29 @@ def draw(curves: Mapping[str, Curve], summary: Mapping[str, Any], path: Path, *,
     from matplotlib import pyplot as plt
 
     figure, (left, before, after) = plt.subplots(1, 3, figsize=(13, 4.2), width_ratios=[1.25, 1, 1], layout="constrained")
-    reward, accuracy, images = curves["reward_mean"], curves[ACCURACY], curves["images"]
-    seen = [0.0]
-    for count in images.values:
-        seen.append(seen[-1] + count)
-    left.plot(seen[1:], reward.values, color="#9aa5b1", label="training reward (mean of the iteration)")
-    first = images.steps[0]
-    at = [seen[sum(step < s for step in images.steps)] if s >= first else 0.0 for s in (step + 1 for step in accuracy.steps)]
-    left.plot(at, accuracy.values, color="#1f6feb", marker="o", label="held-out prompts read exactly right")
-    left.set(xlabel="images of reinforcement learning", ylim=(0, 1), title="Flow-GRPO against a live OCR server")
+    seen = images_seen(curves)
+    left.plot(seen[1:], curves["reward_mean"].values, color="#9aa5b1", label="training reward (mean of the iteration)")
+    left.plot(*accuracy_over_images(curves), color="#1f6feb", marker="o", label="held-out prompts read exactly right")
+    left.set(xlabel="images of reinforcement learning", ylim=(0, 1), title=f"{demo.title} against a live OCR server")
     left.grid(alpha=0.3)
     left.legend(loc="lower right")
     values = summary["held_out_accuracy"]
     for axis, name, title in ((before, "after_warmup", "after the warm-up"), (after, "after_rl", "after RL")):
-        axis.imshow(contact_sheet(OUT / "images" / name, samples), interpolation="nearest")
+        axis.imshow(contact_sheet(demo.out / "images" / name, samples), interpolation="nearest")
         axis.set_title(f"{title}: {values[name]:.0%} right")
         axis.axis("off")
-    figure.savefig(path, dpi=110)
+    figure.savefig(demo.out / "demo.png", dpi=110)
+
+
+def images_seen(curves: Mapping[str, Curve]) -> list[float]:
+    """Images before the first iteration, and after each."""
+    return [0.0, *accumulate(curves["images"].values)]
+
+
+def accuracy_over_images(curves: Mapping[str, Curve]) -> tuple[list[float], list[float]]:
+    """Held-out accuracy, and how many images each evaluation came after; the warm-up's came after none."""
+    seen, steps, accuracy = images_seen(curves), curves["images"].steps, curves[ACCURACY]
+    return [seen[sum(step <= at for step in steps)] for at in accuracy.steps], accuracy.values
 
 
 def contact_sheet(folder: Path, samples: int, *, columns: int = 5, zoom: int = 3) -> object:
