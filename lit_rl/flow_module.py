@@ -203,6 +203,21 @@ class LitFlow(LitRL[FlowRollout]):
     def predict_step(self, batch: Prompts, batch_idx: int) -> dict[str, Any]:
         return {"media": self.render(batch), "prompts": batch}
 
+    def check_geometry(self) -> None:
+        super().check_geometry()
+        pairs = self.prompts_per_iteration // self.trainer.world_size * self.group_size * self.trained_steps()
+        if pairs < self.minibatches_per_pass():
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches} asks for more minibatches than there are "
+                f"(sample, step) pairs on a process ({pairs}); lower it to at most {pairs}"
+            )
+        half, dtype = str(self.trainer.precision).removesuffix("-mixed"), getattr(self.policy, "dtype", torch.float32)
+        if {"16": torch.bfloat16, "bf16": torch.float16}.get(half) == dtype:
+            raise ConfigError(
+                f"trainer.precision={self.trainer.precision} and model.policy.dtype={str(dtype).removeprefix('torch.')} are different "
+                "16-bit formats, between which every layer would convert: set both to float16 (16-mixed) or to bfloat16 (bf16-mixed)"
+            )
+
     # ------------------------------------------------------------------ credit
     def check_kl(self, kl_coef: float) -> None:
         """Raise on a weight of the divergence from the reference that makes no sense, or not with the advantages."""

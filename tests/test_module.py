@@ -262,6 +262,18 @@ def test_geometry_that_does_not_divide_is_refused_before_the_model_is_loaded(tmp
     assert not hasattr(method.policy, "network")
 
 
+def test_more_minibatches_than_pairs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"pairs on a process \(48\); lower it to at most 48"):
+        run(tmp_path, toy_method(), accumulate_grad_batches=49)
+
+
+def test_two_16_bit_formats_are_refused(tmp_path: Path) -> None:
+    method = toy_method()
+    method.policy.dtype = torch.float16
+    with pytest.raises(ConfigError, match=r"precision=bf16-mixed and model\.policy\.dtype=float16"):
+        run(tmp_path, method, precision="bf16-mixed")
+
+
 def test_max_steps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="set trainer.max_epochs"):
         run(tmp_path, toy_method(), max_steps=3)
