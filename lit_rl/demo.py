@@ -23,6 +23,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+CURVES, COMPARISON = Path("outputs/demo-curves.json"), Path("outputs/demo-methods.png")
 ACCURACY = "val/ocr_similarity_perfect"
 QUIET = {  # two processes on two cores, one thread each; no bars for the files of a 9 MB model
     "OMP_NUM_THREADS": "1",
@@ -86,12 +87,14 @@ def main() -> None:
     summary = summarize(read_curves(out / "logs"), seconds=seconds, seed=args.seed)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     draw(read_curves(out / "logs"), summary, demo)
+    compare(remember(demo.title, args.seed, read_curves(out / "logs")))
     accuracy = summary["held_out_accuracy"]
     say(
         f"held-out numbers read correctly: {accuracy['after_warmup']:.0%} after the warm-up, {accuracy['after_rl']:.0%} after "
         f"{summary['images_trained']} images of reinforcement learning ({time.perf_counter() - started:.0f} s in all)"
     )
-    say(f"see {out / 'demo.png'}, {out / 'summary.json'}, and: {Path(sys.executable).parent / 'tensorboard'} --logdir {out / 'logs'}")
+    tensorboard = Path(sys.executable).parent / "tensorboard"
+    say(f"see {out / 'demo.png'}, {COMPARISON}, {out / 'summary.json'}, and: {tensorboard} --logdir {out / 'logs'}")
 
 
 def say(message: str) -> None:
@@ -192,6 +195,31 @@ def draw(curves: Mapping[str, Curve], summary: Mapping[str, Any], demo: Demo, *,
         axis.set_title(f"{title}: {values[name]:.0%} right")
         axis.axis("off")
     figure.savefig(demo.out / "demo.png", dpi=110)
+
+
+def remember(method: str, seed: int, curves: Mapping[str, Curve]) -> dict[str, dict[str, list[list[float]]]]:
+    """Accuracy over images of every demo run so far, by method and seed, this one included."""
+    known: dict[str, dict[str, list[list[float]]]] = json.loads(CURVES.read_text()) if CURVES.is_file() else {}
+    known.setdefault(method, {})[str(seed)] = list(accuracy_over_images(curves))
+    CURVES.write_text(json.dumps(known, indent=2) + "\n")
+    return known
+
+
+def compare(known: Mapping[str, Mapping[str, list[list[float]]]]) -> None:
+    """One PNG: held-out accuracy over the images trained on, a colour for each method and a line for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for i, (method, seeds) in enumerate(sorted(known.items())):
+        for j, (images, accuracy) in enumerate(seeds.values()):
+            axis.plot(images, accuracy, color=f"C{i}", marker="o", label=None if j else f"{method}, seed {', '.join(seeds)}")
+    axis.set(xlabel="images of reinforcement learning", ylabel="held-out prompts read exactly right", ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right")
+    figure.savefig(COMPARISON, dpi=110)
 
 
 def images_seen(curves: Mapping[str, Curve]) -> list[float]:
