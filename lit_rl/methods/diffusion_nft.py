@@ -47,9 +47,9 @@ class DiffusionNFT(LitFlow):
         eta: Share of fresh noise in each step of solver ddim.
         beta: How far the compared policies are from the old one: 1 (GenEval), 0.1 (OCR, several rewards).
         adv_mode: What of an advantage is used, see `lit_rl.losses.nft.optimality`.
-        timestep_fraction: Trained points per sample, as a share of the schedule's within `timestep_range`; 0.99 leaves out one.
+        timestep_fraction: Trained points per sample, as a share of `num_steps`; 0.99 leaves out one.
         timesteps: Where they are: points of the rollout's schedule, every sample in its own random order; or drawn from a distribution.
-        timestep_range: Smallest and largest sigma that is trained; (0.5, 1) is the noisy half.
+        timestep_range: Smallest and largest sigma that is trained. (0.5, 1) and `timestep_fraction` 0.3: a few points of the noisy half.
         timestep_shift: Of drawn sigmas, s u / (1 + (s - 1) u): above 1 towards noise. The schedule has its own.
         kl_coef: Weight of mean (v - v_ref)^2; 0 spends no forward on the reference.
         kwargs: See `LitFlow` and `LitRL`. The loss is in units of `advantage.clip`.
@@ -92,23 +92,26 @@ class DiffusionNFT(LitFlow):
             raise ConfigError(
                 f"{type(self).__name__} needs callbacks.old_policy.OldPolicySync in trainer.callbacks; decay: copy is on-policy"
             )
+        if self.timesteps == "schedule":
+            _ = self.candidates  # raises before anything is sampled
         super().on_fit_start()
 
     # ------------------------------------------------------------------ which points are trained
+    def trained_steps(self) -> int:
+        return max(1, int(self.num_steps * self.timestep_fraction))
+
     @cached_property
     def candidates(self) -> Tensor:
-        """The schedule's sigmas within `timestep_range`, Float "n"."""
-        sigmas = self.policy.sigmas(self.num_steps)[:-1].float()
+        """The schedule's sigmas within `timestep_range`, Float "n", at least as many as are trained."""
+        sigmas = self.sigmas(self.num_steps)[:-1].float()
         inside = sigmas[(sigmas >= self.timestep_range[0]) & (sigmas <= self.timestep_range[1])]
-        if not len(inside):
+        if len(inside) < self.trained_steps():
             raise ConfigError(
-                f"model.timestep_range={list(self.timestep_range)} holds no point of the schedule of model.num_steps={self.num_steps}: "
-                f"{[round(s, 3) for s in sigmas.tolist()]}"
+                f"model.timestep_fraction={self.timestep_fraction} asks for {self.trained_steps()} points of {self.num_steps}, and "
+                f"model.timestep_range={list(self.timestep_range)} holds {len(inside)}: lower the first or widen the second; the schedule "
+                f"is {[round(s, 3) for s in sigmas.tolist()]}"
             )
         return inside
-
-    def trained_steps(self) -> int:
-        return max(1, int(len(self.candidates) * self.timestep_fraction))
 
     def trained_sigmas(self, prompts: Prompts, i: int) -> Tensor:
         """Of sample i, Float "S"."""
@@ -234,4 +237,4 @@ def _check(*, solver: Solver, eta: float, beta: float, timestep_fraction: float)
     if beta <= 0:
         raise ConfigError(f"model.beta={beta} must be above 0; DiffusionNFT uses 0.1 ... 1")
     if not 0 < timestep_fraction <= 1:
-        raise ConfigError(f"model.timestep_fraction={timestep_fraction} must be in (0, 1]; 0.99 leaves out one of the schedule's points")
+        raise ConfigError(f"model.timestep_fraction={timestep_fraction} must be in (0, 1]; 0.99 leaves out one point")

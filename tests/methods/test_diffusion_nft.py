@@ -154,7 +154,7 @@ def test_a_rollout_is_one_latent_per_sample(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("timesteps", ["schedule", "uniform", "logit_normal"])
 def test_points_stay_in_their_range(tmp_path: Path, timesteps: Any) -> None:
-    method = nft(num_steps=8, timesteps=timesteps, timestep_range=(0.5, 0.9), timestep_fraction=1.0)
+    method = nft(num_steps=8, timesteps=timesteps, timestep_range=(0.5, 0.9), timestep_fraction=0.5)
     rollout = run(tmp_path, method, max_epochs=1).rollout
     assert rollout is not None and rollout.times.shape == (16, 4)  # 7/8, 6/8, 5/8 and 4/8
     assert rollout.times.min() >= 0.5 and rollout.times.max() <= 0.9
@@ -233,6 +233,7 @@ def test_out_of_range_settings_are_refused(settings: dict[str, Any], message: st
         nft(**settings)
 
 
-def test_a_range_without_a_point_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no point of the schedule of model.num_steps=4"):
-        run(tmp_path, nft(timestep_range=(0.6, 0.7)))
+def test_a_range_with_too_few_points_is_refused(tmp_path: Path) -> None:
+    """The schedule is 1, 3/4, 1/2, 1/4; 0.99 of 4 steps are 3 points."""
+    with pytest.raises(ConfigError, match=r"asks for 3 points of 4, and model.timestep_range=\[0.3, 0.8\] holds 2: lower the first"):
+        run(tmp_path, nft(timestep_range=(0.3, 0.8)))
