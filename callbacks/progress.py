@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -61,11 +61,11 @@ class Progress(TQDMProgressBar):
         else:
             super().print(*args, **kwargs)
 
-    def _say(self, line: str) -> None:
-        """A line in the log, unless the last one was just now."""
+    def _say(self, line: Callable[[], str]) -> None:
+        """A line in the log, unless the last one was just now; only then is it put together, which waits for a GPU's numbers."""
         if self._lines and time.perf_counter() - self._last_line >= self.seconds_between_lines:
             self._last_line = time.perf_counter()
-            self.print(line)
+            self.print(line())
 
     # ------------------------------------------------------------------ rollout and scoring
     def on_phase_start(self, trainer: L.Trainer, module: Any, name: str) -> None:
@@ -80,7 +80,7 @@ class Progress(TQDMProgressBar):
         bar = self.train_progress_bar
         bar.total, bar.n = total, self._done
         bar.refresh()
-        self._say(f"{self.label(trainer, module)}: rollout {self._done}/{total} images")
+        self._say(lambda: f"{self.label(trainer, module)}: rollout {self._done}/{total} images")
 
     def on_rollout_end(self, trainer: L.Trainer, module: Any, rollout: Any) -> None:
         self._show(trainer, module, "training", self.total_train_batches, "minibatches")
@@ -99,14 +99,18 @@ class Progress(TQDMProgressBar):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._say(
-            f"{self.label(trainer, pl_module)}: minibatch {batch_idx + 1}/{self.total_train_batches}{self._metrics(trainer, pl_module)}"
+            lambda: (
+                f"{self.label(trainer, pl_module)}: minibatch {batch_idx + 1}/{self.total_train_batches}{self._metrics(trainer, pl_module)}"
+            )
         )
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The line that stays."""
         super().on_train_epoch_end(trainer, pl_module)
         seconds, self._epoch_began = time.perf_counter() - self._epoch_began, time.perf_counter()
-        self.print(f"{self.label(trainer, pl_module)}:{self._metrics(trainer, pl_module)}  ({seconds:.1f} s)")
+        loss = trainer.callback_metrics.get("loss")  # the mean over the iteration's minibatches
+        said = "" if loss is None or pl_module.warming_up else f"  loss {float(loss):.4g}"
+        self.print(f"{self.label(trainer, pl_module)}:{self._metrics(trainer, pl_module)}{said}  ({seconds:.1f} s)")
         self._evaluated, self._last_line = False, time.perf_counter()
 
     def _metrics(self, trainer: L.Trainer, module: Any) -> str:
@@ -125,7 +129,7 @@ class Progress(TQDMProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-        self._say(f"evaluation: batch {batch_idx + 1}/{self.total_val_batches_current_dataloader}")
+        self._say(lambda: f"evaluation: batch {batch_idx + 1}/{self.total_val_batches_current_dataloader}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._evaluated = not trainer.sanity_checking
