@@ -7,7 +7,7 @@ import sys
 COMMANDS = {
     "fit": "train; continue an interrupted run with --ckpt_path last",
     "validate": "score the held-out prompts, with a checkpoint's weights if --ckpt_path is given",
-    "test": "the same on data.test prompts",
+    "test": "as validate, through Lightning's test loop",
     "predict": "render prompts into a folder (--images.output_dir)",
 }
 

@@ -78,7 +78,7 @@ def main() -> None:
     with reward_server(out) as url:
         os.environ["REWARD_SERVER_URLS"] = url
         common = ["--config", demo.config, "--seed_everything", str(args.seed)]
-        say("supervised warm-up on pictures of numbers, half of which have lines printed over them")
+        say("supervised warm-up on pictures of numbers, most of which have lines printed over them")
         seconds["warmup"] = cli("fit", *common, "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1")
         cli("predict", *common, "--ckpt_path", "last", "--images.output_dir", str(out / "images/after_warmup"))
         say(f"{demo.title} against the OCR server, continued from the warm-up's checkpoint")
