@@ -1,5 +1,13 @@
 """Errors that a person can act on."""
 
+from collections.abc import Sequence
+
 
 class ConfigError(ValueError):
     """What was asked cannot be done as asked; the message says what there is and which knob to turn. The CLI prints just that sentence."""
+
+
+def listed(items: Sequence[str], *, shown: int = 5) -> str:
+    """The first few names for an error message, and how many more there are."""
+    rest = len(items) - shown
+    return ", ".join(items[:shown]) + (f" and {rest} more" if rest > 0 else "")

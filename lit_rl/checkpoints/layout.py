@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lit_rl.errors import ConfigError
-
-SHOWN = 5
-"""Names in an error message."""
+from lit_rl.errors import ConfigError, listed
 
 
 def check_layout(stored: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
@@ -18,18 +15,13 @@ def check_layout(stored: Mapping[str, Sequence[int]], wanted: Mapping[str, Seque
     missing = [name for name in wanted if name not in stored]
     if missing:
         raise ConfigError(
-            f"the checkpoint lacks {len(missing)} of the {len(wanted)} weights of this run: {_listed(missing)}; "
+            f"the checkpoint lacks {len(missing)} of the {len(wanted)} weights of this run: {listed(missing)}; "
             "continue with the model.init_args.policy it was written with (pretrained, lora, keep_reference)"
         )
     other = [name for name, shape in wanted.items() if list(stored[name]) != list(shape)]
     if other:
         shapes = [f"{name} is {list(stored[name])} there and {list(wanted[name])} here" for name in other]
         raise ConfigError(
-            f"{len(other)} of {len(wanted)} weights have another shape in the checkpoint: {_listed(shapes)}; "
+            f"{len(other)} of {len(wanted)} weights have another shape in the checkpoint: {listed(shapes)}; "
             "continue with the model.init_args.policy it was written with (pretrained, lora.rank, lora.targets)"
         )
-
-
-def _listed(items: Sequence[str]) -> str:
-    rest = len(items) - SHOWN
-    return ", ".join(items[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
