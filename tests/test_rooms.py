@@ -13,7 +13,7 @@ MODULE = ["lit_rl.module", "lit_rl.flow_module", "lit_rl.credit"]
 MAY_IMPORT = {
     "lit_rl/types.py": [],
     **{name.replace(".", "/"): FORMULAS for name in FORMULAS},
-    "lit_rl/policies": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.shards"],
+    "lit_rl/policies": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.shards", "lit_rl.checkpoints.ip_adapter"],
     "lit_rl/rewards": [*LOW, "lit_rl.rewards"],
     "lit_rl/checkpoints": [*LOW, "lit_rl.checkpoints"],
     "lit_rl/module.py": [*LOW, *FORMULAS, *MIDDLE, "lit_rl.strategies"],

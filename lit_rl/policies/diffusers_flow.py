@@ -34,7 +34,11 @@ from lit_rl.types import Cond
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 REFERENCE = "reference"
-POLICIES = {"StableDiffusion3Pipeline": "lit_rl.policies.sd3.SD3Policy", "FluxPipeline": "lit_rl.policies.flux.FluxPolicy"}
+POLICIES = {
+    "StableDiffusion3Pipeline": "lit_rl.policies.sd3.SD3Policy",
+    "FluxPipeline": "lit_rl.policies.flux.FluxPolicy",
+    "FluxFillPipeline": "lit_rl.policies.flux_fill.FluxFillPolicy",
+}
 
 
 class DiffusersFlowPolicy(FlowPolicy):
@@ -131,6 +135,11 @@ class DiffusersFlowPolicy(FlowPolicy):
     def unpack(self, x: Tensor) -> Tensor:
         """The inverse of `pack`."""
 
+    @property
+    def full(self) -> bool:
+        """Whether every weight of the network is trained."""
+        return self.lora is None
+
     # ------------------------------------------------------------------ loading
     def load(self) -> None:
         """Read the weights (on the CPU). Call it outside of any context that re-places new modules, such as `deepspeed.zero.Init`."""
@@ -173,7 +182,7 @@ class DiffusersFlowPolicy(FlowPolicy):
         if self.max_sequence_length == 0 and any(part[1] == "T5EncoderModel" for part in index.values() if isinstance(part, list | tuple)):
             raise ConfigError(f"max_sequence_length: 0 asks the T5 encoder of {where!r} for no token; set it to at least 1")
         absent = {name: None for name, part in index.items() if isinstance(part, list | tuple) and part[0] is None}
-        network_dtype = self.dtype if self.lora else torch.float32
+        network_dtype = torch.float32 if self.full else self.dtype
         dtypes = {"transformer": network_dtype, "vae": self.vae_dtype, "default": self.dtype}
         pipe = pipeline.from_pretrained(where, dtype=dtypes, **self.source, **absent)
         for part in pipe.components.values():

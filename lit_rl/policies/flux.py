@@ -49,9 +49,17 @@ class FluxPolicy(DiffusersFlowPolicy):
         embeds, pooled, _ = self._pipe.encode_prompt(prompt=prompt, device=self.device, max_sequence_length=self.max_sequence_length)
         return {"prompt_embeds": embeds, "pooled": pooled}
 
+    def tokens(self, x: Tensor, cond: Cond) -> Tensor:
+        """What the network takes as image tokens for the noisy latents."""
+        return x
+
+    def attention_inputs(self, cond: Cond) -> dict[str, Any] | None:
+        """`joint_attention_kwargs` of the network."""
+        return None
+
     def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         network = self.answering()
-        image, embeds, pooled = self.compute_dtype(x, cond["prompt_embeds"], cond["pooled"])
+        image, embeds, pooled = self.compute_dtype(self.tokens(x, cond), cond["prompt_embeds"], cond["pooled"])
         guidance = (
             t.new_full((len(x),), self.guidance_scale, dtype=torch.float32) if self._pipe.transformer.config.guidance_embeds else None
         )
@@ -63,6 +71,7 @@ class FluxPolicy(DiffusersFlowPolicy):
             encoder_hidden_states=embeds,
             txt_ids=embeds.new_zeros(embeds.shape[1], 3),
             img_ids=self._image_ids(embeds),
+            joint_attention_kwargs=self.attention_inputs(cond),
             return_dict=False,
         )[0].float()
 

@@ -95,6 +95,7 @@ class MLPProjection(nn.Module):
 
     def __init__(self, features: int, *, tokens: int, width: int) -> None:
         super().__init__()
+        self.features = features
         self.proj = _mlp(features, tokens * width)
         self.norm = nn.LayerNorm(width)
 

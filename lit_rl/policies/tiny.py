@@ -103,6 +103,7 @@ def build_flux(
     heads: int = 4,
     layers: int = 2,
     single_layers: int = 2,
+    fill: bool = False,
     guidance_embeds: bool = True,
     text_hidden: int = 64,
     text_length: int = 24,
@@ -113,17 +114,20 @@ def build_flux(
 ) -> Path:
     """Save a random FLUX.1 pipeline for images of `height` x `width` pixels and return its folder. Parameters as in `build_sd3`.
 
+    fill: a FLUX.1-Fill pipeline, whose tokens carry the masked image and the mask as well.
     guidance_embeds: True for the kind of FLUX.1-dev (embedded guidance, resolution-dependent shift), False for that of schnell.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxFillPipeline, FluxPipeline, FluxTransformer2DModel
 
     _check_size(height, width, cell=2 * factor)
     head = hidden // heads
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         autoencoder = _autoencoder(vae, factor, image_channels, scaling_factor, shift_factor)
+        channels = autoencoder.config.latent_channels
         transformer = FluxTransformer2DModel(
-            in_channels=4 * autoencoder.config.latent_channels,
+            in_channels=4 * (2 * channels + factor**2) if fill else 4 * channels,
+            out_channels=4 * channels,
             num_layers=layers,
             num_single_layers=single_layers,
             attention_head_dim=head,
@@ -133,7 +137,7 @@ def build_flux(
             guidance_embeds=guidance_embeds,
             axes_dims_rope=(head // 4, head // 8 * 3, head - head // 4 - head // 8 * 3),
         )
-        pipe: Any = FluxPipeline(
+        pipe: Any = (FluxFillPipeline if fill else FluxPipeline)(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if guidance_embeds else 1.0, use_dynamic_shifting=guidance_embeds),
             vae=autoencoder,

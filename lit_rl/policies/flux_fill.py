@@ -1,0 +1,254 @@
+"""FLUX.1-Fill (Black Forest Labs 2024), with the style of a reference image injected (Calligrapher, Ma et al. 2025, arXiv 2506.24123)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_rl.checkpoints.ip_adapter import read_ip_adapter, write_ip_adapter
+from lit_rl.errors import ConfigError
+from lit_rl.policies.flux import FluxPolicy
+from lit_rl.policies.ip_adapter import (
+    FEATURES,
+    ImageProjection,
+    MLPProjection,
+    QFormerProjection,
+    adapter_names,
+    add_ip_adapter,
+    load_ip_adapter,
+    to_sections,
+)
+from lit_rl.types import Cond, Info
+
+ADAPTER_FILE = "ip-adapter.bin"
+
+
+@dataclass(kw_only=True)
+class StyleSettings:
+    """Style tokens from the features of a SigLIP vision encoder.
+
+    encoder: its folder or hub id. initial: a standard, legacy or released adapter file to start from, whose sizes hold then; None draws a
+    new adapter that says nothing yet, with `tokens` style tokens, and a Q-Former over `key_tokens` keys beside the MLP if `qformer`.
+    heads: of the Q-Former, which no file tells. scale: weight of the style in every attention.
+    """
+
+    encoder: str
+    initial: str | None = None
+    tokens: int = 128
+    qformer: bool = False
+    key_tokens: int = 32
+    heads: int = 8
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.tokens, self.key_tokens, self.heads) < 1:
+            raise ConfigError(f"style: tokens, key_tokens and heads must be at least 1, got {self.tokens}, {self.key_tokens}, {self.heads}")
+        if self.initial is not None and not Path(self.initial).expanduser().is_file():
+            raise ConfigError(f"style.initial: no such file {self.initial!r}")
+
+
+class FluxFillPolicy(FluxPolicy):
+    """Paints the white part of a mask as the prompt says, in the style of an image.
+
+    A token is 4C noisy latents, 4C latents of the image with the masked part greyed, and 4 f^2 mask pixels (C channels, f pixels per
+    latent cell; 64 + 64 + 256 for FLUX.1-Fill-dev). To show the style to the base model too, the reference stands in a strip above
+    the source, unmasked: `resolution` is that of strip and source together, and `decode` cuts the strip off.
+
+    Args:
+        style: Inject style; None is plain FLUX.1-Fill.
+        train: "adapter" trains the style adapter, and LoRA beside it where `lora` is set; "full" every weight.
+        context_height: Pixels of the strip.
+
+    `reference()` is the base model without LoRA and without style, or with `train: full` the frozen copy (`keep_reference`).
+    The rest as in `FluxPolicy`.
+    """
+
+    pipeline: ClassVar[str] = "FluxFillPipeline"
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        style: StyleSettings | None = None,
+        train: Literal["adapter", "full"] = "adapter",
+        context_height: int = 0,
+        guidance_scale: float = 30.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(pretrained, guidance_scale=guidance_scale, **kwargs)
+        if train == "adapter" and style is None and self.lora is None:
+            raise ConfigError("nothing to train: set policy.style, policy.lora, or policy.train to full")
+        if train == "full" and self.lora is not None:
+            raise ConfigError("policy.train: full trains every weight, which leaves nothing to LoRA; leave policy.lora out or set adapter")
+        if train == "adapter" and style is not None and self.keep_reference:
+            raise ConfigError("policy.keep_reference: the reference of a style adapter is the model without style; set it to false")
+        if not 0 <= context_height < self.resolution[0]:
+            raise ConfigError(
+                f"policy.context_height: must be in 0..{self.resolution[0] - 1} of the resolution's height, got {context_height}"
+            )
+        self.style = style
+        self.train_what = train
+        self.context_height = context_height
+        self._styleless = False
+
+    @property
+    def full(self) -> bool:
+        return self.train_what == "full"
+
+    # ------------------------------------------------------------------ loading
+    def load(self) -> None:
+        if "network" in self._modules:
+            return
+        super().load()
+        if self.style and not self.full:
+            if self.lora is None:
+                self.network.requires_grad_(False)
+            for name in adapter_names(self.network):
+                self.network.get_parameter(name).requires_grad_(True)
+
+    def _read_pipeline(self) -> Any:
+        pipe = super()._read_pipeline()
+        channels, have = 4 * (2 * pipe.vae.config.latent_channels + self._factor(pipe) ** 2), pipe.transformer.config.in_channels
+        if have != channels:
+            raise ConfigError(
+                f"pretrained: {self.pretrained!r} has a transformer of {have} channels in; with its VAE, Fill needs {channels}"
+            )
+        if self.style:
+            self._add_style(pipe, self.style)
+        return pipe
+
+    def _add_style(self, pipe: Any, style: StyleSettings) -> None:
+        from transformers import SiglipVisionModel
+
+        # An attribute, not a component: it is woken with the other frozen parts and not saved.
+        pipe.style_encoder = SiglipVisionModel.from_pretrained(style.encoder, dtype=self.dtype).requires_grad_(False).eval()
+        features, width = pipe.style_encoder.config.hidden_size, pipe.transformer.config.joint_attention_dim
+        weights = read_ip_adapter(style.initial) if style.initial else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed())
+            projection = ImageProjection.like(weights, heads=style.heads) if weights else _new_projection(style, features, width)
+        if (asked := projection.mlp.features) != features:
+            raise ConfigError(f"style.initial: {style.initial!r} projects {asked} features, the encoder {style.encoder!r} has {features}")
+        add_ip_adapter(pipe.transformer, projection, scale=style.scale, seed=torch.initial_seed())
+        if weights:
+            load_ip_adapter(pipe.transformer, weights)
+
+    @staticmethod
+    def _factor(pipe: Any) -> int:
+        return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+
+    # ------------------------------------------------------------------ conditioning
+    def condition(self, info: Sequence[Info]) -> Cond:
+        """U prompts with their images -> conditioning. Raises ConfigError that names the entry and the field that is not as it should be.
+
+        prompt: str. source: uint8 "3 H W", mask: uint8 "1 H W" (white is painted), of strip and source together. style: uint8 "3 h w",
+        any size, or None for a sample without style.
+        """
+        height, width = self.resolution
+        for i, row in enumerate(info):
+            for field, shape in (("source", (3, height, width)), ("mask", (1, height, width))):
+                found = row.get(field)
+                if not isinstance(found, Tensor) or found.dtype != torch.uint8 or found.shape != shape:
+                    what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+                    raise ConfigError(
+                        f"prompt {i} ({row.get('prompt')!r}): {field} must be uint8 {list(shape)} at this resolution, is {what}"
+                    )
+        cond = self.encode([str(row["prompt"]) for row in info])
+        cond["fill"] = self.fill(torch.stack([row["source"] for row in info]), torch.stack([row["mask"] for row in info]))
+        if self.style:
+            cond[FEATURES] = self.style_features([row.get("style") for row in info])
+        return cond
+
+    def fill(self, source: Tensor, mask: Tensor) -> Tensor:
+        """Images uint8 "B 3 H W", masks uint8 "B 1 H W" -> what stands beside the noisy latents: Float "B L 4C+4f^2".
+
+        The posterior's mode, where the pipeline draws from it: the same image has the same conditioning at every step.
+        """
+        config = self._pipe.vae.config
+        white = (mask.to(self.device) > 127).float()
+        pixels = (source.to(self.device).float() / 255 * 2 - 1) * (1 - white)
+        with self._awake(("vae",), offload=self.offload_vae):
+            parts = pixels.to(self.vae_dtype).split(self.vae_slice)
+            z = torch.cat([self._pipe.vae.encode(part).latent_dist.mode() for part in parts]).float()
+        z = (z - (config.shift_factor or 0.0)) * config.scaling_factor
+        return torch.cat([self.pack(z), self.pack(F.pixel_unshuffle(white, self.vae_factor))], dim=-1)
+
+    def style_features(self, images: Sequence[Tensor | None]) -> Tensor:
+        """SigLIP's pooled features Float "B F" of uint8 "3 h w" images, put on a black square; zeros for None."""
+        encoder = self._pipe.style_encoder
+        there = [i for i, image in enumerate(images) if image is not None]
+        features = torch.zeros(len(images), encoder.config.hidden_size, device=self.device)
+        if there:
+            squares = torch.stack([letterbox(images[i].to(self.device), encoder.config.image_size) for i in there])  # type: ignore[union-attr]
+            with self._awake(("style_encoder",), offload=self.offload_text_encoders):
+                features[there] = encoder(pixel_values=(squares * 2 - 1).to(self.dtype)).pooler_output.float()
+        return features
+
+    # ------------------------------------------------------------------ the network
+    def tokens(self, x: Tensor, cond: Cond) -> Tensor:
+        return torch.cat([x, cond["fill"].to(x.dtype)], dim=-1)
+
+    def attention_inputs(self, cond: Cond) -> dict[str, Any] | None:
+        return {FEATURES: cond[FEATURES]} if self.style and not self._styleless else None
+
+    def decode(self, x: Tensor) -> Tensor:
+        return super().decode(x)[:, :, self.context_height :]
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        if self.full:
+            with super().reference():
+                yield
+            return
+        before, self._styleless = self._styleless, True
+        try:
+            with super().reference() if self.lora else nullcontext():
+                yield
+        finally:
+            self._styleless = before
+
+    def check_reference(self, *, after_warmup: bool) -> None:
+        """The model without style is there always; LoRA alone and full fine-tunes as in `FluxPolicy`."""
+        if self.full or self.style is None:
+            super().check_reference(after_warmup=after_warmup)
+
+    # ------------------------------------------------------------------ saving
+    def checkpoint_keys(self) -> set[str]:
+        if self.full or self.style is None:
+            return super().checkpoint_keys()
+        adapter = {f"network.{name}" for name in adapter_names(self.network)}
+        return adapter | (super().checkpoint_keys() if self.lora else set())
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """`ip-adapter.bin` in standard keys, beside what `FluxPolicy` writes: LoRA, or the whole pipeline (without the adapter)."""
+        names = {f"network.{name}": filed for name, filed in adapter_names(self.network).items()} if self.style else {}
+        rest = {name: tensor for name, tensor in weights.items() if name not in names}
+        if rest:
+            super().save(folder, rest)
+        if names:
+            write_ip_adapter(folder / ADAPTER_FILE, to_sections({names[n]: tensor for n, tensor in weights.items() if n in names}))
+
+
+def letterbox(image: Tensor, side: int) -> Tensor:
+    """uint8 "3 h w" -> Float "3 side side" in [0, 1]: scaled to fit (bicubic), in the middle of a black square."""
+    height, width = image.shape[1:]
+    longest = max(height, width)
+    new = [max(1, round(length * side / longest)) for length in (height, width)]
+    scaled = F.interpolate(image[None].float() / 255, size=new, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    above, left = ((side - length) // 2 for length in new)
+    return F.pad(scaled, (left, side - new[1] - left, above, side - new[0] - above))
+
+
+def _new_projection(style: StyleSettings, features: int, width: int) -> ImageProjection:
+    mlp = MLPProjection(features, tokens=style.tokens, width=width)
+    if not style.qformer:
+        return ImageProjection(mlp)
+    qformer = QFormerProjection(features, tokens=style.tokens, width=width, key_tokens=style.key_tokens, heads=style.heads)
+    return ImageProjection(mlp, qformer)
