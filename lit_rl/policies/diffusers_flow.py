@@ -158,7 +158,7 @@ class DiffusersFlowPolicy(FlowPolicy):
                 add_frozen_copy(self.network, REFERENCE)
         else:
             self.network.requires_grad_(True)
-            if self.keep_reference:
+            if self.keep_reference and self.full:
                 self.reference_network = copy.deepcopy(self.network).requires_grad_(False)
         for network in self.networks():
             if self.gradient_checkpointing:

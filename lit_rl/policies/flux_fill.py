@@ -17,12 +17,16 @@ from lit_rl.errors import ConfigError
 from lit_rl.policies.flux import FluxPolicy
 from lit_rl.policies.ip_adapter import (
     FEATURES,
+    FROZEN,
     ImageProjection,
     MLPProjection,
     QFormerProjection,
     adapter_names,
+    add_frozen_style,
     add_ip_adapter,
+    frozen_style,
     load_ip_adapter,
+    refresh_frozen_style,
     to_sections,
 )
 from lit_rl.types import Cond, Info
@@ -66,7 +70,7 @@ class FluxFillPolicy(FluxPolicy):
         train: "adapter" trains the style adapter, and LoRA beside it where `lora` is set; "full" every weight.
         context_height: Pixels of the strip.
 
-    `reference()` is the base model without LoRA and without style, or with `train: full` the frozen copy (`keep_reference`).
+    `reference()` is the base model without LoRA and without style; with `keep_reference` it is a frozen copy of what is trained.
     The rest as in `FluxPolicy`.
     """
 
@@ -87,8 +91,6 @@ class FluxFillPolicy(FluxPolicy):
             raise ConfigError("nothing to train: set policy.style, policy.lora, or policy.train to full")
         if train == "full" and self.lora is not None:
             raise ConfigError("policy.train: full trains every weight, which leaves nothing to LoRA; leave policy.lora out or set adapter")
-        if train == "adapter" and style is not None and self.keep_reference:
-            raise ConfigError("policy.keep_reference: the reference of a style adapter is the model without style; set it to false")
         if not 0 <= context_height < self.resolution[0]:
             raise ConfigError(
                 f"policy.context_height: must be in 0..{self.resolution[0] - 1} of the resolution's height, got {context_height}"
@@ -112,6 +114,8 @@ class FluxFillPolicy(FluxPolicy):
                 self.network.requires_grad_(False)
             for name in adapter_names(self.network):
                 self.network.get_parameter(name).requires_grad_(True)
+            if self.keep_reference:
+                add_frozen_style(self.network)
 
     def _read_pipeline(self) -> Any:
         pipe = super()._read_pipeline()
@@ -203,19 +207,26 @@ class FluxFillPolicy(FluxPolicy):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        if self.full:
-            with super().reference():
-                yield
-            return
+        styled = self.style is not None and not self.full
+        style = (frozen_style(self.network) if self.keep_reference else self._without_style()) if styled else nullcontext()
+        with style, super().reference():
+            yield
+
+    @contextmanager
+    def _without_style(self) -> Iterator[None]:
         before, self._styleless = self._styleless, True
         try:
-            with super().reference() if self.lora else nullcontext():
-                yield
+            yield
         finally:
             self._styleless = before
 
+    def refresh_reference(self) -> None:
+        super().refresh_reference()
+        if self.style and self.keep_reference and not self.full:
+            refresh_frozen_style(self.network)
+
     def check_reference(self, *, after_warmup: bool) -> None:
-        """The model without style is there always; LoRA alone and full fine-tunes as in `FluxPolicy`."""
+        """A style adapter has a reference always; LoRA alone and full fine-tunes as in `FluxPolicy`."""
         if self.full or self.style is None:
             super().check_reference(after_warmup=after_warmup)
 
@@ -223,7 +234,7 @@ class FluxFillPolicy(FluxPolicy):
     def checkpoint_keys(self) -> set[str]:
         if self.full or self.style is None:
             return super().checkpoint_keys()
-        adapter = {f"network.{name}" for name in adapter_names(self.network)}
+        adapter = {f"network.{name}" for name in adapter_names(self.network)} | {key for key in self.state_dict() if FROZEN in key}
         return adapter | (super().checkpoint_keys() if self.lora else set())
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:

@@ -6,7 +6,9 @@ own (`StyleAttention`). Both are submodules of the transformer, so strategies sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError, listed
+from lit_rl.policies.shards import local, reshard
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_flux import FluxAttention
@@ -22,6 +25,8 @@ FEATURES, TOKENS = "style_features", "style_tokens"
 """Keys of `joint_attention_kwargs`: Float "B F" for `ImageProjection`, or Float "B N C" that are tokens already."""
 
 EPS = 1e-5
+FROZEN = ".frozen."
+"""In the names of a frozen copy's weights."""
 
 
 class StyleAttention(nn.Module):
@@ -39,6 +44,8 @@ class StyleAttention(nn.Module):
         """width: of the queries, heads * head dim; context: of the tokens. Starts at v_style = 0: the transformer as it was."""
         super().__init__()
         self.scale = scale
+        self.frozen: Any = None
+        self.frozen_answers = False
         self.to_k_ip = nn.Linear(context, width, bias=False)
         self.to_v_ip = nn.Linear(context, width, bias=False)
         nn.init.zeros_(self.to_v_ip.weight)
@@ -76,6 +83,8 @@ class StyleAttention(nn.Module):
 
     def style(self, query: Tensor, tokens: Tensor) -> Tensor:
         """What the tokens Float "B N C" say to the queries Float "B L H D": Float "B L H*D"."""
+        if self.frozen_answers:
+            return self.frozen.style(query, tokens)
         tokens = tokens.to(self.to_k_ip.weight.dtype)
         key, value = (layer(tokens).unflatten(-1, query.shape[2:]) for layer in (self.to_k_ip, self.to_v_ip))
         key = F.rms_norm(key.float(), key.shape[-1:], eps=EPS)
@@ -128,9 +137,13 @@ class ImageProjection(nn.Module):
         super().__init__()
         self.mlp = mlp
         self.qformer = qformer
+        self.frozen: Any = None
+        self.frozen_answers = False
 
     def forward(self, features: Tensor) -> Tensor:
         """Float "B F" -> Float "B N C". A sample without style has features of zeros, which no encoder gives to an image."""
+        if self.frozen_answers:
+            return self.frozen(features)
         features = features.to(self.mlp.norm.weight.dtype)
         tokens = self.mlp(features) if self.qformer is None else self.mlp(features) + self.qformer(features)
         return tokens * features.any(dim=1).view(-1, 1, 1)
@@ -186,6 +199,39 @@ def style_attentions(network: nn.Module) -> list[StyleAttention]:
     return [block.attn.processor for block in flux_blocks(network)]
 
 
+def add_frozen_style(network: Any) -> None:
+    """Keep a frozen copy of the adapter beside the trained one, which stays the one that answers."""
+    for home in _homes(network):
+        home.frozen = copy.deepcopy(home).requires_grad_(False)
+
+
+@torch.no_grad()
+def refresh_frozen_style(network: Any) -> None:
+    """The frozen copy <- the adapter as it is now; local shards when sharded."""
+    reshard(network)
+    for home in _homes(network):
+        for name, parameter in home.frozen.named_parameters():
+            local(parameter).copy_(local(home.get_parameter(name)))
+
+
+@contextmanager
+def frozen_style(network: Any) -> Iterator[None]:
+    """Inside it the frozen copy answers in place of the adapter."""
+    homes = _homes(network)
+    before = [home.frozen_answers for home in homes]
+    try:
+        for home in homes:
+            home.frozen_answers = True
+        yield
+    finally:
+        for home, answered in zip(homes, before):
+            home.frozen_answers = answered
+
+
+def _homes(network: Any) -> list[Any]:
+    return [network.image_proj, *style_attentions(network)]
+
+
 def flux_blocks(network: Any) -> list[Any]:
     return [*network.transformer_blocks, *network.single_transformer_blocks]
 
@@ -197,7 +243,9 @@ def adapter_names(network: Any) -> dict[str, str]:
         ("image_proj_qformer", network.image_proj.qformer),
         ("ip_adapter", nn.ModuleList(style_attentions(network))),
     ]
-    filed = {p: f"{section}.{key}" for section, home in homes if home is not None for key, p in home.named_parameters()}
+    filed = {
+        p: f"{section}.{key}" for section, home in homes if home is not None for key, p in home.named_parameters() if FROZEN not in key
+    }
     return {name: filed[p] for name, p in network.named_parameters() if p in filed}
 
 

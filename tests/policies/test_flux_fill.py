@@ -165,6 +165,33 @@ def test_the_reference_is_the_base_without_style(lora: LoraSettings | None, make
     assert bool([key for key in policy.checkpoint_keys() if ".lora_" in key]) == (lora is not None)
 
 
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)])
+def test_a_kept_reference_is_the_adapter_as_it_was(lora: LoraSettings | None, make_fill: MakeFill, tmp_path: Path) -> None:
+    policy, plain = make_fill(lora=lora, keep_reference=True), make_fill(lora=lora)
+    cond = policy.condition(infos())
+    assert {name for name, _ in policy.trainable()} == {name for name, _ in plain.trainable()}
+    base = velocity(policy, cond)
+    train_a_little(policy, cond)
+    warm = velocity(policy, cond)
+    with policy.reference():
+        assert torch.equal(velocity(policy, cond), base)
+    policy.refresh_reference()
+    train_a_little(policy, cond)
+    trained = velocity(policy, cond)
+    assert (trained - warm).abs().max() > 1e-4
+    with policy.reference():
+        torch.testing.assert_close(velocity(policy, cond), warm)
+    assert torch.equal(velocity(policy, cond), trained)
+    stored = {key: value.clone() for key, value in policy.state_dict().items() if key in policy.checkpoint_keys()}
+    again = make_fill(lora=lora, keep_reference=True)
+    assert again.load_state_dict(stored, strict=False).unexpected_keys == []
+    assert torch.equal(velocity(again, cond), trained)
+    with again.reference():
+        torch.testing.assert_close(velocity(again, cond), warm)
+    policy.save(tmp_path, {name: p.detach() for name, p in policy.trainable()})
+    assert read_ip_adapter(tmp_path / "ip-adapter.bin").keys() == {"image_proj", "ip_adapter"}
+
+
 def test_a_full_fine_tune_keeps_a_reference_with_its_style(make_fill: MakeFill) -> None:
     policy = make_fill(train="full", keep_reference=True)
     for network in policy.networks():
@@ -249,8 +276,6 @@ def test_what_cannot_be_trained_is_refused(places: dict[str, Path]) -> None:
         make()
     with pytest.raises(ConfigError, match="leave policy.lora out"):
         make(train="full", lora=LoraSettings())
-    with pytest.raises(ConfigError, match="the reference of a style adapter is the model without style"):
-        make(style=style, keep_reference=True)
     with pytest.raises(ConfigError, match=r"context_height: must be in 0..15 .* got 16"):
         make(style=style, context_height=16)
     with pytest.raises(ConfigError, match="style.initial: no such file"):
