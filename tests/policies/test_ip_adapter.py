@@ -268,6 +268,19 @@ def test_weights_of_another_model_are_refused_and_nothing_is_copied() -> None:
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
+def test_the_published_sizes_have_the_published_number_of_weights() -> None:
+    """SigLIP so400m into 128 tokens of 4096 for FLUX.1-Fill-dev: 1.211 B + 0.372 B + 57 attentions of 2 * 4096 * 3072."""
+    with torch.device("meta"):
+        network = transformer(in_channels=384, out_channels=64, guidance_embeds=True)
+        sizes = {"tokens": 128, "width": 4096}
+        add_ip_adapter(network, ImageProjection(MLPProjection(1152, **sizes), QFormerProjection(1152, **sizes)))
+    counts: dict[str, int] = {}
+    for name, filed in adapter_names(network).items():
+        section = filed.partition(".")[0]
+        counts[section] = counts.get(section, 0) + network.get_parameter(name).numel()
+    assert counts == {"image_proj": 1_211_148_544, "image_proj_qformer": 372_443_392, "ip_adapter": 1_434_451_968}
+
+
 def test_tokens_of_another_width_than_the_text_are_refused() -> None:
     with pytest.raises(ConfigError, match="style tokens are 8 wide, the transformer's text 16"):
         add_ip_adapter(stock(), projection(width=8))
