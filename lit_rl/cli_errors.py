@@ -10,13 +10,15 @@ from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
+EXPECTATION = re.compile(r"Expected a |Not a valid subclass|Does not validate|a class path|a dict with")
+"""How jsonargparse begins what it says of the types that a value might also have had, beside the one whose constructor objected."""
+
 
 def explain(message: str, argv: Sequence[str]) -> str:
     """One line from the report of a failed parse: its innermost cause, the file and line of the key, the nearest key that exists."""
     lines = [line.strip() for line in message.splitlines()]
-    causes = [
-        line.removeprefix("- ") for line in lines if line.startswith("- ") and "NoneType" not in line and "Union subtypes" not in line
-    ]
+    bullets = [line.removeprefix("- ") for line in lines if line.startswith("- ") and "NoneType" not in line]
+    causes = [line for line in bullets if not EXPECTATION.match(line)] or bullets
     sentence = " ".join(dict.fromkeys(causes)) if "Union subtypes" in message and causes else " ".join(lines)
     sentence = re.sub(r"<class '(?:builtins\.)?([\w.]+)'>", r"\1", sentence)
     sentence = re.sub(r'Parser key "([\w.]+)": ', r"\1: ", sentence)

@@ -17,6 +17,7 @@ from lit_rl.checkpoints.files import AtomicCheckpointIO, resolve_checkpoint
 from lit_rl.cli_errors import explain
 from lit_rl.errors import ConfigError
 from lit_rl.module import LitRL
+from lit_rl.rewards.base import RewardError
 
 # A notice of Lightning's own use of torch, and an advertisement, in every run.
 warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
@@ -83,3 +84,6 @@ class CLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except ConfigError as error:
             self.parser.error(str(error))
+        except RewardError as error:
+            sys.stderr.write(f"error: {error}\n")
+            raise SystemExit(1) from error

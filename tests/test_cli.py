@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from toy import Brightness
+
+from lit_rl.types import Info
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,6 +47,13 @@ def toy_config(folder: Path, **model: Any) -> dict[str, Any]:
             ],
         },
     }
+
+
+class Unscored(Brightness):
+    """Can score nothing."""
+
+    def score(self, media: torch.Tensor, info: Sequence[Info]) -> Mapping[str, torch.Tensor]:
+        return {"brightness": torch.full((len(info),), torch.nan)}
 
 
 @pytest.fixture
@@ -133,6 +144,28 @@ def test_unreachable_server_is_named_before_the_model_is_loaded(cli: Any, tmp_pa
         cli("fit", config)
     assert done.value.code == 2
     assert "no reward server answers at http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_a_mistake_deep_in_a_list_is_told_without_the_types_that_were_also_possible(
+    cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REWARD_SERVER_PORT", "abc")
+    config = toy_config(tmp_path)
+    config["trainer"]["callbacks"][0]["init_args"]["rewards"] = {"ocr": {"class_path": "lit_rl.rewards.client.HTTPReward"}}
+    with pytest.raises(SystemExit):
+        cli("fit", config)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: REWARD_SERVER_PORT=abc in the environment is not a number; it is the port of the first server"
+    )
+
+
+def test_a_run_whose_rewards_fail_ends_with_one_sentence(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = toy_config(tmp_path)
+    config["trainer"]["callbacks"][0]["init_args"]["rewards"] = {"b": {"class_path": "test_cli.Unscored"}}
+    with pytest.raises(SystemExit) as done:
+        cli("fit", config)
+    assert done.value.code == 1
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
 
 
 def test_options_beat_what_a_checkpoint_was_trained_with(cli: Any, tmp_path: Path) -> None:
