@@ -10,6 +10,7 @@ import lightning as L
 from torch import Tensor
 
 from callbacks.ema import EMA
+from callbacks.graceful_stop import GracefulStop
 from lit_rl.errors import ConfigError
 from lit_rl.policies.shards import gathered
 
@@ -44,6 +45,8 @@ class Export(L.Callback):
             self.export(trainer, module, iteration=module.iteration + 1)
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        if any(isinstance(c, GracefulStop) and c.leaving for c in trainer.callbacks):  # type: ignore[attr-defined]
+            return  # time may be short, and the checkpoint is what counts
         if self._exported != module.iteration:  # the epoch counter has moved on
             self.export(trainer, module, iteration=module.iteration)
 

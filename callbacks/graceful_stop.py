@@ -41,7 +41,7 @@ class GracefulStop(L.Callback):
         self._pid = os.getpid()
         self._asked_by = ""
         self._step = 0
-        self._leaving = False
+        self.leaving = False  # asked to stop, and all processes have agreed
         self._is_first = True
 
     # ------------------------------------------------------------------ being asked
@@ -90,11 +90,11 @@ class GracefulStop(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Checkpoint callbacks still have their turn in this epoch; `on_train_end` comes next."""
         self._step = trainer.global_step
-        self._leaving = self._agreed(trainer)
-        trainer.should_stop = trainer.should_stop or self._leaving
+        self.leaving = self._agreed(trainer)
+        trainer.should_stop = trainer.should_stop or self.leaving
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self._leaving:
+        if self.leaving:
             self._save_and_leave(trainer)
 
     def _agreed(self, trainer: L.Trainer) -> bool:

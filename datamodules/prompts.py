@@ -48,10 +48,10 @@ class PromptFiles(PromptDataModule):
 
 def read_prompts(path: Path, *, prompt_key: str = "prompt") -> list[Info]:
     """The prompts of a .txt or .jsonl file, in order; raises ValueError with file and line for the first row that is not one."""
-    if path.suffix not in SUFFIXES:
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file or folder")
+    if path.suffix not in SUFFIXES or path.is_dir():
         raise ConfigError(f"{path}: prompts are read from {' or '.join(SUFFIXES)} files")
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
     rows: list[Info] = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if line.strip():

@@ -22,8 +22,11 @@ def explain(message: str, argv: Sequence[str]) -> str:
     sentence = " ".join(dict.fromkeys(causes)) if "Union subtypes" in message and causes else " ".join(lines)
     sentence = re.sub(r"<class '(?:builtins\.)?([\w.]+)'>", r"\1", sentence)
     sentence = re.sub(r'Parser key "([\w.]+)": ', r"\1: ", sentence)
-    key = re.search(r"(?:Option|Key|key) '([\w.]+)' is not (?:accepted|expected)|No action for key \"([\w.]+)\"", sentence)
-    name = key and (key[1] or key[2])
+    key = re.search(
+        r"(?:Option|Key|key) '([\w.]+)' is not (?:accepted|expected)|does not accept option '([\w.]+)'|No action for key \"([\w.]+)\"",
+        sentence,
+    )
+    name = key and next(part for part in key.groups() if part)
     if name:
         near = difflib.get_close_matches(name.rsplit(".")[-1], known_keys(argv), n=1, cutoff=0.6)
         sentence += f"; did you mean '{near[0]}'?" if near else ""

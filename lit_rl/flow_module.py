@@ -78,6 +78,11 @@ class LitFlow(LitRL[FlowRollout]):
             raise ConfigError(f"model.shift={shift} must be above 0; 1 shifts nothing, SD3 uses 3")
         self.schedule, self.shift = schedule, shift
         self.credit_rule = advantage or Advantage()
+        if self.group_size == 1 and self.credit_rule.kind != "history":
+            raise ConfigError(
+                "model.group_size=1 gives every sample advantage 0, as there is no sibling to compare it with: use 4 to 24, or "
+                "model.advantage.kind: history"
+            )
         self.tracker = self.credit_rule.tracker()
         self.warmup_timesteps = warmup_timesteps
         self.evaluated: list[Prompts] = []

@@ -25,6 +25,9 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda reco
 
 
 class Parser(LightningArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"allow_abbrev": False}))  # --trainer.max_epoch would be taken for max_epochs
+
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """The sentence that says what is wrong, without pages of usage around it."""
         sys.stderr.write(f"error: {explain(message, sys.argv)}\n")
@@ -74,7 +77,10 @@ class CLI(LightningCLI):
         if kwargs.get("ckpt_path"):
             folders = [c.dirpath for c in self.trainer.checkpoint_callbacks if c.dirpath]  # type: ignore[attr-defined]
             try:
-                kwargs["ckpt_path"] = resolve_checkpoint(kwargs["ckpt_path"], folders)
+                found = resolve_checkpoint(kwargs["ckpt_path"], folders)
+                if found is None and subcommand != "fit":
+                    raise ConfigError(f"--ckpt_path last: there is no checkpoint yet in {', '.join(map(str, folders))}; run fit first")
+                kwargs["ckpt_path"] = found
             except ConfigError as error:
                 self.parser.error(str(error))
         return kwargs

@@ -231,7 +231,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             return loss
         losses, weights = self.loss(batch)
         loss = (losses * weights).sum() * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        self.log("loss", loss.detach(), on_step=False, on_epoch=True, batch_size=1)
+        self.log("loss", loss.detach(), on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         if not self._metrics_logged:  # once per rollout: each call costs a millisecond
             self._metrics_logged = True
             for name, value in self.rollout_metrics.items():

@@ -110,11 +110,12 @@ def test_one_seed_reaches_method_and_data(cli: Any, tmp_path: Path) -> None:
         (["--model.init_args.clip_low", "1.5"], "model.clip_low=1.5 must be in (0, 1)"),
         (["--model.init_args.prompts_per_iteration", "0"], "model.prompts_per_iteration=0 must be at least 1"),
         (["--trainer.max_steps", "5"], "set trainer.max_epochs"),
+        (["--trainer.max_epoch", "5"], "max_epoch"),
         (
             ["--model.init_args.policy", "lit_rl.policies.sd3.SD3Policy", "--model.init_args.policy.pretrained", "./no/such"],
             "no such folder",
         ),
-        (["--data", "datamodules.prompts.PromptFiles", "--data.train", "missing.txt"], "missing.txt: no such file"),
+        (["--data", "datamodules.prompts.PromptFiles", "--data.train", "missing.txt"], "missing.txt: no such file or folder"),
         (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
     ],
 )
@@ -172,6 +173,13 @@ def test_options_beat_what_a_checkpoint_was_trained_with(cli: Any, tmp_path: Pat
     cli("fit", toy_config(tmp_path))
     run = cli("fit", toy_config(tmp_path), "--ckpt_path", "last", "--trainer.max_epochs", "3", "--model.init_args.clip_low", "0.5")
     assert run.model.clip_low == 0.5 and run.trainer.current_epoch == 3
+
+
+@pytest.mark.parametrize("command", ["validate", "predict"])
+def test_last_must_be_there_for_what_only_uses_it(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli(command, toy_config(tmp_path), "--ckpt_path", "last")
+    assert done.value.code == 2 and "there is no checkpoint yet" in capsys.readouterr().err
 
 
 def test_last_starts_from_scratch_when_there_is_nothing_yet(cli: Any, tmp_path: Path) -> None:

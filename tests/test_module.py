@@ -288,6 +288,7 @@ def test_max_steps_is_refused(tmp_path: Path) -> None:
         (dict(timestep_fraction=0.0), "timestep_fraction=0.0 must be in"),
         (dict(schedule="shifted", shift=0.0), "shift=0.0 must be above 0"),
         (dict(group_size=0), "group_size=0 must be at least 1"),
+        (dict(group_size=1), "gives every sample advantage 0"),
         (dict(train_micro_batch=0), "train_micro_batch=0 must be at least 1"),
         (dict(kl_coef=0.1, advantage=Advantage(drop_zero=True)), "kl_coef still trains"),
     ],

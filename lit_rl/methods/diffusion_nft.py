@@ -187,7 +187,7 @@ class DiffusionNFT(LitFlow):
             losses = losses + self.kl_coef * metrics["kl"]
         total = batch.weights.sum().clamp(min=1e-12)
         means = {name: (value.detach() * batch.weights).sum() / total for name, value in metrics.items()}
-        self.log_dict(means, on_step=False, on_epoch=True, batch_size=1)
+        self.log_dict(means, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         return losses, batch.weights
 
     def surrogate(self, new: Tensor, old: Tensor, x: Tensor, batch: PointBatch) -> Tensor:
@@ -227,7 +227,9 @@ class AWM(DiffusionNFT):
             matching_logprob(v, batch.x0, batch.noise, sigma=batch.sigma, weight=self.matching_weight, power=self.power) for v in (new, old)
         )
         clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
-        self.log_dict(policy_metrics(logprob, before, weights=batch.weights, **clip), on_step=False, on_epoch=True, batch_size=1)
+        self.log_dict(
+            policy_metrics(logprob, before, weights=batch.weights, **clip), on_step=False, on_epoch=True, batch_size=1, sync_dist=True
+        )
         return clipped_surrogate(logprob, before, batch.advantages, **clip)
 
 

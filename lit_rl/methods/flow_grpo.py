@@ -184,17 +184,17 @@ class FlowGRPO(LitFlow):
                 ref_v = self.policy.velocity(minibatch.x, minibatch.sigma, minibatch.cond)
             kl = self.kl(v, step, ref_v, minibatch)
             mean = (kl.detach() * minibatch.weights).sum() / minibatch.weights.sum().clamp(min=1e-12)
-            self.log("kl", mean, on_step=False, on_epoch=True, batch_size=1)
+            self.log("kl", mean, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
             losses = losses + self.kl_coef * kl
         return losses, minibatch.weights
 
     def log_policy(self, metrics: dict[str, Tensor]) -> None:
         """Means over the iteration; the largest deviation of the ratio from 1, and that of the first update, where it is an error."""
         deviation = metrics.pop("ratio_max_dev")
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1)
-        self.log("ratio_max_dev", deviation, on_step=False, on_epoch=True, reduce_fx="max", batch_size=1)
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        self.log("ratio_max_dev", deviation, on_step=False, on_epoch=True, reduce_fx="max", batch_size=1, sync_dist=True)
         if self.minibatches_done() < self.trainer.accumulate_grad_batches:
-            self.log("ratio_first_update_max_dev", deviation, on_step=False, on_epoch=True, reduce_fx="max", batch_size=1)
+            self.log("ratio_first_update_max_dev", deviation, on_step=False, on_epoch=True, reduce_fx="max", batch_size=1, sync_dist=True)
 
     def replay_step(self, v: Tensor, batch: PairBatch) -> Step:
         """The stored action under today's velocity. Every trained step was drawn at `noise_level`."""
