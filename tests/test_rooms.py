@@ -8,12 +8,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FORMULAS = ["lit_rl.advantages", "lit_rl.decay", "lit_rl.losses", "lit_rl.samplers"]
 LOW = ["lit_rl.types", "lit_rl.errors", "lit_rl.seeding"]
-MIDDLE = ["lit_rl.policies", "lit_rl.rewards", "lit_rl.checkpoints", "lit_rl.shards"]
+MIDDLE = ["lit_rl.policies", "lit_rl.rewards", "lit_rl.checkpoints"]
 MODULE = ["lit_rl.module", "lit_rl.flow_module", "lit_rl.credit"]
 MAY_IMPORT = {
     "lit_rl/types.py": [],
     **{name.replace(".", "/"): FORMULAS for name in FORMULAS},
-    "lit_rl/policies": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.shards", "lit_rl.checkpoints.ip_adapter"],
+    "lit_rl/policies": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.checkpoints.ip_adapter"],
     "lit_rl/rewards": [*LOW, "lit_rl.rewards"],
     "lit_rl/checkpoints": [*LOW, "lit_rl.checkpoints"],
     "lit_rl/module.py": [*LOW, *FORMULAS, *MIDDLE, "lit_rl.strategies"],
