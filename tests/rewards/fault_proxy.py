@@ -8,6 +8,7 @@ import io
 import json
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import NamedTuple, Self
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from lit_rl.rewards.wire import decode_batch
 
 
-class LocalServer:
+class LocalServer(ABC):
     """An aiohttp application on 127.0.0.1, on a loop in a thread. `stop` cuts every connection; `start` takes the same port again."""
 
     def __init__(self) -> None:
@@ -30,13 +31,14 @@ class LocalServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self._stop: threading.Event | None = None
 
+    @abstractmethod
     def routes(self) -> list[web.RouteDef]:
-        raise NotImplementedError
+        """What it answers."""
 
-    async def opened(self) -> None:
+    async def opened(self) -> None:  # noqa: B027  (optional by design)
         """Called on the loop before the first request."""
 
-    async def closing(self) -> None:
+    async def closing(self) -> None:  # noqa: B027
         """Called on the loop after the last."""
 
     def start(self) -> Self:
@@ -135,10 +137,10 @@ class FaultProxy(LocalServer):
     def routes(self) -> list[web.RouteDef]:
         return [web.get("/health", self._health), web.post("/{path:.*}", self._post)]
 
-    async def opened(self) -> None:
+    async def opened(self) -> None:  # noqa: B027  (optional by design)
         self.session = aiohttp.ClientSession()
 
-    async def closing(self) -> None:
+    async def closing(self) -> None:  # noqa: B027
         await self.session.close()
 
     async def _health(self, _: web.Request) -> web.Response:
