@@ -137,10 +137,10 @@ class FaultProxy(LocalServer):
     def routes(self) -> list[web.RouteDef]:
         return [web.get("/health", self._health), web.post("/{path:.*}", self._post)]
 
-    async def opened(self) -> None:  # noqa: B027  (optional by design)
+    async def opened(self) -> None:
         self.session = aiohttp.ClientSession()
 
-    async def closing(self) -> None:  # noqa: B027
+    async def closing(self) -> None:
         await self.session.close()
 
     async def _health(self, _: web.Request) -> web.Response:
