@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from lit_rl.samplers.schedules import linear_sigmas, shifted_sigmas
 from lit_rl.samplers.solvers import Solver, solve
 from lit_rl.seeding import Key, generator, normal
 from lit_rl.strategies import FSDP2Strategy
-from lit_rl.types import Cond, Examples, FlowRollout, Prompts, take_rows
+from lit_rl.types import Cond, Examples, FlowRollout, Info, Prompts, take_rows
 
 StorageDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -123,10 +123,13 @@ class LitFlow(LitRL[FlowRollout]):
         return linear_sigmas(num_steps) if self.schedule == "linear" else self.policy.sigmas(num_steps)
 
     def encode(self, prompts: Prompts) -> tuple[Cond, Tensor]:
-        """Each different prompt encoded once, and the row of the result for each of the B prompts."""
-        texts = list(dict.fromkeys(prompts.text))
-        row = {text: i for i, text in enumerate(texts)}
-        return self.policy.encode(texts), torch.tensor([row[text] for text in prompts.text], device=self.device)
+        """Each different prompt conditioned once, and the row of the result for each of the B prompts."""
+        keys = [self.policy.condition_key(info) for info in prompts.info]
+        unique: dict[Hashable, Info] = {}
+        for key, info in zip(keys, prompts.info):
+            unique.setdefault(key, info)
+        row = {key: i for i, key in enumerate(unique)}
+        return self.policy.condition(list(unique.values())), torch.tensor([row[key] for key in keys], device=self.device)
 
     def noise(self, keys: Sequence[tuple[Key, ...]]) -> Tensor:
         """Standard normal latents "B *D" on the device; row i is a function of `keys[i]`."""
@@ -173,7 +176,7 @@ class LitFlow(LitRL[FlowRollout]):
     # ------------------------------------------------------------------ supervised warm-up
     def supervised_loss(self, batch: Examples) -> Tensor:
         """Flow matching |v - (eps - x0)|^2 on the examples (arXiv 2210.02747), one number per example."""
-        x0 = self.policy.encode_images(batch.images)
+        x0 = self.policy.encode_images(batch.images, batch.info)
         keys = [(self.seed, "warmup", batch.step, batch.first + i) for i in range(len(x0))]
         draws = torch.stack([torch.randn(2, generator=generator(*key, "t")) for key in keys]).to(self.device)
         t = torch.special.ndtr(draws[:, 0]) if self.warmup_timesteps == "uniform" else draws[:, 0].sigmoid()

@@ -70,7 +70,7 @@ class ToyPolicy(FlowPolicy):
     def decode(self, x: Tensor) -> Tensor:
         return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
 
-    def encode_images(self, images: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor, info: Sequence[Info] = ()) -> Tensor:
         return images[:, :1].float() / 127.5 - 1
 
     def latent_shape(self) -> tuple[int, ...]:

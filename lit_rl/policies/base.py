@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lit_rl.types import Cond
+from lit_rl.types import Cond, Info
 
 
 class FlowPolicy(nn.Module, ABC):
@@ -40,6 +40,14 @@ class FlowPolicy(nn.Module, ABC):
     def encode(self, prompts: Sequence[str]) -> Cond:
         """U unique prompts -> their conditioning on `self.device`, guidance's negative prompt included as one-row entries."""
 
+    def condition(self, info: Sequence[Info]) -> Cond:
+        """What `velocity` needs to know of U prompts, one row each; by default their text alone, as `encode` has it."""
+        return self.encode([str(row["prompt"]) for row in info])
+
+    def condition_key(self, info: Info) -> Hashable:
+        """What `condition` depends on: of prompts with equal keys one is conditioned for all."""
+        return str(info["prompt"])
+
     @abstractmethod
     def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Predicted dx/dt Float32 "B *D", guidance included. x: Float32 "B *D", t: Float "B" in [0, 1] (1 = noise), cond: B rows."""
@@ -49,8 +57,8 @@ class FlowPolicy(nn.Module, ABC):
         """Clean latents Float "B *D" -> images uint8 "B 3 H W"."""
 
     @abstractmethod
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Images uint8 "B 3 H W" -> clean latents Float "B *D" (the mode of the VAE's posterior)."""
+    def encode_images(self, images: Tensor, info: Sequence[Info] = ()) -> Tensor:
+        """Images uint8 "B 3 H W" and the prompts they answer -> clean latents Float "B *D" (the mode of the VAE's posterior)."""
 
     @abstractmethod
     def latent_shape(self) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ from lit_rl.policies.lora import (
 from lit_rl.policies.pretrained import check_index, check_pretrained, check_resolution, component_config, vae_factor
 from lit_rl.policies.shards import copy_weights, reshard
 from lit_rl.samplers.schedules import flux_mu
-from lit_rl.types import Cond
+from lit_rl.types import Cond, Info
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -323,7 +323,7 @@ class DiffusersFlowPolicy(FlowPolicy):
             images = [self._pipe.vae.decode(part, return_dict=False)[0] for part in z.to(self.device, self.vae_dtype).split(self.vae_slice)]
         return torch.cat([((image.float() * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8) for image in images])
 
-    def encode_images(self, images: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor, info: Sequence[Info] = ()) -> Tensor:
         config = self._pipe.vae.config
         pixels = (images.to(self.device).float() / 255 * 2 - 1).to(self.vae_dtype)
         with self._awake(("vae",), offload=self.offload_vae):

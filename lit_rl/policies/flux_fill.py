@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +63,12 @@ class FluxFillPolicy(FluxPolicy):
 
     A token is 4C noisy latents, 4C latents of the image with the masked part greyed, and 4 f^2 mask pixels (C channels, f pixels per
     latent cell; 64 + 64 + 256 for FLUX.1-Fill-dev). To show the style to the base model too, the reference stands in a strip above
-    the source, unmasked: `resolution` is that of strip and source together, and `decode` cuts the strip off.
+    the source, unmasked. The network paints both; `decode` cuts the strip off.
 
     Args:
         style: Inject style; None is plain FLUX.1-Fill.
         train: "adapter" trains the style adapter, and LoRA beside it where `lora` is set; "full" every weight.
-        context_height: Pixels of the strip.
+        context_height: Pixels of the strip, of the same width as the image; 0 for none.
 
     `reference()` is the base model without LoRA and without style; with `keep_reference` it is a frozen copy of what is trained.
     The rest as in `FluxPolicy`.
@@ -87,14 +87,16 @@ class FluxFillPolicy(FluxPolicy):
         **kwargs: Any,
     ) -> None:
         super().__init__(pretrained, guidance_scale=guidance_scale, **kwargs)
+        self.image_size, cell = self.resolution, self._cell_of_folder(self.folder) if self.folder else 1
+        if context_height < 0 or context_height % cell:
+            raise ConfigError(
+                f"policy.context_height={context_height} must be a multiple of {cell} pixels for this model, or 0 for no strip"
+            )
+        self.resolution = self.image_size[0] + context_height, self.image_size[1]  # of what the network paints
         if train == "adapter" and style is None and self.lora is None:
             raise ConfigError("nothing to train: set policy.style, policy.lora, or policy.train to full")
         if train == "full" and self.lora is not None:
             raise ConfigError("policy.train: full trains every weight, which leaves nothing to LoRA; leave policy.lora out or set adapter")
-        if not 0 <= context_height < self.resolution[0]:
-            raise ConfigError(
-                f"policy.context_height: must be in 0..{self.resolution[0] - 1} of the resolution's height, got {context_height}"
-            )
         self.style = style
         self.train_what = train
         self.context_height = context_height
@@ -152,23 +154,44 @@ class FluxFillPolicy(FluxPolicy):
     def condition(self, info: Sequence[Info]) -> Cond:
         """U prompts with their images -> conditioning. Raises ConfigError that names the entry and the field that is not as it should be.
 
-        prompt: str. source: uint8 "3 H W", mask: uint8 "1 H W" (white is painted), of strip and source together. style: uint8 "3 h w",
-        any size, or None for a sample without style.
+        prompt: str. source: uint8 "3 H W". mask: uint8 "H W", white is painted. reference: uint8 "3 h w" of any size, which gives the
+        style and stands in the strip. styled: False takes the style away from this prompt and leaves the strip; default True.
         """
-        height, width = self.resolution
-        for i, row in enumerate(info):
-            for field, shape in (("source", (3, height, width)), ("mask", (1, height, width))):
-                found = row.get(field)
-                if not isinstance(found, Tensor) or found.dtype != torch.uint8 or found.shape != shape:
-                    what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-                    raise ConfigError(
-                        f"prompt {i} ({row.get('prompt')!r}): {field} must be uint8 {list(shape)} at this resolution, is {what}"
-                    )
-        cond = self.encode([str(row["prompt"]) for row in info])
-        cond["fill"] = self.fill(torch.stack([row["source"] for row in info]), torch.stack([row["mask"] for row in info]))
+        for row in info:
+            self._check_images(row)
+        cond = super().condition(info)
+        source, mask = torch.stack([row["source"] for row in info]), torch.stack([row["mask"] for row in info])[:, None]
+        cond["fill"] = self.fill(self.canvas(source, info), F.pad(mask, (0, 0, self.context_height, 0)))
         if self.style:
-            cond[FEATURES] = self.style_features([row.get("style") for row in info])
+            cond[FEATURES] = self.style_features([row["reference"] if row.get("styled", True) else None for row in info])
         return cond
+
+    def condition_key(self, info: Info) -> Hashable:
+        return id(info)  # siblings share the object
+
+    def _check_images(self, row: Info) -> None:
+        height, width = self.image_size
+        fields: dict[str, tuple[int | str, ...]] = {"source": (3, height, width), "mask": (height, width)}
+        if self.style or self.context_height:
+            fields["reference"] = (3, "h", "w")
+        for field, shape in fields.items():
+            found = row.get(field)
+            fits = isinstance(found, Tensor) and found.dtype == torch.uint8 and found.ndim == len(shape) and found.numel()
+            if not fits or any(have != want for have, want in zip(found.shape, shape) if want not in ("h", "w")):  # type: ignore[union-attr]
+                what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+                wanted = f"uint8 [{', '.join(map(str, shape))}]"
+                raise ConfigError(f"prompt {row.get('prompt')!r}: {field} must be {wanted} for this policy's resolution, is {what}")
+
+    def canvas(self, images: Tensor, info: Sequence[Info]) -> Tensor:
+        """Images uint8 "B 3 H W" under the strips of their references: uint8 "B 3 context_height+H W"."""
+        if not self.context_height:
+            return images
+        strips = [strip(row["reference"], self.context_height, images.shape[-1]) for row in info]
+        return torch.cat([torch.stack(strips).to(images.device), images], dim=2)
+
+    def encode_images(self, images: Tensor, info: Sequence[Info] = ()) -> Tensor:
+        """As in `FluxPolicy`, each under the strip of its prompt's reference."""
+        return super().encode_images(self.canvas(images, info))
 
     def fill(self, source: Tensor, mask: Tensor) -> Tensor:
         """Images uint8 "B 3 H W", masks uint8 "B 1 H W" -> what stands beside the noisy latents: Float "B L 4C+4f^2".
@@ -245,6 +268,22 @@ class FluxFillPolicy(FluxPolicy):
             super().save(folder, rest)
         if names:
             write_ip_adapter(folder / ADAPTER_FILE, to_sections({names[n]: tensor for n, tensor in weights.items() if n in names}))
+
+
+def strip(reference: Tensor, height: int, width: int) -> Tensor:
+    """uint8 "3 h w" -> uint8 "3 height width": scaled to the width; a higher one to the height instead, in the middle of black.
+
+    Black is above a lower one, so that it touches the image below. A height that is off by at most 8 pixels is stretched: Calligrapher
+    takes the nearest multiple of 16.
+    """
+    have, wide = reference.shape[1:]
+    scale = min(width / wide, height / have)
+    new = [max(1, round(have * scale)), max(1, round(wide * scale))]
+    if abs(round(have * width / wide) - height) <= 8:
+        new = [height, width]
+    scaled = F.interpolate(reference[None].float(), size=new, mode="bilinear", antialias=True)[0].round().clamp(0, 255).to(torch.uint8)
+    left = (width - new[1]) // 2
+    return F.pad(scaled, (left, width - new[1] - left, height - new[0], 0))
 
 
 def letterbox(image: Tensor, side: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_rl.checkpoints.ip_adapter import read_ip_adapter, write_ip_adapter
 from lit_rl.errors import ConfigError
-from lit_rl.policies.flux_fill import FluxFillPolicy, StyleSettings, letterbox
+from lit_rl.policies.flux_fill import FluxFillPolicy, StyleSettings, letterbox, strip
 from lit_rl.policies.ip_adapter import adapter_names, style_attentions
 from lit_rl.policies.lora import LoraSettings
 from lit_rl.policies.tiny import build_flux
@@ -62,11 +62,11 @@ def infos(**changes: Any) -> list[dict[str, Any]]:
     g = torch.Generator().manual_seed(1)
     rows = []
     for i, prompt in enumerate(PROMPTS):
-        mask = torch.zeros(1, HEIGHT, WIDTH, dtype=torch.uint8)
-        mask[:, 4 : 11 + i, 3:17] = 255  # edges off the grid of tokens
+        mask = torch.zeros(HEIGHT, WIDTH, dtype=torch.uint8)
+        mask[4 : 11 + i, 3:17] = 255  # edges off the grid of tokens
         source = torch.randint(0, 256, (3, HEIGHT, WIDTH), generator=g, dtype=torch.uint8)
         style = torch.randint(0, 256, (3, 20, 20 + 9 * i), generator=g, dtype=torch.uint8)
-        rows.append({"prompt": prompt, "source": source, "mask": mask, "style": style} | changes)
+        rows.append({"prompt": prompt, "source": source, "mask": mask, "reference": style} | changes)
     return rows
 
 
@@ -101,7 +101,7 @@ def test_velocity_is_what_the_pipeline_steps_with(
     pipe(
         PROMPTS,
         image=torch.stack([row["source"] for row in rows]).float() / 255,
-        mask_image=torch.stack([row["mask"] for row in rows]).float() / 255,
+        mask_image=torch.stack([row["mask"] for row in rows])[:, None].float() / 255,
         height=HEIGHT,
         width=WIDTH,
         guidance_scale=30.0,
@@ -134,8 +134,8 @@ def test_mask_channels_are_the_pixels_of_each_cell(make_fill: MakeFill) -> None:
 
     Channel = pixel * 4 + cell = 3 * 4 + 1, after the 4 * 12 channels of the masked image.
     """
-    mask = torch.zeros(1, HEIGHT, WIDTH, dtype=torch.uint8)
-    mask[0, 5, 7] = 255
+    mask = torch.zeros(HEIGHT, WIDTH, dtype=torch.uint8)
+    mask[5, 7] = 255
     fill = make_fill().condition(infos(mask=mask))["fill"]
     assert (fill[0, :, 48:] > 0).nonzero().tolist() == [[1 * 6 + 1, 13]]
 
@@ -197,7 +197,7 @@ def test_a_full_fine_tune_keeps_a_reference_with_its_style(make_fill: MakeFill) 
     for network in policy.networks():
         for attention in style_attentions(network):
             nn.init.constant_(attention.to_v_ip.weight, 0.1)
-    cond, plain = policy.condition(infos()), policy.condition(infos(style=None))
+    cond, plain = policy.condition(infos()), policy.condition(infos(styled=False))
     before = velocity(policy, cond)
     assert not torch.equal(before, velocity(policy, plain))
     train_a_little(policy, cond)
@@ -210,7 +210,7 @@ def test_a_prompt_without_style_is_plain_fill_beside_one_with(make_fill: MakeFil
     policy, plain = make_fill(), make_fill(style=None, train="full")
     train_a_little(policy, policy.condition(infos()))
     rows = infos()
-    mixed = velocity(policy, policy.condition([rows[0] | {"style": None}, rows[1]]))
+    mixed = velocity(policy, policy.condition([rows[0] | {"styled": False}, rows[1]]))
     base = velocity(plain, plain.condition(rows))
     torch.testing.assert_close(mixed[0], base[0])
     assert not torch.equal(mixed[1], base[1])
@@ -261,10 +261,36 @@ def test_a_saved_full_pipeline_is_stock_and_the_adapter_lies_beside_it(make_fill
 
 
 # ---------------------------------------------------------------------- strip, and what is refused
-def test_the_strip_is_cut_off_again(make_fill: MakeFill) -> None:
-    policy = make_fill(context_height=6)
-    canvas = torch.stack([row["source"] for row in infos()])
-    assert torch.equal(policy.decode(policy.encode_images(canvas)), canvas[:, :, 6:])
+def test_the_strip_stands_above_the_source_and_is_cut_off_again(make_fill: MakeFill) -> None:
+    policy, rows = make_fill(context_height=8), infos()
+    images = torch.stack([row["source"] for row in rows])
+    canvas = policy.canvas(images, rows)
+    assert canvas.shape == (2, 3, 8 + HEIGHT, WIDTH) and torch.equal(canvas[:, :, 8:], images)
+    assert torch.equal(canvas[1, :, :8], strip(rows[1]["reference"], 8, WIDTH))
+    assert policy.latent_shape()[0] == (8 + HEIGHT) * WIDTH // 16
+    assert torch.equal(policy.decode(policy.encode_images(images, rows)), images)
+    greyed = policy.condition(rows)["fill"].view(2, 6, 6, -1)  # rows and columns of tokens, 4 x 4 pixels each
+    assert not greyed[:, :2, :, 48:].any() and greyed[:, 2:, :, 48:].any()
+
+
+@pytest.mark.parametrize(
+    ("size", "ink"),
+    [
+        ((10, 40), (slice(20, 40), slice(0, 80))),  # twice as wide: black above
+        ((40, 20), (slice(0, 40), slice(30, 50))),  # as high as the strip: black on both sides
+        ((22, 40), (slice(0, 40), slice(0, 80))),  # 44 rows at this width, near enough to be stretched
+    ],
+)
+def test_a_strip_keeps_the_shape_of_the_reference(size: tuple[int, int], ink: tuple[slice, slice]) -> None:
+    expected = torch.zeros(3, 40, 80, dtype=torch.uint8)
+    expected[:, ink[0], ink[1]] = 200
+    assert torch.equal(strip(torch.full((3, *size), 200, dtype=torch.uint8), 40, 80), expected)
+
+
+def test_each_prompt_is_conditioned_once_for_its_siblings(make_fill: MakeFill) -> None:
+    policy, rows = make_fill(), infos()
+    assert policy.condition_key(rows[0]) != policy.condition_key({**rows[0]})
+    assert policy.condition_key(rows[0]) == policy.condition_key(rows[0])
 
 
 def test_what_cannot_be_trained_is_refused(places: dict[str, Path]) -> None:
@@ -276,8 +302,8 @@ def test_what_cannot_be_trained_is_refused(places: dict[str, Path]) -> None:
         make()
     with pytest.raises(ConfigError, match="leave policy.lora out"):
         make(train="full", lora=LoraSettings())
-    with pytest.raises(ConfigError, match=r"context_height: must be in 0..15 .* got 16"):
-        make(style=style, context_height=16)
+    with pytest.raises(ConfigError, match=r"context_height=6 must be a multiple of 4 pixels"):
+        make(style=style, context_height=6)
     with pytest.raises(ConfigError, match="style.initial: no such file"):
         StyleSettings(encoder="siglip", initial="absent.bin")
     with pytest.raises(ConfigError, match="holds a FluxPipeline, not a FluxFillPipeline; lit_rl.policies.flux.FluxPolicy serves that"):
@@ -297,9 +323,10 @@ def test_an_adapter_for_another_encoder_is_refused(make_fill: MakeFill, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mask": None}, r"mask must be uint8 \[1, 16, 24\] at this resolution, is NoneType"),
+        ({"mask": None}, r"mask must be uint8 \[16, 24\] for this policy's resolution, is NoneType"),
+        ({"reference": None}, r"reference must be uint8 \[3, h, w\] .* is NoneType"),
         ({"source": torch.zeros(3, 16, 16, dtype=torch.uint8)}, r"source must be uint8 \[3, 16, 24\] .* torch.uint8 \[3, 16, 16\]"),
-        ({"source": torch.zeros(3, 16, 24)}, r"prompt 0 \('say \"42\"'\): source .* is torch.float32 \[3, 16, 24\]"),
+        ({"source": torch.zeros(3, 16, 24)}, r"prompt 'say \"42\"': source .* is torch.float32 \[3, 16, 24\]"),
     ],
 )
 def test_images_that_do_not_fit_are_named(change: dict[str, Any], message: str, make_fill: MakeFill) -> None:
