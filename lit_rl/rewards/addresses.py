@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import logging
 import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lit_rl.errors import ConfigError
 
@@ -62,17 +65,17 @@ def servers_of_rank(urls: Sequence[str], *, rank: int, world_size: int, mapping:
     return list(urls[rank::world_size])
 
 
-def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> None:
-    """Wait while the server at `url` is loading. Raises ConfigError when nobody answers `GET /health`; servers without that route pass."""
+def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> Mapping[str, Any]:
+    """What the server at `url` says of itself once it has loaded; {} without `/health`. Raises ConfigError when nobody answers."""
     import urllib.error
     import urllib.request
 
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    until, status = time.monotonic() + patience_s, 0
+    until, status, body = time.monotonic() + patience_s, 0, b""
     while status != 200:
         try:
             with opener.open(urllib.request.Request(f"{url}/health", headers=dict(headers)), timeout=5.0) as response:
-                status = response.status
+                status, body = response.status, response.read(1 << 20)
         except urllib.error.HTTPError as error:
             status = error.code
         except OSError as error:
@@ -82,7 +85,7 @@ def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> 
                 f"--port {port[1] if port else 80}`, correct `urls`, or set DISABLE_RL_REWARD_MODEL=true to train on pseudo scores"
             ) from error
         if status in (404, 405):
-            return
+            return {}
         if status not in (200, 503):
             raise ConfigError(f"reward server {url} answers GET /health with status {status}; is something else listening on that port?")
         if status == 503 and time.monotonic() >= until:
@@ -92,3 +95,24 @@ def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> 
         if status == 503:
             log.info("reward server %s is loading; waiting", url)
             time.sleep(0.5)
+    try:
+        answer = json.loads(body)
+    except ValueError:  # a server with a /health of its own kind
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def check_outputs(url: str, wanted: Sequence[str], health: Mapping[str, Any]) -> None:
+    """Raises ConfigError when the server says which scores it gives, and one of `wanted` is not among them.
+
+    Older servers do not say: scoring a test image at every start would cost a VLM seconds, so theirs are compared at the first scoring.
+    """
+    known = health.get("outputs")
+    missing = [name for name in wanted if name not in known] if isinstance(known, list) else []
+    if missing:
+        near = [match for name in missing for match in difflib.get_close_matches(name, known, n=1)]
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"reward server {url} gives the scores {', '.join(known)}, not {', '.join(missing)}{meant or '.'} Set HTTPReward's `outputs` to "
+            "scores that it gives, or start it with the scorers that give them (--scorers)"
+        )

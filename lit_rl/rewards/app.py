@@ -50,6 +50,8 @@ class RewardApp:
     def __init__(self, limits: Limits, *, token: str | None = None, decode_threads: int = 2) -> None:
         self.limits = limits
         self.metrics = Metrics()
+        self.outputs: list[str] | None = None
+        """Names of the scores, once the scorers are loaded and if all of them declare theirs."""
         self.batcher = Batcher(
             self.metrics, max_batch=limits.max_batch, max_queue_images=limits.max_queue_images, max_bytes=limits.max_held_bytes
         )
@@ -103,6 +105,7 @@ class RewardApp:
             "queue_images": batcher.images,
             "max_queue_images": batcher.max_queue_images,
             "images_per_s": batcher.rate,
+            "outputs": self.outputs,
         }
         return web.json_response(body, status=200 if batcher.state == "ready" else 503)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.rewards.addresses import check_health, parse_urls, servers_of_rank, urls_from_environment
+from lit_rl.rewards.addresses import check_health, check_outputs, parse_urls, servers_of_rank, urls_from_environment
 from lit_rl.rewards.base import Reward, RewardError
 from lit_rl.rewards.breaker import Breaker, ServerDown
 from lit_rl.rewards.wire import CONTENT_TYPE, WireError, decode_answer, encode_batch
@@ -99,14 +99,15 @@ class HTTPReward(Reward):
     # -- the trainer's side
 
     def setup(self, *, rank: int, world_size: int, device: str) -> None:
-        """Pick this rank's servers and wait until they are ready. Raises ConfigError naming the one that does not answer."""
+        """Pick this rank's servers and wait until they are ready. Raises ConfigError naming one that does not, or lacks `outputs`."""
         if self.given_urls is None:
             self.urls = parse_urls(urls_from_environment(world_size))
         self.own = servers_of_rank(self.urls, rank=rank, world_size=world_size, mapping=self.mapping)
         if world_size > 1 and len(self.urls) not in (1, world_size):
             log.info("rank %d of %d asks %s of the %d reward servers", rank, world_size, self.own, len(self.urls))
         for url in self.own:
-            check_health(url, headers=self._headers(), patience_s=self.deadline_s)
+            health = check_health(url, headers=self._headers(), patience_s=self.deadline_s)
+            check_outputs(url, list(self.fields.values()), health)
 
     def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
         """As `score_async`, from code without a loop: connects, scores, disconnects."""

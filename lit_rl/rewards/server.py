@@ -162,7 +162,9 @@ async def _load(args: argparse.Namespace, app: RewardApp, stop: asyncio.Event) -
     if (error := loaded.exception()) is not None:
         print(f"The scorers {', '.join(args.scorers)} could not be loaded: {error}", file=sys.stderr)
         return False
-    app.batcher.start(partial(scorers.score_images, loaded.result()))
+    rewards = loaded.result()
+    app.outputs = [name for reward in rewards for name in reward.outputs] if all(reward.outputs for reward in rewards) else None
+    app.batcher.start(partial(scorers.score_images, rewards))
     return True
 
 

@@ -13,7 +13,7 @@ import torch
 from fault_proxy import Fault, FaultProxy, RedServer, red_images
 
 from lit_rl.errors import ConfigError
-from lit_rl.rewards.addresses import check_health, parse_urls, servers_of_rank, urls_from_environment
+from lit_rl.rewards.addresses import check_health, check_outputs, parse_urls, servers_of_rank, urls_from_environment
 from lit_rl.rewards.base import RewardError
 from lit_rl.rewards.breaker import Breaker, ServerDown
 from lit_rl.rewards.client import HTTPReward
@@ -126,6 +126,11 @@ def test_setup_accepts_a_server_without_health_and_waits_for_one_that_is_loading
         loading.health = [401]
         with pytest.raises(ConfigError, match="status 401"):
             check_health(loading.url, headers={}, patience_s=1.0)
+
+
+@pytest.mark.parametrize("health", [{}, {"outputs": None}, {"outputs": ["ocr_similarity", "vlm_score"]}])
+def test_servers_that_do_not_say_their_scores_pass(health: dict[str, list[str] | None]) -> None:
+    check_outputs("http://a", ["vlm_score"], health)
 
 
 # -- scores

@@ -17,6 +17,8 @@ import aiohttp
 import numpy as np
 import pytest
 
+from lit_rl.errors import ConfigError
+from lit_rl.rewards.client import HTTPReward
 from lit_rl.rewards.server import bind, check_arguments, parser
 from lit_rl.rewards.wire import encode_batch
 
@@ -81,6 +83,17 @@ def test_sigterm_drains_and_ends_with_code_0(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.read().startswith(f"Reward server ready at {url} (scorers: slow_reward.SlowReward")
         assert not ready.exists()
+
+
+def test_a_score_that_the_server_does_not_give_is_found_at_the_start_of_the_run(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    with running("--scorers", "pseudo,jpeg", "--ready-file", str(ready)):
+        until(ready.exists)
+        HTTPReward(ready.read_text(), outputs={"size": "jpeg_size"}).setup(rank=0, world_size=1, device="cpu")
+        with pytest.raises(
+            ConfigError, match=r"gives the scores pseudo, jpeg_size, not jpg_size; did you mean 'jpeg_size'\? Set HTTPReward's"
+        ):
+            HTTPReward(ready.read_text(), outputs=["pseudo", "jpg_size"]).setup(rank=0, world_size=1, device="cpu")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
