@@ -1,24 +1,25 @@
-"""The contract between a method and a model family."""
+"""The contracts between a method and a model family."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lit_rl.errors import ConfigError
 from lit_rl.types import Cond, Info
 
 
-class FlowPolicy(nn.Module, ABC):
-    """A flow-matching image model as reinforcement learning sees it.
+class Policy(nn.Module, ABC):
+    """A model as training, callbacks and strategies see it.
 
     The constructor only checks its arguments (a missing folder is an error there, before any model is read); `load` reads the weights.
-    Only the trained network is a registered submodule, so that strategies wrap, shard and save just that; text encoders and the
-    VAE are held out of `nn.Module`'s sight and moved by the policy itself.
+    Only the trained network is a registered submodule, so that strategies wrap, shard and save just that; frozen parts are held out of
+    `nn.Module`'s sight and moved by the policy itself.
     """
 
     network: nn.Module
@@ -35,6 +36,45 @@ class FlowPolicy(nn.Module, ABC):
     @abstractmethod
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         """The repeated blocks of one of `networks()`, in order: what FSDP2 shards and `torch.compile` compiles one by one."""
+
+    @abstractmethod
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside it the initial weights answer: LoRA disabled, or the frozen copy of a full fine-tune."""
+
+    def check_reference(self, *, after_warmup: bool) -> None:
+        """Raise ConfigError if `reference()` would have no weights to answer with, or, after a warm-up, those from before it."""
+
+    def refresh_reference(self) -> None:
+        """Called once after a supervised warm-up: a frozen copy becomes equal to the current weights."""
+
+    @abstractmethod
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write what the stock library loads: a LoRA folder, or the whole model (`from_pretrained`).
+
+        weights: full, unsharded trainable tensors by their name in `self.named_parameters()`.
+        """
+
+    def check_format(self, format: str) -> None:
+        """Raise ConfigError if `save` does not take this `format` beside its own: those of a style adapter are the only ones."""
+        raise ConfigError(
+            f"Export format={format} is one of a style adapter's file, and {type(self).__name__} trains none here: leave it out"
+        )
+
+    def checkpoint_keys(self) -> set[str]:
+        """Names in `state_dict()` of what a checkpoint must hold: all but the frozen weights that `load` reads again."""
+        return set(self.state_dict())
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that training changes."""
+        return ((n, p) for n, p in self.named_parameters() if p.requires_grad)
+
+
+class FlowPolicy(Policy):
+    """A flow-matching image model."""
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Cond:
@@ -68,31 +108,31 @@ class FlowPolicy(nn.Module, ABC):
     def sigmas(self, num_steps: int) -> Tensor:
         """The diffusers pipeline's own schedule, Float64 "N+1", from 1 to 0."""
 
+
+Message = Mapping[str, str]
+"""{"role": "system" | "user" | "assistant" | ..., "content": text}."""
+
+
+class TokenPolicy(Policy):
+    """A causal language model. The log-probability of a token is read at the place before it: action s chooses token s + 1."""
+
+    stop_ids: Sequence[int]
+    """Tokens that end an answer (end of text, end of turn); the first one is what a supervised answer is ended with."""
+
     @abstractmethod
-    def reference(self) -> AbstractContextManager[None]:
-        """Inside it the initial weights answer: LoRA disabled, or the frozen copy of a full fine-tune."""
-
-    def check_reference(self, *, after_warmup: bool) -> None:
-        """Raise ConfigError if `reference()` would have no weights to answer with, or, after a warm-up, those from before it."""
-
-    def refresh_reference(self) -> None:
-        """Called once after a supervised warm-up: a frozen copy becomes equal to the current weights."""
+    def encode(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Token ids of a prompt, ready for an answer: a conversation through the chat template, a string as it is."""
 
     @abstractmethod
-    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write what stock diffusers loads: a LoRA folder (`pipe.load_lora_weights`), or the whole pipeline (`from_pretrained`).
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
 
-        weights: full, unsharded trainable tensors by their name in `self.named_parameters()`.
+    @abstractmethod
+    def logprobs(
+        self, tokens: Tensor, lengths: Tensor, mask: Tensor, *, temperature: float = 1.0, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """log p(tokens[:, s + 1] | tokens[:, : s + 1]) Float32 "B S" where `mask` is True, 0 elsewhere, and the entropies if asked for.
+
+        tokens: Int "B S+1", padded on the right with anything; lengths: Int "B", tokens of each row; mask: Bool "B S". Logits are
+        divided by `temperature` and computed at the masked places only, a chunk of tokens at a time.
         """
-
-    def checkpoint_keys(self) -> set[str]:
-        """Names in `state_dict()` of what a checkpoint must hold: all but the frozen weights that `load` reads again."""
-        return set(self.state_dict())
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that training changes."""
-        return ((n, p) for n, p in self.named_parameters() if p.requires_grad)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -15,25 +14,14 @@ from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import FlowPolicy
-from lit_rl.policies.lora import (
-    TRAINED,
-    LoraSettings,
-    add_frozen_copy,
-    add_lora,
-    copy_adapter,
-    disabled_adapters,
-    load_adapter,
-    save_adapter,
-    using_adapter,
-)
+from lit_rl.policies.lora import LoraSettings, load_adapter, save_adapter
 from lit_rl.policies.pretrained import check_index, check_pretrained, check_resolution, component_config, vae_factor
-from lit_rl.policies.shards import copy_weights, reshard
+from lit_rl.policies.trained import TrainedPolicy
 from lit_rl.samplers.schedules import flux_mu
 from lit_rl.types import Cond, Info
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-REFERENCE = "reference"
 POLICIES = {
     "StableDiffusion3Pipeline": "lit_rl.policies.sd3.SD3Policy",
     "FluxPipeline": "lit_rl.policies.flux.FluxPolicy",
@@ -41,7 +29,7 @@ POLICIES = {
 }
 
 
-class DiffusersFlowPolicy(FlowPolicy):
+class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
     """A diffusers text-to-image pipeline whose transformer predicts a velocity.
 
     Args:
@@ -49,9 +37,7 @@ class DiffusersFlowPolicy(FlowPolicy):
         resolution: Side of the images in pixels, or (height, width).
         guidance_scale: Weight of guidance, as the pipeline understands it.
         max_sequence_length: Tokens of the T5 encoder; 0 only for a pipeline without one.
-        lora: Train low-rank adapters; None trains every weight of the network, which is then kept in float32.
-        keep_reference: Keep a frozen copy that `reference()` answers with and `refresh_reference()` overwrites: of the whole network in a
-            full fine-tune, of the adapter with LoRA (whose reference is the base network otherwise).
+        lora, keep_reference: See `TrainedPolicy`.
         gradient_checkpointing: Recompute each block in the backward pass.
         compile: `torch.compile` each block; pays on a GPU only.
         dtype: Of the frozen weights: text encoders, and with LoRA the base network. Adapters are float32 always.
@@ -88,7 +74,7 @@ class DiffusersFlowPolicy(FlowPolicy):
         revision: str | None = None,
         variant: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(lora=lora, keep_reference=keep_reference)
         if guidance_scale < 0:
             raise ConfigError(f"guidance_scale: must not be negative, got {guidance_scale}; 1 is no guidance")
         if not 0 <= max_sequence_length <= 512:
@@ -102,8 +88,6 @@ class DiffusersFlowPolicy(FlowPolicy):
         self.pretrained = pretrained
         self.guidance_scale = guidance_scale
         self.max_sequence_length = max_sequence_length
-        self.lora = lora
-        self.keep_reference = keep_reference
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_blocks = compile
         self.dtype: torch.dtype = getattr(torch, dtype)
@@ -113,8 +97,6 @@ class DiffusersFlowPolicy(FlowPolicy):
         self.vae_slice = vae_slice
         self.cache_prompts = cache_prompts
         self.source = {"revision": revision, "variant": variant}
-        self.reference_network: nn.Module | None = None
-        self._reference_answers = False
         self._encoded: OrderedDict[str, Cond] = OrderedDict()
 
     # ------------------------------------------------------------------ what a family says
@@ -135,11 +117,6 @@ class DiffusersFlowPolicy(FlowPolicy):
     def unpack(self, x: Tensor) -> Tensor:
         """The inverse of `pack`."""
 
-    @property
-    def full(self) -> bool:
-        """Whether every weight of the network is trained."""
-        return self.lora is None
-
     # ------------------------------------------------------------------ loading
     def load(self) -> None:
         """Read the weights (on the CPU). Call it outside of any context that re-places new modules, such as `deepspeed.zero.Init`."""
@@ -149,17 +126,11 @@ class DiffusersFlowPolicy(FlowPolicy):
         self._pipe: Any = pipe  # no nn.Module, so that nobody shards, moves or saves what is frozen in it
         check_resolution(self.resolution, cell=self.vae_factor * self.tokens_side(pipe.transformer.config))
         self._network_class = type(pipe.transformer)
-        self.network = pipe.transformer
-        if self.lora:
-            add_lora(self.network, self.lora, targets=self.lora.targets or self.lora_targets, seed=torch.initial_seed())
-            if self.lora.initial:
-                load_adapter(self.network, self.lora.initial, self.lora, pipeline=type(pipe))
-            if self.keep_reference:
-                add_frozen_copy(self.network, REFERENCE)
-        else:
-            self.network.requires_grad_(True)
-            if self.keep_reference and self.full:
-                self.reference_network = copy.deepcopy(self.network).requires_grad_(False)
+        self.adopt(
+            pipe.transformer,
+            targets=self.lora_targets,
+            load_initial=lambda lora: load_adapter(self.network, str(lora.initial), lora, pipeline=type(pipe)),
+        )
         for network in self.networks():
             if self.gradient_checkpointing:
                 network.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -225,49 +196,6 @@ class DiffusersFlowPolicy(FlowPolicy):
         return scheduler.sigmas.double()
 
     # ------------------------------------------------------------------ networks
-    def networks(self) -> list[nn.Module]:
-        """The trained network, and the frozen copy of it where one is kept: each is sharded on its own."""
-        return [self.network] if self.reference_network is None else [self.network, self.reference_network]
-
-    def answering(self) -> nn.Module:
-        """The network that `velocity` asks at the moment."""
-        return self.reference_network if self._reference_answers and self.reference_network is not None else self.network
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        if self.lora:
-            with using_adapter(self.network, REFERENCE) if self.keep_reference else disabled_adapters(self.network):
-                yield
-            return
-        before, self._reference_answers = self._reference_answers, True
-        try:
-            yield
-        finally:
-            self._reference_answers = before
-
-    def check_reference(self, *, after_warmup: bool) -> None:
-        if not self.lora and not self.keep_reference:
-            raise ConfigError("a full fine-tune has no reference weights: set model.policy.keep_reference to true, or model.kl_coef to 0")
-        if after_warmup and not self.keep_reference:
-            raise ConfigError(
-                "LoRA's reference is the base from before the warm-up: set model.policy.keep_reference to true, or model.kl_coef to 0"
-            )
-
-    def refresh_reference(self) -> None:
-        """The kept copy <- the current weights, e.g. when a warm-up ends; nothing where no copy is kept."""
-        if not self.keep_reference:
-            return
-        if self.lora:
-            reshard(self.network)
-            copy_adapter(self.network, source=TRAINED, target=REFERENCE)
-        elif self.reference_network is not None:
-            copy_weights(self.network, self.reference_network)
-
-    def checkpoint_keys(self) -> set[str]:
-        """Everything in a full fine-tune, its reference included; with LoRA all adapters, trained or not, without the base network."""
-        keys = super().checkpoint_keys()
-        return {key for key in keys if ".lora_" in key} if self.lora else keys
-
     def compute_dtype(self, *tensors: Tensor) -> list[Tensor]:
         """The inputs in the network's own precision, or as they are where autocast chooses."""
         if torch.is_autocast_enabled(self.device.type):
