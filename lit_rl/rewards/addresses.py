@@ -67,6 +67,7 @@ def servers_of_rank(urls: Sequence[str], *, rank: int, world_size: int, mapping:
 
 def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> Mapping[str, Any]:
     """What the server at `url` says of itself once it has loaded; {} without `/health`. Raises ConfigError when nobody answers."""
+    import http.client
     import urllib.error
     import urllib.request
 
@@ -78,6 +79,8 @@ def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> 
                 status, body = response.status, response.read(1 << 20)
         except urllib.error.HTTPError as error:
             status = error.code
+        except http.client.HTTPException as error:
+            raise ConfigError(f"what listens at {url} does not speak HTTP ({type(error).__name__}); correct `urls`") from error
         except OSError as error:
             port = re.search(r":(\d+)(/|$)", url)
             raise ConfigError(
@@ -108,11 +111,10 @@ def check_outputs(url: str, wanted: Sequence[str], health: Mapping[str, Any]) ->
     Older servers do not say: scoring a test image at every start would cost a VLM seconds, so theirs are compared at the first scoring.
     """
     known = health.get("outputs")
-    missing = [name for name in wanted if name not in known] if isinstance(known, list) else []
-    if missing:
+    if isinstance(known, list) and (missing := [name for name in wanted if name not in known]):
         near = [match for name in missing for match in difflib.get_close_matches(name, known, n=1)]
         meant = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"reward server {url} gives the scores {', '.join(known)}, not {', '.join(missing)}{meant or '.'} Set HTTPReward's `outputs` to "
-            "scores that it gives, or start it with the scorers that give them (--scorers)"
+            f"reward server {url} gives the scores {', '.join(known)}, not {', '.join(missing)}{meant or '.'} "
+            "Set HTTPReward's `outputs` to scores that it gives, or start it with the scorers that give them (--scorers)"
         )

@@ -5,6 +5,8 @@ import json
 import math
 import pickle
 import random
+import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -126,6 +128,20 @@ def test_setup_accepts_a_server_without_health_and_waits_for_one_that_is_loading
         loading.health = [401]
         with pytest.raises(ConfigError, match="status 401"):
             check_health(loading.url, headers={}, patience_s=1.0)
+
+
+def test_what_is_no_web_server_is_told_so() -> None:
+    """An SSH daemon speaks first."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def speak() -> None:
+            with listener.accept()[0] as line:
+                line.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+                line.recv(1000)
+
+        threading.Thread(target=speak, daemon=True).start()
+        with pytest.raises(ConfigError, match="does not speak HTTP"):
+            check_health(f"http://127.0.0.1:{listener.getsockname()[1]}", headers={}, patience_s=1.0)
 
 
 @pytest.mark.parametrize("health", [{}, {"outputs": None}, {"outputs": ["ocr_similarity", "vlm_score"]}])
