@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -11,59 +12,100 @@ from torch import Tensor
 
 from callbacks.ema import EMA
 from callbacks.graceful_stop import GracefulStop
+from lit_rl.checkpoints.ip_adapter import Format
 from lit_rl.errors import ConfigError
 from lit_rl.policies.shards import gathered
 
+FOLDERS = {"iteration": "iteration-{iteration}", "checkpoint": "checkpoint-{step}"}
+
 
 class Export(L.Callback):
-    """`<dirpath>/iteration-<n>` after n rollouts, as the policy's `save` writes it: what stock diffusers takes.
+    """Folders in `dirpath` with the weights as the policy's `save` writes them: what stock diffusers takes, or `ip-adapter.bin`.
 
     A folder appears whole or not at all. Weights are gathered one tensor at a time on all processes; the first one keeps and writes them.
+    The end of training is always exported. For live and averaged weights both, list two of them with a `dirpath` each.
 
     Args:
         dirpath: Folder of the exported folders.
-        every_n_epochs: Iterations between two exports (the warm-up counts as one); the end of training is always exported.
+        at: Export after an "iteration", or with every "checkpoint" that is written (but one that GracefulStop writes in haste).
+        every_n_epochs: Iterations between two exports (the warm-up counts as one).
+        folder: Name of an exported folder, with {iteration} (finished rollouts) and {step} (optimizer steps) in it; by default
+            iteration-{iteration}, or checkpoint-{step} at checkpoints.
         weights: What training holds ("live") or the average of `callbacks.ema.EMA` ("ema").
+        format: Of the style adapter's file: standard {image_proj, ip_adapter [, image_proj_qformer]}, legacy {image_proj_mlp,
+            attn_adapter}, or released, which has the Q-Former too. None is standard, and the only one for policies without an adapter.
         keep: Exports that are kept, the newest ones; None = all.
     """
 
-    def __init__(self, dirpath: str, *, every_n_epochs: int = 1, weights: Literal["live", "ema"] = "live", keep: int | None = 3) -> None:
+    def __init__(
+        self,
+        dirpath: str,
+        *,
+        at: Literal["iteration", "checkpoint"] = "iteration",
+        every_n_epochs: int = 1,
+        folder: str | None = None,
+        weights: Literal["live", "ema"] = "live",
+        format: Format | None = None,
+        keep: int | None = 3,
+    ) -> None:
         if every_n_epochs < 1 or (keep is not None and keep < 1):
             raise ConfigError(f"Export every_n_epochs={every_n_epochs} and keep={keep} must be at least 1 (keep: or null for all)")
+        if at == "checkpoint" and every_n_epochs != 1:
+            raise ConfigError(
+                f"Export at=checkpoint writes when ModelCheckpoint does, every_n_epochs={every_n_epochs} has no part in it: "
+                "leave it out here and set it there, or set at: iteration"
+            )
         self.dirpath = Path(dirpath)
+        self.at = at
         self.every_n_epochs = every_n_epochs
+        self.folder = FOLDERS[at] if folder is None else folder
         self.weights = weights
+        self.format: Format | None = format
         self.keep = keep
+        self._check_folder()
         self._exported = -1
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if self.weights == "ema" and self._ema(trainer) is None:
             raise ConfigError("Export weights=ema needs callbacks.ema.EMA in trainer.callbacks; or set weights=live")
+        exports = [c for c in trainer.callbacks if isinstance(c, Export)]  # type: ignore[attr-defined]
+        if any(c is not self and (c.dirpath, c.folder) == (self.dirpath, self.folder) for c in exports):
+            raise ConfigError(f"two Exports write {self.dirpath / self.folder}: give one of them another dirpath or folder")
 
+    def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
+        if self.format:
+            module.policy.check_format(self.format)
+
+    # ------------------------------------------------------------------ when
     def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        if self.at == "iteration" and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self.export(trainer, module, iteration=module.iteration + 1)
 
-    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
-        if any(isinstance(c, GracefulStop) and c.leaving for c in trainer.callbacks):  # type: ignore[attr-defined]
-            return  # time may be short, and the checkpoint is what counts
-        if self._exported != module.iteration:  # the epoch counter has moved on
-            self.export(trainer, module, iteration=module.iteration)
+    def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        """All processes come through here, once for each file of ModelCheckpoint: the weights of one step are exported once."""
+        if self.at == "checkpoint" and trainer.state.fn == "fit" and self._exported != trainer.global_step and not self._in_haste(trainer):
+            ended = module.minibatches_done() >= module.minibatches_per_epoch()
+            self.export(trainer, module, iteration=max(0, module.iteration + ended))
 
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        if self._exported != trainer.global_step and not self._in_haste(trainer):
+            self.export(trainer, module, iteration=module.iteration)  # the epoch counter has moved on
+
+    # ------------------------------------------------------------------ what
     def export(self, trainer: L.Trainer, module: Any, *, iteration: int) -> None:
-        """Write `iteration-<iteration>`. Collective."""
+        """Write the folder of this iteration and of the step that has been reached. Collective."""
         tensors = self._gather(trainer, module)
         if trainer.is_global_zero:
-            target = self.dirpath / f"iteration-{iteration}"
+            target = self.dirpath / self.folder.format(iteration=iteration, step=trainer.global_step)
             temporary = self.dirpath / f".{target.name}.tmp"
             for leftover in (temporary, target):
                 shutil.rmtree(leftover, ignore_errors=True)
             temporary.mkdir(parents=True)
-            module.policy.save(temporary, tensors)
+            module.policy.save(temporary, tensors, **({"format": self.format} if self.format else {}))
             temporary.rename(target)
             trainer.print(f"exported {self.weights} weights to {target}")
             self._forget_old()
-        self._exported = iteration
+        self._exported = trainer.global_step
         trainer.strategy.barrier("export")
 
     def _gather(self, trainer: L.Trainer, module: Any) -> dict[str, Tensor]:
@@ -77,7 +119,23 @@ class Export(L.Callback):
     def _ema(self, trainer: L.Trainer) -> EMA | None:
         return next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
 
+    def _in_haste(self, trainer: L.Trainer) -> bool:
+        """Time may be short, and the checkpoint is what counts."""
+        return any(isinstance(c, GracefulStop) and c.leaving for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------ folders
+    def _check_folder(self) -> None:
+        fields = re.findall(r"{(\w*)}", self.folder)
+        own = "step" if self.at == "checkpoint" else "iteration"  # one iteration may have several checkpoints
+        if not {own, "step"} & set(fields) or set(fields) - {"iteration", "step"} or "/" in self.folder or self.folder.startswith("."):
+            raise ConfigError(
+                f"Export folder={self.folder!r} must be a name with {{{own}}} in it, for which the number comes: {FOLDERS[self.at]!r}; "
+                "placeholders are {iteration} and {step}"
+            )
+
     def _forget_old(self) -> None:
-        folders = sorted(self.dirpath.glob("iteration-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+        pattern = re.escape(self.folder).replace(r"\{iteration\}", r"(\d+)").replace(r"\{step\}", r"(\d+)")
+        found = [(match, folder) for folder in self.dirpath.iterdir() if (match := re.fullmatch(pattern, folder.name))]
+        folders = [folder for match, folder in sorted(found, key=lambda pair: [int(n) for n in pair[0].groups()])]
         for folder in folders[: -self.keep] if self.keep else []:
             shutil.rmtree(folder)

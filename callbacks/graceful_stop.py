@@ -104,6 +104,7 @@ class GracefulStop(L.Callback):
         return trainer.strategy.reduce_boolean_decision(bool(self._asked_by), all=False)
 
     def _save_and_leave(self, trainer: L.Trainer) -> None:
+        self.leaving = True
         path = self._checkpoint_path(trainer)
         if trainer.is_global_zero and path.is_symlink():
             path.unlink()  # save_last="link": not the file that it points to

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_rl.checkpoints.ip_adapter import read_ip_adapter, write_ip_adapter
+from lit_rl.checkpoints.ip_adapter import Format, Weights, read_ip_adapter, write_ip_adapter
 from lit_rl.errors import ConfigError
 from lit_rl.policies.flux import FluxPolicy
 from lit_rl.policies.ip_adapter import (
@@ -120,6 +120,7 @@ class FluxFillPolicy(FluxPolicy):
                 add_frozen_style(self.network)
 
     def _read_pipeline(self) -> Any:
+        initial = read_ip_adapter(self.style.initial) if self.style and self.style.initial else None  # errors before minutes of reading
         pipe = super()._read_pipeline()
         channels, have = 4 * (2 * pipe.vae.config.latent_channels + self._factor(pipe) ** 2), pipe.transformer.config.in_channels
         if have != channels:
@@ -127,16 +128,15 @@ class FluxFillPolicy(FluxPolicy):
                 f"pretrained: {self.pretrained!r} has a transformer of {have} channels in; with its VAE, Fill needs {channels}"
             )
         if self.style:
-            self._add_style(pipe, self.style)
+            self._add_style(pipe, self.style, initial)
         return pipe
 
-    def _add_style(self, pipe: Any, style: StyleSettings) -> None:
+    def _add_style(self, pipe: Any, style: StyleSettings, weights: Weights | None) -> None:
         from transformers import SiglipVisionModel
 
         # An attribute, not a component: it is woken with the other frozen parts and not saved.
         pipe.style_encoder = SiglipVisionModel.from_pretrained(style.encoder, dtype=self.dtype).requires_grad_(False).eval()
         features, width = pipe.style_encoder.config.hidden_size, pipe.transformer.config.joint_attention_dim
-        weights = read_ip_adapter(style.initial) if style.initial else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch.initial_seed())
             projection = ImageProjection.like(weights, heads=style.heads) if weights else _new_projection(style, features, width)
@@ -260,14 +260,22 @@ class FluxFillPolicy(FluxPolicy):
         adapter = {f"network.{name}" for name in adapter_names(self.network)} | {key for key in self.state_dict() if FROZEN in key}
         return adapter | (super().checkpoint_keys() if self.lora else set())
 
-    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """`ip-adapter.bin` in standard keys, beside what `FluxPolicy` writes: LoRA, or the whole pipeline (without the adapter)."""
+    def check_format(self, format: str) -> None:
+        if self.style is None:
+            super().check_format(format)
+        network: Any = self.network
+        if format == "legacy" and network.image_proj.qformer is not None:
+            raise ConfigError("Export format=legacy has no place for the Q-Former of this adapter: set it to released or standard")
+
+    def save(self, folder: Path, weights: dict[str, Tensor], *, format: Format = "standard") -> None:
+        """`ip-adapter.bin` in the keys of `format`, beside what `FluxPolicy` writes: LoRA, or the whole pipeline (without the adapter)."""
         names = {f"network.{name}": filed for name, filed in adapter_names(self.network).items()} if self.style else {}
         rest = {name: tensor for name, tensor in weights.items() if name not in names}
         if rest:
             super().save(folder, rest)
         if names:
-            write_ip_adapter(folder / ADAPTER_FILE, to_sections({names[n]: tensor for n, tensor in weights.items() if n in names}))
+            sections = to_sections({names[n]: tensor for n, tensor in weights.items() if n in names})
+            write_ip_adapter(folder / ADAPTER_FILE, sections, format=format)
 
 
 def strip(reference: Tensor, height: int, width: int) -> Tensor:
