@@ -128,13 +128,64 @@ def test_mistakes_get_one_sentence(cli: Any, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_mistakes_in_a_file_are_named_with_line_and_remedy(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for key, value, message in (("grop_size", 4, "did you mean 'group_size'?"), ("group_size", "four", "Expected a int. Got value: four")):
+    for key, value, message in (
+        ("grop_size", 4, "did you mean 'group_size'?"),
+        ("group_size", "four", "group_size is 'four'; expected a whole number"),
+    ):
         with pytest.raises(SystemExit):
             cli("fit", toy_config(tmp_path, **{key: value}))
         lines = (tmp_path / "run.yaml").read_text().splitlines()
         number = next(i for i, line in enumerate(lines, start=1) if line.strip() == f"{key}: {value}")
         error = capsys.readouterr().err
         assert f"run.yaml:{number}: " in error and message in error
+
+
+def changed(text: str, old: str, new: str) -> tuple[str, int]:
+    """The text with one thing replaced, and the number of the line where that is."""
+    assert text.count(old) == 1
+    return text.replace(old, new), text[: text.index(old)].count("\n") + 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "down", "message"),
+    [
+        ("group_size: 4", "group_size: [4", 1, "this is not YAML: expected ',' or ']', but got ':' (while parsing a flow sequence"),
+        ("group_size: 4", "group_size 4", 1, "this is not YAML: could not find expected ':'"),
+        ("  class_path: lit_rl.methods", "\tclass_path: lit_rl.methods", 0, "this is not YAML: found character '\\t'"),
+        ("lr: 0.01", "lr: fast", 0, "lr is 'fast'; expected a number"),
+        ("lr: 0.01", "lr: 0.01\n    warmup_lr: fast", 1, "warmup_lr is 'fast'; expected a number or null"),
+        ("max_epochs: 2", "max_epochs: 2\n  precision: bf16-mixd", 1, "did you mean bf16-mixed?"),
+        ("trainer:", "trianer:", 0, "did you mean 'trainer'?"),
+        (
+            "torch.optim.AdamW",
+            "torch.optim.AdmW",
+            0,
+            "there is no class torch.optim.AdmW: torch.optim has no AdmW; did you mean torch.optim.AdamW?",
+        ),
+        (
+            ".flow_grpo.FlowGRPO",
+            ".flow_gpro.FlowGRP",
+            0,
+            "no module lit_rl.methods.flow_gpro; did you mean lit_rl.methods.flow_grpo.FlowGRPO?",
+        ),
+        ("toy.ToyData", "toy.ToyDate", 0, "toy has no ToyDate; did you mean toy.ToyData?"),
+        ("class_path: toy.Brightness", "class_path: toy.Britness", 0, "toy has no Britness; did you mean toy.Brightness?"),
+        ("toy.ToyPolicy", "no_such_package.Policy", 0, "there is no class no_such_package.Policy: no module no_such_package"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_sentence_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, old: str, new: str, down: int, message: str
+) -> None:
+    from lit_rl.lightning_cli import CLI
+
+    text, line = changed(yaml.safe_dump(toy_config(tmp_path)), old, new)
+    (tmp_path / "run.yaml").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["cli.py", "fit", "--config", str(tmp_path / "run.yaml")])
+    with pytest.raises(SystemExit) as done:
+        CLI()
+    assert done.value.code == 2
+    error = capsys.readouterr().err
+    assert f"error: {tmp_path}/run.yaml:{line + down}: " in error and message in error and "Traceback" not in error
 
 
 def test_unreachable_server_is_named_before_the_model_is_loaded(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
