@@ -1,0 +1,141 @@
+"""Prompts whose images are read when somebody asks for them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_rl.errors import ConfigError
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+Box = tuple[int, int, int, int]
+"""(left, top, right, bottom) in pixels, right and bottom outside, as Pillow has it."""
+Reader = partial[Tensor]
+"""Reads one image; equal `func` and `args` give the same pixels. `keywords` only serve the error message."""
+
+
+class ImageCache:
+    """The images last asked for, as many as fit in `limit` bytes, and at least one. Threads may share it."""
+
+    def __init__(self, limit: int = 256 << 20) -> None:
+        self.limit = limit
+        self.held: OrderedDict[Any, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, reader: Reader) -> Tensor:
+        key = reader.func, reader.args
+        with self._lock:
+            if key in self.held:
+                self.held.move_to_end(key)
+                return self.held[key]
+        image = reader()  # outside the lock: another thread may wait for something that is held
+        with self._lock:
+            self.held[key] = image
+            while len(self.held) > 1 and sum(kept.nbytes for kept in self.held.values()) > self.limit:
+                self.held.popitem(last=False)
+        return image
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ImageCache, (self.limit,)  # a lock does not travel to another process, and images need not
+
+
+class LazyRow(Mapping[str, Any]):
+    """A read-only prompt: plain `values`, and `images` that are read on access. Equal only to itself, as policies condition by identity.
+
+    `LazyRow(mapping)` holds what the mapping holds: Lightning rebuilds the mappings of a batch so under some precisions.
+    """
+
+    def __init__(self, values: Mapping[str, Any], images: Mapping[str, Reader] | None = None, cache: ImageCache | None = None) -> None:
+        self._values, self._images = dict(values), dict(images or {})
+        self._cache = cache or ImageCache()
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key] if key in self._values else self._cache.read(self._images[key])
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values or key in self._images
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._values
+        yield from self._images
+
+    def __len__(self) -> int:
+        return len(self._values) + len(self._images)
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"LazyRow({self._values}, images={list(self._images)})"
+
+    def but(self, **values: Any) -> LazyRow:
+        """Another row with these values beside the same images."""
+        return LazyRow(self._values | values, self._images, self._cache)
+
+
+def read_picture(path: Path, size: Size | None, box: Box | None, longest: int | None, *, where: str) -> Tensor:
+    """An image file -> RGB uint8 "3 H W", turned upright as its EXIF says, transparency over white.
+
+    box: cut this out first. size: then stretch to it. longest: or scale down to so many pixels of the longer side.
+    """
+    from PIL import Image
+
+    with _opened(path, where) as image:
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        image = image.convert("RGB")
+        if box is not None:
+            image = image.crop(box)
+        if size is not None and image.size != size[::-1]:
+            image = image.resize(size[::-1], Image.Resampling.BICUBIC)
+        if longest is not None:
+            image.thumbnail((longest, longest))
+        return _pixels(image).permute(2, 0, 1).contiguous()
+
+
+def read_mask(path: Path, size: Size, *, where: str) -> Tensor:
+    """A mask file -> uint8 "H W": 255 wherever it is not black, 0 elsewhere; resized to the nearest pixel."""
+    from PIL import Image
+
+    with _opened(path, where) as image:
+        grey = image.convert("L").resize(size[::-1], Image.Resampling.NEAREST)
+        return (_pixels(grey) > 0).to(torch.uint8) * 255
+
+
+def size_of(image: Any) -> Size:
+    """(height, width) of an open Pillow image as it is looked at. Reads no more than its header."""
+    width, height = image.size
+    return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+def _orientation(image: Any) -> int:
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode the whole file to look behind the pixels
+    return int(image.getexif().get(0x0112, 1))
+
+
+def _opened(path: Path, where: str) -> Any:
+    """The decoded image, upright."""
+    from PIL import Image, ImageOps
+
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's words for a broken file
+        raise ConfigError(f"{where}: {path} cannot be read ({error}); write the image again or take the item out") from error
+    return ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
+
+
+def _pixels(image: Any) -> Tensor:
+    import numpy as np
+
+    return torch.from_numpy(np.array(image))
