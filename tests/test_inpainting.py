@@ -211,7 +211,7 @@ def test_splits_of_one_file_and_of_two(folder: Path) -> None:
     assert ids(data(one, max_train=1, max_val=1)) == ["a", "b", ""]
     assert ids(data(predict=one)) == ["", "", "abcd"]
     with pytest.raises(ConfigError, match="all 1 items have split val or test"):
-        data(write(folder, item(split="val")))
+        data(write(folder, item(split="val"), name="v.json"))
     with pytest.raises(ConfigError, match="nothing is left to evaluate"):
         data(one, write(folder, item(split="train"), name="t.json"))
 
