@@ -96,7 +96,7 @@ def innermost(message: str, argv: Sequence[str]) -> str:
         sentence,
     )
     if key is None:
-        return _at(sentence.split(":")[0], sentence, argv)
+        return _at(re.split(r"[:=]", sentence)[0], sentence, argv)  # `key: what is wrong` or `key=value must ...`
     parts, known = next(part for part in key.groups() if part).split("."), known_keys(argv)
     wrong = next((part for part in parts if part not in known), parts[-1])
     near = difflib.get_close_matches(wrong, known - {wrong}, n=1, cutoff=0.6)

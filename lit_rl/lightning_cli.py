@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+import time
 import warnings
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks.graceful_stop import GracefulStop
 from callbacks.image_writer import ImageWriter
 from callbacks.rng_state import RngState
-from lit_rl.checkpoints.files import AtomicCheckpointIO, resolve_checkpoint
+from lit_rl.checkpoints.files import AtomicCheckpointIO, check_unused, resolve_checkpoint
 from lit_rl.cli_errors import explain
 from lit_rl.errors import ConfigError
 from lit_rl.module import LitRL
@@ -22,6 +25,8 @@ from lit_rl.rewards.base import RewardError
 # A notice of Lightning's own use of torch, and an advertisement, in every run.
 warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
+
+SECONDS_TO_BE_ENDED = 3.0
 
 
 class Parser(LightningArgumentParser):
@@ -62,11 +67,14 @@ class CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except ValueError as error:
+        except (ValueError, MisconfigurationException) as error:
             self.parser.error(str(error))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except TypeError as error:  # how Lightning refuses `devices: many`
+            raise ConfigError(str(error)) from error
         AtomicCheckpointIO.install(trainer)
         return trainer
 
@@ -74,22 +82,33 @@ class CLI(LightningCLI):
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "predict":
             kwargs["return_predictions"] = False  # ImageWriter has them
-        if kwargs.get("ckpt_path"):
-            folders = [c.dirpath for c in self.trainer.checkpoint_callbacks if c.dirpath]  # type: ignore[attr-defined]
-            try:
+        folders = [c.dirpath for c in self.trainer.checkpoint_callbacks if c.dirpath]  # type: ignore[attr-defined]
+        try:
+            if subcommand == "fit" and not kwargs.get("ckpt_path"):
+                check_unused(folders)
+            elif kwargs.get("ckpt_path"):
                 found = resolve_checkpoint(kwargs["ckpt_path"], folders)
                 if found is None and subcommand != "fit":
                     raise ConfigError(f"--ckpt_path last: there is no checkpoint yet in {', '.join(map(str, folders))}; run fit first")
                 kwargs["ckpt_path"] = found
-            except ConfigError as error:
-                self.parser.error(str(error))
+        except ConfigError as error:
+            self.parser.error(str(error))
         return kwargs
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except ConfigError as error:
+        except (ConfigError, MisconfigurationException) as error:
+            self._speak_once()
             self.parser.error(str(error))
         except RewardError as error:
+            self._speak_once()
             sys.stderr.write(f"error: {error}\n")
             raise SystemExit(1) from error
+
+    def _speak_once(self) -> None:
+        """What stops one process mostly stops all: the first ends those it started, the others wait for that before they repeat it."""
+        if self.trainer.global_rank:
+            time.sleep(SECONDS_TO_BE_ENDED)
+        elif launcher := self.trainer.strategy.launcher:
+            launcher.kill(signal.SIGKILL)

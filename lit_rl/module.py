@@ -284,6 +284,8 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
                 f"model.warmup_batch_size={self.warmup_batch_size} does not divide among {world} processes x "
                 f"trainer.accumulate_grad_batches={accumulate}; use a multiple of {world * accumulate}"
             )
+        if (self.trainer.gradient_clip_val or 0) < 0:  # Lightning takes it for "do not clip"
+            raise ConfigError(f"trainer.gradient_clip_val={self.trainer.gradient_clip_val} must be positive; leave it out to clip nothing")
         if self.trainer.max_steps != -1:
             raise ConfigError(
                 "trainer.max_steps breaks the one-epoch-one-rollout scheme on resume: set trainer.max_epochs "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -111,6 +112,9 @@ def test_one_seed_reaches_method_and_data(cli: Any, tmp_path: Path) -> None:
         (["--model.init_args.prompts_per_iteration", "0"], "model.prompts_per_iteration=0 must be at least 1"),
         (["--trainer.max_steps", "5"], "set trainer.max_epochs"),
         (["--trainer.max_epoch", "5"], "max_epoch"),
+        (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val=-1 must be positive"),
+        (["--trainer.devices", "many"], "`devices` selected with `CPUAccelerator` should be an int > 0"),
+        (["--trainer.accelerator", "mps"], "can not run on your system"),
         (
             ["--model.init_args.policy", "lit_rl.policies.sd3.SD3Policy", "--model.init_args.policy.pretrained", "./no/such"],
             "no such folder",
@@ -218,6 +222,31 @@ def test_a_run_whose_rewards_fail_ends_with_one_sentence(cli: Any, tmp_path: Pat
         cli("fit", config)
     assert done.value.code == 1
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+
+
+def test_a_new_run_does_not_write_among_the_checkpoints_of_another(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli("fit", toy_config(tmp_path))
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "checkpoints").iterdir()}
+    with pytest.raises(SystemExit) as done:
+        cli("fit", toy_config(tmp_path))
+    error = capsys.readouterr().err
+    assert done.value.code == 2 and "holds checkpoints of an earlier run" in error and "continue it with --ckpt_path last" in error
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "checkpoints").iterdir()}
+    assert cli("fit", toy_config(tmp_path), "--ckpt_path", "last", "--trainer.max_epochs", "3").trainer.current_epoch == 3
+
+
+@pytest.mark.slow
+def test_what_stops_all_processes_is_said_once(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, prompts_per_iteration=3)
+    config["trainer"] |= {"devices": 2, "strategy": "ddp"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "cli.py", "fit", "--config", str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: {tmp_path}/run.yaml:14: model.prompts_per_iteration=3 does not divide among 2 processes; use a multiple of 2, e.g. 4"
+    ]
 
 
 def test_options_beat_what_a_checkpoint_was_trained_with(cli: Any, tmp_path: Path) -> None:

@@ -92,6 +92,16 @@ def resolve_checkpoint(path: str, folders: Sequence[str | os.PathLike]) -> str |
     return path
 
 
+def check_unused(folders: Sequence[str | os.PathLike]) -> None:
+    """Raises ConfigError where a new run would write among the checkpoints of another, after which `last` could be either's."""
+    for folder in map(Path, folders):
+        if there := newest_complete(folder):
+            raise ConfigError(
+                f"{folder} holds checkpoints of an earlier run (newest: {there.name}): continue it with --ckpt_path last, or set dirpath "
+                "of ModelCheckpoint in trainer.callbacks to another folder, or move that one away"
+            )
+
+
 def what_is_missing(checkpoint: Path) -> str | None:
     """Why `checkpoint` cannot be whole, or None. Files are zip archives (directory last); folders FSDP2's or DeepSpeed's."""
     if checkpoint.is_file():
