@@ -1,5 +1,6 @@
 """Reading the authors' numbers and holding ours against them."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,12 @@ def load(folder: Path, name: str) -> dict[str, Tensor | str]:
     """One .npz: arrays as tensors, strings as strings."""
     with np.load(folder / f"{name}.npz", allow_pickle=False) as data:
         return {k: str(data[k]) if data[k].dtype.kind == "U" and data[k].ndim == 0 else _value(data[k]) for k in data.files}
+
+
+def load_llm(folder: Path, name: str) -> tuple[dict, dict]:
+    """One .npz of language-model numbers: its arrays, and `meta`, the hyper-parameters of its cases."""
+    data = load(folder / "llm", name)
+    return data, json.loads(data.pop("meta"))
 
 
 def cases(data: dict, pattern: str) -> Iterator[tuple[re.Match, dict]]:
