@@ -1,0 +1,44 @@
+"""Losses of a critic, elementwise, and how well it explains the returns."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lit_rl.losses.masked import COUNT_EPS, masked, masked_mean, masked_var
+
+
+def value_loss(
+    values: Float[Tensor, "*S"], old_values: Float[Tensor, "*S"], returns: Float[Tensor, "*S"], *, clip: float | None
+) -> Float[Tensor, "*S"]:
+    """max((v - R)^2, (clamp(v, v_old - clip, v_old + clip) - R)^2) / 2 (PPO's value clipping). clip None: (v - R)^2 / 2.
+
+    clip: 0.5 in verl and OpenRLHF, 0.2 in slime.
+    """
+    plain = (values - returns) ** 2
+    if clip is None:
+        return 0.5 * plain
+    return 0.5 * torch.maximum(plain, (values.clamp(old_values - clip, old_values + clip) - returns) ** 2)
+
+
+def value_metrics(
+    values: Float[Tensor, "*S"],
+    old_values: Float[Tensor, "*S"],
+    returns: Float[Tensor, "*S"],
+    mask: Bool[Tensor, "*S"],
+    *,
+    clip: float | None,
+) -> dict[str, Float[Tensor, ""]]:
+    """value_clip_fraction: share of tokens whose clipped branch is the larger; value_mean; explained_variance 1 - var(R - v) / var(R)."""
+    values = values.detach()
+    metrics = {"value_mean": masked_mean(values, mask), "explained_variance": explained_variance(values, returns, mask)}
+    if clip is not None:
+        clipped = (values.clamp(old_values - clip, old_values + clip) - returns) ** 2
+        metrics["value_clip_fraction"] = masked_mean((clipped > (values - returns) ** 2).to(values.dtype), mask)
+    return metrics
+
+
+def explained_variance(values: Float[Tensor, "*S"], returns: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]) -> Float[Tensor, ""]:
+    """1 - var(R - v) / var(R): 1 for a perfect critic, 0 for one that says the mean, below 0 for one that misleads."""
+    return 1 - masked_var(masked(returns - values, mask), mask) / (masked_var(returns, mask) + COUNT_EPS)
