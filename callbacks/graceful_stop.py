@@ -28,6 +28,8 @@ class GracefulStop(L.Callback):
     Asked during a rollout, the rollout is finished and saved with the checkpoint; asked in the last minibatch or the validation of an
     epoch, the epoch is finished. A second Ctrl+C interrupts at once, without a checkpoint.
 
+    A run that ends by itself leaves its last iteration in `last.ckpt` too, whatever `every_n_epochs` of ModelCheckpoint is.
+
     The checkpoint goes where `--ckpt_path last` finds it: ModelCheckpoint's `last.ckpt`, or else `last.ckpt` in its folder. Before
     training has begun nothing is written. The STOP file is removed once it is obeyed; one older than this process is removed unread.
 
@@ -96,6 +98,9 @@ class GracefulStop(L.Callback):
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.leaving:
             self._save_and_leave(trainer)
+        keeper = self._keeper(trainer)
+        if keeper is not None and keeper._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._save(trainer)
 
     def _agreed(self, trainer: L.Trainer) -> bool:
         """Whether any process was asked. Collective."""
@@ -105,15 +110,19 @@ class GracefulStop(L.Callback):
 
     def _save_and_leave(self, trainer: L.Trainer) -> None:
         self.leaving = True
-        path = self._checkpoint_path(trainer)
-        if trainer.is_global_zero and path.is_symlink():
-            path.unlink()  # save_last="link": not the file that it points to
-        trainer.save_checkpoint(path, weights_only=False)
+        path = self._save(trainer)
         for logger in trainer.loggers:
             logger.save()
         self._leave(
             trainer, f"stopped by {self._asked_by or 'another process'} after step {trainer.global_step}: continue with --ckpt_path {path}"
         )
+
+    def _save(self, trainer: L.Trainer) -> Path:
+        path = self._checkpoint_path(trainer)
+        if trainer.is_global_zero and path.is_symlink():
+            path.unlink()  # save_last="link": not the file that it points to
+        trainer.save_checkpoint(path, weights_only=False)
+        return path
 
     def _leave(self, trainer: L.Trainer, message: str) -> None:
         """End this process by an exception, so that Lightning closes everything but runs no further hooks of training."""
@@ -129,10 +138,14 @@ class GracefulStop(L.Callback):
     def _stop_path(self, trainer: L.Trainer) -> Path:
         return Path(self.stop_file or Path(trainer.default_root_dir) / "STOP")
 
+    def _keeper(self, trainer: L.Trainer) -> ModelCheckpoint | None:
+        """The callback that keeps `last.ckpt`."""
+        return next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.save_last), None)
+
     def _checkpoint_path(self, trainer: L.Trainer) -> Path:
         """The `last` of the checkpoint callback that keeps one, else the first free `last.ckpt`, `last-v1.ckpt`, ... beside its files."""
         callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-        keeper = next((c for c in callbacks if c.save_last), None)
+        keeper = self._keeper(trainer)
         if keeper is not None and keeper.last_model_path:
             return Path(keeper.last_model_path)
         folder = Path(next((c.dirpath for c in callbacks if c.dirpath), Path(trainer.default_root_dir) / "checkpoints"))

@@ -239,13 +239,15 @@ def test_a_new_run_does_not_write_among_the_checkpoints_of_another(cli: Any, tmp
 def test_what_stops_all_processes_is_said_once(tmp_path: Path) -> None:
     config = toy_config(tmp_path, prompts_per_iteration=3)
     config["trainer"] |= {"devices": 2, "strategy": "ddp"}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    text = yaml.safe_dump(config)
+    (tmp_path / "run.yaml").write_text(text)
+    line = changed(text, "prompts_per_iteration", "")[1]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "cli.py", "fit", "--config", str(tmp_path / "run.yaml")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
-        f"error: {tmp_path}/run.yaml:14: model.prompts_per_iteration=3 does not divide among 2 processes; use a multiple of 2, e.g. 4"
+        f"error: {tmp_path}/run.yaml:{line}: model.prompts_per_iteration=3 does not divide among 2 processes; use a multiple of 2, e.g. 4"
     ]
 
 

@@ -44,10 +44,19 @@ class Ask(L.Callback):
                 os.kill(os.getpid(), self.how)
 
 
-def train(folder: Path, *callbacks: L.Callback, resume: str | None = None, accumulate: int = 1, last: bool = True, **kwargs: Any) -> Any:
-    keep = ModelCheckpoint(dirpath=folder / "ckpt", save_last=last, every_n_epochs=1, save_on_train_epoch_end=True)
+def train(
+    folder: Path,
+    *callbacks: L.Callback,
+    resume: str | None = None,
+    accumulate: int = 1,
+    last: bool = True,
+    every: int = 1,
+    epochs: int = 3,
+    **kwargs: Any,
+) -> Any:
+    keep = ModelCheckpoint(dirpath=folder / "ckpt", save_last=last, every_n_epochs=every, save_on_train_epoch_end=True)
     trainer = toy_trainer(
-        folder, callbacks=[GracefulStop(), RngState(), *callbacks, keep], max_epochs=3, enable_checkpointing=True,
+        folder, callbacks=[GracefulStop(), RngState(), *callbacks, keep], max_epochs=epochs, enable_checkpointing=True,
         accumulate_grad_batches=accumulate, **kwargs,
     )  # fmt: skip
     AtomicCheckpointIO.install(trainer)
@@ -125,6 +134,15 @@ def test_the_checkpoint_takes_the_place_of_the_last_one(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=True)["global_step"] == 6
     train(tmp_path, resume="last")
     assert sorted(p.name for p in (tmp_path / "ckpt").glob("last*")) == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(("every", "files"), [(2, ["epoch=1-step=8.ckpt", "last.ckpt"]), (9, ["last.ckpt"])])
+def test_the_last_iteration_is_kept_whatever_the_interval(tmp_path: Path, every: int, files: list[str]) -> None:
+    """Three epochs of four steps, saved every second one or never; continued from the third, the run goes on as if it had not ended."""
+    train(tmp_path, every=every)
+    assert sorted(p.name for p in (tmp_path / "ckpt").iterdir()) == files
+    assert torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=True)["global_step"] == 12
+    assert same_end(train(tmp_path, resume="last", epochs=4, every=every), train(tmp_path / "unbroken", epochs=4, every=every))
 
 
 def test_the_checkpoint_of_another_run_is_left_alone(tmp_path: Path) -> None:
