@@ -1,6 +1,7 @@
 """The routes of a reward server.
 
-POST /score           {"image": base64 PNG, "prompt": text} -> {"vlm_score", "ocr_confidence", "ocr_similarity", "ocr_text", ...}
+POST /score           {"image": base64 PNG, "prompt": text} -> {"vlm_score", "ocr_confidence", "ocr_similarity", "ocr_text", ...};
+                      optional "mask" (base64 PNG, above 0 where the text is) and "target" (the wanted text, else quoted in the prompt)
 POST /v1/score_batch  safetensors body (lit_rl.rewards.wire) -> {"scores": [...], "errors": {...}}
 GET  /health          {"status": "loading | ready | draining", ...}, 200 only when ready
 GET  /metrics         Prometheus text
@@ -22,7 +23,7 @@ import numpy as np
 from aiohttp import web
 
 from lit_rl.rewards.batching import Batcher, Row
-from lit_rl.rewards.images import ImageError, decode_base64, decode_image, pixel_error
+from lit_rl.rewards.images import ImageError, decode_base64, decode_image, mask_problem, pixel_error
 from lit_rl.rewards.metrics import Metrics
 from lit_rl.rewards.serving import REQUEST_ID, ApiError, check_content_type, guard, read_body, whole_number
 from lit_rl.rewards.wire import MAX_PROMPT, Batch, WireError, decode_batch, is_text
@@ -91,8 +92,10 @@ class RewardApp:
         return web.json_response({"scores": scores, "errors": errors, "request_id": batch.request_id or request[REQUEST_ID]})
 
     async def _score(self, batch: Batch, deadline: float | None) -> list[Row | ImageError]:
-        """Rows in the order of the batch; images that are too large are answered without being scored."""
+        """Rows in the order of the batch; images that are too large or have an empty mask are answered without being scored."""
         rows: list[Row | ImageError | None] = [pixel_error(*image.shape[:2], max_pixels=self.limits.max_pixels) for image in batch.images]
+        for i, mask in enumerate(batch.masks or []):
+            rows[i] = rows[i] or _mask_error(mask, batch.images[i])
         good = [i for i, row in enumerate(rows) if row is None]
         scored = await self.batcher.submit([batch.images[i] for i in good], [_info(batch, i) for i in good], deadline=deadline)
         found = dict(zip(good, scored, strict=True))
@@ -167,9 +170,14 @@ def _decode_single(body: bytearray, *, max_pixels: int) -> tuple[np.ndarray, dic
     image = decode_image(decode_base64(texts["image"]), max_pixels=max_pixels)
     if texts["mask"]:
         info["mask"] = decode_image(decode_base64(texts["mask"]), max_pixels=max_pixels)[..., 0]
-        if info["mask"].shape != image.shape[:2]:
-            raise ApiError(422, "bad_request", f"`mask` is {info['mask'].shape}, `image` {image.shape[:2]} (height, width)")
+        if (wrong := _mask_error(info["mask"], image)) is not None:
+            raise wrong
     return image, info
+
+
+def _mask_error(mask: np.ndarray, image: np.ndarray) -> ImageError | None:
+    problem = mask_problem(mask, *image.shape[:2])
+    return None if problem is None else ImageError("bad_mask", f"`mask` {problem}")
 
 
 def _info(batch: Batch, i: int) -> dict[str, Any]:

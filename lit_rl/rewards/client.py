@@ -24,6 +24,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.rewards.addresses import check_health, check_outputs, parse_urls, servers_of_rank, urls_from_environment
 from lit_rl.rewards.base import Reward, RewardError
 from lit_rl.rewards.breaker import Breaker, ServerDown
+from lit_rl.rewards.masks import mask_of
 from lit_rl.rewards.wire import CONTENT_TYPE, WireError, decode_answer, encode_batch
 from lit_rl.types import Info
 
@@ -54,7 +55,7 @@ class HTTPReward(Reward):
 
     Retried until the deadline: connection errors, timeouts, 408, 429 (waiting as Retry-After says), 502-504. A body that is no answer
     is retried twice, 500 once, other statuses never. What remains without a score is NaN, counted in `counters()`, and explained in
-    `last_error`.
+    `last_error`. `target` and `mask` of a prompt go with the image where there are any.
     """
 
     def __init__(
@@ -259,12 +260,15 @@ class HTTPReward(Reward):
     async def _encode(self, images: np.ndarray, info: Sequence[Info]) -> _Request:
         prompts = [str(row["prompt"]) for row in info]
         targets = [row.get("target") for row in info]
+        masks = await asyncio.to_thread(_masks, images, info)
         if self.route == "single":
-            png = await asyncio.to_thread(_png_base64, images[0])
             extra = {"target": targets[0]} if targets[0] is not None else {}
+            extra |= {"mask": await asyncio.to_thread(_png_base64, masks[0])} if masks is not None else {}
+            png = await asyncio.to_thread(_png_base64, images[0])
             body = json.dumps({"image": png, "prompt": prompts[0], **extra}).encode()
             return _Request(body, {"Content-Type": "application/json"}, 1, _as_batch_answer)
-        body = encode_batch(images, prompts, request_id=uuid.uuid4().hex, targets=targets if any(t is not None for t in targets) else None)
+        some_targets = targets if any(t is not None for t in targets) else None
+        body = encode_batch(images, prompts, request_id=uuid.uuid4().hex, masks=masks, targets=some_targets)
         return _Request(body, {"Content-Type": CONTENT_TYPE, "X-Batch-Size": str(len(images))}, len(images), bytes)
 
 
@@ -324,6 +328,15 @@ async def _is_alive(session: aiohttp.ClientSession, url: str) -> bool:
             return response.status in (200, 404, 405)
     except (aiohttp.ClientError, TimeoutError, OSError):
         return False
+
+
+def _masks(images: np.ndarray, info: Sequence[Info]) -> np.ndarray | None:
+    """The prompts' masks uint8 [N, H, W], all white for a prompt without one; None if no prompt has one. May read files."""
+    height, width = images.shape[1:3]
+    masks = [mask_of(row, height, width) for row in info]
+    if all(mask is None for mask in masks):
+        return None
+    return np.stack([np.full((height, width), 255, np.uint8) if mask is None else mask for mask in masks])
 
 
 def _png_base64(image: np.ndarray) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,14 @@ def pixel_error(height: int, width: int, *, max_pixels: int) -> ImageError | Non
     if height * width <= max_pixels:
         return None
     return ImageError("too_many_pixels", f"the image is {width} x {height}; at most {max_pixels} pixels are scored (--max-pixels)")
+
+
+def mask_problem(mask: Any, height: int, width: int) -> str | None:
+    """What is wrong with a mask for an image of this size, if there is something."""
+    shape = tuple(getattr(mask, "shape", ()))
+    if shape != (height, width):
+        return f"is {list(shape) or type(mask).__name__}, its image {[height, width]} (height, width); they must be equal"
+    return None if (mask > 0).any() else "is all zero; it must be above 0 where the text is"
 
 
 def decode_base64(text: str) -> bytes:

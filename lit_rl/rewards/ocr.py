@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lit_rl.rewards.base import Reward
+from lit_rl.rewards.masks import look_through, mask_of
 from lit_rl.types import Info
 
 Reading = tuple[str, float]
@@ -22,13 +23,15 @@ _SINGLE = re.compile(r"(?<!\w)'(.+?)'(?!\w)")
 
 
 def find_target(info: Info) -> str | None:
-    """The text to show: in the prompt's first double quotes, else in its first single ones, else `info["text"]`, else `info["target"]`.
+    """The text to show: `info["target"]`, else in the prompt's first double quotes, else in its first single ones, else `info["text"]`.
 
     An apostrophe is not a quote: `The text is 'don't panic'` gives `don't panic`. None when there is no text, or only white space.
     """
+    if str(info.get("target") or "").strip():
+        return str(info["target"])
     prompt = str(info["prompt"])
     quoted = _DOUBLE.search(prompt) or _SINGLE.search(prompt)
-    text = quoted.group(1) if quoted else info.get("text") or info.get("target")
+    text = quoted.group(1) if quoted else info.get("text")
     return str(text) if text and str(text).strip() else None
 
 
@@ -53,12 +56,7 @@ def similarity(read: str, target: str, *, how: Literal["compact", "exact"] = "co
 def trim(image: np.ndarray, *, threshold: int = 48, margin: int = 2) -> np.ndarray:
     """The box around all pixels that differ from the median colour by more than `threshold`, plus a margin; everything if none do."""
     differs = (np.abs(image.astype(np.int16) - np.median(image.reshape(-1, 3), axis=0)) > threshold).any(-1)
-    return _box(image, differs, margin=margin)
-
-
-def _box(image: np.ndarray, inside: np.ndarray, *, margin: int = 0) -> np.ndarray:
-    """The smallest rectangle that holds every True of `inside`."""
-    rows, cols = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    rows, cols = np.flatnonzero(differs.any(1)), np.flatnonzero(differs.any(0))
     if not len(rows):
         return image
     return image[max(0, rows[0] - margin) : rows[-1] + 1 + margin, max(0, cols[0] - margin) : cols[-1] + 1 + margin]
@@ -68,8 +66,8 @@ class OCRReward(Reward):
     """`ocr_similarity` in [0, 1] (NaN when the prompt names no text) and `ocr_confidence` in [0, 1].
 
     Args:
-        detect: find the lines of text first (0.15-0.5 s an image). Off: the image, or the box around `info["mask"]`, is taken as one line
-            (20-50 ms), which is right for rendered words and for inpainting.
+        detect: find the lines of text first (0.15-0.5 s an image). Off: what is read is taken as one line (20-50 ms), which is right for
+            rendered words and for inpainting.
         trim: without `detect`, crop to the ink before reading. Words of 2-5 letters in three fonts, canvases 16-64 pixels high: all
             clean or blurred ones were read (without: 56-100 %); no difference under heavy noise.
         compare: `compact` ignores case and white space, `exact` does not.
@@ -77,7 +75,8 @@ class OCRReward(Reward):
         detect_side: shorter side in pixels to which `detect` enlarges an image.
         threads: of ONNX Runtime. One per process is the fastest choice beside a training run.
 
-    Images are read one by one, so a score does not depend on its batch. Text is read reliably from a cap height of 7 pixels on.
+    With `info["mask"]`, Tensor or array "H W", only the part of the image where it is above 0 is read; what stands elsewhere does not
+    count. Images are read one by one, so a score does not depend on its batch. Text is read reliably from a cap height of 7 pixels on.
     """
 
     outputs = ("ocr_similarity", "ocr_confidence")
@@ -125,13 +124,13 @@ class OCRReward(Reward):
 
     def explain(self, media: Tensor, info: Sequence[Info]) -> tuple[Mapping[str, Tensor], Mapping[str, Sequence[str]]]:
         images = media.permute(0, 2, 3, 1).cpu().numpy()
-        readings = self.read([_masked(image, row.get("mask")) for image, row in zip(images, info, strict=True)])
+        readings = self.read([_visible(image, row) for image, row in zip(images, info, strict=True)])
         return self.grade(readings, info), {"ocr_text": [text for text, _ in readings]}
 
 
-def _masked(image: np.ndarray, mask: Any) -> np.ndarray:
-    """The box around the non-zero part of a mask [H, W], or the whole image without one."""
-    return image if mask is None else _box(image, np.asarray(mask) > 0)
+def _visible(image: np.ndarray, info: Info) -> np.ndarray:
+    mask = mask_of(info, *image.shape[:2])
+    return image if mask is None else look_through(image, mask)
 
 
 def _recognizer(threads: int) -> Callable[[np.ndarray], Reading]:

@@ -52,7 +52,7 @@ def encode_batch(
 ) -> bytes:
     """N images uint8 [H, W, 3] (one array [N, H, W, 3] or a list of any sizes) and their prompts -> a safetensors body.
 
-    masks: uint8 [H, W] each, non-zero where the text is; targets: the wanted text where the prompt does not quote it.
+    masks: uint8 [H, W] each, non-zero where the text is; targets: the wanted text, which wins over what the prompt quotes.
     Raises WireError when counts, dtypes or shapes do not fit together.
     """
     from safetensors.numpy import save

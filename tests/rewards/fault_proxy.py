@@ -83,6 +83,7 @@ class RedServer(LocalServer):
         self.has_health = health
         self.headers: list[dict[str, str]] = []
         self.targets: list[list[str | None] | None] = []
+        self.masks: list[list[np.ndarray] | None] = []
 
     def routes(self) -> list[web.RouteDef]:
         health = [web.get("/health", self._health)] if self.has_health else []
@@ -96,13 +97,16 @@ class RedServer(LocalServer):
 
         self.headers.append(dict(request.headers))
         query = await request.json()
-        image = np.asarray(Image.open(io.BytesIO(base64.b64decode(query["image"]))))
+        image, *masks = (np.asarray(Image.open(io.BytesIO(base64.b64decode(query[key])))) for key in ("image", "mask") if key in query)
+        self.targets.append([query.get("target")])
+        self.masks.append(masks or None)
         return web.json_response({"red": image[0, 0, 0] / 255, "blue": image[0, 0, 2] / 255, "ocr_text": "?"})
 
     async def _batch(self, request: web.Request) -> web.Response:
         self.headers.append(dict(request.headers))
         batch = decode_batch(await request.read())
         self.targets.append(batch.targets)
+        self.masks.append(batch.masks)
         scores, errors = [], {}
         for i, (image, prompt) in enumerate(zip(batch.images, batch.prompts, strict=True)):
             if prompt.startswith("unscorable"):

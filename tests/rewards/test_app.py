@@ -18,11 +18,13 @@ import aiohttp
 import numpy as np
 import psutil
 import pytest
+import torch
 from aiohttp import web
 from PIL import Image, ImageDraw, ImageFont
 
 from lit_rl.rewards.app import Limits, RewardApp, make_runner
 from lit_rl.rewards.batching import Model
+from lit_rl.rewards.client import HTTPReward
 from lit_rl.rewards.images import ImageError
 from lit_rl.rewards.ocr import OCRReward
 from lit_rl.rewards.pseudo import PseudoReward
@@ -200,6 +202,45 @@ async def test_targets_and_masks_reach_the_scorer() -> None:
     assert [i.get("target") for i in seen] == ["x", None, "y"]
     for info in seen:
         np.testing.assert_array_equal(info["mask"], mask)
+
+
+@aio
+async def test_an_empty_mask_spoils_its_own_image_only_and_a_wrong_size_is_named() -> None:
+    white, black = np.full((8, 8), 255, np.uint8), np.zeros((8, 8), np.uint8)
+    async with served() as (app, session):
+        body = encode_batch([picture()] * 3, ["a", "b", "c"], request_id="", masks=[white, black, white])
+        async with session.post("/v1/score_batch", data=body, headers=BINARY) as r:
+            answer = await r.json()
+        assert [row is None for row in answer["scores"]] == [False, True, False]
+        assert answer["errors"] == {"1": {"code": "bad_mask", "message": "`mask` is all zero; it must be above 0 where the text is"}}
+        body = encode_batch([picture()], ["a"], request_id="", masks=[white[:4]])
+        async with session.post("/v1/score_batch", data=body, headers=BINARY) as r:
+            assert await error_of(r) == (422, "bad_batch")
+        for mask, words in ((black, "is all zero"), (white[:4], "is [4, 8], its image [8, 8]")):
+            async with session.post("/score", json=single(png(picture())) | {"mask": single(png(mask))["image"]}) as r:
+                assert await error_of(r) == (422, "bad_mask") and words in await r.text()
+        assert app.batcher.images == 0
+
+
+@pytest.mark.parametrize("route", ["batch", "single"])
+@aio
+async def test_the_masked_part_alone_is_read_from_trainer_to_server(route: str) -> None:
+    """The right text elsewhere counts nothing, the wrong text elsewhere costs nothing; the confidence is answered beside."""
+    canvases = [Image.new("RGB", (96, 64), "white") for _ in range(2)]
+    font = ImageFont.load_default(18)
+    for canvas, (inside, outside) in zip(canvases, [("47", "812"), ("812", "47")]):
+        ImageDraw.Draw(canvas).text((30, 36), inside, fill="black", font=font)
+        ImageDraw.Draw(canvas).text((10, 4), outside, fill="black", font=font)
+    mask = torch.zeros(64, 96, dtype=torch.uint8)
+    mask[34:60, 24:72] = 255
+    media = torch.from_numpy(np.stack([np.asarray(canvas) for canvas in canvases])).permute(0, 3, 1, 2)
+    info = [{"prompt": "The text is 'say \"47\"'.", "target": "47", "mask": mask}] * 2
+    async with served(partial(score_images, [OCRReward()])) as (_, session):
+        reward = HTTPReward(str(session._base_url), ["ocr_similarity", "ocr_confidence"], route=route)  # type: ignore[arg-type]
+        scores = await reward.score_async(media, info)
+        await reward.close()
+    assert scores["ocr_similarity"].tolist() == [1.0, 0.0]
+    assert (scores["ocr_confidence"] > 0.5).all()
 
 
 @aio

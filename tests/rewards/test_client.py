@@ -9,7 +9,9 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy, RedServer, red_images
@@ -171,6 +173,33 @@ def test_outputs_can_be_renamed_and_targets_travel(server: RedServer) -> None:
     scores = HTTPReward(server.url, {"judge": "red"}).score(red_images([255, 0]), info)
     assert list(scores) == ["judge"] and scores["judge"].tolist() == [1.0, 0.0]
     assert server.targets[-1] == ["HELLO", None]
+
+
+@pytest.mark.parametrize("route", ["batch", "single"])
+def test_masks_travel(server: RedServer, route: Literal["batch", "single"]) -> None:
+    """255 where the prompt's mask is above 0; with others in a batch, a prompt without one shows everything; alone it sends none."""
+    mask = torch.zeros(4, 4, dtype=torch.uint8)
+    mask[0, 1] = 1
+    info = [{"prompt": "a", "mask": mask}, {"prompt": "b"}, {"prompt": "c", "mask": np.ones((4, 4), bool)}]
+    before = len(server.masks)
+    scores = HTTPReward(server.url, ["red"], route=route, concurrency=1).score(red_images([0, 255, 0]), info)
+    assert scores["red"].tolist() == [0.0, 1.0, 0.0]
+    sent = [None if rows is None else [m.tolist() for m in rows] for rows in server.masks[before:]]
+    painted, white = (mask * 255).tolist(), [[255] * 4] * 4
+    assert sent == ([[painted, white, white]] if route == "batch" else [[painted], None, [white]])
+    HTTPReward(server.url, ["red"], route=route).score(red_images([0]), prompts(1))
+    assert server.masks[-1] is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [(torch.zeros(4, 4), "mask of prompt 'cafe' is all zero"), (torch.ones(4, 2), r"is \[4, 2\], its image \[4, 4\]")],
+)
+def test_a_mask_that_does_not_fit_stops_the_run_and_is_not_sent(server: RedServer, mask: torch.Tensor, message: str) -> None:
+    before = len(server.masks)
+    with pytest.raises(RewardError, match=message):
+        HTTPReward(server.url, ["red"]).score(red_images([0]), [{"prompt": "a", "id": "cafe", "mask": mask}])
+    assert len(server.masks) == before
 
 
 def test_requests_carry_size_deadline_and_token(server: RedServer, monkeypatch: pytest.MonkeyPatch) -> None:

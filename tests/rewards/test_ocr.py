@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
+from lit_rl.rewards.base import RewardError
 from lit_rl.rewards.ocr import OCRReward, find_target, normalize, similarity, trim
 
 FONT = Path(matplotlib.__file__).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"
@@ -57,12 +58,48 @@ def test_detection_finds_two_lines_in_a_large_image() -> None:
     assert scores["ocr_similarity"].item() == 1.0
 
 
-def test_a_mask_says_where_the_text_is(reward: OCRReward) -> None:
-    canvas = torch.zeros(3, 64, 96, dtype=torch.uint8)
-    canvas[:, 20:36, 30:62] = rendered("47", width=32, height=16, size=12)
+def sign(inside: str, outside: str) -> tuple[torch.Tensor, np.ndarray]:
+    """A wall uint8 "3 64 96" with `inside` in the masked part and `outside` in a larger script above it, and the mask."""
+    canvas = torch.full((3, 64, 96), 180, dtype=torch.uint8)
+    canvas[:, 2:26, 8:88] = rendered(outside, width=80, height=24, size=20)
+    canvas[:, 40:56, 30:62] = rendered(inside, width=32, height=16, size=12)
     mask = np.zeros((64, 96), np.uint8)
-    mask[20:36, 30:62] = 255
-    assert reward.score(canvas[None], [{"prompt": '"47"', "mask": mask}])["ocr_similarity"].item() == 1.0
+    mask[40:56, 30:62] = 255
+    return canvas, mask
+
+
+@pytest.mark.parametrize("tensor", [True, False])
+@pytest.mark.parametrize("detect", [True, False])
+def test_only_the_masked_part_is_read(tensor: bool, detect: bool) -> None:
+    """The right text elsewhere counts nothing, the wrong text elsewhere costs nothing."""
+    canvases, masks = zip(sign("47", "812"), sign("812", "47"))
+    info = [{"prompt": "a sign", "target": "47", "mask": torch.from_numpy(m) if tensor else m > 0} for m in masks]
+    scores, texts = OCRReward(detect=detect, detect_side=256).explain(torch.stack(canvases), info)
+    assert texts["ocr_text"] == ["47", "812"] and scores["ocr_similarity"].tolist() == [1.0, 0.0]
+
+
+def test_what_stands_beside_a_slanted_mask_is_not_read(reward: OCRReward) -> None:
+    """The mask is two steps of a stair; the wrong digits stand within its box but not on it."""
+    canvas, mask = torch.full((3, 32, 64), 255, dtype=torch.uint8), np.zeros((32, 64), np.uint8)
+    canvas[:, :16, :32], canvas[:, 16:, 32:] = (rendered(t, width=32, height=16, size=12) for t in ("88", "88"))
+    canvas[:, 8:24, 16:48] = rendered("47", width=32, height=16, size=12)
+    mask[8:24, 16:48] = mask[0, 48:] = mask[31, :16] = 255
+    scores, texts = reward.explain(canvas[None], [{"prompt": '"47"', "mask": mask}])
+    assert texts["ocr_text"] == ["47"] and scores["ocr_similarity"].item() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros((16, 32), np.uint8), r"prompt 'cafe-01' is all zero; it must be above 0 where the text is"),
+        (torch.ones(32, 16), r"prompt 'cafe-01' is \[32, 16\], its image \[16, 32\] \(height, width\)"),
+        (torch.ones(1, 16, 32), r"is \[1, 16, 32\]"),
+        ("mask.png", r"is str, its image"),
+    ],
+)
+def test_a_mask_that_does_not_fit_stops_the_run(reward: OCRReward, mask: object, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        reward.score(torch.zeros(1, 3, 16, 32, dtype=torch.uint8), [{"prompt": '"47"', "id": "cafe-01", "mask": mask}])
 
 
 def test_trim_reads_small_text_on_a_large_canvas() -> None:
@@ -85,8 +122,12 @@ def test_a_blank_image_is_zero_and_a_prompt_without_text_is_nan(reward: OCRRewar
         ({"prompt": "The text is 'don't panic'."}, "don't panic"),
         ({"prompt": "a dog's bowl 'REX'"}, "REX"),
         ({"prompt": "the dogs' bowl"}, None),
-        ({"prompt": "a cat", "text": "meow", "target": "done.png"}, "meow"),
-        ({"prompt": "a cat", "target": "meow"}, "meow"),
+        ({"prompt": "a cat", "text": "meow"}, "meow"),
+        ({"prompt": "a cat", "text": "purr", "target": "meow"}, "meow"),
+        ({"prompt": """The text is 'say "hi"'.""", "target": 'say "hi"'}, 'say "hi"'),
+        ({"prompt": """The text is 'say "hi"'."""}, "hi"),
+        ({"prompt": "The text is 'MOCHA'.", "target": None}, "MOCHA"),
+        ({"prompt": "The text is 'MOCHA'.", "target": " "}, "MOCHA"),
         ({"prompt": 'quotes "around" win', "text": "meow"}, "around"),
         ({"prompt": 'an empty ""'}, None),
         ({"prompt": 'blank "  "'}, None),
