@@ -14,7 +14,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.policies.flux_fill import FluxFillPolicy, StyleSettings, letterbox, strip
 from lit_rl.policies.ip_adapter import adapter_names, style_attentions
 from lit_rl.policies.lora import LoraSettings
-from lit_rl.policies.tiny import build_flux
+from lit_rl.policies.tiny import build_flux, build_siglip
 from lit_rl.types import Cond
 
 HEIGHT, WIDTH, TOKENS, SIDE, FEATURES = 16, 24, 8, 12, 10
@@ -27,18 +27,13 @@ MakeFill = Callable[..., FluxFillPolicy]
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    from transformers import SiglipVisionConfig, SiglipVisionModel
-
     root = tmp_path_factory.mktemp("fill")
-    torch.manual_seed(3)
-    sizes = {"hidden_size": FEATURES, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
-    SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=SIDE, patch_size=4)).save_pretrained(root / "siglip")
     kl: dict[str, Any] = {"vae": "kl", "scaling_factor": 1.5, "shift_factor": 0.1}
     return {
         "pixel": build_flux(root / "pixel", **SMALL),
         "kl": build_flux(root / "kl", **SMALL | kl),
         "text": build_flux(root / "text", **SMALL | {"fill": False}),
-        "siglip": root / "siglip",
+        "siglip": build_siglip(root / "siglip", side=SIDE, hidden=FEATURES, layers=1),
     }
 
 

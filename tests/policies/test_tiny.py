@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_rl.policies.pixel_vae import PixelUnshuffleVAE
-from lit_rl.policies.tiny import _clip_tokenizer, _t5_tokenizer, build_flux, build_sd3
+from lit_rl.policies.tiny import _clip_tokenizer, _t5, _t5_tokenizer, build_flux, build_sd3, build_siglip
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -41,6 +41,34 @@ def test_every_character_is_one_token() -> None:
     assert len(ids) == len(text) + 2 and len(set(ids)) == len(set(text)) + 2
     assert t5.convert_ids_to_tokens(t5(text).input_ids) == ["▁", *text, "</s>"]
     assert len(clip("any length of text", padding="max_length", truncation=True).input_ids) == 16
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_text_tokens_know_where_they_stand(seed: int) -> None:
+    """FLUX gives its text no positions: with the same characters in another order, some token must be one that the other text lacks."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoder = _t5(32)
+    one, other = (encoder(**_t5_tokenizer()(f"'{text}'.", return_tensors="pt")).last_hidden_state[0] for text in ("47", "74"))
+    assert torch.cdist(one, other).min(1).values.max() > 0.25 * one.norm(dim=1).mean()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_style_features_tell_inks_apart_whatever_is_written(tmp_path: Path, seed: int) -> None:
+    """A linear map, which is less than a style adapter is, learns the ink from some strokes and knows it of others."""
+    from transformers import SiglipVisionModel
+
+    encoder = SiglipVisionModel.from_pretrained(build_siglip(tmp_path / "siglip", seed=seed))
+    strokes = torch.rand(120, 1, 16, 16, generator=torch.Generator().manual_seed(seed)) < 0.25
+    inks = torch.tensor([[0.5, -1, -1], [-1, -0.2, -1], [-1, -1, 0.5]]).view(3, 1, 3, 1, 1)
+    with torch.no_grad():
+        features = encoder(pixel_values=torch.where(strokes, inks, 1.0).flatten(0, 1)).pooler_output.view(3, 120, -1)
+    known, unseen = features.split([80, 40], dim=1)
+    answers = torch.eye(3).repeat_interleave(80, 0)
+    learned = torch.linalg.lstsq(
+        torch.cat([known.flatten(0, 1), torch.eye(known.shape[-1])]), torch.cat([answers, torch.zeros(64, 3)])
+    ).solution
+    assert ((unseen @ learned).argmax(-1) == torch.arange(3)[:, None]).float().mean() > 0.95
 
 
 def test_tokenizers_survive_the_disk(folders: dict[str, Path]) -> None:
