@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_rl.rewards import server as reward_server
+from lit_rl.rewards.gpus import check_ids
+from lit_rl.rewards.gpus import gpus as installed_gpus
 
 RESTARTS = 3
 STABLE_SECONDS = 60.0
@@ -106,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--port", type=int, default=8000, help="of the first server; the others take the next ones (default: %(default)s)")
     p.add_argument(
-        "--gpu-ids", default="4,5,6,7", help="one server each; on a machine without GPUs the ids are only labels (default: %(default)s)"
+        "--gpu-ids", default="4,5,6,7", help="one server each; on a machine without GPUs the ids only name the logs (default: %(default)s)"
     )
     p.add_argument("--log-dir", type=Path, default=Path("logs"), help="default: %(default)s")
     p.add_argument("--ready-timeout", type=float, default=900.0, help="seconds in which the models must load (default: %(default)s)")
@@ -118,6 +120,7 @@ def plan(args: argparse.Namespace, extra: Sequence[str]) -> list[Server]:
     gpus = [gpu.strip() for gpu in args.gpu_ids.split(",")]
     if not all(gpu.isalnum() for gpu in gpus) or len(set(gpus)) != len(gpus):
         raise ValueError(f"--gpu-ids is {args.gpu_ids!r}; expected different ids with commas between them, e.g. 4,5,6,7")
+    check_ids(gpus, installed_gpus(), option="--gpu-ids")
     if not 1 <= args.port <= 65536 - len(gpus):
         raise ValueError(f"--port is {args.port}; {len(gpus)} servers need ports from 1 to 65535")
     options = [*(["--vlm-model-path", args.vlm_model_path] if args.vlm_model_path else []), *extra]
@@ -211,6 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(words[:cut])
     try:
         servers = plan(args, words[cut + 1 :])
+        if not installed_gpus():
+            print(f"This machine has no NVIDIA GPU: the servers compute on the CPU, --gpu-ids {args.gpu_ids} only names their logs.")
         args.log_dir.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -14,10 +14,18 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lit_rl.rewards import launch
+from lit_rl.rewards.gpus import Gpu, parse
 from lit_rl.rewards.launch import LaunchError, Server, keep_alive, parser, plan, wait_ready
 
 ROOT = Path(__file__).parents[2]
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": ""}
+"""Without a path there is no nvidia-smi: on any machine the ids are only labels."""
+
+
+@pytest.fixture(autouse=True)
+def no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "installed_gpus", list)
 
 
 def until(condition: Callable[[], bool], *, seconds: float = 90) -> None:
@@ -66,8 +74,9 @@ def children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 def test_from_start_to_ctrl_c(tmp_path: Path) -> None:
     port = free_ports(2)
     lines = [f"Launching server on GPU {gpu} at 127.0.0.1:{port + i} ✓" for i, gpu in enumerate([4, 5])]
+    lines[:0] = ["This machine has no NVIDIA GPU: the servers compute on the CPU, --gpu-ids 4,5 only names their logs."]
     with launched(port, "4,5", tmp_path) as (process, printed):
-        until(lambda: len(printed()) == 3)
+        until(lambda: bool(printed()) and "Ctrl+C" in printed()[-1])
         assert printed() == [*lines, "Press Ctrl+C to stop all servers."]
         servers = children(process)
         assert sorted(s.environ()["CUDA_VISIBLE_DEVICES"] for s in servers) == ["4", "5"]
@@ -130,6 +139,16 @@ def test_wrong_arguments_are_one_sentence_before_anything_starts(
     monkeypatch.delenv("REWARD_TOKEN", raising=False)
     with pytest.raises(ValueError, match=text):
         plan(parser().parse_args(options), extra)
+
+
+def test_gpus_that_are_not_there_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA would show the servers no GPU at all, and they would compute on the CPU."""
+    table = "0, NVIDIA H200, 143771, 12, 9.0\n1, NVIDIA H200, 143771, 0, 9.0\n2, Old, [N/A], [N/A], 7.5\n"
+    assert parse(table)[::2] == [Gpu(0, "NVIDIA H200", 143771, 12, 9.0), Gpu(2, "Old", 0, 0, 7.5)]
+    monkeypatch.setattr(launch, "installed_gpus", lambda: parse(table))
+    with pytest.raises(ValueError, match="--gpu-ids 1,4,5: this machine has no GPU 4, 5, it has 0, 1, 2; give --gpu-ids 0,1,2"):
+        plan(parser().parse_args(["--gpu-ids", "1,4,5"]), [])
+    assert len(plan(parser().parse_args(["--port", str(free_ports(2)), "--gpu-ids", "1,2"]), [])) == 2
 
 
 def test_the_documented_line_on_all_interfaces() -> None:
