@@ -37,7 +37,11 @@ def gpus() -> list[Gpu]:
 def parse(table: str) -> list[Gpu]:
     """Rows of `nvidia-smi --query-gpu`; figures that a GPU does not tell (`[N/A]`) are 0."""
     rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines() if line.count(",") == len(QUERY) - 1]
-    return [Gpu(int(row[0]), row[1], *(int(_figure(cell)) for cell in row[2:4]), _figure(row[4])) for row in rows if row[0].isdecimal()]
+    return [
+        Gpu(int(index), name, int(_figure(memory)), int(_figure(used)), _figure(capability))
+        for index, name, memory, used, capability in rows
+        if index.isdecimal()
+    ]
 
 
 def _figure(cell: str) -> float:
