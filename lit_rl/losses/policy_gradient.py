@@ -18,23 +18,45 @@ def clipped_surrogate(
     clip_low: float,
     clip_high: float,
     adv_clip: float | None = None,
+    dual_clip: float | None = None,
+    ratio_cap: float | None = None,
 ) -> Float[Tensor, "*S"]:
     """max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high)), r = exp(new - logprobs): PPO (arXiv 1707.06347, eq. 7), GRPO.
 
-    clip_low, clip_high: for denoising steps 1e-5 ... 1e-3, because their log-probabilities are means over latent elements; for tokens 0.2.
+    clip_low, clip_high: for denoising steps 1e-5 ... 1e-3, because their log-probabilities are means over latent elements; for tokens 0.2
+    (DAPO: 0.2 and 0.28).
     adv_clip: A is clamped to [-adv_clip, adv_clip] first (Flow-GRPO: 5).
+    dual_clip: c > 1; where A < 0 the loss is at most -A c (arXiv 1912.09729; verl: 3).
+    ratio_cap: r in the unclipped branch is at most this (INTELLECT-2's two-sided clipping, TRL's delta).
     """
-    return clipped_ratio_loss(new - logprobs, advantages, clip_low=clip_low, clip_high=clip_high, adv_clip=adv_clip)
+    return clipped_ratio_loss(
+        new - logprobs, advantages, clip_low=clip_low, clip_high=clip_high, adv_clip=adv_clip, dual_clip=dual_clip, ratio_cap=ratio_cap
+    )
 
 
 def clipped_ratio_loss(
-    log_ratio: Float[Tensor, "*S"], advantages: Float[Tensor, "*S"], *, clip_low: float, clip_high: float, adv_clip: float | None = None
+    log_ratio: Float[Tensor, "*S"],
+    advantages: Float[Tensor, "*S"],
+    *,
+    clip_low: float,
+    clip_high: float,
+    adv_clip: float | None = None,
+    dual_clip: float | None = None,
+    ratio_cap: float | None = None,
 ) -> Float[Tensor, "*S"]:
-    """`clipped_surrogate` for a log-ratio that is more than a difference of log-probabilities (GRPO-Guard)."""
+    """`clipped_surrogate` for a log-ratio that is more than a difference of log-probabilities (GRPO-Guard, GSPO)."""
     if adv_clip is not None:
         advantages = advantages.clamp(-adv_clip, adv_clip)
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
+    free = ratio if ratio_cap is None else ratio.clamp(max=ratio_cap)
+    loss = torch.maximum(-advantages * free, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
+    if dual_clip is None:
+        return loss
+    if dual_clip <= 1:
+        raise ValueError(
+            f"dual_clip {dual_clip} must be above 1: it limits the loss of ratios far above 1; verl uses 3, null switches it off"
+        )
+    return torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
 
 
 def guard_logratio(

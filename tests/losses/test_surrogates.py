@@ -1,0 +1,349 @@
+"""Token surrogates: cases by hand, properties, verl's, TRL's, OpenRLHF's, AReaL's and slime's numbers."""
+
+import math
+
+import pytest
+import torch
+from golden_numbers import assert_close, load_llm
+from torch.autograd import grad
+
+from lit_rl.losses.aggregation import token_weights
+from lit_rl.losses.kl import kl_estimate
+from lit_rl.losses.masked import masked, masked_mean, row_mean
+from lit_rl.losses.off_policy import high_entropy, importance_weights, negative_rows_off_policy, within_bounds
+from lit_rl.losses.policy_gradient import clipped_ratio_loss, clipped_surrogate
+from lit_rl.losses.surrogates import (
+    cispo_loss,
+    clip_cov_choice,
+    geo_mean_loss,
+    is_clipped,
+    kl_cov_loss,
+    largest_covariance,
+    reinforce_loss,
+    sapo_loss,
+    sequence_log_ratio,
+    surrogate_metrics,
+    token_covariance,
+    vespo_loss,
+)
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def random_rows(seed=0, rows=5, length=7, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    new, old, advantages = (torch.randn(rows, length, generator=g, dtype=dtype) for _ in range(3))
+    return new, old, advantages, torch.rand(rows, length, generator=g) < 0.7
+
+
+def test_dual_clip_by_hand():
+    """A = -1, c = 3: r = 2 costs 2, r = 5 only 3 and has no gradient; A = 1 is as before."""
+    new = f64(2, 5, 5).log().requires_grad_()
+    loss = clipped_surrogate(new, torch.zeros(3).double(), f64(-1, -1, 1), clip_low=0.2, clip_high=0.2, dual_clip=3.0)
+    torch.testing.assert_close(loss, f64(2, 3, -1.2))
+    torch.testing.assert_close(grad(loss.sum(), new)[0], f64(2, 0, 0))
+    with pytest.raises(ValueError, match="must be above 1"):
+        clipped_surrogate(new, new, f64(1, 1, 1), clip_low=0.2, clip_high=0.2, dual_clip=1.0)
+
+
+def test_sequence_ratio_by_hand():
+    """Row of log-ratios (.1, .3, masked 9): every token has exp(.2), and its own gradient exp(.2) A_t."""
+    new, mask = f64(0.1, 0.3, 9)[None].requires_grad_(), torch.tensor([[True, True, False]])
+    ratio = sequence_log_ratio(new, torch.zeros(1, 3).double(), mask)
+    torch.testing.assert_close(ratio, f64(0.2, 0.2, 0)[None])
+    loss = clipped_ratio_loss(ratio, f64(2, -1, 5)[None], clip_low=0.5, clip_high=0.5)
+    torch.testing.assert_close(grad((loss * mask).sum(), new)[0], math.exp(0.2) * f64(-2, 1, 0)[None])
+
+
+@pytest.mark.parametrize("loss", ["clip", "gspo", "sapo", "cispo", "geo_mean", "kl_cov"])
+def test_on_policy_gradient_is_reinforce(loss):
+    """At new == logprobs every one of them starts with -A d new, in the mean over rows."""
+    new, _, advantages, mask = random_rows()
+    advantages = advantages[:, :1].expand_as(advantages) if loss == "geo_mean" else advantages
+    mask[:, 0] = True
+    new.requires_grad_()
+    weights = token_weights(mask, "seq-mean-token-mean", dtype=torch.float64)
+    old, clip = new.detach(), {"clip_low": 0.2, "clip_high": 0.3}
+    values = {
+        "clip": lambda: clipped_surrogate(new, old, advantages, **clip),
+        "gspo": lambda: clipped_ratio_loss(sequence_log_ratio(new, old, mask), advantages, **clip),
+        "sapo": lambda: sapo_loss(new, old, advantages),
+        "cispo": lambda: cispo_loss(new, old, advantages, clip_high=0.3),
+        "geo_mean": lambda: geo_mean_loss(new, old, advantages, mask),
+        "kl_cov": lambda: kl_cov_loss(new, old, advantages, mask),
+    }[loss]()
+    torch.testing.assert_close(
+        grad((values * weights).sum(), new)[0], grad((reinforce_loss(new, advantages) * weights).sum(), new)[0], rtol=1e-9, atol=1e-12
+    )
+
+
+def test_cispo_keeps_the_gradient_of_clipped_tokens():
+    new = f64(3.0, 3.0).log().requires_grad_()
+    clipped = clipped_surrogate(new, torch.zeros(2).double(), f64(1, 1), clip_low=0.2, clip_high=0.2)
+    kept = cispo_loss(new, torch.zeros(2).double(), f64(1, 1), clip_high=0.2)
+    assert grad(clipped.sum(), new)[0].tolist() == [0, 0]
+    torch.testing.assert_close(grad(kept.sum(), new)[0], f64(-1.2, -1.2))
+
+
+def test_cispo_bound_is_relative():
+    """Trap 13: TRL's epsilon_high 5 is the bound itself: clip_high 4 here. r = 6 counts 5 times."""
+    loss = cispo_loss(f64(6).log(), f64(0), f64(1), clip_high=4.0)
+    torch.testing.assert_close(loss, -5 * f64(6).log())
+
+
+def test_choices_of_covariance_by_hand():
+    covariance, mask = f64(5, 1, 4, 9, 2)[None], torch.tensor([[1, 1, 1, 0, 1]]).bool()
+    assert largest_covariance(covariance, mask, share=0.5).tolist() == [[True, False, True, False, False]]
+    assert largest_covariance(covariance, mask, share=1e-9).sum() == 1 and not largest_covariance(covariance, mask, share=0.0).any()
+    held = torch.tensor([[True, False, False, False, False]])
+    assert clip_cov_choice(covariance, mask, held, share=1.0, low=1.5, high=10.0).tolist() == [[False, False, True, False, True]]
+    some = clip_cov_choice(covariance, mask, held, share=1e-9, low=1.5, high=10.0, generator=torch.Generator().manual_seed(0))
+    assert some.sum() == 1
+
+
+def test_metrics_by_hand():
+    """A = 1, r = 2 and A = -1, r = .5 lose their gradient; A = -1, r = 4 is at the dual clip; the fifth is masked."""
+    log_ratio = f64(2, 0.5, 4, 1, 7).log()
+    mask = torch.tensor([True, True, True, True, False])
+    metrics = surrogate_metrics(log_ratio, f64(1, -1, -1, 1, 1), mask, clip_low=0.2, clip_high=0.2, dual_clip=3.0)
+    assert metrics["clip_fraction"].item() == pytest.approx(0.5) and metrics["clip_fraction_dual"].item() == pytest.approx(0.25)
+    assert metrics["ppo_kl"].item() == pytest.approx(-math.log(4) / 4)
+
+
+def verl_loss(case, options, data, new, old, advantages, mask):
+    """Per-token loss of a case by its name's first part, and its aggregation mode."""
+    kind = case.split(".")[0]
+    low, high = options.get("clip_ratio_low"), options.get("clip_ratio_high")
+    if kind in ("vanilla", "extreme"):
+        loss = clipped_surrogate(new, old, advantages, clip_low=low, clip_high=high, dual_clip=options["clip_ratio_c"])
+        return loss, options.get("mode", "seq-mean-token-sum-norm")
+    if kind == "gspo":
+        ratio = sequence_log_ratio(new, old, mask)
+        return clipped_ratio_loss(ratio, advantages, clip_low=low, clip_high=high), "seq-mean-token-mean"
+    if kind == "sapo":
+        return sapo_loss(new, old, advantages, tau_pos=float(options["tau_pos"]), tau_neg=float(options["tau_neg"])), "seq-mean-token-mean"
+    if kind == "cispo":
+        return cispo_loss(new, old, advantages, clip_low=low, clip_high=high), options["mode"]
+    if kind == "geo_mean":
+        return geo_mean_loss(new, old, advantages, mask, clip_low=low, clip_high=high), "seq-mean-token-mean"
+    if kind in ("gpg", "reinforce"):
+        return reinforce_loss(new, advantages), options["mode"]
+    extra = options["policy_loss"]
+    covariance = token_covariance(new, advantages, mask)
+    if kind == "kl_cov":
+        chosen = largest_covariance(covariance, mask, share=float(extra["kl_cov_ratio"]))
+        return kl_cov_loss(new, old, advantages, chosen, kl_coef=float(extra["ppo_kl_coef"])), "token-mean"
+    assert kind == "clip_cov", kind
+    held = is_clipped(new - old, advantages, clip_low=low, clip_high=high)
+    bounds = {name: float(extra[f"clip_cov_{key}"]) for name, key in (("share", "ratio"), ("low", "lb"), ("high", "ub"))}
+    chosen = clip_cov_choice(covariance, mask, held, **bounds)
+    return clipped_surrogate(new, old, advantages, clip_low=low, clip_high=high) * ~chosen, "token-mean"
+
+
+@pytest.mark.golden
+def test_verl_policy_losses(golden_dir):
+    data, meta = load_llm(golden_dir, "verl_policy_loss")
+    assert meta["cases"]
+    for case, options in meta["cases"].items():
+        mask, advantages = data[f"in.{options['mask']}"].bool(), data[f"in.{options['adv']}"]
+        old = data[options["old"]] if "old" in options else data["in.old_log_prob"]
+        new = data["in.log_prob"].clone().requires_grad_()
+        losses, mode = verl_loss(case, options, data, new, old, advantages, mask)
+        if options.get("rollout_is_weights"):
+            weight = data["in.rollout_is_weights"]
+            if case.startswith("geo_mean"):  # one ratio per row, hence one weight: the geometric mean
+                weight = row_mean((weight + 1e-10).log(), mask).exp()[:, None]
+            losses = losses * weight
+        step = options.get("global_batch_info", {})
+        totals = {
+            "tokens": step.get("batch_num_tokens"),
+            "sequences": step.get("global_batch_size"),
+            "scale": step.get("loss_scale_factor"),
+        }
+        ranks = step.get("dp_size", 1) if mode != "seq-mean-token-sum-norm" else 1
+        loss = ranks * (losses * token_weights(mask, mode, **totals)).sum()
+        assert_close(loss, data[f"{case}.loss"], what=case)
+        assert_close(grad(loss, new)[0], data[f"{case}.grad_log_prob"], what=case)
+        check_verl_metrics(case, options, data, new, old, advantages, mask)
+
+
+def check_verl_metrics(case, options, data, new, old, advantages, mask):
+    """The clip fractions and the KL of the losses that have them."""
+    kind = case.split(".")[0]
+    logged = {key.split(".metric.actor_")[1]: value for key, value in data.items() if key.startswith(f"{case}.metric.")}
+    if not logged or kind not in ("vanilla", "extreme", "gspo"):
+        return
+    clip = {"clip_low": options["clip_ratio_low"], "clip_high": options["clip_ratio_high"]}
+    ratio = sequence_log_ratio(new, old, mask) if kind == "gspo" else new - old
+    ours = surrogate_metrics(ratio, advantages, mask, dual_clip=None if kind == "gspo" else options["clip_ratio_c"], **clip)
+    assert_close(ours["clip_fraction"].double(), logged["pg_clipfrac"].double(), f64=2e-5, what=case)
+    if kind != "gspo":
+        assert_close(ours["clip_fraction_dual"].double(), logged["pg_clipfrac_lower"].double(), f64=2e-5, what=case)
+    kl = surrogate_metrics(new - old, advantages, mask, **clip)["ppo_kl"]
+    assert_close(kl.double(), logged["ppo_kl"].double(), f64=2e-5, what=case)
+
+
+def trl_weights(kind, mask, common):
+    """TRL's normalisers, gradient accumulation included."""
+    accumulate = common["current_gradient_accumulation_steps"]
+    if kind in ("grpo", "sapo"):
+        return token_weights(mask, "seq-mean-token-mean", sequences=len(mask)) / accumulate
+    if kind == "bnpo":
+        return token_weights(mask, "token-mean") / accumulate
+    if kind == "dr_grpo":
+        return token_weights(mask, "dr-grpo", sequences=len(mask), scale=common["max_completion_length"]) / accumulate
+    if kind == "luspo":
+        return token_weights(mask, "seq-mean-token-sum", sequences=len(mask)) / accumulate
+    # The step's tokens, of which each of its micro-batches gets the whole: TRL divides by the accumulation over steps_per_generation later.
+    return token_weights(mask, "token-mean", tokens=common["num_items_in_batch"]) * common["steps_per_generation"] / accumulate
+
+
+@pytest.mark.golden
+def test_trl_losses(golden_dir):
+    data, meta = load_llm(golden_dir, "trl_grpo_loss")
+    assert meta["cases"]
+    for case, o in meta["cases"].items():
+        mask = data["in.completion_mask"].bool()
+        if o["tool_mask"]:
+            mask = mask & data["in.tool_mask"].bool()
+        new, entropies = data["in.per_token_logps"].clone().requires_grad_(), data["in.entropies"].clone().requires_grad_()
+        old = new.detach() if o["old_missing"] else data["in.old_per_token_logps"]
+        advantages = data["in.advantages"][:, None].expand_as(new)
+        kind, low, high = o["loss_type"], float(o["epsilon"]), float(o["epsilon_high"])
+        log_ratio = sequence_log_ratio(new, old, mask) if o["level"] == "sequence" else new - old
+        if kind == "cispo":
+            losses = cispo_loss(new, old, advantages, clip_high=high - 1)
+        elif kind == "sapo":
+            losses = sapo_loss(new, old, advantages)
+        elif kind == "vespo":
+            losses = vespo_loss(new, old, advantages, mask)
+        else:
+            losses = clipped_ratio_loss(log_ratio, advantages, clip_low=low, clip_high=high, ratio_cap=o["delta"])
+        if o["off_policy_mask_threshold"] is not None:
+            dropped = negative_rows_off_policy(
+                new, data["in.sampling_per_token_logps"], data["in.advantages"], mask, threshold=o["off_policy_mask_threshold"]
+            )
+            losses = losses * ~dropped[:, None]
+        if o["top_entropy_quantile"] < 1:
+            losses = losses * high_entropy(entropies, mask, share=float(o["top_entropy_quantile"]))
+        if o["importance_sampling_ratio"]:
+            losses = losses * data["in.sequence_mask_is_ratio" if "seqmask" in case else "in.token_truncate_is_ratio"]
+        if o["beta"]:
+            kl = kl_estimate(new, data["in.ref_per_token_logps"], kind="k3")
+            losses = losses + o["beta"] * kl * ((new - old).exp() if o["use_bias_correction_kl"] else 1)
+        loss = (losses * trl_weights(kind, mask, meta["common"])).sum()
+        loss = loss - o["entropy_coef"] * (entropies * trl_weights("bnpo", mask, meta["common"])).sum()
+        assert_close(loss, data[f"{case}.loss"], what=case)
+        assert_close(grad(loss, new, retain_graph=True)[0], data[f"{case}.grad_logps"], what=case)
+        if f"{case}.grad_entropies" in data:
+            assert_close(grad(loss, entropies)[0], data[f"{case}.grad_entropies"], what=case)
+        if f"{case}.metric.clip_ratio_region_mean" in data and kind != "vespo" and o["level"] == "token":
+            ours = surrogate_metrics(new - old, advantages, mask, clip_low=low, clip_high=high)["clip_fraction"]
+            assert_close(ours.double(), data[f"{case}.metric.clip_ratio_region_mean"].double(), f64=2e-5, what=case)
+        if f"{case}.metric.entropy" in data:
+            assert_close(masked_mean(entropies, mask).double(), data[f"{case}.metric.entropy"].double(), f64=2e-5, what=case)
+
+
+@pytest.mark.golden
+def test_openrlhf_policy_losses(golden_dir):
+    """tok1: token mean, tok0: mean over rows of token means; gspo is always the latter."""
+    data, meta = load_llm(golden_dir, "openrlhf_slime_torchtune")
+    old, behaved, mask = data["in.old_log_prob"], data["in.rollout_log_prob"], data["in.mask"].bool()
+    cases = {case: options for case, options in meta["cases"].items() if case.startswith("openrlhf.policy.")}
+    assert cases
+    for case, o in cases.items():
+        _, _, kind, aggregation = case.split(".")
+        advantages = data["in.adv_tok"]
+        new = data["in.log_prob"].clone().requires_grad_()
+        gspo = kind.startswith("gspo")
+        # Its ratio has one gradient per row, which differs from GSPO's per token only where advantages differ within a row.
+        corrected = bool(o.get("enable_vllm_is_correction"))
+        base = behaved if gspo and corrected else old  # its GSPO corrects by taking the ratio to the sampler's policy
+        ratio = row_mean(new - base, mask)[:, None].expand_as(new) if gspo else new - old
+        clip = {"clip_low": o["clip_low"], "clip_high": o["clip_high"]}
+        losses = clipped_ratio_loss(ratio, advantages, dual_clip=o.get("dual_clip"), **clip)
+        if corrected and not gspo:
+            low, high = (float(x) for x in o["vllm_is_truncated_threshold"])
+            correction = o.get("vllm_is_correction_type", "tis")
+            if correction == "seq-mask-tis":
+                kept = within_bounds(old, behaved, mask, metric="ratio", over="mean", lower=low, upper=high)
+                losses = losses * kept * importance_weights(old, behaved, mask, high=None)
+            else:
+                outside = "zero" if correction == "icepop" else "clamp"
+                losses = losses * importance_weights(old, behaved, mask, low=low, high=high, outside=outside)
+        mode = "token-mean" if aggregation == "tok1" and not gspo else "seq-mean-token-mean"
+        loss = (losses * token_weights(mask, mode)).sum()
+        assert_close(loss, data[f"{case}.loss"], what=case)
+        assert_close(grad(loss, new)[0], data[f"{case}.grad"], what=case)
+        if not o.get("dual_clip"):
+            assert_close(surrogate_metrics(ratio, advantages, mask, **clip)["clip_fraction"], data[f"{case}.clip_ratio"], what=case)
+
+
+@pytest.mark.golden
+def test_slime_token_losses(golden_dir):
+    data, _ = load_llm(golden_dir, "openrlhf_slime_torchtune")
+    new, old, advantages = data["in.log_prob"], data["in.old_log_prob"], data["in.adv_tok"]
+    dual = clipped_surrogate(new, old, advantages, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+    assert_close(dual, data["slime.policy.dual"])
+    assert_close(cispo_loss(new, old, advantages, clip_high=0.28), data["slime.cispo"])
+    assert_close(kl_estimate(new, data["in.ref_log_prob"], kind="k3") * (new - old).exp(), data["slime.kl.k3.unbiased"])
+
+
+@pytest.mark.golden
+def test_areal_losses(golden_dir):
+    """Decoupled PPO: the surrogate against the proximal policy, times the proximal policy's weight against the sampler's."""
+    data, meta = load_llm(golden_dir, "areal_decoupled_ppo")
+    mask, prox, behave = data["in.loss_mask"].bool(), data["in.proximal_logprobs"], data["in.old_logprobs(behave)"]
+    weights = token_weights(mask, "token-mean")
+    assert meta["cases"]
+    for case, o in meta["cases"].items():
+        new, advantages = data["in.logprobs"].clone().requires_grad_(), data["in.advantages"]
+        low = float(o["eps_clip"])
+        high = low if o["eps_clip_higher"] is None else float(o["eps_clip_higher"])
+        rule, kept, importance = o["rejection_sampling"], mask, torch.ones_like(new)
+        log_ratio = new - prox
+        if o["level"] == "sequence":
+            log_ratio = sequence_log_ratio(new, prox, mask)
+            advantages = row_mean(advantages, mask)[:, None].expand_as(new)
+        if rule is not None:
+            by_row = rule["level"] == "sequence" and rule["metric"] == "ratio"
+            importance = importance_weights(prox, behave, mask, level="geometric" if by_row else "token", high=None)
+            inside = areal_within(prox, behave, mask, rule)
+            if rule["action"] == "mask":
+                kept = inside
+            else:
+                importance = torch.where(inside, importance, masked(importance.clamp(rule["lower"] or 0.0, rule["upper"]), mask))
+            assert_close(masked(importance, kept), data[f"{case}.behave_imp_weight"], what=case)
+        losses = clipped_ratio_loss(log_ratio, advantages, clip_low=low, clip_high=high, dual_clip=o["c_clip"])
+        loss = (masked(losses * importance, kept) * weights).sum()
+        assert_close(loss, data[f"{case}.loss"], what=case)
+        gradient = grad(loss, new)[0]
+        assert_close(gradient, data[f"{case}.grad"], what=case)
+        clipped = masked_mean((is_clipped(log_ratio, advantages, clip_low=low, clip_high=high) & kept).float(), mask)
+        assert_close(clipped, data[f"{case}.clip_frac"], what=case)
+        if f"packed.{case}.grad" in data:  # the same rows end to end, without padding
+            assert_close(loss, data[f"packed.{case}.loss"], what=case)
+            assert_close(gradient[data["packed.select_mask"]], data[f"packed.{case}.grad"], what=case)
+
+
+def areal_within(prox, behave, mask, rule):
+    return within_bounds(
+        prox,
+        behave,
+        mask,
+        metric={"ratio": "ratio", "kl_k1": "k1", "kl_k2": "k2", "kl_k3": "k3_reverse"}[rule["metric"]],
+        over=rule["agg"] if rule["level"] == "sequence" else "token",
+        lower=rule["lower"],
+        upper=rule["upper"],
+    )
+
+
+@pytest.mark.golden
+def test_areal_soft_clipping(golden_dir):
+    data, _ = load_llm(golden_dir, "areal_decoupled_ppo")
+    new, mask = data["in.logprobs"].clone().requires_grad_(), data["in.loss_mask"].bool()
+    loss = (sapo_loss(new, data["in.proximal_logprobs"], data["in.advantages"]) * token_weights(mask, "token-mean")).sum()
+    assert_close(loss, data["sapo.loss"])
+    assert_close(grad(loss, new)[0], data["sapo.grad"])
