@@ -15,8 +15,10 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from PIL import Image
 from torch import Tensor
-from toy import toy_method
+from toy import toy_method, toy_trainer
 
+from callbacks.image_writer import ImageWriter
+from callbacks.sample_gallery import SampleGallery
 from datamodules.inpainting import Inpainting, main
 from datamodules.lazy import ImageCache, LazyRow
 from lit_rl.errors import ConfigError
@@ -429,3 +431,20 @@ def test_rows_survive_what_lightning_does_to_batches(folder: Path) -> None:
     with pytest.raises(TypeError):
         row["target"] = "x"  # type: ignore[index]
     assert ImageCache(7).limit == pickle.loads(pickle.dumps(ImageCache(7))).limit
+
+
+# ------------------------------------------------------------------ in a run
+
+
+def test_a_run_on_items(folder: Path) -> None:
+    """Warm-up, rollouts with gallery, evaluation and prediction; the toy policy reads prompts only, so only targets are read."""
+    items = [item(id=f"i{i}", text=str(i), target="other.png", weight=1 + i % 2, split="val" if i > 3 else "train") for i in range(6)]
+    source = data(write(folder, *items), template="{text}", resolution=(2, 2), eval_batch_size=2)
+    gallery, writer = SampleGallery(2, every_n_iterations=1, folder=str(folder / "gallery")), ImageWriter(str(folder / "out"))
+    trainer = toy_trainer(folder, callbacks=[gallery, writer], max_epochs=3, limit_val_batches=1.0, accumulate_grad_batches=2)
+    trainer.fit(toy_method(warmup_steps=2, warmup_batch_size=4), source)
+    assert len(list((folder / "gallery").glob("rollout-*.png"))) == 2 and list((folder / "gallery").glob("evaluation-*.png"))
+    assert [reader[1][0].name for reader in source._cache.held] == ["other.png"]
+    toy_trainer(folder, callbacks=[writer]).predict(toy_method(), source)
+    written = [json.loads(line) for line in (folder / "out/prompts.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["prompt"], row["file"]) for row in written] == [("i4", "4", "00000-4.png"), ("i5", "5", "00001-5.png")]
