@@ -31,7 +31,7 @@ LONGEST_REFERENCE = 1024
 
 
 class Inpainting(PromptDataModule):
-    """Inpainting items from .json or .jsonl files or a benchmark folder; docs/migration.md has the format.
+    """Inpainting items from .json or .jsonl files or a benchmark folder; docs/inpainting.md has the format.
 
     An item is as many prompts as it has references, one after the other. A prompt has `prompt`, `id`, `text` and `target` (both the wanted
     text; rewards look at `target`), and, read from disk when asked for, `source` uint8 "3 H W", `mask` uint8 "H W" (255 is painted) and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from toy import toy_method, toy_trainer
 from callbacks.image_writer import ImageWriter
 from callbacks.sample_gallery import SampleGallery
 from datamodules.inpainting import Inpainting, main
+from datamodules.inpainting_files import FIELDS
 from datamodules.lazy import ImageCache, LazyRow
 from lit_rl.errors import ConfigError
 
@@ -431,6 +433,19 @@ def test_rows_survive_what_lightning_does_to_batches(folder: Path) -> None:
     with pytest.raises(TypeError):
         row["target"] = "x"  # type: ignore[index]
     assert ImageCache(7).limit == pickle.loads(pickle.dumps(ImageCache(7))).limit
+
+
+def test_the_documented_file_is_read(folder: Path) -> None:
+    """docs/inpainting.md names every field, and its example is valid."""
+    page = (Path(__file__).parent.parent / "docs/inpainting.md").read_text()
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.M)) == sorted(FIELDS)
+    (folder / "data.json").write_text(re.findall(r"```json\n(.*?)```", page, re.S)[0])
+    names = {name for entry in json.loads((folder / "data.json").read_text())["items"] for name in re.findall(r"\w+\.png", str(entry))}
+    for name in names:
+        save_mask(folder / "imgs" / name)
+    source = data(str(folder / "data.json"))
+    assert [row["id"] for row in source.train_prompts] == ["cafe-01", "cafe-02#1", "cafe-02#2", "2"]
+    assert {row["id"] for row in source.examples(0, 50)[0]} == {"cafe-02#1", "cafe-02#2", "2"}
 
 
 # ------------------------------------------------------------------ in a run
