@@ -102,9 +102,10 @@ def test_without_a_reference_the_style_is_the_masked_part_of_the_source(folder: 
     assert row["source"].shape == (3, 16, 16) and row["mask"].shape == (16, 16)
 
 
-def test_masks_are_white_wherever_they_are_not_black_and_stay_binary(folder: Path) -> None:
+@pytest.mark.parametrize("white", [1, 255])
+def test_masks_are_white_wherever_they_are_not_black_and_stay_binary(folder: Path, white: int) -> None:
     """48 x 24 -> 24 x 12: columns 10-29 become 5-14, rows 4-11 become 2-5."""
-    save_mask(folder / "imgs/mask.png", white=1)
+    save_mask(folder / "imgs/mask.png", white=white)
     (row,) = data(write(folder, item()), resolution=(12, 24)).train_prompts
     expected = torch.zeros(12, 24, dtype=torch.uint8)
     expected[2:6, 5:15] = 255
@@ -329,12 +330,20 @@ def test_weights_are_kept_round_by_round(folder: Path, count: int) -> None:
     assert all(abs(first_rounds[str(i)] - 4 * w) < 1 for i, w in enumerate(weights))
 
 
+def test_fractional_weights_are_spread_over_the_rounds(folder: Path) -> None:
+    """30 items of weight 0.5 and 30 of 0.2: each round holds about 15 and 6 of them, not all in every second and fifth."""
+    source = data(write(folder, *[item(id=str(i), weight=0.5 if i < 30 else 0.2) for i in range(60)]))
+    for round_ in range(10):
+        rows = source._order(round_)
+        assert 13 <= sum(i < 30 for i in rows) <= 17 and 4 <= sum(i >= 30 for i in rows) <= 8
+
+
 def test_siblings_share_one_object(folder: Path) -> None:
     """`condition` encodes each object once; a prompt that comes again is the same object, so nothing is encoded twice."""
     source = data(write(folder, item()))
     first, again = source.prompts(0, 1)[0], source.prompts(5, 1)[0]
     assert first is again and first == again and len({first, again}) == 1
-    assert first != first.but(styled=False)  # type: ignore[attr-defined]
+    assert first != first.but() and first != first.but(styled=False)  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------ supervised examples
