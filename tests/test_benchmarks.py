@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import flow_grpo_iteration, overlap
+from benchmarks import flow_grpo_iteration, overlap, token_logprobs
 
 SIZES = {
     "mini": replace(
@@ -40,3 +40,14 @@ def test_overlap_prints_a_factor_for_every_reward() -> None:
     for _, scoring, overlapped, waited, factor in rows.values():
         assert 0 < waited < overlapped and scoring > 0 and factor > 0
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.slow  # fresh processes, for their high-water marks
+def test_token_logprobs_prints_ratios_of_equal_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = token_logprobs.Case(tokens=1024, vocabulary=32768, hidden=16, frozen=False, entropy=False)
+    row = token_logprobs.measure(case, repeats=1)
+    numbers = [float(number) for number in row.removeprefix("trained head").split()]
+    assert len(numbers) == 6 and 0 < numbers[5] < 0.5
+    monkeypatch.setitem(token_logprobs.WAYS, "ours", lambda *given: 0.99 * token_logprobs.plain(*given))
+    with pytest.raises(SystemExit, match="same gradients"):
+        token_logprobs.measure(case, repeats=1)

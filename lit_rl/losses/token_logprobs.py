@@ -1,0 +1,185 @@
+"""Log-probabilities of given tokens straight from hidden states, without the logits of all of them in memory at once."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+PLAIN_ELEMENTS = 2**24
+"""Up to so many logits (64 MiB in float32) autograd may keep them: computing them again in backward would only cost time."""
+
+CHUNK_ELEMENTS = {"cpu": 2**22, "other": 2**26}
+"""Logits at a time beyond that: what a CPU's caches still help with, and what keeps a GPU busy."""
+
+
+class TokenLogprobs(NamedTuple):
+    """Of N tokens, float32 (float64 for float64 input). The gradient flows through `logprobs` and `entropy` only."""
+
+    logprobs: Float[Tensor, "N"]
+    entropy: Float[Tensor, "N"] | None = None  # of the whole distribution
+    log_square: Float[Tensor, "N"] | None = None  # log sum_v p_v^2 (WPO, optimal token baseline)
+    mean_logit: Float[Tensor, "N"] | None = None
+    top1: Bool[Tensor, "N"] | None = None  # the target is the most probable token
+
+
+def token_logprobs(
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    targets: Int[Tensor, "N"],
+    *,
+    bias: Float[Tensor, "V"] | None = None,
+    temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    details: bool = False,
+    chunk: int | None = None,
+) -> TokenLogprobs:
+    """log_softmax(z)[target], z = softcap tanh(scale (hidden W^T + bias) / softcap) / temperature, with gradients.
+
+    Give it the hidden states of scored positions only (those *before* the scored tokens): prompts then cost nothing. With more than 2^24
+    logits they are made `chunk` tokens at a time and again in backward, so that no more than chunk * V of them exist; else at once.
+
+    Args:
+        temperature: that of sampling; the trainer's log-probabilities must be of the distribution that was sampled from.
+        entropy: also the entropy, with its gradient.
+        details: also what is only looked at: log_square, mean_logit, top1.
+        chunk: tokens at a time; default by the vocabulary and the device.
+    """
+    head = _Head(scale=scale, softcap=softcap, temperature=temperature, entropy=entropy, details=details)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        if chunk is None and hidden.shape[0] * weight.shape[0] <= PLAIN_ELEMENTS:
+            return _plain(hidden, weight, bias, targets, head)
+        size = chunk or max(CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["other"]) // weight.shape[0], 1)
+        learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+        ahead = torch.is_grad_enabled() and hidden.requires_grad and not learns and not entropy and softcap is None
+        return TokenLogprobs(*_Chunked.apply(hidden, weight, bias, targets, head, size, ahead))
+
+
+class _Head(NamedTuple):
+    scale: float
+    softcap: float | None
+    temperature: float
+    entropy: bool
+    details: bool
+
+    @property
+    def slope(self) -> float:
+        """d z / d (hidden W^T + bias), where no cap bends it."""
+        return self.scale / self.temperature
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """z, a new tensor in at least float32, and the tanh of the cap."""
+        raw = F.linear(hidden, weight, bias)
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        if self.softcap is None:
+            return (raw if self.slope == 1 else raw * self.slope), None
+        bent = torch.tanh(raw * (self.scale / self.softcap))
+        return bent * (self.softcap / self.temperature), bent
+
+
+def _plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head) -> TokenLogprobs:
+    z, _ = head.logits(hidden, weight, bias)
+    logp = z.log_softmax(-1)
+    picked = logp.gather(-1, targets[:, None])[:, 0]
+    entropy = -(logp.exp() * logp).sum(-1) if head.entropy else None
+    if not head.details:
+        return TokenLogprobs(picked, entropy)
+    seen = z.detach()
+    return TokenLogprobs(picked, entropy, (2 * logp.detach()).logsumexp(-1), seen.mean(-1), seen.argmax(-1) == targets)
+
+
+class _Chunked(torch.autograd.Function):
+    """Keeps the normalisers of all tokens and makes the logits of a chunk again when its gradient is asked for.
+
+    ahead: the head is frozen (LoRA), so that a token's gradient is its unit gradient W[target] - sum_v p_v W_v times what arrives: that one
+    is made in forward, and nothing again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head, size: int, ahead: bool
+    ) -> tuple[Tensor | None, ...]:
+        work = torch.promote_types(hidden.dtype, torch.float32)
+        count = len(targets)
+        logprobs, normalisers = (torch.empty(count, dtype=work, device=hidden.device) for _ in range(2))
+        entropy = torch.empty_like(logprobs) if head.entropy else None
+        log_square, mean_logit = (torch.empty_like(logprobs) if head.details else None for _ in range(2))
+        top1 = torch.empty(count, dtype=torch.bool, device=hidden.device) if head.details else None
+        unit = torch.empty_like(hidden) if ahead else None
+        for start in range(0, count, size):
+            rows = slice(start, start + size)
+            target = targets[rows, None]
+            z, _ = head.logits(hidden[rows], weight, bias)
+            picked, highest = z.gather(1, target), z.amax(1, keepdim=True)
+            if mean_logit is not None and top1 is not None:
+                mean_logit[rows] = z.mean(1)
+                top1[rows] = z.argmax(1) == targets[rows]
+            z.sub_(highest)
+            e = z.exp() if entropy is not None else z.exp_()
+            total = e.sum(1, keepdim=True)
+            log_total = total.log()
+            logprobs[rows] = (picked - highest - log_total)[:, 0]
+            normalisers[rows] = (highest + log_total)[:, 0]
+            if log_square is not None:
+                log_square[rows] = 2 * (torch.linalg.vector_norm(e, dim=1).log() - log_total[:, 0])
+            if entropy is not None:
+                entropy[rows] = log_total[:, 0] - torch.linalg.vecdot(e, z) / total[:, 0]
+            if unit is not None:
+                unit[rows] = weight[targets[rows]] - (e / total).to(weight.dtype) @ weight
+        ctx.head, ctx.size, ctx.has_bias = head, size, bias is not None
+        if unit is not None:
+            ctx.save_for_backward(unit)
+        else:
+            ctx.save_for_backward(hidden, weight, targets, normalisers, *(t for t in (bias, entropy) if t is not None))
+        ctx.ahead = ahead
+        ctx.mark_non_differentiable(*(t for t in (log_square, mean_logit, top1) if t is not None))
+        return logprobs, entropy, log_square, mean_logit, top1
+
+    @staticmethod
+    def backward(ctx: Any, g_logprobs: Tensor, g_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        head = ctx.head
+        if ctx.ahead:
+            (unit,) = ctx.saved_tensors
+            return (unit * (g_logprobs * head.slope)[:, None].to(unit.dtype), *[None] * 6)
+        hidden, weight, targets, normalisers, *rest = ctx.saved_tensors
+        bias = rest.pop(0) if ctx.has_bias else None
+        entropy = rest[0] if rest else None
+        work = normalisers.dtype
+        g_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        g_weight = torch.zeros_like(weight, dtype=work) if ctx.needs_input_grad[1] else None
+        g_bias = torch.zeros_like(bias, dtype=work) if bias is not None and ctx.needs_input_grad[2] else None
+        for start in range(0, len(targets), ctx.size):
+            rows = slice(start, start + ctx.size)
+            z, bent = head.logits(hidden[rows], weight, bias)
+            z.sub_(normalisers[rows, None])
+            g = g_logprobs[rows, None]
+            if entropy is None or g_entropy is None:
+                dz = z.exp_().mul_(-g)
+            else:  # dH/dz = -p (log p + H)
+                p, weigh = z.exp(), g_entropy[rows, None]
+                dz = z.add_(entropy[rows, None]).mul_(-weigh).sub_(g).mul_(p)
+            dz.scatter_add_(1, targets[rows, None], g)
+            if bent is not None:
+                dz.mul_(1 - bent**2)
+            if head.slope != 1:
+                dz.mul_(head.slope)
+            if g_bias is not None:
+                g_bias += dz.sum(0)
+            dz = dz.to(weight.dtype)
+            if g_hidden is not None:
+                torch.mm(dz, weight, out=g_hidden[rows])
+            if g_weight is not None and g_weight.dtype == dz.dtype:
+                g_weight.addmm_(dz.T, hidden[rows])
+            elif g_weight is not None:
+                g_weight += dz.T @ hidden[rows]
+        cast = [None if g is None else g.to(like) for g, like in ((g_weight, weight), (g_bias, bias))]
+        return (g_hidden, *cast, *[None] * 4)

@@ -1,0 +1,156 @@
+"""Log-probabilities from hidden states: equal to the plain way in value and gradient, TRL's numbers, and what is never in memory."""
+
+import math
+
+import pytest
+import torch
+from golden_numbers import assert_close, load_llm
+from torch.autograd import grad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lit_rl.losses import token_logprobs as module
+from lit_rl.losses.token_logprobs import token_logprobs
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation gives back."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.elements = max(
+            [self.elements, *(t.untyped_storage().nbytes() // t.element_size() for t in tree_leaves(out) if isinstance(t, torch.Tensor))]
+        )
+        return out
+
+
+def inputs(n=11, h=8, v=37, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(k, h, generator=g, dtype=dtype).requires_grad_() for k in (n, v))
+    return hidden, weight, torch.randn(v, generator=g, dtype=dtype).requires_grad_(), torch.randint(v, (n,), generator=g)
+
+
+def test_temperature_by_hand():
+    """Trap 20: logits 0 and log 3 at temperature 1/2 are 0 and log 9: probability .9, entropy -.9 log .9 - .1 log .1."""
+    hidden, weight = torch.ones(1, 1), torch.tensor([[0.0], [math.log(3)]])
+    got = token_logprobs(hidden, weight, torch.tensor([1]), temperature=0.5, entropy=True, details=True)
+    assert got.logprobs.item() == pytest.approx(math.log(0.9))
+    assert got.entropy.item() == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
+    assert got.log_square.item() == pytest.approx(math.log(0.81 + 0.01)) and got.top1.item()
+
+
+OPTIONS = [
+    {},
+    {"temperature": 0.7},
+    {"scale": 0.5, "softcap": 3.0},
+    {"entropy": True},
+    {"entropy": True, "temperature": 1.3, "softcap": 4.0, "details": True},
+]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_chunks_give_the_plain_values_and_gradients(options, biased, frozen, chunk):
+    hidden, weight, bias, targets = inputs()
+    if frozen:
+        weight, bias = weight.detach(), bias.detach()
+    bias = bias if biased else None
+    g = torch.randn(len(targets), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    learned = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
+
+    def run(**how):
+        got = token_logprobs(hidden, weight, targets, bias=bias, **options, **how)
+        loss = (got.logprobs * g).sum() + (0 if got.entropy is None else (got.entropy * g.flip(0)).sum())
+        return [t for t in got if t is not None], grad(loss, learned)
+
+    for plain, chunked in zip(run(), run(chunk=chunk), strict=True):
+        assert len(plain) == len(chunked)
+        for a, b in zip(plain, chunked, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_bfloat16_is_normalised_in_float32(frozen):
+    hidden, weight, _, targets = inputs(n=40, h=32, v=300, dtype=torch.float32)
+    low = [t.detach().bfloat16().requires_grad_(not frozen or k == 0) for k, t in enumerate((hidden, weight))]
+    got = token_logprobs(*low, targets, chunk=7)
+    exact = token_logprobs(*(t.detach().float().requires_grad_(t.requires_grad) for t in low), targets)
+    assert got.logprobs.dtype == torch.float32
+    torch.testing.assert_close(got.logprobs, exact.logprobs, rtol=0.01, atol=0.1)
+    for g in grad(got.logprobs.sum(), [t for t in low if t.requires_grad]):
+        assert g.dtype == torch.bfloat16 and g.isfinite().all()
+
+
+def test_autocast_reaches_the_matrix_products_and_gradients_come_back_in_float32():
+    hidden, weight, _, targets = inputs(n=9, h=16, v=50, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = token_logprobs(hidden, weight, targets, chunk=4).logprobs
+    low = token_logprobs(hidden.bfloat16(), weight.bfloat16(), targets, chunk=4).logprobs
+    assert torch.equal(got, low) and got.dtype == torch.float32
+    assert [g.dtype for g in grad(got.sum(), [hidden, weight])] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_no_tensor_of_all_logits_exists(entropy, frozen):
+    """64 tokens x 1000 words by 4 at a time: nothing larger than 4 x 1000, which the head's gradient is too."""
+    hidden, weight, _, targets = inputs(n=64, h=4, v=1000, dtype=torch.float32)
+    weight = weight.detach() if frozen else weight
+    with Largest() as chunked:
+        got = token_logprobs(hidden, weight, targets, entropy=entropy, details=True, chunk=4)
+        (got.logprobs + (got.entropy if entropy else 0)).sum().backward()
+    assert chunked.elements == 4000
+    with Largest() as plain:
+        token_logprobs(hidden, weight, targets)
+    assert plain.elements == 64_000
+
+
+def test_chunks_begin_where_memory_would_hurt(monkeypatch):
+    hidden, weight, _, targets = inputs(n=64, h=4, v=1000, dtype=torch.float32)
+    monkeypatch.setattr(module, "PLAIN_ELEMENTS", 63_999)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", {"cpu": 5000, "other": 1})
+    with Largest() as largest, torch.no_grad():
+        token_logprobs(hidden, weight, targets)
+    assert largest.elements == 5000
+    assert token_logprobs(hidden[:0], weight, targets[:0], chunk=3).logprobs.shape == (0,)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_trl_golden(golden_dir, chunk):
+    data, meta = load_llm(golden_dir, "trl_chunked_logprob")
+    assert meta["cases"]
+    for case, words in meta["cases"].items():
+        options = {"temperature": float(case[1:])} if case.startswith("t") else {}
+        if "softcap" in words:
+            options = {"softcap": float(case.removeprefix("cap")), "scale": float(words.rpartition("logit_scale ")[2])}
+        leaves = [data[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
+        got = token_logprobs(*leaves[:2], data["targets"], bias=leaves[2], entropy=True, details=True, chunk=chunk, **options)
+        for name, theirs in {
+            "logprobs": "log_probs",
+            "entropy": "entropy",
+            "log_square": "log_sum_sq_probs",
+            "mean_logit": "mean_logits",
+        }.items():
+            assert_close(getattr(got, name), data[f"{case}.{theirs}"], what=f"{case} {name}")
+        assert torch.equal(got.top1, data[f"{case}.is_top1"])
+        loss = (got.logprobs * data["grad_logprobs"]).sum() + (got.entropy * data["grad_entropy"]).sum()
+        for name, gradient in zip(("hidden", "weight", "bias"), grad(loss, leaves), strict=True):
+            assert_close(gradient, data[f"{case}.grad_{name}"], what=f"{case} {name}")
+
+
+@pytest.mark.golden
+def test_verl_golden(golden_dir):
+    """Logits themselves: the identity is the head."""
+    data, _ = load_llm(golden_dir, "verl_misc")
+    logits, labels = data["logits"].flatten(0, 1), data["labels"].flatten()
+    for chunk in (None, 5):
+        got = token_logprobs(logits, torch.eye(logits.shape[1]), labels, entropy=True, details=True, chunk=chunk)
+        for name in ("logprobs_v2", "logprobs_naive"):
+            assert_close(got.logprobs, data[name].flatten())
+        assert_close(got.entropy, data["entropy_from_logits"].flatten())
+        assert_close(got.log_square.exp(), data["sum_pi_squared"].flatten())
