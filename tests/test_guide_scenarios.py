@@ -37,8 +37,11 @@ GPUS = ["4", "5", "6", "7"]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_home(tmp_path_factory.mktemp("home"))
+
+
+def write_home(folder: Path) -> Path:
     """A miniature model, inpainting items with their images, and `run.yaml`, whose outputs go to where it is started."""
-    folder = tmp_path_factory.mktemp("home")
     build_fill(folder / "model")
     draw = np.random.default_rng(0)
     for i in range(6):

@@ -1,0 +1,81 @@
+"""Check this machine, a run and its reward servers, and say what to fix.
+
+    python -m lit_rl.doctor [--config run.yaml ...] [--KEY VALUE ...] [--urls ...] [--launch-gpu-ids 4,5,6,7] [--train-gpu-ids 0,1,2,3]
+
+Exit code 1 when there is a problem. Loads no model. Without --config only the machine and the servers that the environment names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from lit_rl.doctor import machine, servers
+from lit_rl.doctor.report import Finding, as_json, count, problem, show
+from lit_rl.errors import ConfigError
+from lit_rl.rewards.gpus import gpus
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m lit_rl.doctor",
+        description="Check this machine, a run and its reward servers, and say what to fix. Exit code 1 when there is a problem.",
+        epilog="Other options are the run's, as for `python cli.py fit`: --trainer.devices 4",
+        allow_abbrev=False,
+    )
+    p.add_argument("--config", action="append", default=[], metavar="FILE", help="the run's YAML files, in the order of `cli.py fit`")
+    p.add_argument("--urls", nargs="+", default=[], help="reward servers to ask beside the run's, e.g. 10.0.0.5:8000-8003")
+    p.add_argument("--train-gpu-ids", default="", metavar="IDS", help="GPUs for training, e.g. 0,1,2,3 (default: what the run will take)")
+    p.add_argument("--launch-gpu-ids", default="", metavar="IDS", help="GPUs for the reward servers, e.g. 4,5,6,7: checks ids and ports")
+    p.add_argument("--port", type=int, help="of the launcher's first server (default: $REWARD_SERVER_PORT or 8000)")
+    p.add_argument("--json", action="store_true", help="print the findings as JSON")
+    return p
+
+
+def findings(args: argparse.Namespace, rest: Sequence[str]) -> Iterator[Finding]:
+    found = gpus()
+    train, launch = ([i.strip() for i in ids.split(",") if i.strip()] if ids else [] for ids in (args.train_gpu_ids, args.launch_gpu_ids))
+    yield from machine.packages()
+    run, sentence = None, ""
+    if args.config:
+        from lit_rl.doctor.runs import Run, parse
+
+        options = [word for file in args.config for word in ("--config", file)] + list(rest)
+        try:
+            run = Run(parse(options), options, found, train)
+        except ConfigError as error:
+            sentence = str(error)
+    wants_gpu, wants_bfloat16 = (run.wants_gpu, run.wants_bfloat16) if run else (False, False)
+    yield from machine.accelerators(found, wants_gpu=wants_gpu, wants_bfloat16=wants_bfloat16)
+    if sentence:
+        yield problem("run", sentence)
+    if run:
+        yield from run.findings()
+        train = run.gpu_ids()
+    if train or launch:
+        yield from servers.shared(train, launch, found=found)
+    port = args.port or os.environ.get("REWARD_SERVER_PORT", "8000")
+    if launch and str(port).isdecimal():
+        yield from servers.ports(launch, first=int(port))
+    if args.urls or not run:
+        processes = len(train) or len(launch) or 1
+        yield from servers.of_environment(args.urls, processes=processes, token=os.environ.get("REWARD_TOKEN"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, rest = parser().parse_known_args(argv)
+    if rest and not args.config:
+        parser().error(f"{' '.join(rest)} is of no use without --config")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    result = list(findings(args, rest))
+    if args.json:
+        print(as_json(result))
+    else:
+        show(result)
+    return 1 if count(result, "problem") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

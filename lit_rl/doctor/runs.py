@@ -1,0 +1,221 @@
+"""What a run's YAML files name, parsed by the project's own command line, one part after the other so that one mistake hides no other."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from callbacks.ema import EMA
+from callbacks.old_policy import OldPolicySync
+from callbacks.reward_scoring import DEBUG_VARIABLE, RewardScoring
+from lit_rl.checkpoints.files import check_unused
+from lit_rl.cli_errors import explain
+from lit_rl.doctor import models, servers
+from lit_rl.doctor.machine import room
+from lit_rl.doctor.report import Finding, ok, problem, warning
+from lit_rl.errors import ConfigError
+from lit_rl.lightning_cli import CLI
+from lit_rl.module import LitRL
+from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
+from lit_rl.rewards.client import HTTPReward
+from lit_rl.rewards.gpus import Gpu
+
+PATH_KEYS = ("pretrained", "encoder", "initial", "model_path")
+"""Arguments of policies and rewards that name a folder, a file or a hub id."""
+BYTES = 4
+"""Of a number in a checkpoint."""
+
+
+class Inspector(CLI):
+    """Parses as `python cli.py fit` does, and stops there."""
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+    def instantiate_classes(self) -> None:
+        """`Run.build` does it, part by part."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+
+def parse(options: Sequence[str]) -> Namespace:
+    """What `python cli.py fit OPTIONS` would run. Raises ConfigError with the sentence that the command line would say."""
+    argv, said = sys.argv, io.StringIO()
+    sys.argv = ["cli.py", "fit", *options]
+    try:
+        with contextlib.redirect_stderr(said):
+            return Inspector().config.fit
+    except SystemExit as error:
+        lines = [line.removeprefix("error: ") for line in said.getvalue().splitlines() if line]
+        raise ConfigError(" ".join(lines[-1:])) from error
+    finally:
+        sys.argv = argv
+
+
+@dataclass
+class Run:
+    """One run, what it is made of as far as that can be built, and on what."""
+
+    config: Namespace
+    options: Sequence[str]
+    gpus: Sequence[Gpu]
+    train_ids: Sequence[str]
+
+    @property
+    def wants_gpu(self) -> bool:
+        return str(self.config.trainer.accelerator) in ("gpu", "cuda")
+
+    @property
+    def wants_bfloat16(self) -> bool:
+        dtype = (self.config.model.init_args.get("policy") or {}).get("init_args", {}).get("dtype")
+        return "bf16" in str(self.config.trainer.precision) or dtype == "bfloat16"
+
+    def devices(self) -> int:
+        """Processes on a node."""
+        devices = self.config.trainer.devices
+        if self.train_ids:
+            return len(self.train_ids)
+        if devices in ("auto", -1, "-1"):
+            on_gpus = self.wants_gpu or str(self.config.trainer.accelerator) == "auto"
+            return max(1, len(self.gpus)) if on_gpus else 1
+        if isinstance(devices, str):
+            return len([d for d in devices.split(",") if d]) if "," in devices else int(devices) if devices.isdecimal() else 1
+        return len(devices) if isinstance(devices, Sequence) else int(devices)
+
+    def processes(self) -> int:
+        return self.devices() * int(self.config.trainer.num_nodes)
+
+    def gpu_ids(self) -> list[str]:
+        """Of the GPUs that it will train on; none when it does not."""
+        if self.train_ids or not (self.wants_gpu or self.gpus):
+            return list(self.train_ids)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        ids = visible.split(",") if visible else [str(gpu.index) for gpu in self.gpus]
+        return ids[: self.devices()]
+
+    def build(self, kind: type, value: Namespace) -> Any:
+        """One part of it. Raises ConfigError with what the command line would say."""
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--part", type=kind)
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                return parser.instantiate_classes(parser.parse_object({"part": value.as_dict()})).part
+        except (ArgumentError, ValueError, TypeError, ImportError) as error:
+            raise ConfigError(explain(str(error), ["fit", *self.options])) from error
+
+    # ------------------------------------------------------------------ checks
+    def findings(self) -> Iterator[Finding]:
+        method, problems = self._try("model", LitRL, self.config.model)
+        yield from problems
+        told = " ".join(problem.text for problem in problems)
+        for key, path in self._paths().items():
+            if path not in told:
+                yield from models.check_path(key, path)
+        yield from self._data()
+        callbacks: list[L.Callback] = []
+        for number, value in enumerate(self.config.trainer.callbacks or []):
+            callback, problems = self._try(f"trainer.callbacks[{number}]", L.Callback, value)
+            callbacks += [callback] if callback is not None else []
+            yield from problems
+        yield from self._rewards(callbacks)
+        yield from self._outputs(method, callbacks)
+
+    def _try(self, about: str, kind: type, value: Namespace) -> tuple[Any, list[Finding]]:
+        try:
+            return self.build(kind, value), []
+        except ConfigError as error:
+            return None, [problem(about, str(error))]
+
+    def _paths(self) -> dict[str, str]:
+        callbacks = [value.as_dict() for value in self.config.trainer.callbacks or []]
+        return dict(paths(self.config.model.as_dict(), "model")) | dict(paths(callbacks, "trainer.callbacks"))
+
+    def _data(self) -> Iterator[Finding]:
+        data, problems = self._try("data", L.LightningDataModule, self.config.data)
+        yield from problems
+        if data is not None:
+            counts = [f"{len(getattr(data, name))} {what}" for name, what in COUNTED.items() if hasattr(data, name)]
+            yield ok("data", f"{type(data).__name__}: {', '.join(counts) or 'can be built'}")
+
+    def _rewards(self, callbacks: Sequence[L.Callback]) -> Iterator[Finding]:
+        scoring = [callback for callback in callbacks if isinstance(callback, RewardScoring)]
+        over_http = {label: r for callback in scoring for label, r in callback.rewards.items() if isinstance(r, HTTPReward)}
+        if os.environ.get(DEBUG_VARIABLE, "").lower() in ("1", "true", "yes", "on"):
+            yield warning("rewards", f"{DEBUG_VARIABLE} is set: no reward is asked, scores are pseudo-random; unset it for a real run")
+            return
+        for label, reward in over_http.items():
+            yield from servers.of_reward(reward, label, processes=self.processes())
+
+    def _outputs(self, method: LitRL[Any] | None, callbacks: Sequence[L.Callback]) -> Iterator[Finding]:
+        keepers = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+        chosen = list(dict.fromkeys(Path(keeper.dirpath) for keeper in keepers if keeper.dirpath))
+        folders = chosen or [Path(self.config.trainer.default_root_dir or ".")]
+        copies = sum(self._kept(keeper) for keeper in keepers)
+        numbers, least = trainable(getattr(method, "policy", None))
+        averages = sum(isinstance(callback, EMA | OldPolicySync) for callback in callbacks)
+        yield from room(folders, checkpoint=numbers * BYTES * (3 + averages), copies=copies, least=least)  # weights and Adam's moments
+        try:
+            check_unused(chosen)
+        except ConfigError as error:
+            yield warning("checkpoints", str(error))
+
+    def _kept(self, keeper: ModelCheckpoint) -> int:
+        """Files that it keeps in the end, `last.ckpt` included."""
+        every = max(1, keeper._every_n_epochs or 1)
+        rounds = max(0, self.config.trainer.max_epochs or 0) // every
+        return (rounds if keeper.save_top_k < 0 else min(keeper.save_top_k, rounds or 1)) + bool(keeper.save_last)
+
+
+COUNTED = {"train_prompts": "prompts to train on", "held_out": "held out"}
+
+
+def paths(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Key and value of whatever names a file to read; `init_args` and `class_path` are left out of the keys."""
+    if isinstance(value, Mapping | Namespace):
+        for name, inner in value.items():
+            if name in PATH_KEYS and isinstance(inner, str):
+                yield f"{key}.{name}", inner
+            else:
+                yield from paths(inner, key if name == "init_args" else f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from paths(inner, f"{key}[{number}]")
+
+
+def trainable(policy: Any) -> tuple[int, bool]:
+    """Numbers that training changes, as far as files on the disk tell them, and whether that is only a lower bound."""
+    if not isinstance(policy, DiffusersFlowPolicy) or policy.folder is None:
+        return 0, True
+    try:
+        shapes = models.folder(policy.folder)[1]
+    except models.Broken:  # told by `check_path`
+        return 0, True
+    style = getattr(policy, "style", None)
+    if policy.lora is not None:
+        ends = tuple(policy.lora.targets or policy.lora_targets)
+        targets = rf"(?:^|\.)(?:{'|'.join(map(re.escape, ends))})\.weight$"
+        return sum(policy.lora.rank * sum(s) for name, s in shapes.items() if len(s) == 2 and re.search(targets, name)), style is not None
+    if style is None or getattr(policy, "full", False):
+        return sum(_product(shape) for shape in shapes.values()), style is not None
+    return (Path(style.initial).stat().st_size // BYTES if style.initial else 0), not style.initial
+
+
+def _product(shape: Sequence[int]) -> int:
+    result = 1
+    for side in shape:
+        result *= side
+    return result
