@@ -85,8 +85,10 @@ def wrong_type(message: str, argv: Sequence[str]) -> str | None:
 
 def innermost(message: str, argv: Sequence[str]) -> str:
     """The report without the types that were also possible, with the place and the nearest name of a key that does not exist."""
+    if "\n" in message and not re.search(r"Parser key|Subtypes|Given value|Problem with", message):
+        return message  # one of our own, in lines already
     lines = [line.strip() for line in message.splitlines()]
-    bullets = [line.removeprefix("- ") for line in lines if line.startswith("- ") and "NoneType" not in line]
+    bullets = [text for text in _bullets(message) if "NoneType" not in text.splitlines()[0]]
     causes = [line for line in bullets if not EXPECTATION.match(line)] or bullets
     sentence = " ".join(dict.fromkeys(causes)) if "Union subtypes" in message and causes else " ".join(lines)
     sentence = re.sub(r"<class '(?:builtins\.)?([\w.]+)'>", r"\1", sentence)
@@ -101,6 +103,20 @@ def innermost(message: str, argv: Sequence[str]) -> str:
     wrong = next((part for part in parts if part not in known), parts[-1])
     near = difflib.get_close_matches(wrong, known - {wrong}, n=1, cutoff=0.6)
     return _at(wrong, sentence + (f"; did you mean '{near[0]}'?" if near else ""), argv)
+
+
+def _bullets(message: str) -> list[str]:
+    """The points of the report's list, each with the lines that are indented under it: one of our own messages may have several."""
+    found: list[list[str]] = []
+    depth = 0
+    for line in message.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if line.lstrip().startswith("- "):
+            found.append([line.strip().removeprefix("- ")])
+            depth = indent
+        elif found and indent > depth:
+            found[-1].append(line.strip())
+    return [(" " if text[0].startswith("Problem with") else "\n  ").join(text) for text in found]
 
 
 def _at(key: str, sentence: str, argv: Sequence[str], *, value: str = "") -> str:

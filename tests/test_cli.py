@@ -192,6 +192,16 @@ def test_a_mistake_in_a_file_is_one_sentence_with_its_line(
     assert f"error: {tmp_path}/run.yaml:{line + down}: " in error and message in error and "Traceback" not in error
 
 
+def test_a_list_of_mistakes_in_the_data_keeps_its_lines(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data.json").write_text('[{"text": "A"}, {"text": "B"}]')
+    config = toy_config(tmp_path)
+    config["data"] = {"class_path": "datamodules.inpainting.Inpainting", "init_args": {"train": str(tmp_path / "data.json")}}
+    with pytest.raises(SystemExit):
+        cli("fit", config)
+    error = capsys.readouterr().err
+    assert "problems in the inpainting data\n  data.json: items[0]" in error and "\n  data.json: items[1]" in error
+
+
 def test_unreachable_server_is_named_before_the_model_is_loaded(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = toy_config(tmp_path)
     reward = {"class_path": "lit_rl.rewards.client.HTTPReward", "init_args": {"urls": "127.0.0.1:9"}}

@@ -59,8 +59,7 @@ def parse(options: Sequence[str]) -> Namespace:
         with contextlib.redirect_stderr(said):
             return Inspector().config.fit
     except SystemExit as error:
-        lines = [line.removeprefix("error: ") for line in said.getvalue().splitlines() if line]
-        raise ConfigError(" ".join(lines[-1:])) from error
+        raise ConfigError(said.getvalue().rpartition("error: ")[2].strip()) from error
     finally:
         sys.argv = argv
 
