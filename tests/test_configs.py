@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -36,3 +37,26 @@ def test_products_of_the_first_line_are_right(path: Path) -> None:
     prompts, group = run["prompts_per_iteration"], run["group_size"]
     head = "\n".join(line for line in path.read_text().splitlines()[:3] if line.startswith("#"))
     assert f"{prompts} prompts x {group} samples = {prompts * group} images" in head
+
+
+SHARES = re.compile(
+    r"(?:on (\d+) GPUs (\d+) each|(\d+) images) x (\d+) trained steps = (\d+) pairs = (\d+) updates? x (\d+) micro-batches of (\d+)"
+)
+STATED = {path: stated for path in RUNS if (stated := SHARES.search("\n".join(path.read_text().splitlines()[:3])))}
+
+
+@pytest.mark.parametrize("path", STATED, ids=[f"{p.parent.name}/{p.stem}" for p in STATED])
+def test_shares_of_the_first_lines_are_right(path: Path) -> None:
+    """`on n GPUs c each x s trained steps = p pairs = u updates x m micro-batches of k`."""
+    gpus, each, images, steps, pairs, updates, micro_batches, size = (int(number or 0) for number in STATED[path].groups())
+    gpus, each = gpus or 1, each or images
+    run = yaml.safe_load(path.read_text())
+    model = run["model"]["init_args"]
+    assert model["prompts_per_iteration"] % gpus == 0 and each * gpus == model["prompts_per_iteration"] * model["group_size"]
+    assert each * steps == pairs == updates * micro_batches * size
+    assert (size, micro_batches) == (model["train_micro_batch"], run["trainer"]["accumulate_grad_batches"])
+    assert steps in (model.get("window_size"), int(model["num_steps"] * model.get("timestep_fraction", 0.99)))
+
+
+def test_most_runs_state_their_shares() -> None:
+    assert len(STATED) >= len(RUNS) - 3, "all but the demos and DanceGRPO, which trains a part of each trajectory"

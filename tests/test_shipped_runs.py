@@ -1,0 +1,110 @@
+"""Every shipped production run trains for real, on a miniature: only sizes, paths, precision and how often things are saved are changed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from fill import HEIGHT, WIDTH, build_fill
+from PIL import Image
+
+from lit_rl.checkpoints.ip_adapter import read_ip_adapter
+from lit_rl.policies.tiny import build_flux, build_sd3
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("base", "demo"))
+PROMPTS, GROUP = 2, 2
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of each family, prompts, and inpainting items."""
+    folder = tmp_path_factory.mktemp("home")
+    sizes: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "hidden": 32, "heads": 2, "text_hidden": 16, "image_channels": 3}
+    build_sd3(folder / "sd3", **sizes, layers=2, t5_hidden=32)  # the last block has fewer layers for LoRA
+    build_flux(folder / "flux", **sizes, layers=1, single_layers=1, t5_hidden=24)
+    build_fill(folder / "fill")
+    (folder / "train.txt").write_text("".join(f'a sign with "{i}"\n' for i in range(4)))
+    (folder / "test.txt").write_text('a sign with "9"\n')
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)).save(folder / "source.png")
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[4:12, 4:20] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    items: list[dict[str, Any]] = [{"source": "source.png", "mask": "mask.png", "text": f"{i}", "target": "source.png"} for i in range(4)]
+    items.append({"source": "source.png", "mask": "mask.png", "text": "9", "split": "val"})
+    (folder / "items.json").write_text(json.dumps(items))
+    return folder
+
+
+def shrunk(run: dict[str, Any], home: Path) -> dict[str, Any]:
+    """The same run on a miniature and one CPU process: a warm-up step where it warms up, and one iteration."""
+    model, trainer, data = run["model"]["init_args"], run["trainer"], run["data"]["init_args"]
+    policy = model["policy"]["init_args"]
+    family = {"SD3Policy": "sd3", "FluxPolicy": "flux", "FluxFillPolicy": "fill"}[model["policy"]["class_path"].rpartition(".")[2]]
+    policy |= {"pretrained": str(home / family), "resolution": [HEIGHT, WIDTH], "max_sequence_length": 8, "dtype": "float32"}
+    model |= {"prompts_per_iteration": PROMPTS, "group_size": GROUP, "eval_num_steps": 2, "train_micro_batch": None}
+    data |= {"train": str(home)}
+    if family == "fill":
+        policy |= {"pretrained": str(home / "fill/pipeline"), "context_height": 8}
+        policy["style"] |= {"encoder": str(home / "fill/siglip"), "tokens": 3}
+        data |= {"train": str(home / "items.json"), "resolution": [HEIGHT, WIDTH]}
+    if model.get("warmup_steps"):
+        model |= {"warmup_steps": 1, "warmup_batch_size": 4}
+    trainer |= {"accelerator": "cpu", "devices": 1, "precision": "32-true", "accumulate_grad_batches": 2, "check_val_every_n_epoch": 1}
+    trainer |= {"max_epochs": 2 if model.get("warmup_steps") else 1, "enable_model_summary": False}
+    for callback in trainer["callbacks"]:
+        if "every_n_epochs" in callback.get("init_args", {}):
+            callback["init_args"]["every_n_epochs"] = 1
+    return run
+
+
+@pytest.fixture
+def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], Any]:
+    """Train a run in `tmp_path`, with pseudo-random scores; returns the CLI."""
+    from lit_rl.lightning_cli import CLI
+
+    def go(run: dict[str, Any]) -> Any:
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("DISABLE_RL_REWARD_MODEL", "true")
+        monkeypatch.setattr(sys, "argv", ["cli.py", "fit", "--config", "run.yaml"])
+        return CLI()
+
+    return go
+
+
+@pytest.mark.parametrize("path", RUNS, ids=[f"{p.parent.name}/{p.stem}" for p in RUNS])
+def test_run_trains_on_a_miniature(path: Path, home: Path, tmp_path: Path, fit: Callable[[dict[str, Any]], Any]) -> None:
+    """One iteration with advantages moves the weights; checkpoint, exports and held-out scores of every name are where the YAML says."""
+    run = shrunk(yaml.safe_load(path.read_text()), home)
+    done = fit(run)
+    method, trainer = done.model, done.trainer
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    warmup = 1 if run["model"]["init_args"].get("warmup_steps") else 0
+    assert trainer.global_step == 1 + warmup and metrics["images"] == PROMPTS * GROUP
+    assert metrics["zero_std_ratio"] == 0 and np.isfinite(metrics["loss"])
+
+    folder = Path(trainer.logger.save_dir)
+    assert list((folder / "logs").glob("events.out.tfevents.*"))
+    last = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == trainer.global_step
+    averages = last["ema"]["weights"]
+    live = dict(method.policy.named_parameters())
+    moved = [name for name, average in averages.items() if not torch.equal(average, live[name].detach())]
+    assert moved, "after one step of reinforcement the average lags behind the weights"
+    weights = next(c["init_args"] for c in run["trainer"]["callbacks"] if "RewardScoring" in c["class_path"]).get("weights")
+    assert all(f"val/{name}" in metrics for name in weights or ())
+
+    if "style" not in run["model"]["init_args"]["policy"]["init_args"]:
+        assert len(list((folder / "export").glob("iteration-1/*"))) == 1 and list((folder / "best").glob("*.ckpt"))
+        return
+    files = [folder / kind / f"checkpoint-{trainer.global_step}/ip-adapter.bin" for kind in ("", "ema")]
+    trained, average = (read_ip_adapter(file) for file in files)
+    assert any(not torch.equal(trained[s][k], average[s][k]) for s in trained for k in trained[s])
