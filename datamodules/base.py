@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import lightning as L
 import torch
@@ -59,13 +60,18 @@ class PromptDataModule(L.LightningDataModule):
         """Prompts number iteration * count ... of an endless sequence of permutations: every prompt once before any comes again."""
         if not self.train_prompts:
             raise ConfigError("No training prompts: set data.train")
-        n = len(self.train_prompts)
-        return [self.train_prompts[self._order(k // n)[k % n]] for k in range(iteration * count, (iteration + 1) * count)]
+        n, wanted = len(self.train_prompts), range(iteration * count, (iteration + 1) * count)
+        orders = {round_: self._order(round_) for round_ in {k // n for k in wanted}}  # drawn once: there may be millions of prompts
+        return [self.train_prompts[orders[k // n][k % n]] for k in wanted]
 
     def _order(self, round_: int) -> list[int]:
         if not self.shuffle:
             return list(range(len(self.train_prompts)))
         return torch.randperm(len(self.train_prompts), generator=generator(self.seed, "prompts", round_)).tolist()
+
+    def rows_to_score(self, stage: str) -> Iterator[Info]:
+        """The prompts of a stage whose answers will be scored, for rewards to look at before it starts."""
+        return chain(self.train_prompts if stage == "fit" else (), self.held_out)
 
     def examples(self, step: int, count: int) -> tuple[Sequence[Info], Tensor]:
         raise ConfigError(f"{type(self).__name__} has no images to imitate: set model.warmup_steps to 0, or use datamodules.rendered_text")

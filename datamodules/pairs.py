@@ -1,0 +1,74 @@
+"""Preferences between two answers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from datamodules.text import TextData, answer_ids, truncated
+from datamodules.text_files import Fields
+from datamodules.text_rows import pair_fields
+from lit_rl.errors import ConfigError
+from lit_rl.types import Info
+
+PairTruncation = Literal["error", "left", "right"]
+
+
+class PreferencePairs(TextData):
+    """Rows of a prompt and two answers, of which one was preferred: strings, or lists of messages.
+
+    Without a prompt, two conversations must begin alike: what they share is the prompt. `chosen` and `rejected` may repeat the prompt.
+
+    Args:
+        prompt_key, chosen_key, rejected_key: Fields that hold them.
+        max_length: Tokens of prompt and answer together.
+        truncation: What becomes of longer rows: they stop the run before training (`error`), lose the end of their answers (`right`), or
+            the beginning of the prompt and, where one answer alone is longer, its end (`left`). Rows left without an answer are dropped
+            and counted.
+        kwargs: See `TextData`.
+    """
+
+    def __init__(
+        self,
+        *,
+        prompt_key: str = "prompt",
+        chosen_key: str = "chosen",
+        rejected_key: str = "rejected",
+        max_length: int = 4096,
+        truncation: PairTruncation = "right",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if max_length < 2:
+            raise ConfigError(f"data.max_length={max_length} must be at least 2: a token of the prompt and one of the answer")
+        self.keys = {"prompt_key": prompt_key, "chosen_key": chosen_key, "rejected_key": rejected_key}
+        self.max_length = max_length
+        self.truncation: PairTruncation = truncation
+        self.read()
+
+    def fields(self, row: Fields) -> Fields:
+        return pair_fields(row, **self.keys, chat=self.chat)
+
+    def unusable(self, info: Info) -> str | None:
+        _, chosen, rejected = self.pair_ids(info)
+        return None if chosen and rejected else f"no answer within data.max_length={self.max_length} tokens"
+
+    def pair_ids(self, info: Info) -> tuple[list[int], list[int], list[int]]:
+        """Token ids of the prompt, of the answer that was preferred and of the other one, each answer with its end."""
+        return pair_ids(self.policy, info, limit=self.max_length, how=self.truncation)
+
+
+def pair_ids(
+    policy: Any, info: Info, *, limit: int, how: PairTruncation, keys: tuple[str, str] = ("max_length", "truncation")
+) -> tuple[list[int], list[int], list[int]]:
+    """Ids of the prompt and of two answers, at most `limit` together with either. Where the answers begin is the same for both."""
+    asked, chosen = answer_ids(policy, info["prompt"], info["chosen"])
+    other, rejected = answer_ids(policy, info["prompt"], info["rejected"])
+    start = min(len(asked), len(other))
+    chosen, rejected = asked[start:] + chosen, other[start:] + rejected
+    prompt, longest = asked[:start], max(len(chosen), len(rejected))
+    if how == "error":
+        truncated([*prompt, *range(longest)], limit=limit, how="error", keys=keys)
+    if how == "left":
+        prompt = prompt[-max(1, limit - longest) :]
+    room = max(0, limit - len(prompt))
+    return prompt, chosen[:room], rejected[:room]

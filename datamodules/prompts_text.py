@@ -1,0 +1,70 @@
+"""Prompts for language models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datamodules.text import TextData, Truncation, truncated
+from datamodules.text_files import Fields, InvalidRow
+from datamodules.text_rows import prompt_fields
+from lit_rl.errors import ConfigError
+from lit_rl.types import Info
+
+
+class TextPrompts(TextData):
+    """Prompts that a language model answers: strings or lists of messages, with what rewards need to know beside them.
+
+    Rows as verl writes them are understood: `data_source`, `prompt`, `ability`, `reward_model: {style, ground_truth}`, `extra_info`.
+
+    Args:
+        prompt_key: Field that holds the prompt.
+        max_prompt_length: Tokens of a prompt, the chat template's among them.
+        filter_overlong_prompts: Leave out longer prompts, and those that cannot be tokenized; how many is logged.
+        truncation: What becomes of longer prompts otherwise: they stop the run before training (`error`), or keep their last tokens
+            (`left`), their first (`right`), or half of both (`middle`).
+        kwargs: See `TextData`.
+    """
+
+    def __init__(
+        self,
+        *,
+        prompt_key: str = "prompt",
+        max_prompt_length: int = 512,
+        filter_overlong_prompts: bool = False,
+        truncation: Truncation = "error",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if max_prompt_length < 1:
+            raise ConfigError(f"data.max_prompt_length={max_prompt_length} must be at least 1")
+        self.prompt_key = prompt_key
+        self.max_prompt_length = max_prompt_length
+        self.filter_overlong_prompts = filter_overlong_prompts
+        self.truncation: Truncation = truncation
+        self.read()
+
+    def fields(self, row: Fields) -> Fields:
+        return prompt_fields(row, key=self.prompt_key, chat=self.chat)
+
+    def unusable(self, info: Info) -> str | None:
+        try:
+            ids = self.policy.encode(info["prompt"])
+        except Exception as error:  # templates are programs: they refuse roles and orders of turns in their own ways
+            if self.filter_overlong_prompts:
+                return "cannot be tokenized"
+            raise InvalidRow(
+                f"{self.prompt_key}: cannot be tokenized ({error}); data.filter_overlong_prompts: true leaves it out"
+            ) from error
+        if self.filter_overlong_prompts:
+            return f"longer than data.max_prompt_length={self.max_prompt_length} tokens" if len(ids) > self.max_prompt_length else None
+        self._cut(ids)
+        return None
+
+    def prompt_ids(self, info: Info) -> list[int]:
+        return self._cut(super().prompt_ids(info))
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        try:
+            return truncated(ids, limit=self.max_prompt_length, how=self.truncation)
+        except InvalidRow as error:
+            raise InvalidRow(f"{self.prompt_key}: {error}, or data.filter_overlong_prompts to true") from None

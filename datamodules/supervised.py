@@ -1,0 +1,60 @@
+"""Answers to imitate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datamodules.text import TextData, answer_ids
+from datamodules.text_files import Fields
+from datamodules.text_rows import supervised_fields
+from lit_rl.errors import ConfigError
+from lit_rl.policies.chat import conversation_ids
+from lit_rl.types import Info
+
+
+class SupervisedText(TextData):
+    """Conversations (`messages`), or prompts with answers (`prompt` and `response`, `question` and `answer`).
+
+    Each row is looked at for these fields in this order. The tokens that the assistant wrote are supervised, those that end its turns
+    included; `prompt` and `response` of a conversation are its last answer and what came before it.
+
+    Args:
+        messages_key: Field that holds a conversation.
+        prompt_key, response_key: Fields that hold a prompt and its answer; both, or none to look for them as said above.
+        max_length: Tokens of a row; longer ones lose their end. Rows left without a supervised token are dropped and counted.
+        kwargs: See `TextData`.
+    """
+
+    def __init__(
+        self,
+        *,
+        messages_key: str = "messages",
+        prompt_key: str | None = None,
+        response_key: str | None = None,
+        max_length: int = 4096,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if (prompt_key is None) != (response_key is None):
+            raise ConfigError("data.prompt_key and data.response_key go together: name both, e.g. question and answer, or none")
+        if max_length < 2:
+            raise ConfigError(f"data.max_length={max_length} must be at least 2")
+        self.messages_key = messages_key
+        self.keys = (prompt_key, response_key) if prompt_key and response_key else None
+        self.max_length = max_length
+        self.read()
+
+    def fields(self, row: Fields) -> Fields:
+        return supervised_fields(row, messages_key=self.messages_key, keys=self.keys, chat=self.chat)
+
+    def unusable(self, info: Info) -> str | None:
+        return None if any(self.supervised_ids(info)[1]) else f"no supervised token within data.max_length={self.max_length}"
+
+    def supervised_ids(self, info: Info) -> tuple[list[int], list[bool]]:
+        """Token ids, and which of them are supervised."""
+        if "messages" in info:
+            ids, mask = conversation_ids(self.policy.tokenizer, info["messages"], **self.policy.chat_template_kwargs)
+        else:
+            prompt, answer = answer_ids(self.policy, info["prompt"], info["response"])
+            ids, mask = prompt + answer, [False] * len(prompt) + [True] * len(answer)
+        return ids[: self.max_length], mask[: self.max_length]

@@ -1,0 +1,166 @@
+"""What all datamodules of texts share: rows from files, checked with the policy's tokenizer before training starts."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from datamodules.base import PromptDataModule
+from datamodules.text_files import Fields, InvalidRow, Paths, Rows, complain, find_files, read_rows, split_files
+from datamodules.text_rows import Text, as_turn
+from lit_rl.errors import ConfigError
+from lit_rl.policies.chat import completion_ids
+from lit_rl.types import Info
+
+Truncation = Literal["error", "left", "right", "middle"]
+SPLITS = {"train": "train_prompts", "val": "held_out", "predict": "to_predict"}
+STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("val",), "predict": ("predict", "val")}
+
+
+class TextData(PromptDataModule):
+    """Rows of text files. Every row has an `id` (its own, or file name and number) and a `data_source` (its own, or the file's name).
+
+    Args:
+        train: File, list of files, folder or pattern (`data/*.parquet`), of `.jsonl`, `.json` or `.parquet`. Of a folder whose files are
+            named after splits only those of training are taken.
+        val: Held-out rows, likewise; default: those of the folder that `train` names, if any file there is named val, dev or test.
+        predict: Rows that `predict` answers; default: the held-out ones.
+        max_train, max_val: Use only so many rows, from the start.
+        data_source: For rows that name none: by it scores are reported and rule rewards chosen. Default: the file's name without suffix.
+        chat: A prompt that is a string is what a user says and goes through the chat template; otherwise it is taken as it is.
+        kwargs: See `PromptDataModule`.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: Paths | None = None,
+        val: Paths | None = None,
+        predict: Paths | None = None,
+        max_train: int | None = None,
+        max_val: int | None = None,
+        data_source: str | None = None,
+        chat: bool = False,
+        eval_batch_size: int = 8,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(eval_batch_size=eval_batch_size, shuffle=shuffle, seed=seed)
+        self.data_source = data_source
+        self.chat = chat
+        self.paths = {"train": train, "val": val, "predict": predict}
+        self.limits = {"train": max_train, "val": max_val, "predict": None}
+        for name, limit in self.limits.items():
+            if limit is not None and limit < 1:
+                raise ConfigError(f"data.max_{name}={limit} must be at least 1; leave it out to use all rows")
+        self._checked: set[str] = set()
+
+    def read(self) -> None:
+        """Read all splits and look at each row; the constructor of a subclass ends with it."""
+        for split, paths in self.paths.items():
+            key = f"data.{split}"
+            if paths:
+                files = find_files(paths, split=split, key=key)
+            elif split == "val" and isinstance(self.paths["train"], str):
+                files = self._beside(self.paths["train"])
+            else:
+                continue
+            if files:
+                setattr(self, SPLITS[split], read_rows(files, self._row, limit=self.limits[split], key=key))
+
+    def _beside(self, train: str) -> list[Path]:
+        folder = Path(train).expanduser()
+        return split_files(sorted(folder.iterdir())).get("val", []) if folder.is_dir() else []
+
+    def _row(self, fields: Fields, stem: str, number: int) -> Fields:
+        known = {"id": f"{stem}-{number}", "data_source": self.data_source or stem}
+        return known | self.fields(fields)
+
+    # ------------------------------------------------------------------ what a format says
+    @abstractmethod
+    def fields(self, row: Fields) -> Fields:
+        """A row's fields under the names that methods and rewards know, `prompt` among them. Raises InvalidRow."""
+
+    @abstractmethod
+    def unusable(self, info: Info) -> str | None:
+        """Why a row is left out, found with the tokenizer: one reason for all rows alike. Raises InvalidRow for what stops the run."""
+
+    # ------------------------------------------------------------------ with the tokenizer
+    @property
+    def policy(self) -> Any:
+        """The language model; its tokenizer is there before its weights are."""
+        return self._trainer().lightning_module.policy
+
+    def setup(self, stage: str) -> None:
+        for split in STAGES[stage]:
+            if split not in self._checked:
+                self._checked.add(split)
+                rows = getattr(self, SPLITS[split])
+                if rows:
+                    self.use(split, self._usable(rows, key=f"data.{split}"))
+
+    def use(self, split: str, rows: Rows) -> None:
+        """Take the rows of a split that were checked."""
+        setattr(self, SPLITS[split], rows)
+
+    def _usable(self, rows: Rows, *, key: str) -> Rows:
+        kept: list[int] = []
+        reasons: Counter[str] = Counter()
+        problems: list[str] = []
+        for i, info in enumerate(rows):
+            try:
+                reason = self.unusable(info)
+            except ConfigError as error:
+                problems.append(f"{rows.place(i)}: {error}")
+                continue
+            if reason:
+                reasons[reason] += 1
+            else:
+                kept.append(i)
+        complain(problems, key=key)
+        for reason, count in reasons.items():
+            rank_zero_info(f"{key}: {count} of {len(rows)} rows left out: {reason}")
+        if not kept:
+            raise ConfigError(f"{key}: all {len(rows)} rows are left out: {', '.join(reasons)}")
+        return rows.select(kept) if reasons else rows
+
+    def prompt_ids(self, info: Info) -> list[int]:
+        """Token ids of a prompt, ready for an answer."""
+        return self.policy.encode(info["prompt"])
+
+
+def truncated(ids: list[int], *, limit: int, how: Truncation, keys: tuple[str, str] = ("max_prompt_length", "truncation")) -> list[int]:
+    """At most `limit` ids: the last, the first, or the first limit // 2 and the last of them. `error` raises InvalidRow."""
+    if len(ids) <= limit:
+        return ids
+    if how == "error":
+        raise InvalidRow(f"has {len(ids)} tokens, more than data.{keys[0]}={limit}: raise it, or set data.{keys[1]} to left or right")
+    half = limit // 2
+    return {"left": ids[-limit:], "right": ids[:limit], "middle": [*ids[:half], *ids[len(ids) - (limit - half) :]]}[how]
+
+
+def answer_ids(policy: Any, prompt: Text, answer: Text) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of an answer to it, with the token that ends it.
+
+    Both are tokenized together, and the answer starts where that differs from the prompt alone: tokens may reach over the border.
+    """
+    if isinstance(prompt, str) and isinstance(answer, str):
+        ids, mask = completion_ids(policy.tokenizer, prompt, answer)
+        start = mask.index(True)
+        return ids[:start], ids[start:]
+    tokenizer, template = policy.tokenizer, policy.chat_template_kwargs
+    turns = [*as_turn(prompt, "user"), *as_turn(answer, "assistant")]
+    before = tokenizer.apply_chat_template(as_turn(prompt, "user"), add_generation_prompt=True, tokenize=False, **template)
+    text = tokenizer.apply_chat_template(turns, tokenize=False, **template).rstrip("\n ")  # some end a turn by a new line behind its end
+    if not text.startswith(before):
+        raise InvalidRow(
+            "the chat template writes a prompt differently when its answer follows, so where the answer starts is unknown: "
+            "set model.policy.chat_template to one that does not, or its options by model.policy.chat_template_kwargs"
+        )
+    asked, ids = (list(tokenizer(part, add_special_tokens=False).input_ids) for part in (before, text))
+    start = next((i for i, (a, b) in enumerate(zip(asked, ids)) if a != b), min(len(asked), len(ids)))
+    return ids[:start], ids[start:]

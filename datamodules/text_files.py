@@ -1,0 +1,199 @@
+"""Rows from JSONL, JSON and Parquet files: checked all at once before training, given out one by one."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, overload
+
+from lit_rl.errors import ConfigError, listed
+from lit_rl.types import Info
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation", "dev", "eval", "test")}
+"""Words in the names of files that tell the splits of a folder apart; of several the first that is there."""
+SHOWN = 10
+"""Problems named in one message."""
+
+Fields = dict[str, Any]
+Paths = str | list[str]
+
+
+class InvalidRow(ConfigError):
+    """What is wrong with a row: its field, what is there and what was expected."""
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """The rows of one file, unchecked, and where they stand in it."""
+
+    path: Path
+    rows: Sequence[Any]
+    lines: Sequence[int] | None  # None: rows are counted, from 1
+
+    def place(self, i: int) -> str:
+        return f"{self.path}:{self.lines[i]}" if self.lines is not None else f"{self.path}: row {i + 1}"
+
+
+class Rows(Sequence[Info]):
+    """Rows of several files as read-only mappings, made when asked for; those of Parquet stay on the disk until then."""
+
+    def __init__(self, files: Sequence[TextFile], make: Callable[[Fields, str, int], Fields], picked: Sequence[int]) -> None:
+        self.files, self.make, self.picked = files, make, picked
+        self.ends = list(accumulate(len(file.rows) for file in files))
+
+    def __len__(self) -> int:
+        return len(self.picked)
+
+    @overload
+    def __getitem__(self, i: int) -> Info: ...
+    @overload
+    def __getitem__(self, i: slice) -> Rows: ...
+    def __getitem__(self, i: int | slice) -> Info | Rows:
+        if isinstance(i, slice):
+            return Rows(self.files, self.make, self.picked[i])
+        file, row = self._find(self.picked[i])
+        return MappingProxyType(self.make(present(file.rows[row]), file.path.stem, self.picked[i]))
+
+    def select(self, kept: Sequence[int]) -> Rows:
+        """The rows number `kept` of these."""
+        return Rows(self.files, self.make, [self.picked[i] for i in kept])
+
+    def place(self, i: int) -> str:
+        """File and line, or file and row."""
+        file, row = self._find(self.picked[i])
+        return file.place(row)
+
+    def _find(self, number: int) -> tuple[TextFile, int]:
+        at = bisect_right(self.ends, number)
+        return self.files[at], number - (self.ends[at - 1] if at else 0)
+
+
+def present(fields: Any) -> Fields:
+    """The fields of a row that are not null. Raises InvalidRow for what is no row."""
+    if not isinstance(fields, dict):
+        raise InvalidRow(f'expected an object such as {{"prompt": ...}}, found {type(fields).__name__}')
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def read_rows(files: Sequence[Path], make: Callable[[Fields, str, int], Fields], *, limit: int | None = None, key: str) -> Rows:
+    """The first `limit` rows of the files, each looked at. Raises one ConfigError for all that `make` finds wrong with them.
+
+    make: (fields that are not null, the file's name without suffix, number of the row over all files) -> fields of the row, or InvalidRow.
+    key: The option that names the files, for messages.
+    """
+    problems: list[str] = []
+    opened = [open_file(path, problems) for path in files]
+    total = sum(len(file.rows) for file in opened)
+    rows = Rows(opened, make, range(total)[:limit])
+    for i in range(len(rows)):
+        try:
+            rows[i]
+        except InvalidRow as error:
+            problems.append(f"{rows.place(i)}: {error}")
+    complain(problems, key=key)
+    if not rows:
+        raise ConfigError(f"{key}: {listed([str(file) for file in files])} hold no rows")
+    return rows
+
+
+def complain(problems: Sequence[str], *, key: str) -> None:
+    """Raise ConfigError if there are problems; the first ten are named."""
+    if problems:
+        more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        count = f"{len(problems)} row{'s' if len(problems) > 1 else ''} that cannot be used"
+        raise ConfigError(f"{key}: {count}\n" + "\n".join(f"  {line}" for line in [*problems[:SHOWN], *more]))
+
+
+def find_files(paths: Paths, *, split: str, key: str) -> list[Path]:
+    """The files that a path, a folder, a pattern or a list of them name.
+
+    split: "train", "val" or another word; of a folder whose files are named after splits only those of this one are taken.
+    """
+    found: list[Path] = []
+    for text in [paths] if isinstance(paths, str) else paths:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            found += folder_files(path, split=split, key=key)
+        elif path.is_file():
+            found.append(path)
+        elif matches := sorted(Path(match) for match in glob.glob(str(path), recursive=True)):
+            found += matches
+        else:
+            raise ConfigError(f"{key}: {text}: no such file or folder, and no file that this pattern matches")
+    for path in found:
+        if path.suffix not in SUFFIXES:
+            raise ConfigError(f"{key}: {path}: rows are read from {', '.join(SUFFIXES)} files")
+    if not found:
+        raise ConfigError(f"{key} is an empty list; name a file, a folder or a pattern such as data/*.parquet")
+    return found
+
+
+def folder_files(folder: Path, *, split: str, key: str) -> list[Path]:
+    """The files of a folder, or those of one split where their names tell."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    if not files:
+        raise ConfigError(f"{key}: {folder} holds no {', '.join(SUFFIXES)} file, only {listed(sorted(p.name for p in folder.iterdir()))}")
+    named = split_files(files)
+    if split not in SPLIT_NAMES or not named:
+        return files
+    if split not in named:
+        raise ConfigError(f"{key}: no file in {folder} is named after {' or '.join(SPLIT_NAMES[split])}: {listed([p.name for p in files])}")
+    return named[split]
+
+
+def split_files(files: Iterable[Path]) -> dict[str, list[Path]]:
+    """Files by the split that a word of their names says they are: train-00000-of-00001.parquet, gsm8k_test.jsonl."""
+    words = {path: set(re.split("[^a-z]+", path.stem.lower())) for path in files}
+    result: dict[str, list[Path]] = {}
+    for split, names in SPLIT_NAMES.items():
+        for name in names:
+            if split not in result and (matching := [path for path, found in words.items() if name in found]):
+                result[split] = matching
+    return result
+
+
+def open_file(path: Path, problems: list[str]) -> TextFile:
+    """The rows of a file; lines that are not JSON become problems."""
+    if path.suffix == ".parquet":
+        return TextFile(path, _parquet(path), None)
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json":
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            if error.msg != "Extra data":  # one object per line, as many files named .json hold
+                raise ConfigError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
+        else:
+            if isinstance(content, list):
+                return TextFile(path, content, None)
+    numbered = list(_lines(path, text, problems))
+    return TextFile(path, [row for _, row in numbered], [number for number, _ in numbered])
+
+
+def _lines(path: Path, text: str, problems: list[str]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would cut texts at U+2028
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                problems.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); each line must be one object")
+
+
+def _parquet(path: Path) -> Sequence[Any]:
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    try:
+        table = pyarrow.parquet.read_table(path, memory_map=True)
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError(f"{path}: not a Parquet file: {error}") from error
+    return Dataset(table)  # type: ignore[return-value]

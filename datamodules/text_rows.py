@@ -1,0 +1,156 @@
+"""What the fields of a row of text mean, and what is said when they mean nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from datamodules.text_files import Fields, InvalidRow
+from lit_rl.policies.base import Message
+
+Text = str | list[Message]
+"""A string, or a conversation."""
+
+EXAMPLE = '[{"role": "user", "content": "..."}]'
+PAIRS_OF_KEYS = (("prompt", "response"), ("question", "answer"))
+
+
+def text_field(row: Mapping[str, Any], key: str, *, empty: bool = False) -> Text:
+    """A string or a list of messages; `empty`: the string may be."""
+    if key not in row:
+        raise InvalidRow(f"{key}: missing or null; the row has {sorted(row)}")
+    value = row[key]
+    if isinstance(value, str):
+        if not empty and not value.strip():
+            raise InvalidRow(f"{key}: is empty; expected a text or a list of messages {EXAMPLE}")
+        return value
+    return messages(value, key)
+
+
+def messages(value: Any, key: str) -> list[Message]:
+    """A conversation, without the fields of its messages that are null."""
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else type(value).__name__
+        raise InvalidRow(f"{key}: expected a text or a list of messages {EXAMPLE}, found {found}")
+    result: list[Message] = []
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise InvalidRow(f'{key}[{i}]: expected a message {{"role": ..., "content": ...}}, found {type(message).__name__}')
+        for field in ("role", "content"):
+            if not isinstance(message.get(field), str):
+                raise InvalidRow(f"{key}[{i}].{field}: expected a string, found {type(message.get(field)).__name__}")
+        result.append({name: part for name, part in message.items() if part is not None})
+    return result
+
+
+def as_turn(text: Text, role: str) -> list[Message]:
+    """A string as the one message of a conversation."""
+    return [{"role": role, "content": text}] if isinstance(text, str) else text
+
+
+def check_reward_fields(row: Mapping[str, Any]) -> None:
+    """reward_model and extra_info are objects where they are given."""
+    for key, example in (("reward_model", '{"style": "rule", "ground_truth": "42"}'), ("extra_info", '{"index": 0}')):
+        if not isinstance(row.get(key, {}), dict):
+            raise InvalidRow(f"{key}: expected an object such as {example}, found {type(row[key]).__name__}")
+
+
+# ---------------------------------------------------------------------- prompts
+
+
+def prompt_fields(row: Fields, *, key: str, chat: bool) -> Fields:
+    """`prompt` under this name. chat: a string is what a user says."""
+    check_reward_fields(row)
+    prompt = text_field(row, key)
+    return row | {"prompt": as_turn(prompt, "user") if chat else prompt}
+
+
+# ---------------------------------------------------------------------- examples to imitate
+
+
+def supervised_fields(row: Fields, *, messages_key: str, keys: tuple[str, str] | None, chat: bool) -> Fields:
+    """`prompt` and `response`, and `messages` where the row is a conversation: its last answer is then the response.
+
+    keys: Names of prompt and response; None: prompt and response, or question and answer, in this order, after `messages_key`.
+    """
+    if keys is None and messages_key in row:
+        conversation = messages(row[messages_key], messages_key)
+        answered = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
+        if not answered or answered[-1] == 0:
+            raise InvalidRow(f"{messages_key}: expected a user's message and an answer by role assistant, found {_roles(conversation)}")
+        last = answered[-1]
+        return row | {"messages": conversation, "prompt": conversation[:last], "response": conversation[last]["content"]}
+    pair = keys or next((pair for pair in PAIRS_OF_KEYS if all(key in row for key in pair)), None)
+    if pair is None:
+        known = ", or ".join([messages_key, *(" and ".join(pair) for pair in PAIRS_OF_KEYS)])
+        raise InvalidRow(f"expected {known} (or name data.prompt_key and data.response_key), found {sorted(row)}")
+    prompt, response = text_field(row, pair[0]), text_field(row, pair[1])
+    if not isinstance(response, str):
+        if [message["role"] for message in response] != ["assistant"]:
+            raise InvalidRow(f"{pair[1]}: expected a text or one message by role assistant, found {_roles(response)}")
+        response = response[0]["content"]
+    rest = {name: value for name, value in row.items() if name != "messages"}
+    return rest | {"prompt": as_turn(prompt, "user") if chat else prompt, "response": response}
+
+
+# ---------------------------------------------------------------------- preferences
+
+
+def pair_fields(row: Fields, *, prompt_key: str, chosen_key: str, rejected_key: str, chat: bool) -> Fields:
+    """`prompt`, `chosen` and `rejected`: three strings, or three lists of messages if any of them is one.
+
+    Without a prompt it is what the two conversations begin with alike.
+    """
+    chosen, rejected = (text_field(row, key, empty=True) for key in (chosen_key, rejected_key))
+    if prompt_key in row:
+        prompt = text_field(row, prompt_key)
+        if chat or any(isinstance(part, list) for part in (prompt, chosen, rejected)):
+            prompt = as_turn(prompt, "user")
+            chosen, rejected = (_completion(prompt, part, key) for part, key in ((chosen, chosen_key), (rejected, rejected_key)))
+        return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise InvalidRow(
+            f"{prompt_key}: missing or null; only when {chosen_key} and {rejected_key} are lists of messages may it be left out"
+        )
+    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+    if not 0 < shared < min(len(chosen), len(rejected)):
+        what = "begin differently" if not shared else "do not differ" if chosen == rejected else "are not two answers to the same messages"
+        raise InvalidRow(f"{chosen_key} and {rejected_key} {what}: expected the same messages and then different answers")
+    return row | {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+def _completion(prompt: list[Message], answer: Text, key: str) -> list[Message]:
+    """The messages that follow the prompt, which a whole conversation may repeat."""
+    turns = as_turn(answer, "assistant")
+    turns = turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns
+    if not turns or turns[0]["role"] != "assistant":
+        raise InvalidRow(f"{key}: expected an answer by role assistant after the prompt, found {_roles(turns)}")
+    return turns
+
+
+# ---------------------------------------------------------------------- both kinds in one file
+
+Kind = Literal["pair", "self_play"]
+
+
+def row_kind(row: Mapping[str, Any]) -> Kind:
+    """`pair` where `chosen` and `rejected` are given, otherwise `self_play`: the answers to its prompt are sampled.
+
+    Raises InvalidRow where only one of the two is given, or `self_play: false` and neither.
+    """
+    given = [key for key in ("chosen", "rejected") if row.get(key) is not None]
+    if len(given) == 2:
+        return "pair"
+    if given:
+        missing = ({"chosen", "rejected"} - set(given)).pop()
+        raise InvalidRow(f"{missing}: missing or null beside {given[0]}; a preference needs both, a self-play row neither")
+    self_play = row.get("self_play")
+    if self_play is not None and not isinstance(self_play, bool):
+        raise InvalidRow(f"self_play: expected true or false, found {self_play!r}")
+    if self_play is False:
+        raise InvalidRow("self_play: is false, so the row needs chosen and rejected; leave it out, or set it to true, to sample answers")
+    return "self_play"
+
+
+def _roles(conversation: Sequence[Message]) -> str:
+    return f"roles {[message['role'] for message in conversation]}"
