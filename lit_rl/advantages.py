@@ -146,6 +146,11 @@ def group_statistics(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"], *, dd
     return _statistics(rewards.double(), _index(group), ~rewards.isnan(), ddof=ddof)
 
 
+def informative(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> Bool[Tensor, "B"]:
+    """Scored rows in groups that hold two different scored rewards: those that get an advantage."""
+    return _informative(rewards, _index(group), ~rewards.isnan())
+
+
 def group_metrics(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> dict[str, float]:
     """What to log of an iteration: the rewards' mean, std and share of NaN; the groups' mean std and size, and share without a signal."""
     valid, index = ~rewards.isnan(), _index(group)
