@@ -12,7 +12,9 @@ import torch
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
-install_import_hook(["lit_rl.samplers", "lit_rl.losses", "lit_rl.advantages"], "beartype.beartype")
+install_import_hook(
+    ["lit_rl.samplers", "lit_rl.losses", "lit_rl.advantages", "lit_rl.token_advantages", "lit_rl.packing"], "beartype.beartype"
+)
 
 
 @pytest.fixture(scope="session")
