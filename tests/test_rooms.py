@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FORMULAS = ["lit_rl.advantages", "lit_rl.decay", "lit_rl.losses", "lit_rl.samplers"]
+FORMULAS = ["lit_rl.advantages", "lit_rl.decay", "lit_rl.losses", "lit_rl.packing", "lit_rl.samplers", "lit_rl.token_advantages"]
 LOW = ["lit_rl.types", "lit_rl.errors", "lit_rl.seeding"]
 MIDDLE = ["lit_rl.policies", "lit_rl.rewards", "lit_rl.checkpoints"]
 MODULE = ["lit_rl.module", "lit_rl.flow_module", "lit_rl.credit"]
