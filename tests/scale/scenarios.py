@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from cpu_strategies import CPUZeroStrategy
+from fill import FillData, fill_policy
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
@@ -65,7 +66,9 @@ class Said(PromptDataModule):
         return [self.train_prompts[i % 4] for i in range(count)], images.to(torch.uint8)
 
 
-def policy(settings: dict[str, Any] | None, dropout: float) -> FlowPolicy:
+def policy(settings: dict[str, Any] | None, fill: dict[str, Any] | None, dropout: float) -> FlowPolicy:
+    if fill is not None:
+        return fill_policy(Path(fill["folder"]), **{name: value for name, value in fill.items() if name != "folder"})
     if settings is None:
         return ToyPolicy(dropout=dropout)
     lora = settings.get("lora")
@@ -74,7 +77,7 @@ def policy(settings: dict[str, Any] | None, dropout: float) -> FlowPolicy:
     )
 
 
-def method(settings: dict[str, Any], sd3: dict[str, Any] | None) -> FlowGRPO | DiffusionNFT:
+def method(settings: dict[str, Any], sd3: dict[str, Any] | None, fill: dict[str, Any] | None = None) -> FlowGRPO | DiffusionNFT:
     adam = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3)  # with an eps of 1e-8 gradients of twice the size would train the same
     defaults: dict[str, Any] = dict(
         prompts_per_iteration=4, group_size=4, num_steps=4, eval_num_steps=4, rollout_micro_batch=6, clip_low=1e-2, clip_high=1e-2,
@@ -85,9 +88,9 @@ def method(settings: dict[str, Any], sd3: dict[str, Any] | None) -> FlowGRPO | D
     settings["advantage"] = Advantage(**settings.get("advantage", {}))
     nft = settings.pop("nft", None)
     if nft is None:
-        return FlowGRPO(policy(sd3, dropout), **settings)
+        return FlowGRPO(policy(sd3, fill, dropout), **settings)
     clips = ("clip_low", "clip_high")
-    return DiffusionNFT(policy(sd3, dropout), **{name: value for name, value in settings.items() if name not in clips}, **nft)
+    return DiffusionNFT(policy(sd3, fill, dropout), **{name: value for name, value in settings.items() if name not in clips}, **nft)
 
 
 def trainer(folder: Path, strategy: str, settings: dict[str, Any], callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
@@ -108,6 +111,7 @@ def fit(
     method_args: dict[str, Any],
     trainer_args: dict[str, Any] | None = None,
     sd3: dict[str, Any] | None = None,
+    fill: dict[str, Any] | None = None,
     save: dict[str, Any] | None = None,
     export: bool = False,
     old: dict[str, Any] | None = None,
@@ -122,10 +126,10 @@ def fit(
     callbacks: list[L.Callback] = [average, *([old_policy] if old_policy else [])]
     callbacks += [Export(str(at / "export"))] if export else []
     callbacks += [ModelCheckpoint(dirpath=at, save_top_k=-1, filename="{epoch}-{step}", **save)] if save else []
-    module = method(method_args, sd3)
+    module = method(method_args, sd3, fill)
     before = parameters(module)
     run = trainer(at, strategy, dict(enable_checkpointing=save is not None) | (trainer_args or {}), callbacks)
-    run.fit(module, Said() if sd3 else ToyData(), ckpt_path=ckpt_path)
+    run.fit(module, FillData() if fill else Said() if sd3 else ToyData(), ckpt_path=ckpt_path)
     end = {
         "weights": dict(gathered(module.policy, {name for name, _ in module.policy.named_parameters()})),
         "average": average.averaged_weights(run, module),
