@@ -163,13 +163,21 @@ def surrogate_metrics(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
-    """clip_fraction: tokens whose gradient the clip takes; clip_fraction_dual: those at the dual clip; ppo_kl = mean(-log_ratio)."""
+    """clip_fraction = _low (r < 1, A < 0) + _high (r > 1, A > 0): shares of the tokens whose gradient the clip takes.
+
+    clip_fraction_dual: share of those at the dual clip, which are none of the above. ppo_kl = mean(-log_ratio).
+    """
     log_ratio = log_ratio.detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+    def share(of: Tensor) -> Tensor:
+        return masked_mean(of.to(log_ratio.dtype), mask)
+
     clipped = is_clipped(log_ratio, advantages, clip_low=clip_low, clip_high=clip_high)
-    metrics = {"clip_fraction": masked_mean(clipped.to(log_ratio.dtype), mask), "ppo_kl": masked_mean(-log_ratio, mask)}
+    low, high = share(clipped & (log_ratio < 0)), share(clipped & (log_ratio > 0))
+    metrics = {"clip_fraction": low + high, "clip_fraction_low": low, "clip_fraction_high": high, "ppo_kl": masked_mean(-log_ratio, mask)}
     if dual_clip is not None:
         loss = torch.maximum(-advantages * log_ratio.exp(), -advantages * log_ratio.exp().clamp(1 - clip_low, 1 + clip_high))
-        metrics["clip_fraction_dual"] = masked_mean(((advantages < 0) & (loss > -advantages * dual_clip)).to(log_ratio.dtype), mask)
+        metrics["clip_fraction_dual"] = share((advantages < 0) & (loss > -advantages * dual_clip))
     return metrics
 
 

@@ -93,6 +93,13 @@ def test_cispo_bound_is_relative():
     torch.testing.assert_close(loss, -5 * f64(6).log())
 
 
+def test_decoupled_ppo_corrects_without_a_rejection_rule():
+    """Trap 10: AReaL forgets pi_prox / pi_behave when nothing is configured; here it is a factor of its own. 1.5 of -A r = -1.1."""
+    new, prox, behave, mask = f64(1.1)[None].log(), f64(1)[None].log(), f64(1 / 1.5)[None].log(), torch.tensor([[True]])
+    loss = clipped_surrogate(new, prox, f64(1)[None], clip_low=0.2, clip_high=0.2) * importance_weights(prox, behave, mask, high=None)
+    torch.testing.assert_close(loss, f64(-1.65)[None])
+
+
 def test_choices_of_covariance_by_hand():
     covariance, mask = f64(5, 1, 4, 9, 2)[None], torch.tensor([[1, 1, 1, 0, 1]]).bool()
     assert largest_covariance(covariance, mask, share=0.5).tolist() == [[True, False, True, False, False]]
@@ -108,6 +115,7 @@ def test_metrics_by_hand():
     log_ratio = f64(2, 0.5, 4, 1, 7).log()
     mask = torch.tensor([True, True, True, True, False])
     metrics = surrogate_metrics(log_ratio, f64(1, -1, -1, 1, 1), mask, clip_low=0.2, clip_high=0.2, dual_clip=3.0)
+    assert metrics["clip_fraction_low"].item() == pytest.approx(0.25) == metrics["clip_fraction_high"].item()
     assert metrics["clip_fraction"].item() == pytest.approx(0.5) and metrics["clip_fraction_dual"].item() == pytest.approx(0.25)
     assert metrics["ppo_kl"].item() == pytest.approx(-math.log(4) / 4)
 
@@ -232,18 +240,24 @@ def test_trl_losses(golden_dir):
             losses = losses * data["in.sequence_mask_is_ratio" if "seqmask" in case else "in.token_truncate_is_ratio"]
         if o["beta"]:
             kl = kl_estimate(new, data["in.ref_per_token_logps"], kind="k3")
-            losses = losses + o["beta"] * kl * ((new - old).exp() if o["use_bias_correction_kl"] else 1)
+            kl = kl * (new - old).exp() if o["use_bias_correction_kl"] else kl
+            losses = losses + o["beta"] * kl
         loss = (losses * trl_weights(kind, mask, meta["common"])).sum()
         loss = loss - o["entropy_coef"] * (entropies * trl_weights("bnpo", mask, meta["common"])).sum()
         assert_close(loss, data[f"{case}.loss"], what=case)
         assert_close(grad(loss, new, retain_graph=True)[0], data[f"{case}.grad_logps"], what=case)
         if f"{case}.grad_entropies" in data:
             assert_close(grad(loss, entropies)[0], data[f"{case}.grad_entropies"], what=case)
-        if f"{case}.metric.clip_ratio_region_mean" in data and kind != "vespo" and o["level"] == "token":
-            ours = surrogate_metrics(new - old, advantages, mask, clip_low=low, clip_high=high)["clip_fraction"]
-            assert_close(ours.double(), data[f"{case}.metric.clip_ratio_region_mean"].double(), f64=2e-5, what=case)
-        if f"{case}.metric.entropy" in data:
-            assert_close(masked_mean(entropies, mask).double(), data[f"{case}.metric.entropy"].double(), f64=2e-5, what=case)
+        ours = {"entropy": masked_mean(entropies, mask)}
+        if o["level"] == "token":
+            clipped = surrogate_metrics(new - old, advantages, mask, clip_low=low, clip_high=high)
+            ours |= {f"clip_ratio_{side}_mean": clipped[f"clip_fraction_{side}"] for side in ("low", "high")}
+            ours["clip_ratio_region_mean"] = clipped["clip_fraction"]
+        if o["beta"]:
+            ours["kl"] = masked_mean(kl, mask)
+        for name, value in ours.items():
+            if f"{case}.metric.{name}" in data:
+                assert_close(value.double(), data[f"{case}.metric.{name}"].double(), f64=2e-5, what=f"{case} {name}")
 
 
 @pytest.mark.golden

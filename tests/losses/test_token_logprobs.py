@@ -1,6 +1,7 @@
 """Log-probabilities from hidden states: equal to the plain way in value and gradient, TRL's numbers, and what is never in memory."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -119,15 +120,17 @@ def test_chunks_begin_where_memory_would_hurt(monkeypatch):
     assert token_logprobs(hidden[:0], weight, targets[:0], chunk=3).logprobs.shape == (0,)
 
 
+WORDS = {"temperature": "temperature", "softcap": "softcap", "scale": "logit_scale"}
+
+
 @pytest.mark.golden
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_trl_golden(golden_dir, chunk):
     data, meta = load_llm(golden_dir, "trl_chunked_logprob")
     assert meta["cases"]
     for case, words in meta["cases"].items():
-        options = {"temperature": float(case[1:])} if case.startswith("t") else {}
-        if "softcap" in words:
-            options = {"softcap": float(case.removeprefix("cap")), "scale": float(words.rpartition("logit_scale ")[2])}
+        found = {name: re.search(word + r" ([\d.]+)", words) for name, word in WORDS.items()}
+        options = {name: float(match[1]) for name, match in found.items() if match}
         leaves = [data[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
         got = token_logprobs(*leaves[:2], data["targets"], bias=leaves[2], entropy=True, details=True, chunk=chunk, **options)
         for name, theirs in {

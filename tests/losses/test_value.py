@@ -47,3 +47,15 @@ def test_value_loss_of_other_frameworks(golden_dir):
         clip = key.removeprefix("openrlhf.value.clip")
         loss = value_loss(data["in.vpreds"], data["in.values"], data["in.returns"], clip=None if clip == "None" else float(clip))
         assert_close((loss * token_weights(mask, "token-mean")).sum(), data[key], what=key)
+
+
+@pytest.mark.golden
+def test_areal_critic(golden_dir):
+    """Its Huber loss is the square for errors this small."""
+    data, _ = load_llm(golden_dir, "areal_decoupled_ppo")
+    mask = data["in.loss_mask"].bool()
+    for kind in ("mse", "huber"):
+        values = data["critic.value"].clone().requires_grad_()
+        loss = (value_loss(values, data["critic.old_value"], data["critic.target"], clip=0.3) * token_weights(mask, "token-mean")).sum()
+        assert_close(loss, data[f"critic.{kind}.loss"])
+        assert_close(grad(loss, values)[0], data[f"critic.{kind}.grad"])
