@@ -95,12 +95,17 @@ class RewardScoring(Callback, Scorer):
 
     # -- Scorer
 
-    def submit(self, media: Tensor, info: Sequence[Info]) -> None:
-        if media.dtype != torch.uint8 or media.ndim != 4 or media.shape[1] != 3 or len(media) != len(info):
-            raise ValueError(f"submit takes uint8 B 3 H W and B prompts; got {media.dtype} {tuple(media.shape)} and {len(info)} prompts")
+    def submit(self, media: Tensor | Sequence[str], info: Sequence[Info]) -> None:
+        if isinstance(media, Tensor) and (media.dtype != torch.uint8 or media.ndim != 4 or media.shape[1] != 3):
+            raise ValueError(f"submit takes uint8 B 3 H W; got {media.dtype} {tuple(media.shape)}")
+        if len(media) != len(info):
+            raise ValueError(f"submit takes one prompt for each sample; got {len(media)} samples and {len(info)} prompts")
+        medium = "images" if isinstance(media, Tensor) else "texts"
+        if wrong := [label for label, reward in self._rewards.items() if reward.medium not in (None, medium)]:
+            raise RewardError(f"this method makes {medium}, which reward {wrong[0]} does not score: name another one in RewardScoring")
         if self._background is None or self._background.pid != os.getpid():
             self._background, self._chunks = Background(), []
-        media = media.detach().cpu()
+        media = media.detach().cpu() if isinstance(media, Tensor) else list(media)
         futures = {label: self._background.start(label, reward, media, info) for label, reward in self._rewards.items()}
         self._chunks.append(_Chunk(len(info), futures))
 
@@ -277,10 +282,12 @@ def _concatenate(rows: Sequence[Mapping[str, Tensor] | None], name: str, chunks:
 class _PseudoScores(Reward):
     """Stands for a reward in a dry run: the same names, other numbers."""
 
+    medium = None
+
     def __init__(self, outputs: Sequence[str]) -> None:
         self.outputs = outputs
 
-    def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+    def score(self, media: Any, info: Sequence[Info]) -> Mapping[str, Tensor]:
         return {name: PseudoReward(seed=i).score(media, info)["pseudo"] for i, name in enumerate(self.outputs)}
 
 

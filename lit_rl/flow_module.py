@@ -16,18 +16,17 @@ from lit_rl.advantages import group_metrics, total_reward
 from lit_rl.credit import Advantage
 from lit_rl.errors import ConfigError
 from lit_rl.losses.flow import flow_matching_loss
-from lit_rl.module import LitRL, gather_objects
 from lit_rl.policies.base import FlowPolicy
+from lit_rl.policy_module import LitPolicy
 from lit_rl.samplers.schedules import linear_sigmas, shifted_sigmas
 from lit_rl.samplers.solvers import Solver, solve
 from lit_rl.seeding import Key, generator, normal
-from lit_rl.strategies import FSDP2Strategy
 from lit_rl.types import Cond, Examples, FlowRollout, Info, Prompts, take_rows
 
 StorageDtype = Literal["float32", "bfloat16", "float16"]
 
 
-class LitFlow(LitRL[FlowRollout]):
+class LitFlow(LitPolicy[FlowRollout]):
     """Base of the methods on flow models.
 
     Args:
@@ -46,6 +45,8 @@ class LitFlow(LitRL[FlowRollout]):
         kwargs: See `LitRL`.
     """
 
+    policy: FlowPolicy
+
     def __init__(
         self,
         policy: FlowPolicy,
@@ -62,12 +63,11 @@ class LitFlow(LitRL[FlowRollout]):
         warmup_timesteps: Literal["uniform", "logit_normal"] = "logit_normal",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(policy, **kwargs)
         sizes = {"num_steps": num_steps, "eval_num_steps": eval_num_steps, "rollout_micro_batch": rollout_micro_batch}
         for name, value in (sizes | {"train_micro_batch": 1 if train_micro_batch is None else train_micro_batch}).items():
             if value < 1:
                 raise ConfigError(f"model.{name}={value} must be at least 1")
-        self.policy = policy
         self.num_steps = num_steps
         self.eval_num_steps = eval_num_steps
         self.eval_seed = eval_seed
@@ -85,13 +85,6 @@ class LitFlow(LitRL[FlowRollout]):
             )
         self.tracker = self.credit_rule.tracker()
         self.warmup_timesteps = warmup_timesteps
-        self.evaluated: list[Prompts] = []
-
-    # ------------------------------------------------------------------ the policy's life
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        self.policy.load()
-        self.policy.train()  # from_pretrained leaves it in evaluation mode
 
     def on_fit_start(self) -> None:
         """Say what the numbers of the YAML multiply to."""
@@ -103,17 +96,6 @@ class LitFlow(LitRL[FlowRollout]):
             f"{images * steps} pairs; optimizer steps: {self.inner_epochs * minibatches // accumulate}, each of {accumulate} micro-batches "
             f"of up to {-(-images * steps // (world * minibatches))} pairs; processes: {world}"
         )
-
-    def configure_model(self) -> None:
-        """FSDP2: shard each block, then the network. Other strategies need nothing here."""
-        strategy = self.trainer.strategy
-        if isinstance(strategy, FSDP2Strategy):
-            for network in self.policy.networks():
-                strategy.shard(network, self.policy.blocks(network))
-
-    def finish_warmup(self) -> None:
-        super().finish_warmup()
-        self.policy.refresh_reference()
 
     # ------------------------------------------------------------------ sampling
     def sigmas(self, num_steps: int) -> Tensor:
@@ -193,20 +175,7 @@ class LitFlow(LitRL[FlowRollout]):
         self.evaluated.append(batch)
         return {"media": media, "prompts": batch}
 
-    def on_validation_epoch_end(self) -> None:
-        rewards, batches = self.scores().gather(), self.evaluated
-        self.evaluated = []
-        prompts = Prompts(group=torch.cat([b.group.cpu() for b in batches]), info=[row for b in batches for row in b.info])
-        real = prompts.group >= 0  # the rest fills up the last batch
-        for name, values in rewards.items():
-            everywhere = torch.cat(gather_objects(values[real].double()))
-            scored = everywhere[~everywhere.isnan()]
-            self.log(f"val/{name}", float(scored.mean()), prog_bar=True, sync_dist=True)
-            self.log(f"val/{name}_perfect", float((scored >= 1 - 1e-6).double().mean()), sync_dist=True)
-        self.notify("on_evaluation_end", prompts, rewards)
-
     test_step = validation_step
-    on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: Prompts, batch_idx: int) -> dict[str, Any]:
         return {"media": self.render(batch), "prompts": batch}
@@ -218,12 +187,6 @@ class LitFlow(LitRL[FlowRollout]):
             raise ConfigError(
                 f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches} asks for more minibatches than there are "
                 f"(sample, step) pairs on a process ({pairs}); lower it to at most {pairs}"
-            )
-        half, dtype = str(self.trainer.precision).removesuffix("-mixed"), getattr(self.policy, "dtype", torch.float32)
-        if {"16": torch.bfloat16, "bf16": torch.float16}.get(half) == dtype:
-            raise ConfigError(
-                f"trainer.precision={self.trainer.precision} and model.policy.dtype={str(dtype).removeprefix('torch.')} are different "
-                "16-bit formats, between which every layer would convert: set both to float16 (16-mixed) or to bfloat16 (bf16-mixed)"
             )
 
     # ------------------------------------------------------------------ credit

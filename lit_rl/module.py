@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -139,9 +139,9 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     def loss(self, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
         """The paper's loss, one number per row, and the rows' weights."""
 
-    @abstractmethod
     def supervised_loss(self, batch: Examples) -> Tensor:
         """Warm-up loss, one number per example."""
+        raise ConfigError(f"{type(self).__name__} has no supervised warm-up: set model.warmup_steps to 0")
 
     # ------------------------------------------------------------------ ask
     def ask(self, iteration: int) -> Prompts:
@@ -412,7 +412,7 @@ def _cpu_group() -> Any:
 
 def _plain(rollout: Rollout) -> dict[str, Any]:
     fields = dict(vars(rollout))
-    fields["info"] = [dict(row) if isinstance(row, Mapping) else row for row in rollout.info]
+    fields["info"] = [{"prompt": row["prompt"]} for row in rollout.info]  # the rest, images perhaps, was for rollout and rewards
     return fields
 
 

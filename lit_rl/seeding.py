@@ -25,3 +25,8 @@ def generator(*key: Key) -> torch.Generator:
 def normal(keys: Sequence[tuple[Key, ...]], shape: Sequence[int]) -> Tensor:
     """Standard normal Float32 "B *shape" on the CPU; row i depends on `keys[i]` alone."""
     return torch.stack([torch.randn(tuple(shape), generator=generator(*key)) for key in keys])
+
+
+def uniforms(keys: Sequence[tuple[Key, ...]], count: int) -> Tensor:
+    """Numbers in [0, 1), Float64 "B count" on the CPU; row i depends on `keys[i]` alone, its first ones not on `count`."""
+    return torch.stack([torch.rand(count, dtype=torch.float64, generator=generator(*key)) for key in keys])

@@ -65,6 +65,23 @@ class FlowRollout(Rollout):
     means: Tensor | None = None  # Float "B S *D", mean of each step under the policy that acted; kept by GRPO-Guard only
 
 
+@dataclass
+class TokenRollout(Rollout):
+    """Conversations: prompt, answer and, between two answers, what an environment said. Action s chooses tokens[:, s + 1].
+
+    `mask` is True for the tokens that the policy sampled, the one that ends an answer included; False for prompts, for what others said
+    and for padding. Padding is on the right, and only `lengths` tells where it starts: the padding token may be a token of the text.
+    """
+
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # Int "B S+1"
+    lengths: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # Int "B", tokens of prompt and answer
+    stopped: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))  # Bool "B", False: cut off at the length limit
+    behaviour: Tensor | None = None  # Float "B S", log-probabilities as the sampler reported them, where they are not `logprobs`
+    reference: Tensor | None = None  # Float "B S", log-probabilities of the reference, where a method needs them
+    values: Tensor | None = None  # Float "B S", of the critic, where there is one
+    returns: Tensor | None = None  # Float "B S", what the critic learns
+
+
 class Minibatch(SimpleNamespace):
     """Tensors of one forward under the names of the method that made them.
 

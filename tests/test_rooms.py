@@ -6,18 +6,30 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FORMULAS = ["lit_rl.advantages", "lit_rl.decay", "lit_rl.losses", "lit_rl.packing", "lit_rl.samplers", "lit_rl.token_advantages"]
+FORMULAS = [
+    "lit_rl.advantages",
+    "lit_rl.decay",
+    "lit_rl.losses",
+    "lit_rl.packing",
+    "lit_rl.partition",
+    "lit_rl.samplers",
+    "lit_rl.token_advantages",
+]
 LOW = ["lit_rl.types", "lit_rl.errors", "lit_rl.seeding"]
-MIDDLE = ["lit_rl.policies", "lit_rl.rewards", "lit_rl.checkpoints"]
-MODULE = ["lit_rl.module", "lit_rl.flow_module", "lit_rl.credit"]
+MIDDLE = ["lit_rl.policies", "lit_rl.rewards", "lit_rl.rollouts", "lit_rl.checkpoints"]
+MODULE = ["lit_rl.module", "lit_rl.policy_module", "lit_rl.flow_module", "lit_rl.token_module", "lit_rl.generation_module", "lit_rl.credit"]
 MAY_IMPORT = {
     "lit_rl/types.py": [],
     **{name.replace(".", "/"): FORMULAS for name in FORMULAS},
     "lit_rl/policies": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.checkpoints.ip_adapter"],
     "lit_rl/rewards": [*LOW, "lit_rl.rewards"],
+    "lit_rl/rollouts": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.rollouts"],
     "lit_rl/checkpoints": [*LOW, "lit_rl.checkpoints"],
     "lit_rl/module.py": [*LOW, *FORMULAS, *MIDDLE, "lit_rl.strategies"],
-    "lit_rl/flow_module.py": [*LOW, *FORMULAS, *MIDDLE, *MODULE, "lit_rl.strategies"],
+    "lit_rl/policy_module.py": [*LOW, *MIDDLE, "lit_rl.module", "lit_rl.strategies"],
+    "lit_rl/flow_module.py": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
+    "lit_rl/token_module.py": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
+    "lit_rl/generation_module.py": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
     "lit_rl/methods": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
     "callbacks": ["lit_rl", "callbacks"],
     "datamodules": ["lit_rl", "datamodules"],

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on a diffusers transformer, through peft.
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on a transformer of diffusers or transformers, through peft.
 
 The trained adapter is called "default". Others may sit frozen beside it in the same base weights (a reference, an average, an old
 policy): they are switched to by name, and never by peft's own calls, which change `requires_grad` on the way.
@@ -62,7 +62,7 @@ def add_lora(network: nn.Module, settings: LoraSettings, *, targets: list[str], 
     names = [n for n, module in network.named_modules() if isinstance(module, nn.Linear)]
     missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
     if missing:
-        there = sorted({n.split("blocks.0.")[1] for n in names if "blocks.0." in n})
+        there = sorted({n.split(".0.", 1)[1] for n in names if ".0." in n})
         raise ConfigError(f"lora.targets: no linear layer ends in {', '.join(missing)}; a block has {', '.join(there)}")
     network.requires_grad_(False)
     config = LoraConfig(

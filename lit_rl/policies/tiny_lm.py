@@ -41,8 +41,8 @@ def build_lm(
     """Save a random language model with its tokenizer and return its folder.
 
     family: Qwen2 (biases on q, k, v), Qwen3 (normed queries and keys), Llama, DeepSeek (V3: latent attention, experts).
-    characters: One token each, after <pad>, <|endoftext|> and, with `chat`, the marks of three roles. vocab_size: More rows than tokens, to weigh
-    what a large vocabulary costs. kv_heads: Default half the heads. tied: The output layer is the embedding.
+    characters: One token each, after <pad>, <|endoftext|> and, with `chat`, the marks of three roles. vocab_size: More rows than tokens,
+    to weigh what a large vocabulary costs. kv_heads: Default half the heads. tied: The output layer is the embedding.
     """
     tokenizer = char_tokenizer(characters, chat=chat, max_length=max_length)
     sizes: dict[str, Any] = {

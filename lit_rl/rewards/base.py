@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -23,6 +24,9 @@ class Reward(ABC):
 
     outputs: Sequence[str] = ()
     """Names of the scores, where they are known before the first call; weights are then checked before any model is loaded."""
+
+    medium: ClassVar[Literal["images", "texts"] | None] = "images"
+    """What it scores; None for a reward that takes both."""
 
     last_error: str = ""
     """Why samples could last not be scored; becomes part of the message that stops a run."""
@@ -52,12 +56,22 @@ class Reward(ABC):
         """Release sessions and threads; called once, on the scoring loop."""
 
 
+class TextReward(Reward):
+    """A reward function over finished texts: what the policy answered, without the prompt and special tokens."""
+
+    medium = "texts"
+
+    @abstractmethod
+    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:  # type: ignore[override]
+        """Scores by output name, each Float "B". media: B answers; info: the B prompts with what their rows say about the right answer."""
+
+
 class Scorer(ABC):
     """What a method asks for rewards; implemented by the callback that owns them (`callbacks.reward_scoring.RewardScoring`)."""
 
     @abstractmethod
-    def submit(self, media: Tensor, info: Sequence[Info]) -> None:
-        """Queue one decoded chunk (uint8 "B 3 H W", on the CPU) and return at once."""
+    def submit(self, media: Tensor | Sequence[str], info: Sequence[Info]) -> None:
+        """Queue one decoded chunk, images uint8 "B 3 H W" on the CPU or B texts, and return at once."""
 
     @abstractmethod
     def gather(self) -> dict[str, Tensor]:

@@ -13,18 +13,22 @@ from lit_rl.types import Info
 
 
 class PseudoReward(Reward):
-    """`pseudo` in [0, 1), uniform over images: a hash of the seed, the prompt and every pixel. Same input, same score, on any machine."""
+    """`pseudo` in [0, 1), uniform over samples: a hash of the seed, the prompt and the whole image or text. The same on any machine."""
 
     outputs = ("pseudo",)
+    medium = None
 
     def __init__(self, *, seed: int = 0) -> None:
         self.seed = seed
 
-    def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
-        images = media.permute(0, 2, 3, 1).cpu()
-        return {"pseudo": torch.tensor([self._uniform(image, str(row["prompt"])) for image, row in zip(images, info, strict=True)])}
+    def score(self, media: Tensor | Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
+        samples = media.permute(0, 2, 3, 1).cpu() if isinstance(media, Tensor) else media
+        return {"pseudo": torch.tensor([self._uniform(sample, str(row["prompt"])) for sample, row in zip(samples, info, strict=True)])}
 
-    def _uniform(self, image: Tensor, prompt: str) -> float:
-        key = f"{self.seed}|{tuple(image.shape)}|{prompt}".encode()
-        digest = hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=3, key=hashlib.blake2b(key).digest()).digest()
+    def _uniform(self, sample: Tensor | str, prompt: str) -> float:
+        shape, content = (
+            ("text", sample.encode()) if isinstance(sample, str) else (tuple(sample.shape), sample.contiguous().numpy().tobytes())
+        )
+        key = f"{self.seed}|{shape}|{prompt}".encode()
+        digest = hashlib.blake2b(content, digest_size=3, key=hashlib.blake2b(key).digest()).digest()
         return int.from_bytes(digest, "little") / 2**24

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from callbacks.reward_scoring import RewardScoring, resolve_weights
 from lit_rl.errors import ConfigError
-from lit_rl.rewards.base import Reward, RewardError
+from lit_rl.rewards.base import Reward, RewardError, TextReward
 from lit_rl.rewards.client import HTTPReward
 from lit_rl.rewards.pseudo import PseudoReward
 from lit_rl.types import Info
@@ -275,10 +275,40 @@ def test_a_reward_that_breaks_its_contract_stops_the_run(scoring: list, answer: 
         scorer.gather()
 
 
-@pytest.mark.parametrize(("media", "rows"), [(torch.zeros(1, 3, 2, 2), 1), (red_images([1]), 2), (red_images([1]).permute(0, 2, 3, 1), 1)])
-def test_submit_refuses_what_is_not_a_chunk(media: Tensor, rows: int) -> None:
-    with pytest.raises(ValueError, match="uint8 B 3 H W"):
+@pytest.mark.parametrize(
+    ("media", "rows", "message"),
+    [
+        (torch.zeros(1, 3, 2, 2), 1, "uint8 B 3 H W"),
+        (red_images([1]).permute(0, 2, 3, 1), 1, "uint8 B 3 H W"),
+        (red_images([1]), 2, "1 samples and 2 prompts"),
+    ],
+)
+def test_submit_refuses_what_is_not_a_chunk(media: Tensor, rows: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         RewardScoring([Red()]).submit(media, info(rows))
+
+
+def test_texts_go_to_rewards_that_read(scoring: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Length(TextReward):
+        outputs = ("length",)
+
+        def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
+            return {"length": torch.tensor([float(len(text)) for text in media])}
+
+    scoring.append(scorer := RewardScoring({"length": Length()}))
+    scorer.submit(["a", "bcd"], info(2))
+    assert scorer.gather()["length"].tolist() == [1.0, 3.0]
+    with pytest.raises(RewardError, match="makes images, which reward length does not score"):
+        scorer.submit(red_images([1]), info(1))
+    with pytest.raises(RewardError, match="makes texts, which reward Red does not score"):
+        RewardScoring([Red()]).submit(["a"], info(1))
+
+
+def test_a_dry_run_scores_texts_too(scoring: list) -> None:
+    scoring.append(scorer := RewardScoring([PseudoReward()]))
+    scorer.submit(["a", "b", "a"], info(3))
+    first, second, again = scorer.gather()["pseudo"].tolist()
+    assert first == again != second and 0 <= first < 1
 
 
 # -- life

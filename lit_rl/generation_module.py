@@ -1,0 +1,208 @@
+"""What all methods share that learn from a language model's own answers: an engine that generates, rewards, evaluation."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lit_rl.advantages import group_metrics, total_reward
+from lit_rl.errors import ConfigError
+from lit_rl.policies.base import TokenPolicy
+from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
+from lit_rl.rollouts.hf import HFEngine
+from lit_rl.seeding import Key
+from lit_rl.token_module import LitToken, sequences
+from lit_rl.types import Prompts, TokenRollout
+
+OldLogprobs = Literal["auto", "rollout", "recompute"]
+
+
+class LitGeneration(LitToken):
+    """Base of the methods on a language model's answers. The datamodule is one of texts: it has `prompt_ids(info) -> list[int]`.
+
+    Args:
+        policy: See `LitToken`.
+        engine: Who generates; default: in this process, over the training weights.
+        sampling: Of rollouts.
+        eval_sampling: Of evaluation and prediction; default: the likeliest tokens, as long answers as in rollouts.
+        eval_seed: Of evaluation and prediction where they draw.
+        rollout_chunk: Answers generated at once; each finished chunk is scored while the next one is generated.
+        old_logprobs: The log-probabilities that ratios are relative to: as the engine reported them (`rollout`), computed anew by the
+            trainer before its first step (`recompute`), or (`auto`) the latter where there is more than one optimizer step per rollout,
+            and none where there is not: the ratio is 1.
+        kwargs: See `LitToken`.
+    """
+
+    def __init__(
+        self,
+        policy: TokenPolicy,
+        *,
+        engine: RolloutEngine | None = None,
+        sampling: Sampling | None = None,
+        eval_sampling: Sampling | None = None,
+        eval_seed: int = 0,
+        rollout_chunk: int = 64,
+        old_logprobs: OldLogprobs = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, **kwargs)
+        if rollout_chunk < 1:
+            raise ConfigError(f"model.rollout_chunk={rollout_chunk} must be at least 1")
+        self.engine = engine or HFEngine()
+        self.sampling = sampling or Sampling()
+        self.eval_sampling = eval_sampling or replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0)
+        self.eval_seed = eval_seed
+        self.rollout_chunk = rollout_chunk
+        if not self.sampling.temperature:
+            raise ConfigError(
+                "model.sampling.temperature=0 makes all answers to a prompt equal, so there is nothing to learn from: use 1.0"
+            )
+        self.old_logprobs: OldLogprobs = old_logprobs
+
+    # ------------------------------------------------------------------ life
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.engine.setup(self.policy, rank=self.global_rank, world_size=self.trainer.world_size)
+
+    def teardown(self, stage: str) -> None:
+        self.engine.close()
+
+    def on_fit_start(self) -> None:
+        """Say what the numbers of the YAML multiply to."""
+        answers, parts = self.prompts_per_iteration * self.group_size, self.trainer.accumulate_grad_batches
+        rank_zero_info(
+            f"An iteration: {self.prompts_per_iteration} prompts x {self.group_size} samples = {answers} answers; optimizer steps: "
+            f"{self.inner_epochs * self.updates}, each of {answers // self.updates} answers in {parts} micro-batches on each of "
+            f"{self.trainer.world_size} processes"
+        )
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the weights that train are those that sampled, in every optimizer step."""
+        return self.updates * self.inner_epochs == 1
+
+    def longest(self) -> float:
+        return float(self.sampling.max_new_tokens)
+
+    # ------------------------------------------------------------------ collect
+    def collect(self, prompts: Prompts) -> TokenRollout:
+        """Generate, and compute what training needs of the answers while their scores are under way."""
+        self.engine.update_weights(self.iteration)
+        return self.annotate(self.sample(prompts))
+
+    def sample(self, prompts: Prompts) -> TokenRollout:
+        """The engine's answers, submitted for scoring."""
+        keys: list[tuple[Key, ...]] = [
+            (self.seed, "rollout", self.iteration, int(group), i % self.group_size) for i, group in enumerate(prompts.group)
+        ]
+        asked, answers = self.generate(prompts, keys, self.sampling, show=True)
+        return assemble(prompts, asked, answers).to(self.device)
+
+    def generate(
+        self, prompts: Prompts, keys: Sequence[tuple[Key, ...]], sampling: Sampling, *, show: bool
+    ) -> tuple[list[list[int]], list[Sample]]:
+        """Prompt ids and answers; each finished chunk is submitted for scoring and, if `show`, told to the callbacks."""
+        known: dict[int, list[int]] = {}
+        for row in prompts.info:
+            if id(row) not in known:
+                known[id(row)] = self.data.prompt_ids(row)  # type: ignore[attr-defined]
+        asked, answers = [known[id(row)] for row in prompts.info], []
+        for first in range(0, len(prompts), self.rollout_chunk):
+            chunk = slice(first, first + self.rollout_chunk)
+            samples = self.engine.generate([Request(ids, key) for ids, key in zip(asked[chunk], keys[chunk])], sampling)
+            texts, info = [self.policy.decode(sample.ids) for sample in samples], prompts.info[chunk]
+            if self.scorer is not None:
+                self.scorer.submit(texts, info)
+            if show:
+                self.notify("on_rollout_chunk", texts, info, len(prompts))
+            answers += samples
+        return asked, answers
+
+    def annotate(self, rollout: TokenRollout) -> TokenRollout:
+        """Log-probabilities of the trainer and of the reference, where the method needs them."""
+        temperature = self.sampling.temperature
+        if self.needs_logprobs():
+            rollout = replace(rollout, behaviour=rollout.logprobs, logprobs=self.all_logprobs(rollout, temperature=temperature))
+        if self.needs_reference():
+            with self.policy.reference():
+                rollout = replace(rollout, reference=self.all_logprobs(rollout, temperature=temperature))
+        return rollout
+
+    def needs_logprobs(self) -> bool:
+        """Whether the trainer computes log-probabilities of its own before the first step on a rollout."""
+        return self.old_logprobs == "recompute" or (self.old_logprobs == "auto" and not self.on_policy)
+
+    def needs_reference(self) -> bool:
+        """Whether `loss` or `credit` looks at the reference's log-probabilities."""
+        return False
+
+    # ------------------------------------------------------------------ credit
+    @abstractmethod
+    def advantages(self, rollout: TokenRollout, total: Tensor) -> Tensor:
+        """Float "B S" of the answers here. total: Float64 "B", their weighted rewards, NaN where there is none: the mask is False there."""
+
+    def credit(self, rollout: TokenRollout) -> TokenRollout:
+        """Advantages, and weights so that each optimizer step's loss is the aggregation over all its answers on all processes."""
+        weights = {name: weight for name, weight in self.scores().weights.items() if weight}
+        total = total_reward({name: rollout.rewards[name] for name in weights}, weights).to(self.device)
+        self.rollout_metrics = self.describe(rollout, total)
+        scored = total.isfinite()
+        rollout = replace(rollout, mask=rollout.mask & scored[:, None])
+        advantages = self.advantages(rollout, total).float().where(rollout.mask, 0.0)
+        return replace(rollout, advantages=advantages, weights=self.token_weights(rollout))
+
+    def describe(self, rollout: TokenRollout, total: Tensor) -> dict[str, float]:
+        """Numbers of a rollout over all processes."""
+        names = list(rollout.rewards)
+        columns = [total, rollout.group, rollout.mask.sum(1), rollout.stopped, *(rollout.rewards[n].to(self.device) for n in names)]
+        table = self.all_ranks(torch.stack([column.double() for column in columns], dim=1)).cpu()
+        lengths = table[:, 2]
+        metrics = group_metrics(table[:, 0], table[:, 1].long())
+        metrics |= {f"reward/{name}": float(table[:, 4 + i].nanmean()) for i, name in enumerate(names)}
+        metrics |= {"response_length/mean": float(lengths.mean()), "response_length/max": float(lengths.max())}
+        metrics |= {"response_length/cut_off_fraction": 1 - float(table[:, 3].mean()), "samples": float(len(table))}
+        return metrics | {"tokens": float(lengths.sum())}
+
+    def whiten(self, x: Tensor, mask: Tensor) -> Tensor:
+        """(x - mean) / std over the masked tokens of all processes, 0 elsewhere."""
+        kept, count = x.double().where(mask, 0.0), mask.sum().double()
+        total, n = self.all_ranks(torch.stack([kept.sum(), count])[None]).sum(0)
+        centred = (kept - total / n.clamp(min=1)).where(mask, 0.0)
+        square = self.all_ranks(centred.pow(2).sum()[None]).sum()
+        return centred * torch.rsqrt(square / (n - 1).clamp(min=1) + 1e-8)
+
+    # ------------------------------------------------------------------ evaluation and prediction
+    def answer(self, batch: Prompts) -> list[str]:
+        """One answer to each prompt; where `eval_sampling` draws, it depends on `eval_seed` and the prompt's group id."""
+        keys: list[tuple[Key, ...]] = [(self.eval_seed, "eval", int(group)) for group in batch.group]
+        _, samples = self.generate(batch, keys, self.eval_sampling, show=False)
+        return [self.policy.decode(sample.ids) for sample in samples]
+
+    def on_validation_start(self) -> None:
+        self.engine.update_weights(self.iteration)
+
+    def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:
+        texts = self.answer(batch)
+        self.evaluated.append(batch)
+        return {"texts": texts, "prompts": batch}
+
+    on_test_start = on_predict_start = on_validation_start
+    test_step = validation_step
+
+    def predict_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:
+        return {"texts": self.answer(batch), "prompts": batch}
+
+
+def assemble(prompts: Prompts, asked: Sequence[Sequence[int]], answers: Sequence[Sample]) -> TokenRollout:
+    """Prompts and answers as one rollout on the CPU."""
+    ids = [[*prompt, *answer.ids] for prompt, answer in zip(asked, answers, strict=True)]
+    chosen = [[False] * len(prompt) + [True] * len(answer.ids) for prompt, answer in zip(asked, answers)]
+    rollout = sequences(prompts, ids, chosen)
+    rollout.logprobs[rollout.mask] = torch.tensor([value for answer in answers for value in answer.logprobs])
+    return replace(rollout, stopped=torch.tensor([answer.finish == "stop" for answer in answers]))

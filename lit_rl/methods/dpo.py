@@ -1,0 +1,129 @@
+"""Direct preference optimization (arXiv 2305.18290) and its relatives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_rl.errors import ConfigError
+from lit_rl.losses.preference import PreferenceLoss, ld_sequence_logprobs, preference_loss, preference_metrics
+from lit_rl.policies.base import TokenPolicy
+from lit_rl.token_module import LitToken, sequences
+from lit_rl.types import Minibatch, Prompts, TokenRollout
+
+
+class DPO(LitToken):
+    """Learns from pairs of a chosen and a rejected answer to the same prompt, relative to the reference.
+
+    An iteration is `prompts_per_iteration` pairs, `prompts_per_update` of them in one optimizer step. The reference's log-probabilities
+    are computed once per iteration, before its first step.
+
+    Args:
+        policy: See `LitToken`. The datamodule has `pair_ids(info) -> (prompt, chosen, rejected)`, token ids of each.
+        loss_kind: See `lit_rl.losses.preference.preference_loss`.
+        beta: How far the policy may leave the reference, 0.01 ... 0.5: the smaller, the farther.
+        label_smoothing: Share of the pairs that are taken to be labelled the wrong way round, in [0, 0.5).
+        sft_coef: Weight of the chosen answer's mean negative log-likelihood beside it (RPO, MPO).
+        ld_alpha: Weight of tokens beyond the shorter answer of a pair (LD-DPO); 1 is DPO.
+        kwargs: See `LitToken`.
+    """
+
+    together = 2
+
+    def __init__(
+        self,
+        policy: TokenPolicy,
+        *,
+        loss_kind: PreferenceLoss = "sigmoid",
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        sft_coef: float = 0.0,
+        ld_alpha: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, group_size=2, **kwargs)
+        if beta <= 0:
+            raise ConfigError(f"model.beta={beta} must be above 0; 0.1 is usual")
+        if not 0 <= label_smoothing < 0.5:
+            raise ConfigError(f"model.label_smoothing={label_smoothing} must be in [0, 0.5)")
+        if not 0 <= ld_alpha <= 1:
+            raise ConfigError(f"model.ld_alpha={ld_alpha} must be in [0, 1]; 1 is DPO")
+        policy.check_reference(after_warmup=False)
+        self.loss_kind: PreferenceLoss = loss_kind
+        self.beta, self.label_smoothing = beta, label_smoothing
+        self.sft_coef, self.ld_alpha = sft_coef, ld_alpha
+        self._held_out: list[dict[str, Tensor]] = []
+
+    # ------------------------------------------------------------------ pairs for a rollout
+    def collect(self, prompts: Prompts) -> TokenRollout:
+        return self.pairs(prompts)
+
+    def pairs(self, prompts: Prompts) -> TokenRollout:
+        """Chosen, rejected, chosen, rejected, ...: each row of the data stands twice in `prompts`."""
+        ids, chosen = [], []
+        for i, row in enumerate(prompts.info):
+            prompt, *answers = self.data.pair_ids(row)  # type: ignore[attr-defined]
+            answer = answers[i % 2]
+            ids.append([*prompt, *answer])
+            chosen.append([False] * len(prompt) + [True] * len(answer))
+        rollout = sequences(prompts, ids, chosen).to(self.device)
+        with self.policy.reference():
+            return replace(rollout, reference=self.all_logprobs(rollout))
+
+    def score(self, rollout: TokenRollout) -> TokenRollout:
+        return rollout
+
+    def credit(self, rollout: TokenRollout) -> TokenRollout:
+        """Every pair weighs alike in its optimizer step."""
+        self.rollout_metrics = {"pairs": float(self.prompts_per_iteration)}
+        return replace(rollout, weights=torch.full(rollout.mask.shape, 1 / self.prompts_per_update, device=self.device))
+
+    # ------------------------------------------------------------------ loss
+    def loss(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
+        losses, metrics = self.of_pairs(batch)
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(losses), sync_dist=True)
+        return losses, batch.weights[::2, 0]
+
+    def of_pairs(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss Float "N/2" and metrics of the pairs of a batch."""
+        new, _ = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask)
+        assert batch.reference is not None
+        count = batch.mask.sum(1)
+        shared = count.view(-1, 2).amin(1).repeat_interleave(2)
+        mine, theirs = (ld_sequence_logprobs(x, batch.mask, shared, alpha=self.ld_alpha) for x in (new, batch.reference))
+        four = mine[::2], mine[1::2], theirs[::2], theirs[1::2]
+        losses = preference_loss(
+            *four,
+            kind=self.loss_kind,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            lengths=(count[::2], count[1::2]),
+        )
+        if self.sft_coef:
+            losses = losses - self.sft_coef * mine[::2] / count[::2].clamp(min=1)
+        return losses.float(), {name: value.float() for name, value in preference_metrics(*four, beta=self.beta).items()}
+
+    # ------------------------------------------------------------------ evaluation
+    def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:
+        real = [i for i, group in enumerate(batch.group.tolist()) if group >= 0 for _ in range(2)]  # the rest fills up the last batch
+        if real:
+            held_out = self.pairs(Prompts(group=batch.group[real], info=[batch.info[i] for i in real]))
+            losses, metrics = self.of_pairs(self.minibatch(held_out, torch.arange(len(held_out))))
+            self._held_out += [{"loss": losses.mean()} | metrics | {"pairs": losses.new_tensor(len(losses))}]
+        return {"prompts": batch}
+
+    def on_validation_epoch_end(self) -> None:
+        names = ["loss", "rewards_chosen", "rewards_rejected", "margin", "accuracy", "logprobs_chosen", "logprobs_rejected"]
+        rows = [torch.stack([row[name] * row["pairs"] for name in names] + [row["pairs"]]).double() for row in self._held_out]
+        self._held_out = []
+        summed = torch.stack(rows).sum(0) if rows else torch.zeros(len(names) + 1, dtype=torch.float64, device=self.device)
+        summed = self.all_ranks(summed[None]).sum(0)
+        for name, value in zip(names, (summed[:-1] / summed[-1].clamp(min=1)).tolist()):
+            self.log(f"val/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end

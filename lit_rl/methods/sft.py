@@ -1,0 +1,79 @@
+"""Supervised fine-tuning on demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_rl.generation_module import LitGeneration
+from lit_rl.losses.supervised import dft_loss, nll_loss
+from lit_rl.policies.base import TokenPolicy
+from lit_rl.token_module import sequences
+from lit_rl.types import Minibatch, Prompts, TokenRollout
+
+
+class SFT(LitGeneration):
+    """Maximum likelihood of the demonstrated answers; no token of a prompt is learned.
+
+    An iteration is `prompts_per_iteration` rows of the data, `prompts_per_update` of them in one optimizer step. Validation logs the
+    loss on the held-out rows and, where the run has rewards, has the policy answer their prompts and scores that.
+
+    Args:
+        policy: See `LitGeneration`. The datamodule has `supervised_ids(info) -> (ids, which of them are learned)`.
+        loss_kind: `nll`, or `dft`, which weighs each token with its own probability (arXiv 2508.05629).
+        kwargs: See `LitGeneration`.
+    """
+
+    def __init__(self, policy: TokenPolicy, *, loss_kind: Literal["nll", "dft"] = "nll", **kwargs: Any) -> None:
+        super().__init__(policy, group_size=1, **kwargs)
+        self.token_loss = {"nll": nll_loss, "dft": dft_loss}[loss_kind]
+        self._held_out = torch.zeros(2, dtype=torch.float64)  # summed loss and number of tokens of the evaluation under way
+
+    # ------------------------------------------------------------------ demonstrations for a rollout
+    def collect(self, prompts: Prompts) -> TokenRollout:
+        return self.demonstrations(prompts)
+
+    def demonstrations(self, prompts: Prompts) -> TokenRollout:
+        """The rows' conversations, the assistant's tokens being the actions."""
+        rows = [self.data.supervised_ids(row) for row in prompts.info]  # type: ignore[attr-defined]
+        return sequences(prompts, [ids for ids, _ in rows], [chosen for _, chosen in rows]).to(self.device)
+
+    def score(self, rollout: TokenRollout) -> TokenRollout:
+        return rollout
+
+    def credit(self, rollout: TokenRollout) -> TokenRollout:
+        tokens = self.all_ranks(rollout.mask.sum()[None]).sum()
+        self.rollout_metrics = {"tokens": float(tokens)}
+        return replace(rollout, weights=self.token_weights(rollout))
+
+    def advantages(self, rollout: TokenRollout, total: Tensor) -> Tensor:
+        raise NotImplementedError("demonstrations have no reward")
+
+    # ------------------------------------------------------------------ loss
+    def loss(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
+        new, _ = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask)
+        return self.token_loss(new), batch.weights
+
+    # ------------------------------------------------------------------ evaluation
+    def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:
+        here = Prompts(group=batch.group, info=batch.info)
+        held_out = self.demonstrations(here)
+        real = (held_out.group >= 0)[:, None]  # the rest fills up the last batch
+        new, _ = self.policy.logprobs(held_out.tokens, held_out.lengths, held_out.mask)
+        mask = held_out.mask & real
+        self._held_out += torch.stack([-(new * mask).sum().double(), mask.sum().double()]).cpu()
+        return super().validation_step(batch, batch_idx) if self.scorer is not None else {"prompts": batch}
+
+    def on_validation_epoch_end(self) -> None:
+        total, tokens = self.all_ranks(self._held_out[None].to(self.device)).sum(0).tolist()
+        self._held_out = torch.zeros_like(self._held_out)
+        self.log("val/loss", total / max(tokens, 1), prog_bar=True, sync_dist=True)
+        if self.scorer is not None:
+            super().on_validation_epoch_end()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end

@@ -1,0 +1,40 @@
+"""Cutting sequences of different lengths into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def balanced_parts(lengths: Sequence[int], *, parts: int) -> list[list[int]]:
+    """Indices in exactly `parts` groups, none empty: neighbours in order of length, cut so that the costliest is as cheap as possible.
+
+    A group costs its number of sequences times its longest one: what it takes when padded. Groups come with the longest first, so that
+    memory that does not suffice shows at once. Raises ValueError for fewer sequences than parts.
+    """
+    if not 1 <= parts <= len(lengths):
+        raise ValueError(f"{len(lengths)} sequences cannot be cut into {parts} parts")
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    low, high = 1, len(lengths) * max(max(lengths), 1)
+    while low < high:  # the smallest budget that `parts` groups keep
+        middle = (low + high) // 2
+        if len(_cut(order, lengths, middle)) <= parts:
+            high = middle
+        else:
+            low = middle + 1
+    groups = _cut(order, lengths, low)
+    while len(groups) < parts:  # halve the most numerous until there are enough
+        most = max(range(len(groups)), key=lambda g: len(groups[g]))
+        half = (len(groups[most]) + 1) // 2
+        groups[most : most + 1] = [groups[most][:half], groups[most][half:]]
+    return groups
+
+
+def _cut(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """As few groups of neighbours as keep each within the budget; a sequence longer than it stands alone."""
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and (len(groups[-1]) + 1) * max(lengths[groups[-1][0]], 1) <= budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

@@ -1,0 +1,231 @@
+"""Any causal language model of transformers: Qwen, Llama, DeepSeek, ..."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_rl.errors import ConfigError
+from lit_rl.losses.token_logprobs import token_logprobs
+from lit_rl.policies.base import Message, TokenPolicy
+from lit_rl.policies.chat import PLAIN_TEMPLATE, prompt_ids
+from lit_rl.policies.lora import TRAINED, LoraSettings, adapter_parameters
+from lit_rl.policies.trained import TrainedPolicy
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class TokenNetwork(nn.Module):
+    """A language model whose forward goes from tokens to the log-probabilities of chosen ones.
+
+    One forward, so that a sharding strategy gathers the output layer for it, and no logits but of a chunk of the chosen places.
+    """
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(
+        self, tokens: Tensor, places: Tensor, targets: Tensor, *, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """log p Float32 "N" of `targets`, and the entropies. tokens: Int "B T"; places: Int "N", flat indices of the tokens before them."""
+        # No attention mask: padding is on the right, where causal attention never looks from a real token.
+        hidden = self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)[places]
+        head = self.lm.get_output_embeddings()
+        softcap = getattr(self.lm.config, "final_logit_softcapping", None)
+        found = token_logprobs(hidden, head.weight, targets, bias=head.bias, temperature=temperature, softcap=softcap, entropy=entropy)
+        return found.logprobs, found.entropy
+
+
+class CausalLM(TrainedPolicy, TokenPolicy):
+    """A language model with its tokenizer from one folder or hub id.
+
+    Args:
+        pretrained: Folder in transformers format, or hub id (owner/name).
+        lora, keep_reference: See `TrainedPolicy`. LoRA sits on every linear layer of the blocks unless it names its targets.
+        gradient_checkpointing: Recompute each block in the backward pass.
+        compile: `torch.compile` each block; pays on a GPU only.
+        dtype: Of the frozen weights, with LoRA those of the base; a full fine-tune is float32, under the trainer's precision.
+        attention: Implementation, as transformers names it ("sdpa", "flash_attention_2", "eager"); None = its own choice.
+        chat_template: Jinja text, or a file that holds it, instead of the tokenizer's own.
+        chat_template_kwargs: For the template, e.g. {enable_thinking: false}.
+        revision: Of a hub repository.
+        trust_remote_code: Run Python code that comes with the model.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        lora: LoraSettings | None = None,
+        keep_reference: bool = False,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        dtype: Dtype = "float32",
+        attention: str | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__(lora=lora, keep_reference=keep_reference)
+        check_folder(pretrained)
+        self.pretrained = pretrained
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compile_blocks = compile
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.attention = attention
+        self.chat_template = chat_template
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
+
+    # ------------------------------------------------------------------ loading
+    def load(self) -> None:
+        """Read the weights (on the CPU). Call it outside of any context that re-places new modules, such as `deepspeed.zero.Init`."""
+        if "network" in self._modules:
+            return
+        lm = self._read()
+        blocks = repeated_blocks(lm)
+        linear = {name.rpartition(".")[2] for block in blocks for name, part in block.named_modules() if isinstance(part, nn.Linear)}
+        self.adopt(lm, targets=sorted(linear), load_initial=lambda lora: load_adapter(lm, lora))
+        self.network = TokenNetwork(lm)
+        if self.reference_network is not None:
+            self.reference_network = TokenNetwork(self.reference_network)
+        for network in self.networks():
+            if self.gradient_checkpointing:
+                network.lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator, union-attr]
+            if self.compile_blocks:
+                for block in self.blocks(network):
+                    block.compile()
+
+    def _read(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        dtype = torch.float32 if self.full else self.dtype
+        attention = {"attn_implementation": self.attention} if self.attention else {}
+        try:
+            lm = AutoModelForCausalLM.from_pretrained(self.pretrained, dtype=dtype, **attention, **self.source)
+        except OSError as error:
+            raise ConfigError(
+                f"pretrained: {self.pretrained!r} is neither a folder nor a hub repository that can be read: {error}"
+            ) from error
+        return lm.requires_grad_(False)
+
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        return repeated_blocks(network.lm)  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------------ text
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.pretrained, **self.source)
+        if self.chat_template is not None:
+            file = Path(self.chat_template).expanduser()
+            tokenizer.chat_template = file.read_text() if "{" not in self.chat_template and file.is_file() else self.chat_template
+        elif tokenizer.chat_template is None:
+            tokenizer.chat_template = PLAIN_TEMPLATE
+        return tokenizer
+
+    @cached_property
+    def stop_ids(self) -> list[int]:  # type: ignore[override]
+        """The tokenizer's end of text, then what the model's generation_config names."""
+        file = Path(self.pretrained).expanduser() / "generation_config.json"
+        named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        ids = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+        found = list(dict.fromkeys(i for i in ids if i is not None))
+        if not found:
+            raise ConfigError(
+                f"pretrained: {self.pretrained!r} names no end-of-text token, neither its tokenizer nor generation_config.json"
+            )
+        return found
+
+    def encode(self, prompt: str | Sequence[Message]) -> list[int]:
+        return prompt_ids(self.tokenizer, prompt, **self.chat_template_kwargs)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    # ------------------------------------------------------------------ the network
+    def logprobs(
+        self, tokens: Tensor, lengths: Tensor, mask: Tensor, *, temperature: float = 1.0, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        width = max(int(lengths.max()), 2)
+        inputs, chosen = tokens[:, : width - 1], mask[:, : width - 1]
+        inputs = inputs.where(torch.arange(width - 1, device=tokens.device) < lengths[:, None], 0)  # padding may be no token at all
+        places = chosen.flatten().nonzero()[:, 0]
+        targets = tokens[:, 1:width].flatten()[places]
+        new, entropies = self.answering()(inputs, places, targets, temperature=temperature, entropy=entropy)
+
+        def spread(values: Tensor) -> Tensor:
+            flat = values.new_zeros(chosen.numel()).index_put((places,), values)
+            return nn.functional.pad(flat.view(chosen.shape), (0, mask.shape[1] - chosen.shape[1]))
+
+        return spread(new), None if entropies is None else spread(entropies)
+
+    # ------------------------------------------------------------------ saving
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """A PEFT adapter (`PeftModel.from_pretrained(base, folder)`), or a whole model with its tokenizer (`from_pretrained(folder)`)."""
+        lm = self.network.lm
+        named = {name.removeprefix("network.lm."): tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        if self.lora:
+            save_adapter(lm, folder, named, base=self.pretrained)
+            return
+        buffers = dict(lm.named_buffers())  # type: ignore[union-attr]
+        named |= {key: value.detach().cpu() for key, value in lm.state_dict().items() if key in buffers}  # type: ignore[union-attr]
+        lm.save_pretrained(folder, state_dict=named)  # type: ignore[operator, union-attr]
+        self.tokenizer.save_pretrained(folder)
+
+
+def check_folder(pretrained: str) -> None:
+    """Raises ConfigError for a folder without config.json; a hub id (owner/name) is found to exist or not when it is loaded."""
+    folder = Path(pretrained).expanduser()
+    if not folder.exists():
+        if len(pretrained.split("/")) == 2 and not pretrained.startswith((".", "~", "/")) and not Path(pretrained.split("/")[0]).exists():
+            return
+        raise ConfigError(f"pretrained: no such folder {pretrained!r}; give a folder in transformers format or a hub id like 'owner/name'")
+    if not (folder / "config.json").is_file():
+        found = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing" if folder.is_dir() else "a file"
+        raise ConfigError(f"pretrained: {pretrained!r} is not a transformers model: no config.json there, found {found}")
+
+
+def repeated_blocks(lm: Any) -> list[nn.Module]:
+    """The decoder layers: the longest list of modules below the output layer."""
+    lists = [module for module in lm.base_model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=lambda modules: len(list(modules))))
+
+
+def load_adapter(lm: nn.Module, lora: LoraSettings) -> None:
+    """Copy the PEFT adapter stored in `lora.initial` into the trained one. Raises when it has another rank, alpha or other targets."""
+    from safetensors.torch import load_file
+
+    folder = Path(str(lora.initial)).expanduser()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    stored = {key.removeprefix("base_model.model."): value for key, value in load_file(folder / "adapter_model.safetensors").items()}
+    mine = adapter_parameters(lm, TRAINED)
+    if stored.keys() != mine.keys() or config["lora_alpha"] != lora.alpha or any(stored[k].shape != mine[k].shape for k in mine):
+        raise ConfigError(
+            f"lora.initial: {lora.initial!r} holds {len(stored)} tensors of rank {config['r']} and alpha {config['lora_alpha']}, the "
+            f"settings ask for {len(mine)} of rank {lora.rank} and alpha {lora.alpha}; set lora.rank, alpha and targets to the folder's"
+        )
+    with torch.no_grad():
+        for key, parameter in mine.items():
+            parameter.copy_(stored[key])
+
+
+def save_adapter(lm: Any, folder: Path, weights: Mapping[str, Tensor], *, base: str) -> None:
+    """adapter_model.safetensors and adapter_config.json, as PEFT names and reads them."""
+    from safetensors.torch import save_file
+
+    config = copy.copy(lm.peft_config[TRAINED])
+    config.base_model_name_or_path, config.task_type, config.inference_mode = base, "CAUSAL_LM", True
+    config.save_pretrained(folder)
+    named = {f"base_model.model.{key.replace(f'.{TRAINED}.', '.')}": tensor for key, tensor in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})

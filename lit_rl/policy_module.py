@@ -1,0 +1,75 @@
+"""What methods on any kind of model share: the policy's life, and evaluation by the same rewards as training."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+
+from lit_rl.errors import ConfigError
+from lit_rl.module import LitRL, gather_objects
+from lit_rl.policies.base import Policy
+from lit_rl.strategies import FSDP2Strategy
+from lit_rl.types import Prompts, Rollout
+
+R = TypeVar("R", bound=Rollout)
+
+
+class LitPolicy(LitRL[R]):
+    """Base of the methods on one model. Prompts with a `data_source` are also evaluated source by source."""
+
+    policy: Policy
+
+    def __init__(self, policy: Policy, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.policy = policy
+        self.evaluated: list[Prompts] = []
+
+    # ------------------------------------------------------------------ the policy's life
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.policy.load()
+        self.policy.train()  # from_pretrained leaves it in evaluation mode
+
+    def configure_model(self) -> None:
+        """FSDP2: shard each block, then the network. Other strategies need nothing here."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP2Strategy):
+            for network in self.policy.networks():
+                strategy.shard(network, self.policy.blocks(network))
+
+    def finish_warmup(self) -> None:
+        super().finish_warmup()
+        self.policy.refresh_reference()
+
+    def check_geometry(self) -> None:
+        super().check_geometry()
+        half, dtype = str(self.trainer.precision).removesuffix("-mixed"), getattr(self.policy, "dtype", torch.float32)
+        if {"16": torch.bfloat16, "bf16": torch.float16}.get(half) == dtype:
+            raise ConfigError(
+                f"trainer.precision={self.trainer.precision} and model.policy.dtype={str(dtype).removeprefix('torch.')} are different "
+                "16-bit formats, between which every layer would convert: set both to float16 (16-mixed) or to bfloat16 (bf16-mixed)"
+            )
+
+    # ------------------------------------------------------------------ evaluation
+    def on_validation_epoch_end(self) -> None:
+        rewards, batches = self.scores().gather(), self.evaluated
+        self.evaluated = []
+        prompts = Prompts(group=torch.cat([b.group.cpu() for b in batches]), info=[row for b in batches for row in b.info])
+        real = prompts.group >= 0  # the rest fills up the last batch
+        here = [(row.get("data_source"), i) for i, row in enumerate(prompts.info) if real[i]]
+        sources = sorted({str(source) for rank in gather_objects([s for s, _ in here]) for source in rank if source is not None})
+        for name, values in rewards.items():
+            self._log_scores(f"val/{name}", values[real].double(), bar=True)
+            for source in sources:
+                rows = torch.tensor([i for s, i in here if str(s) == source], dtype=torch.long)
+                self._log_scores(f"val/{name}/{source}", values[rows].double(), bar=False)
+        self.notify("on_evaluation_end", prompts, rewards)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def _log_scores(self, name: str, values: torch.Tensor, *, bar: bool) -> None:
+        everywhere = torch.cat(gather_objects(values))
+        scored = everywhere[~everywhere.isnan()]
+        self.log(name, float(scored.mean()), prog_bar=bar, sync_dist=True)
+        self.log(f"{name}_perfect", float((scored >= 1 - 1e-6).double().mean()), sync_dist=True)

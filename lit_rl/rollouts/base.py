@@ -1,0 +1,73 @@
+"""Who turns prompts into answers: tokens in, tokens and log-probabilities out, never through text."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lit_rl.errors import ConfigError
+from lit_rl.policies.base import TokenPolicy
+from lit_rl.seeding import Key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn from softmax(logits / temperature).
+
+    max_new_tokens: An answer is cut off after so many. temperature: 0 takes the likeliest token. top_p: Draw from the likeliest tokens
+    that hold this share of the probability. top_k: Draw from so many likeliest tokens; 0 from all. The reported log-probabilities are
+    those of the whole distribution at `temperature` (at 1 where that is 0), as a trainer computes them.
+    """
+
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"sampling.max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.temperature < 0:
+            raise ConfigError(f"sampling.temperature={self.temperature} must not be negative; 0 takes the likeliest token")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"sampling.top_p={self.top_p} must be in (0, 1]")
+        if self.top_k < 0:
+            raise ConfigError(f"sampling.top_k={self.top_k} must not be negative; 0 draws from all tokens")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer that is wanted. `key` is all that its randomness depends on: never its place in a batch."""
+
+    prompt: Sequence[int]
+    key: tuple[Key, ...]
+
+
+@dataclass
+class Sample:
+    """One answer. `ids` ends with the stop token where the policy stopped by itself."""
+
+    ids: list[int]
+    logprobs: list[float]  # of each of `ids`
+    finish: Literal["stop", "length"]
+    versions: list[int] = field(default_factory=list)  # of the weights that drew each of `ids`, where an engine tells
+
+
+class RolloutEngine(ABC):
+    """Answers requests with the policy's present weights."""
+
+    def setup(self, policy: TokenPolicy, *, rank: int, world_size: int) -> None:
+        """Called once per process before the first request, after the policy is loaded and in its place."""
+        self.policy = policy
+
+    def update_weights(self, version: int) -> None:  # noqa: B027  (an engine over the training weights has nothing to do)
+        """Called on all processes before each rollout: from here on answers come from the policy's present weights. Collective."""
+
+    @abstractmethod
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+        """Answers in order of the requests. Neighbours with the same prompt share its prefill."""
+
+    def close(self) -> None:  # noqa: B027
+        """Release connections and memory."""

@@ -1,0 +1,68 @@
+"""`generate` of transformers: for every model it knows, at its speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
+from lit_rl.samplers.tokens import draw_tokens
+from lit_rl.seeding import uniforms
+
+
+class HFEngine(RolloutEngine):
+    """Over the training weights, in this process. `policy` is one whose network has a transformers model as `lm`.
+
+    Args:
+        batch: Answers generated together.
+    """
+
+    def __init__(self, batch: int = 32) -> None:
+        self.batch = batch
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+        samples: list[Sample] = []
+        for first in range(0, len(requests), self.batch):
+            samples += self._generate(requests[first : first + self.batch], sampling)
+        return samples
+
+    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        lm: Any = self.policy.network.lm
+        longest = max(len(request.prompt) for request in requests)
+        ids, mask = torch.zeros(2, len(requests), longest, dtype=torch.long, device=self.policy.device)
+        for i, request in enumerate(requests):
+            ids[i, longest - len(request.prompt) :] = torch.tensor(request.prompt)
+            mask[i, longest - len(request.prompt) :] = 1
+        stops = list(self.policy.stop_ids)
+        draw = _Draw(uniforms([request.key for request in requests], sampling.max_new_tokens), longest, sampling)
+        settings = GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=stops[0])
+        out = lm.generate(ids, attention_mask=mask, generation_config=settings, logits_processor=LogitsProcessorList([draw]))
+        tokens, logprobs = out[:, longest:].tolist(), torch.stack(draw.logprobs, 1).tolist()
+        return [_sample(row, values, set(stops)) for row, values in zip(tokens, logprobs)]
+
+
+class _Draw:
+    """A logits processor after which only the drawn token is possible."""
+
+    def __init__(self, uniform: Tensor, prompt: int, sampling: Sampling) -> None:
+        self.uniform, self.prompt, self.sampling = uniform, prompt, sampling
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        s = self.sampling
+        uniform = self.uniform[:, ids.shape[1] - self.prompt].to(scores.device)
+        chosen, logprobs = draw_tokens(scores, uniform, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k)
+        self.logprobs.append(logprobs)
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
+
+
+def _sample(tokens: list[int], logprobs: list[float], stops: set[int]) -> Sample:
+    """Up to and with the first stop token."""
+    end = next((i + 1 for i, token in enumerate(tokens) if token in stops), None)
+    return Sample(tokens[:end], logprobs[: end or len(tokens)], "length" if end is None else "stop")

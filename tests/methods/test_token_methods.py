@@ -1,0 +1,164 @@
+"""Methods on language models learn, weigh every token as the formula says, and do not depend on how a step is cut up."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from toy_text import Digits, model_folder, policy, trainer
+
+from lit_rl.errors import ConfigError
+from lit_rl.methods.dpo import DPO
+from lit_rl.methods.grpo import CISPO, GRPO, GSPO, RLOO, Correction, DrGRPO, ReinforcePP
+from lit_rl.methods.sft import SFT
+from lit_rl.rollouts.base import Sampling
+
+SHORT = Sampling(max_new_tokens=5)
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A miniature that has seen the task: about half of its answers are right."""
+    root = tmp_path_factory.mktemp("lm")
+    method = SFT(
+        policy(model_folder(root / "random", hidden=64, layers=2)),
+        prompts_per_iteration=128,
+        prompts_per_update=32,
+        optimizer=partial(torch.optim.AdamW, lr=2e-3),
+        sampling=SHORT,
+    )
+    trainer(max_epochs=8, check_val_every_n_epoch=100).fit(method, datamodule=Digits(prompts=128))
+    (root / "sft").mkdir()
+    method.policy.save(root / "sft", {name: p.detach() for name, p in method.policy.trainable()})
+    return root / "sft"
+
+
+def weights(method: Any) -> Tensor:
+    return torch.cat([p.detach().flatten() for _, p in method.policy.trainable()])
+
+
+def weights_of(folder: Path) -> Tensor:
+    loaded = policy(folder)
+    loaded.load()
+    return torch.cat([p.detach().flatten() for _, p in loaded.trainable()])
+
+
+def after_one_iteration(make: Callable[[], Any], **settings: Any) -> Tensor:
+    method = make()
+    trainer(max_epochs=1, check_val_every_n_epoch=100, **settings).fit(method, datamodule=Digits())
+    return weights(method)
+
+
+# ---------------------------------------------------------------------- learning
+def test_sft_teaches_the_answer_and_where_it_ends(folder: Path) -> None:
+    method = SFT(policy(folder), prompts_per_iteration=32, sampling=SHORT)
+    run = trainer()
+    accuracy = run.validate(method, datamodule=Digits(prompts=128), verbose=False)[0]
+    assert accuracy["val/exact"] > 0.3  # greedy answers that stop by themselves: three digits out of ten, 1 in 200 by chance
+    assert accuracy["val/loss"] < 1.0  # ln 14 = 2.6 at random
+
+
+@pytest.mark.slow
+def test_rewards_rise_on_held_out_prompts(folder: Path) -> None:
+    learner = GRPO(
+        policy(folder),
+        prompts_per_iteration=32,
+        group_size=8,
+        std=False,
+        sampling=SHORT,
+        eval_sampling=SHORT,
+        rollout_chunk=256,
+        optimizer=partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0),
+    )
+    data = Digits(prompts=600, held_out=200)
+    before = trainer().validate(learner, datamodule=data, verbose=False)[0]["val/exact"]
+    run = trainer(max_epochs=50, check_val_every_n_epoch=50)
+    run.fit(learner, datamodule=data)
+    assert run.callback_metrics["val/exact"] > before + 0.15
+
+
+def test_dpo_prefers_the_chosen_answer_on_held_out_prompts(folder: Path) -> None:
+    learner = DPO(
+        policy(folder, keep_reference=True),
+        prompts_per_iteration=64,
+        prompts_per_update=16,
+        optimizer=partial(torch.optim.AdamW, lr=5e-4),
+    )
+    run = trainer(max_epochs=3, check_val_every_n_epoch=3)
+    run.fit(learner, datamodule=Digits())
+    assert run.callback_metrics["val/accuracy"] > 0.9 and run.callback_metrics["val/margin"] > 0.2
+
+
+# ---------------------------------------------------------------------- how a step is cut up does not matter
+MAKE = {
+    "sft": lambda f: SFT(policy(f), prompts_per_iteration=12, prompts_per_update=6, optimizer=SGD, sampling=SHORT),
+    "dpo": lambda f: DPO(policy(f, keep_reference=True), prompts_per_iteration=12, prompts_per_update=6, optimizer=SGD),
+    **{
+        name: lambda f, m=m, kw=kw: m(
+            policy(f, keep_reference=True),
+            prompts_per_iteration=6,
+            prompts_per_update=3,
+            group_size=4,
+            optimizer=SGD,
+            sampling=SHORT,
+            **kw,
+        )
+        for name, m, kw in [
+            ("grpo", GRPO, {"kl_coef": 0.1, "entropy_coef": 0.01}),
+            ("grpo_paper", GRPO, {"aggregation": "seq-mean-token-mean"}),
+            ("dr_grpo", DrGRPO, {}),
+            ("gspo", GSPO, {}),
+            ("gmpo", GRPO, {"surrogate": "gmpo", "aggregation": "seq-mean-token-mean"}),
+            ("rloo", RLOO, {"kl_in_reward": 0.05}),
+            ("reinforce_pp", ReinforcePP, {"kl_in_reward": 0.05}),
+            ("cispo", CISPO, {}),
+            ("corrected", GRPO, {"correction": Correction(level="sequence")}),
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_micro_batches_do_not_change_a_step(name: str, folder: Path) -> None:
+    whole = after_one_iteration(lambda: MAKE[name](folder))
+    assert (whole - weights_of(folder)).abs().max() > 1e-4
+    for parts in (2, 3):
+        torch.testing.assert_close(
+            after_one_iteration(lambda: MAKE[name](folder), accumulate_grad_batches=parts), whole, rtol=1e-6, atol=1e-6
+        )
+
+
+def test_an_on_policy_step_is_reinforce(folder: Path) -> None:
+    """At ratio 1 the clipped surrogate's gradient is that of -A log p, whatever the clip range."""
+    make = partial(GRPO, prompts_per_iteration=4, group_size=4, optimizer=SGD, sampling=SHORT)
+    clipped = after_one_iteration(lambda: make(policy(folder), clip_low=1e-6, clip_high=1e-6))
+    plain = after_one_iteration(lambda: make(policy(folder), surrogate="reinforce"))
+    torch.testing.assert_close(clipped, plain, rtol=0, atol=1e-6)
+
+
+def test_the_first_step_of_recomputed_logprobs_is_the_on_policy_one(folder: Path) -> None:
+    make = partial(GRPO, prompts_per_iteration=4, group_size=4, optimizer=SGD, sampling=SHORT)
+    auto = after_one_iteration(lambda: make(policy(folder)))
+    for kind in ("recompute", "rollout"):
+        torch.testing.assert_close(after_one_iteration(lambda: make(policy(folder), old_logprobs=kind)), auto, rtol=0, atol=1e-5)  # noqa: B023
+
+
+# ---------------------------------------------------------------------- what cannot work is refused
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: GRPO(p, prompts_per_iteration=4, group_size=1), "no sibling to compare it with"),
+        (lambda p: GRPO(p, prompts_per_iteration=4, group_size=4, kl_coef=0.1), "keep_reference"),
+        (lambda p: GRPO(p, prompts_per_iteration=4, group_size=4, sampling=Sampling(temperature=0)), "nothing to learn from"),
+        (lambda p: GRPO(p, prompts_per_iteration=4, prompts_per_update=3, group_size=4), "must divide"),
+        (lambda p: GRPO(p, prompts_per_iteration=4, group_size=4, dual_clip=1.0), "above 1"),
+        (lambda p: DPO(p, prompts_per_iteration=4), "no reference weights"),
+    ],
+)
+def test_what_cannot_work_is_refused(make: Callable[[Any], Any], message: str, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(policy(folder))
