@@ -17,10 +17,18 @@ from lit_rl.losses.off_policy import Level, importance_weights, mismatch_metrics
 from lit_rl.losses.policy_gradient import clipped_ratio_loss
 from lit_rl.losses.surrogates import cispo_loss, geo_mean_loss, reinforce_loss, sapo_loss, sequence_log_ratio, surrogate_metrics
 from lit_rl.policies.base import TokenPolicy
+from lit_rl.token_advantages import (
+    length_weighted_advantages,
+    overlong_penalty,
+    pass_at_k_advantages,
+    rewards_to_go,
+    spread,
+    token_rewards,
+)
 from lit_rl.types import Minibatch, TokenRollout
 
 Surrogate = Literal["clip", "gspo", "cispo", "sapo", "gmpo", "reinforce"]
-Estimator = Literal["group", "leave_one_out", "returns", "returns_baseline"]
+Estimator = Literal["group", "leave_one_out", "length_weighted", "pass_at_k", "returns", "returns_baseline"]
 
 
 @dataclass(kw_only=True)
@@ -50,8 +58,9 @@ class GRPO(LitGeneration):
         clip_low, clip_high: The ratio is clipped to [1 - clip_low, 1 + clip_high].
         dual_clip: Bound of the ratio for negative advantages (arXiv 1912.09729); None = none.
         estimator: `group`: reward - mean of the group, over its standard deviation if `std`; `leave_one_out`: reward - mean of the others
-            (RLOO); `returns`: rewards from a token on, whitened over all tokens (REINFORCE++); `returns_baseline`: the same after
-            subtracting the group's mean.
+            (RLOO); `length_weighted`: the same with longer answers counting more (OPO, arXiv 2505.23585); `pass_at_k`: the lead of the
+            best answer, 0 for the others (arXiv 2503.19595); `returns`: rewards from a token on, whitened over all tokens (REINFORCE++);
+            `returns_baseline`: reward - mean of the group, whitened likewise.
         std: Divide by the group's standard deviation (unbiased) + 1e-6.
         gamma: Discount of `returns` per token.
         kl_coef: Weight in the loss of the divergence from the reference; 0 spends no forward on it.
@@ -114,34 +123,32 @@ class GRPO(LitGeneration):
 
     # ------------------------------------------------------------------ credit
     def advantages(self, rollout: TokenRollout, total: Tensor) -> Tensor:
-        score = total - self.overlong(rollout).double()
-        rewards = self.token_rewards(rollout, score)
+        rewards = self.token_rewards(rollout, total)
         if self.estimator == "returns":
-            return self.whiten(discounted(rewards, rollout.mask, gamma=self.gamma), rollout.mask)
-        summed = torch.where(total.isfinite(), rewards.sum(1), torch.nan)
+            return self.whiten(rewards_to_go(rewards, rollout.mask, gamma=self.gamma), rollout.mask)
+        scores = torch.where(total.isfinite(), rewards.sum(1), torch.nan)
+        if self.estimator == "returns_baseline":
+            return self.whiten(spread(group_advantages(scores, rollout.group, std="none"), rollout.mask), rollout.mask)
+        return spread(self.of_groups(rollout, scores), rollout.mask)
+
+    def of_groups(self, rollout: TokenRollout, scores: Tensor) -> Tensor:
+        """Float64 "B" relative to the group."""
         if self.estimator == "leave_one_out":
-            return leave_one_out(summed, rollout.group)[:, None].expand(rollout.mask.shape)
-        if self.estimator == "group":
-            scale: Literal["group", "none"] = "group" if self.std else "none"
-            return group_advantages(summed, rollout.group, std=scale, ddof=1, eps=1e-6)[:, None].expand(rollout.mask.shape)
-        centred = group_advantages(summed, rollout.group, std="none")[:, None].expand(rollout.mask.shape)
-        return self.whiten(centred, rollout.mask)
+            return leave_one_out(scores, rollout.group)
+        if self.estimator == "length_weighted":
+            return length_weighted_advantages(scores, rollout.mask.sum(1), rollout.group)
+        if self.estimator == "pass_at_k":
+            return pass_at_k_advantages(scores, rollout.group, std=self.std)
+        return group_advantages(scores, rollout.group, std="group" if self.std else "none", ddof=1, eps=1e-6)
 
-    def token_rewards(self, rollout: TokenRollout, score: Tensor) -> Tensor:
-        """Float64 "B S": minus the divergence at every token, and the score at the last one that the policy chose."""
-        rewards = torch.zeros(rollout.mask.shape, dtype=torch.float64, device=rollout.mask.device)
-        if self.kl_in_reward:
-            assert rollout.reference is not None
-            rewards = -self.kl_in_reward * kl_estimate(rollout.logprobs, rollout.reference, kind="k1").double()
-        behind = rollout.mask.flip(1).cumsum(1).flip(1)  # chosen tokens from here to the end
-        return torch.where(rollout.mask, rewards + score.nan_to_num()[:, None] * (behind == 1), 0.0)
-
-    def overlong(self, rollout: TokenRollout) -> Tensor:
-        """Float "B": what the answer's length costs."""
-        if not self.overlong_buffer:
-            return torch.zeros(len(rollout), device=self.device)
-        beyond = rollout.mask.sum(1) - (self.sampling.max_new_tokens - self.overlong_buffer)
-        return (beyond / self.overlong_buffer * self.overlong_factor).clamp(min=0)
+    def token_rewards(self, rollout: TokenRollout, total: Tensor) -> Tensor:
+        """Float64 "B S": the reward, less what its length costs, at an answer's last token; minus the divergence at each."""
+        scores = total.nan_to_num()
+        if self.overlong_buffer:
+            limit, lengths = self.sampling.max_new_tokens, rollout.mask.sum(1)
+            scores = scores + overlong_penalty(lengths, max_length=limit, buffer=self.overlong_buffer, factor=self.overlong_factor)
+        kl = kl_estimate(rollout.logprobs, rollout.reference, kind="k1") if self.kl_in_reward and rollout.reference is not None else None
+        return token_rewards(scores, rollout.mask, kl=kl, kl_coef=self.kl_in_reward)
 
     def useful(self, rollout: TokenRollout) -> Tensor:
         """Where only the advantage drives the loss, an answer with advantage 0 has no gradient and costs no forward."""
@@ -235,12 +242,3 @@ class CISPO(GRPO):
         self, policy: TokenPolicy, *, surrogate: Surrogate = "cispo", clip_low: float = 1.0, clip_high: float = 4.0, **kwargs: Any
     ) -> None:
         super().__init__(policy, surrogate=surrogate, clip_low=clip_low, clip_high=clip_high, **kwargs)
-
-
-def discounted(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
-    """G_t = r_t + gamma G_{t+1} "B S" over the chosen tokens; what stands between them costs no discount."""
-    result, running = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        here = rewards[:, t] + gamma * running
-        result[:, t] = running = torch.where(mask[:, t], here, running)
-    return result
