@@ -9,11 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-PLAIN_ELEMENTS = 2**24
-"""Up to so many logits (64 MiB in float32) autograd may keep them: computing them again in backward would only cost time."""
-
 CHUNK_ELEMENTS = {"cpu": 2**22, "other": 2**26}
-"""Logits at a time beyond that: what a CPU's caches still help with, and what keeps a GPU busy."""
+"""Logits at a time: what a CPU's caches still help with, and what keeps a GPU busy. If all are fewer, autograd may keep them."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -41,14 +38,14 @@ def token_logprobs(
 ) -> TokenLogprobs:
     """log_softmax(z)[target], z = softcap tanh(scale (hidden W^T + bias) / softcap) / temperature, with gradients.
 
-    Give it the hidden states of scored positions only (those *before* the scored tokens): prompts then cost nothing. With more than 2^24
-    logits they are made `chunk` tokens at a time and again in backward, so that no more than chunk * V of them exist; else at once.
+    Give it the hidden states of scored positions only (those *before* the scored tokens): prompts then cost nothing. Logits are
+    made `chunk` tokens at a time and again in backward, so that no more than chunk * V of them exist.
 
     Args:
         temperature: that of sampling; the trainer's log-probabilities must be of the distribution that was sampled from.
         entropy: also the entropy, with its gradient.
         details: also what is only looked at: log_square, mean_logit, top1.
-        chunk: tokens at a time; default by the vocabulary and the device.
+        chunk: tokens at a time; default by the vocabulary and the device, and if that covers all of them the plain way, which keeps logits.
     """
     head = _Head(scale=scale, softcap=softcap, temperature=temperature, entropy=entropy, details=details)
     device = hidden.device.type
@@ -56,9 +53,9 @@ def token_logprobs(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
-        if chunk is None and hidden.shape[0] * weight.shape[0] <= PLAIN_ELEMENTS:
-            return _plain(hidden, weight, bias, targets, head)
         size = chunk or max(CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["other"]) // weight.shape[0], 1)
+        if chunk is None and len(targets) <= size:
+            return _plain(hidden, weight, bias, targets, head)
         learns = weight.requires_grad or (bias is not None and bias.requires_grad)
         ahead = torch.is_grad_enabled() and hidden.requires_grad and not learns and not entropy and softcap is None
         return TokenLogprobs(*_Chunked.apply(hidden, weight, bias, targets, head, size, ahead))

@@ -112,7 +112,6 @@ def test_no_tensor_of_all_logits_exists(entropy, frozen):
 
 def test_chunks_begin_where_memory_would_hurt(monkeypatch):
     hidden, weight, _, targets = inputs(n=64, h=4, v=1000, dtype=torch.float32)
-    monkeypatch.setattr(module, "PLAIN_ELEMENTS", 63_999)
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", {"cpu": 5000, "other": 1})
     with Largest() as largest, torch.no_grad():
         token_logprobs(hidden, weight, targets)
