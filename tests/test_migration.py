@@ -1,54 +1,121 @@
-"""Every key that docs/migration.md sends people to exists."""
+"""Every option of the earlier trainer has its row in docs/migration.md, and everything that the page sends people to exists."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
+import torch
+import yaml
 
-from callbacks.ema import EMA
-from datamodules.prompts import PromptFiles
+from datamodules.inpainting import Inpainting
 from lit_rl.credit import Advantage
+from lit_rl.doctor.__main__ import parser as doctor_parser
+from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.flow_grpo import FlowGRPO
-from lit_rl.policies.flux import FluxPolicy
-from lit_rl.rewards.client import HTTPReward
+from lit_rl.policies.flux_fill import FluxFillPolicy, StyleSettings
+from lit_rl.rewards import launch, server
 
-PAGE = Path(__file__).parent.parent / "docs" / "migration.md"
-ROOMS = {
-    "model.init_args.policy.init_args": FluxPolicy,
-    "model.init_args.optimizer.init_args": __import__("torch").optim.AdamW,
-    "model.init_args.advantage": Advantage,
-    "model.init_args": FlowGRPO,
-    "data.init_args": PromptFiles,
-    "trainer": L.Trainer,
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "docs/migration.md").read_text()
+OLD = """
+    --model_type --pretrained_model_name_or_path --siglip_path --output_dir --revision --variant --cache_dir --train_data_json
+    --max_train_samples --dataset_name --dataset_config_name --image_column --caption_column --seed --resolution --train_batch_size
+    --num_train_epochs --max_train_steps --checkpointing_steps --gradient_accumulation_steps --learning_rate --lr_scheduler
+    --lr_warmup_steps --max_grad_norm --mixed_precision --dataloader_num_workers --max_sequence_length --weighting_scheme --use_rl
+    --rl_method --rl_warmup_steps --rl_num_images_per_prompt --rl_num_batches_per_epoch --rl_num_inference_steps --rl_guidance_scale
+    --rl_timestep_fraction --rl_num_inner_epochs --rl_adv_clip_max --rl_per_prompt_stat_tracking --rl_grpo_clip_range --rl_kl_beta
+    --nft_beta --nft_adv_mode --nft_decay_type --use_ema --ema_decay --ema_update_interval --ocr_weight --vlm_weight
+    --reward_server_url --vlm_model_path --no_rl_reward_model --gradient_checkpointing --offload_text_encoder_two --use_8bit_adam
+    --enable_memory_profiler --report_to --logging_dir --initial_ip_adapter_path --rl_reward_image_from
+"""
+ROOMS: dict[str, list[type]] = {
+    "model.init_args.policy.init_args.style": [StyleSettings],
+    "model.init_args.policy.init_args": [FluxFillPolicy],
+    "model.init_args.optimizer.init_args": [torch.optim.AdamW],
+    "model.init_args.advantage": [Advantage],
+    "model.init_args": [FlowGRPO, DiffusionNFT],
+    "data.init_args": [Inpainting],
+    "trainer": [L.Trainer],
 }
+ONE_METHOD = {"nft": DiffusionNFT, "grpo": FlowGRPO}
+"""Options with this in their name are of one method."""
 
 
 def parameters(cls: type) -> set[str]:
     return {p for c in inspect.getmro(cls) if "__init__" in vars(c) for p in inspect.signature(c.__init__).parameters}
 
 
-def keys() -> list[str]:
-    table = PAGE.read_text().split("## Commands")[0]
-    rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| `--")]
-    return sorted({key for cell in rows for key in re.findall(r"`([\w.]+)`", cell)})
+def rows() -> list[tuple[list[str], list[str]]]:
+    """Old options and keys of each row of the first table."""
+    table = TEXT.split("## Commands")[0]
+    cells = [line.split("|") for line in table.splitlines() if line.startswith("| `--")]
+    return [(list(dict.fromkeys(re.findall(r"`(--\w+)", row[1]))), re.findall(r"`([\w.]+)`", row[2])) for row in cells]
 
 
-@pytest.mark.parametrize("key", keys())
-def test_key_exists(key: str) -> None:
+KEYS = [(key, option) for options, keys in rows() for key in keys for option in options]
+
+
+@pytest.mark.parametrize(("key", "option"), KEYS, ids=[f"{option}->{key}" for key, option in KEYS])
+def test_key_exists(key: str, option: str) -> None:
+    """In each class that the option is for."""
     if key in ("seed_everything", "model.class_path"):
         return
     room = next(room for room in ROOMS if key.startswith(room + "."))
-    assert key.removeprefix(room + ".") in parameters(ROOMS[room])
+    methods = [cls for name, cls in ONE_METHOD.items() if name in option and room == "model.init_args"]
+    for cls in methods or ROOMS[room]:
+        assert key.removeprefix(room + ".") in parameters(cls)
 
 
-def test_the_page_names_enough_and_only_real_arguments() -> None:
-    assert len(keys()) > 25
-    text = PAGE.read_text()
-    assert {"decay", "update_interval"} <= parameters(EMA) and {"urls", "route"} <= parameters(HTTPReward)
-    for path in re.findall(r"`((?:lit_rl|callbacks)(?:\.\w+)+)", text):
-        module = path.rpartition(".")[0] if path.rpartition(".")[2][0].isupper() else path
-        assert (PAGE.parent.parent / f"{module.replace('.', '/')}.py").is_file(), path
+def test_every_old_option_has_one_row() -> None:
+    assert sorted(option for options, _ in rows() for option in options) == sorted(OLD.split())
+
+
+def test_rows_without_a_key_say_why() -> None:
+    for line in TEXT.split("## Commands")[0].splitlines():
+        if line.startswith("| `--") and not re.search(r"`[\w.]+`", line.split("|")[2]):
+            assert len(line.split("|")[3].strip()) > 10, line
+
+
+# ------------------------------------------------------------------ classes, modules, files and options in the whole page
+CALLS = re.findall(r"`([\w.]+\.[A-Z]\w+)\(([^`]*)\)`", TEXT)
+
+
+@pytest.mark.parametrize(("path", "arguments"), CALLS, ids=[path.rpartition(".")[2] for path, _ in CALLS])
+def test_class_takes_the_arguments(path: str, arguments: str) -> None:
+    """`a.b.Class(name: value, name)`."""
+    module, _, name = path.rpartition(".")
+    given: dict[str, Any] = yaml.safe_load("{" + arguments + "}")
+    assert given.keys() <= parameters(getattr(importlib.import_module(module), name))
+
+
+def test_classes_modules_and_configs_exist() -> None:
+    for path in re.findall(r"`((?:lit_rl|callbacks|datamodules)(?:\.\w+)+)", TEXT):
+        module, _, name = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), name) if name[0].isupper() else importlib.import_module(path)
+    for path in [*re.findall(r"configs/[\w/]+\.yaml", TEXT), *(f"docs/{link}" for link in re.findall(r"\]\(([\w.]+)\)", TEXT))]:
+        assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("name", ["launch", "doctor"])
+def test_options_of_our_commands_exist(name: str) -> None:
+    found = re.findall(rf"`python -m lit_rl(?:\.rewards)?\.{name} ([^`]*)`", TEXT)
+    assert found
+    for line in found:
+        own, _, rest = line.partition(" -- ")
+        args, unknown = {"launch": launch.parser, "doctor": doctor_parser}[name]().parse_known_args(shlex.split(own))
+        assert not unknown and args
+        assert not server.parser().parse_known_args(shlex.split(rest))[1]
+
+
+def test_long_options_of_the_examples_are_keys() -> None:
+    """`--model.init_args.x` anywhere on the page is a key of both methods."""
+    for key in set(re.findall(r"--((?:model|data|trainer)\.[\w.]+)", TEXT)) - {"model.help"}:
+        room = next(room for room in ROOMS if key.startswith(room + "."))
+        assert all(key.removeprefix(room + ".") in parameters(cls) for cls in ROOMS[room]), key
