@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from lit_rl.decay import ema_decay, ema_is_due
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.weight_copy import WeightCopy
+from lit_rl.strategies import check_swaps_reach
 
 
 class EMA(L.Callback):
@@ -49,16 +49,7 @@ class EMA(L.Callback):
 
     # ------------------------------------------------------------------ life of the average
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        strategy = trainer.strategy
-        if not isinstance(strategy, DeepSpeedStrategy) or not strategy.zero_stage_3:
-            return
-        assert isinstance(strategy.config, dict)
-        threshold = strategy.config["zero_optimization"].get("stage3_param_persistence_threshold")
-        if threshold != 0:
-            raise ConfigError(
-                "EMA under ZeRO-3 needs zero_optimization.stage3_param_persistence_threshold: 0 in the DeepSpeed config "
-                f"(it is {'not set' if threshold is None else threshold}): weights that stay gathered would not see the average"
-            )
+        check_swaps_reach(trainer.strategy, who="EMA")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """The first moment at which weights are in their final place and restored, under every strategy."""

@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from lit_rl.decay import DECAY_TYPES, OLD_POLICY_DECAYS, OldPolicyDecay, ramp_decay
 from lit_rl.errors import ConfigError
 from lit_rl.policies.weight_copy import WeightCopy
+from lit_rl.strategies import check_swaps_reach
 
 
 class OldPolicySync(L.Callback):
@@ -19,8 +19,7 @@ class OldPolicySync(L.Callback):
 
     Of the trainable weights only (LoRA, adapters or all), see `lit_rl.policies.weight_copy.WeightCopy` for what it costs. It starts as the
     weights of the first rollout, after a supervised warm-up. The checkpoint holds whole tensors and continues exactly, under another
-    strategy or world size too; a run that continues from a checkpoint without an old policy starts one from its weights. Under DDP, FSDP2
-    and DeepSpeed ZeRO-1 and ZeRO-2.
+    strategy or world size too; a run that continues from a checkpoint without an old policy starts one from its weights.
 
     Args:
         decay: A name of `lit_rl.decay.OLD_POLICY_DECAYS`: copy (d = 0, on-policy), slow (0.001 s, at most 0.5), late (0 for 75 steps, then
@@ -62,11 +61,7 @@ class OldPolicySync(L.Callback):
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         if not hasattr(module, "old_policy"):
             raise ConfigError(f"OldPolicySync has no part in {type(module).__name__}: remove it from trainer.callbacks")
-        if isinstance(trainer.strategy, DeepSpeedStrategy) and trainer.strategy.zero_stage_3:
-            raise ConfigError(
-                "OldPolicySync does not work under ZeRO-3, which keeps gathered weights from one forward to the next and would not see "
-                "that they are swapped in between: use configs/base/fsdp.yaml, or deepspeed_zero2.yaml"
-            )
+        check_swaps_reach(trainer.strategy, who="OldPolicySync")
         self._trainer, self._module = trainer, module
         module.old_policy = self
 

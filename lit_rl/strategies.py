@@ -22,6 +22,8 @@ from lit_rl.errors import ConfigError
 from lit_rl.policies.shards import gathered, reshard, whole
 
 if TYPE_CHECKING:
+    import lightning as L
+
     from lit_rl.module import LitRL
 
 LAYOUT_FILE = "weights.json"
@@ -168,6 +170,15 @@ class ZeroStrategy(DeepSpeedStrategy):
         if zero.get("stage") == 3:
             zero.setdefault("stage3_param_persistence_threshold", 0)
 
+    def setup(self, trainer: L.Trainer) -> None:
+        """Give `lit_rl.policies.shards.reshard` its way in: in stage 3 weights that are used again soon stay gathered between forwards."""
+        super().setup(trainer)
+        if self.zero_stage_3:
+            optimizer = self.deepspeed_engine.optimizer
+            offload = getattr(optimizer, "parameter_offload", optimizer)  # without an optimizer to train with it is that itself
+            for network in _litrl(self).policy.networks():  # type: ignore[union-attr, operator]
+                network.reshard = offload.partition_all_parameters
+
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Lightning has divided the loss by `accumulate_grad_batches`; DeepSpeed would again, and clip at a multiple of what was asked."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
@@ -218,6 +229,19 @@ def check_strategy(strategy: Strategy) -> None:
         advice = "lit_rl.strategies.ZeroStrategy, e.g. by --config configs/base/deepspeed_zero2.yaml before the run's own"
     if advice:
         raise ConfigError(f"trainer.strategy={type(strategy).__name__} is not supported here: use {advice}")
+
+
+def check_swaps_reach(strategy: Strategy, *, who: str) -> None:
+    """Raise ConfigError if weights that are swapped in place would be missed by the next forward. who: what swaps them."""
+    if not isinstance(strategy, DeepSpeedStrategy) or not strategy.zero_stage_3:
+        return
+    assert isinstance(strategy.config, dict)
+    threshold = strategy.config["zero_optimization"].get("stage3_param_persistence_threshold")
+    if threshold != 0:
+        raise ConfigError(
+            f"{who} under ZeRO-3 needs zero_optimization.stage3_param_persistence_threshold: 0 in the DeepSpeed config "
+            f"(it is {'not set' if threshold is None else threshold}): weights that stay gathered would not see the swap"
+        )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from toy import ToyData, toy_method, toy_trainer
 
 from lit_rl.checkpoints.files import AtomicCheckpointIO
 from lit_rl.errors import ConfigError
-from lit_rl.strategies import FSDP2Strategy, ZeroStrategy, check_strategy, replaced
+from lit_rl.strategies import FSDP2Strategy, ZeroStrategy, check_strategy, check_swaps_reach, replaced
 
 
 class OneProcess(SingleDeviceStrategy):
@@ -101,3 +101,14 @@ def test_checkpoint_of_a_full_fine_tune_holds_its_reference(tmp_path: Path) -> N
     method = toy_method()
     toy_trainer(tmp_path, max_epochs=1).fit(method, ToyData())
     assert {"policy.network.0.0.weight", "policy.frozen.0.0.weight"} <= method.checkpoint_keys() == set(method.state_dict())
+
+
+@pytest.mark.parametrize(("given", "said"), [({}, "it is not set"), ({"stage3_param_persistence_threshold": 7}, "it is 7")])
+def test_swaps_need_small_weights_cut_under_stage_3(given: dict[str, int], said: str) -> None:
+    """`ZeroStrategy` sees to it; DeepSpeed's own default, or a user's JSON, may not."""
+    check_swaps_reach(ZeroStrategy(stage=3), who="EMA")
+    check_swaps_reach(ZeroStrategy(stage=2), who="EMA")
+    other = ZeroStrategy(stage=3)
+    other.config["zero_optimization"] = {"stage": 3, **given}  # type: ignore[index]
+    with pytest.raises(ConfigError, match=f"OldPolicySync under ZeRO-3 needs .*threshold: 0 .*{said}"):
+        check_swaps_reach(other, who="OldPolicySync")

@@ -41,6 +41,7 @@ def method(pairs: int, *, nft: bool) -> dict[str, Any]:
         *((strategy, kind, False) for strategy in ("ddp", "zero2") for kind in ("adapter", "everything")),
         *((strategy, "adapter and LoRA", True) for strategy in ("ddp", "fsdp2", "zero2")),
         ("zero3", "adapter, frozen reference", False),
+        ("zero3", "adapter, frozen reference", True),
     ],
 )
 def test_two_processes_train_as_one_does(pair: Pair, tmp_path: Path, fill_folder: Path, strategy: str, kind: str, nft: bool) -> None:
