@@ -21,7 +21,8 @@ from lit_rl.types import Info, Prompts
 class ImageWriter(L.Callback):
     """One PNG per prompt, named by its number and first words, and `prompts.jsonl` that says which file shows which prompt (and its `id`).
 
-    Part of every run; does nothing outside `predict`. Files of an earlier prediction with the same names are overwritten.
+    Part of every run; does nothing outside `predict`, and where no images are made. Files of an earlier prediction with the same names are
+    overwritten.
 
     Args:
         output_dir: Folder of the images.
@@ -36,7 +37,6 @@ class ImageWriter(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._written = []
-        self.output_dir.mkdir(parents=True, exist_ok=True)
 
     def on_predict_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int, *_: Any) -> None:
         lacking = [field for field in ("source", "mask", "reference") if any(field not in row for row in batch.info)]
@@ -46,7 +46,10 @@ class ImageWriter(L.Callback):
     def on_predict_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        if "media" not in outputs:
+            return
         prompts: Prompts = outputs["prompts"]
+        self.output_dir.mkdir(parents=True, exist_ok=True)
         for media, index, text, info in zip(outputs["media"], prompts.group.tolist(), prompts.text, prompts.info):
             if index < 0:
                 continue  # fills up the last batch
@@ -59,10 +62,10 @@ class ImageWriter(L.Callback):
 
     def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         rows = sorted((row for rank in gather_objects(self._written) for row in rank), key=lambda row: row["index"])
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and rows:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (self.output_dir / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
-        rank_zero_info(f"{len(rows)} images and prompts.jsonl are in {self.output_dir}")
+            rank_zero_info(f"{len(rows)} images and prompts.jsonl are in {self.output_dir}")
 
 
 def slug(text: str, *, length: int = 48) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
-from torch import Tensor
 
 
 class Progress(TQDMProgressBar):
@@ -70,17 +69,17 @@ class Progress(TQDMProgressBar):
     # ------------------------------------------------------------------ rollout and scoring
     def on_phase_start(self, trainer: L.Trainer, module: Any, name: str) -> None:
         if name == "rollout":
-            images = module.prompts_per_iteration // trainer.world_size * module.group_size
-            self._show(trainer, module, "rollout", images, "images")
+            samples = module.prompts_per_iteration // trainer.world_size * module.group_size
+            self._show(trainer, module, "rollout", samples, module.samples)
         elif name == "score":
             self.train_progress_bar.set_description(f"{self.label(trainer, module)} waiting for rewards")
 
-    def on_rollout_chunk(self, trainer: L.Trainer, module: Any, media: Tensor, info: Sequence[Any], total: int) -> None:
+    def on_rollout_chunk(self, trainer: L.Trainer, module: Any, media: Sized, info: Sequence[Any], total: int) -> None:
         self._done += len(media)
         bar = self.train_progress_bar
         bar.total, bar.n = total, self._done
         bar.refresh()
-        self._say(lambda: f"{self.label(trainer, module)}: rollout {self._done}/{total} images")
+        self._say(lambda: f"{self.label(trainer, module)}: rollout {self._done}/{total} {module.samples}")
 
     def on_rollout_end(self, trainer: L.Trainer, module: Any, rollout: Any) -> None:
         self._show(trainer, module, "training", self.total_train_batches, "minibatches")

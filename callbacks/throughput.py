@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
-from torch import Tensor
 
 Phase = Literal["rollout", "score", "train", "validation", "other"]
 
 
 class Throughput(L.Callback):
-    """Wall-clock seconds of each iteration by what the process was doing, images and trained pairs per second.
+    """Wall-clock seconds of each iteration by what the process was doing, samples and trained actions per second.
 
     Logged once per iteration, as means over the processes:
       time/rollout_s     sampling and decoding; scoring of finished chunks goes on meanwhile
@@ -24,16 +23,16 @@ class Throughput(L.Callback):
       time/train_s       forward, backward, optimizer
       time/validation_s  evaluation, in the iterations that have one
       time/other_s       everything else: checkpoints of the previous iteration, logging, loading
-      throughput/images_per_s  sampled images of all processes per second of the whole iteration
-      throughput/pairs_per_s   trained (sample, step) pairs of all processes per second of training, repeated passes included
+      throughput/images_per_s  sampled images (or answers) of all processes per second of the whole iteration
+      throughput/pairs_per_s   trained (sample, step) pairs (or tokens) of all processes per second of training, repeated passes included
 
     The first five add up to the iteration's time. On a GPU the clock waits for the device once, at the end of an iteration.
     """
 
     def __init__(self) -> None:
         self._clock = Clock()
-        self._images = 0
-        self._pairs = 0
+        self._samples = 0
+        self._actions = 0
 
     # ------------------------------------------------------------------ what is going on
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -45,12 +44,12 @@ class Throughput(L.Callback):
     def on_phase_end(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> None:
         self._clock.enter("other")
 
-    def on_rollout_chunk(self, trainer: L.Trainer, module: L.LightningModule, media: Tensor, info: Sequence[Any], total: int) -> None:
-        self._images += len(media)
+    def on_rollout_chunk(self, trainer: L.Trainer, module: L.LightningModule, media: Sized, info: Sequence[Any], total: int) -> None:
+        self._samples += len(media)
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         self._clock.enter("train")
-        self._pairs += batch.weights.numel() if hasattr(batch, "weights") else 0
+        self._actions += module.count_actions(batch) if hasattr(batch, "weights") else 0
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
@@ -66,14 +65,14 @@ class Throughput(L.Callback):
         self._clock.enter("other")
 
     # ------------------------------------------------------------------ the sums
-    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        seconds, images, pairs = self._clock.restart(), self._images, self._pairs
-        self._images = self._pairs = 0
+    def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+        seconds, samples, actions = self._clock.restart(), self._samples, self._actions
+        self._samples = self._actions = 0
         row = {f"time/{phase}_s": seconds[phase] for phase in get_args(Phase) if phase != "validation" or seconds[phase]}
-        if images:
-            row["throughput/images_per_s"] = images * trainer.world_size / sum(seconds.values())
-        if pairs:
-            row["throughput/pairs_per_s"] = pairs * trainer.world_size / seconds["train"]
+        if samples:
+            row[f"throughput/{module.samples}_per_s"] = samples * trainer.world_size / sum(seconds.values())
+        if actions:
+            row[f"throughput/{module.actions}_per_s"] = actions * trainer.world_size / seconds["train"]
         module.log_dict(row, sync_dist=True)
 
 

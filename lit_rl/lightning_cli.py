@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from callbacks.graceful_stop import GracefulStop
 from callbacks.image_writer import ImageWriter
 from callbacks.rng_state import RngState
+from callbacks.text_writer import TextWriter
 from lit_rl.checkpoints.files import AtomicCheckpointIO, check_unused, resolve_checkpoint
 from lit_rl.cli_errors import explain
 from lit_rl.errors import ConfigError
@@ -58,6 +59,7 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ImageWriter, "images")
+        parser.add_lightning_class_args(TextWriter, "texts")
         for target in ("model.init_args.seed", "data.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
 
@@ -81,7 +83,7 @@ class CLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "predict":
-            kwargs["return_predictions"] = False  # ImageWriter has them
+            kwargs["return_predictions"] = False  # the writers have them
         folders = [c.dirpath for c in self.trainer.checkpoint_callbacks if c.dirpath]  # type: ignore[attr-defined]
         try:
             if subcommand == "fit" and not kwargs.get("ckpt_path"):

@@ -114,6 +114,9 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         self._metrics_logged = False
         self._plan: list[Tensor] = []
 
+    samples, actions = "images", "pairs"
+    """What people call that of which a rollout has B, and B times S."""
+
     # ------------------------------------------------------------------ what a method is
     @abstractmethod
     def collect(self, prompts: Prompts) -> R:
@@ -239,6 +242,10 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
                 # Equal on all processes; without sync_dist Lightning warns of each.
                 self.log(name, value, on_step=False, on_epoch=True, prog_bar=bar, batch_size=1, sync_dist=True)
         return loss
+
+    def count_actions(self, batch: Minibatch) -> int:
+        """Actions that a minibatch trains."""
+        return batch.weights.numel()
 
     # ------------------------------------------------------------------ optimization
     def configure_optimizers(self) -> Any:

@@ -45,6 +45,7 @@ class LitToken(LitPolicy[TokenRollout]):
             sequences are sorted by length and cut so that each costs about the same.
     """
 
+    samples, actions = "answers", "tokens"
     policy: TokenPolicy
     together = 1
     """Neighbouring sequences that must stand in the same micro-batch."""
@@ -137,6 +138,9 @@ class LitToken(LitPolicy[TokenRollout]):
         width = int(rollout.lengths[rows].max())
         streams = {name: None if (v := getattr(rollout, name)) is None else v[rows, : width - 1] for name in STREAMS}
         return TokenBatch(tokens=rollout.tokens[rows, :width], lengths=rollout.lengths[rows], **streams)
+
+    def count_actions(self, batch: Minibatch) -> int:
+        return int(batch.mask.sum())
 
     @torch.no_grad()
     def all_logprobs(self, rollout: TokenRollout, *, temperature: float = 1.0) -> Tensor:

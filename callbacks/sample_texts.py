@@ -1,0 +1,88 @@
+"""A few answers of training and evaluation, with prompt and rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from lit_rl.errors import ConfigError
+from lit_rl.types import Info, Prompts
+
+
+class SampleTexts(L.Callback):
+    """Shows answers every n iterations, and of every evaluation, to loggers that take texts (TensorBoard) and, of rollouts, on the console.
+
+    The first process shows the first ones of its share.
+
+    Args:
+        max_texts: Answers shown at once.
+        every_n_iterations: Of the rollouts; evaluations are always shown.
+        console: Also print those of the rollouts.
+        max_characters: Of a prompt or an answer; the middle of longer ones is left out.
+    """
+
+    def __init__(self, max_texts: int = 4, *, every_n_iterations: int = 10, console: bool = True, max_characters: int = 400) -> None:
+        if min(max_texts, every_n_iterations, max_characters) < 1:
+            raise ConfigError(f"SampleTexts {max_texts=}, {every_n_iterations=} and {max_characters=} must be at least 1")
+        self.max_texts = max_texts
+        self.every_n_iterations = every_n_iterations
+        self.console = console
+        self.max_characters = max_characters
+        self._kept: list[tuple[str, Info]] = []
+
+    # ------------------------------------------------------------------ training
+    def on_phase_start(self, trainer: L.Trainer, module: Any, name: str) -> None:
+        if name == "rollout":
+            self._kept = []
+
+    def on_rollout_chunk(self, trainer: L.Trainer, module: Any, texts: Sequence[str], info: Sequence[Info], total: int) -> None:
+        if trainer.is_global_zero and module.iteration % self.every_n_iterations == 0:
+            self._kept += list(zip(texts, info))[: self.max_texts - len(self._kept)]
+
+    def on_rollout_end(self, trainer: L.Trainer, module: Any, rollout: Any) -> None:
+        rows = self._take(rollout.rewards)
+        self._show(trainer, "samples/rollout", rows)
+        if self.console:
+            for prompt, text, scores in rows:
+                trainer.print(f"  {prompt!r} -> {text!r}  {scores}")
+
+    # ------------------------------------------------------------------ evaluation
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._kept = []
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.is_global_zero and "texts" in outputs:
+            self._kept += list(zip(outputs["texts"], outputs["prompts"].info))[: self.max_texts - len(self._kept)]
+
+    def on_evaluation_end(self, trainer: L.Trainer, module: Any, prompts: Prompts, rewards: Mapping[str, Tensor]) -> None:
+        if not trainer.sanity_checking:
+            self._show(trainer, "samples/evaluation", self._take(rewards))
+
+    # ------------------------------------------------------------------ to people
+    def _take(self, rewards: Mapping[str, Tensor]) -> list[tuple[str, str, str]]:
+        """(prompt, answer, scores) of what was kept."""
+        kept, self._kept = self._kept, []
+        scores = ("  ".join(f"{name} {float(values[i]):.3g}" for name, values in rewards.items()) for i in range(len(kept)))
+        return [(self._short(said(info["prompt"])), self._short(text), score) for (text, info), score in zip(kept, scores)]
+
+    def _show(self, trainer: L.Trainer, key: str, rows: Sequence[tuple[str, str, str]]) -> None:
+        table = "| prompt | answer | scores |\n| --- | --- | --- |\n"
+        table += "".join(f"| {' | '.join(cell.replace('|', '&#124;').replace(chr(10), '<br>') for cell in row)} |\n" for row in rows)
+        for logger in trainer.loggers if rows else ():
+            board = getattr(logger, "experiment", None)
+            if callable(add := getattr(board, "add_text", None)):
+                add(key, table, trainer.global_step)
+
+    def _short(self, text: str) -> str:
+        half = self.max_characters // 2
+        return text if len(text) <= self.max_characters else f"{text[:half]} [...] {text[-half:]}"
+
+
+def said(prompt: str | Sequence[Mapping[str, str]]) -> str:
+    """A prompt as one text: of a conversation who said what."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

@@ -1,0 +1,47 @@
+"""`predict` writes its answers as a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lit_rl.module import gather_objects
+from lit_rl.types import Prompts
+
+
+class TextWriter(L.Callback):
+    """One JSON object per prompt, in order: `prompt`, `response`, and the row's `id` and `data_source` where it has them.
+
+    Part of every run; does nothing outside `predict`, and where no texts are made.
+
+    Args:
+        output_file: `.jsonl` file; overwritten.
+    """
+
+    def __init__(self, output_file: str = "outputs/predictions/answers.jsonl") -> None:
+        self.output_file = Path(output_file)
+        self._written: list[tuple[int, dict[str, Any]]] = []
+
+    def on_predict_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._written = []
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        prompts: Prompts = outputs["prompts"]
+        for text, index, info in zip(outputs.get("texts", ()), prompts.group.tolist(), prompts.info):
+            if index >= 0:  # the rest fills up the last batch
+                known = {key: info[key] for key in ("id", "data_source") if key in info}
+                self._written.append((index, known | {"prompt": info["prompt"], "response": text}))
+
+    def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        rows = sorted((row for rank in gather_objects(self._written) for row in rank), key=lambda row: row[0])
+        if trainer.is_global_zero and rows:
+            self.output_file.parent.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows)
+            self.output_file.write_text("".join(lines), encoding="utf-8")
+            rank_zero_info(f"{len(rows)} answers are in {self.output_file}")
