@@ -1,4 +1,4 @@
-"""Every shipped production run trains for real, on a miniature: only sizes, paths, precision and how often things are saved are changed."""
+"""Every shipped production run trains for real, on a miniature: only sizes, paths, the device and how often things are saved are changed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def shrunk(run: dict[str, Any], home: Path) -> dict[str, Any]:
     model, trainer, data = run["model"]["init_args"], run["trainer"], run["data"]["init_args"]
     policy = model["policy"]["init_args"]
     family = {"SD3Policy": "sd3", "FluxPolicy": "flux", "FluxFillPolicy": "fill"}[model["policy"]["class_path"].rpartition(".")[2]]
-    policy |= {"pretrained": str(home / family), "resolution": [HEIGHT, WIDTH], "max_sequence_length": 8, "dtype": "float32"}
+    policy |= {"pretrained": str(home / family), "resolution": [HEIGHT, WIDTH], "max_sequence_length": 8}
     model |= {"prompts_per_iteration": PROMPTS, "group_size": GROUP, "eval_num_steps": 2, "train_micro_batch": None}
     data |= {"train": str(home)}
     if family == "fill":
@@ -57,8 +57,10 @@ def shrunk(run: dict[str, Any], home: Path) -> dict[str, Any]:
         data |= {"train": str(home / "items.json"), "resolution": [HEIGHT, WIDTH]}
     if model.get("warmup_steps"):
         model |= {"warmup_steps": 1, "warmup_batch_size": 4}
-    trainer |= {"accelerator": "cpu", "devices": 1, "precision": "32-true", "accumulate_grad_batches": 2, "check_val_every_n_epoch": 1}
+    trainer |= {"accelerator": "cpu", "devices": 1, "accumulate_grad_batches": 2, "check_val_every_n_epoch": 1}
     trainer |= {"max_epochs": 2 if model.get("warmup_steps") else 1, "enable_model_summary": False}
+    if trainer["precision"] == "16-mixed":  # which CPUs do not have
+        trainer["precision"], policy["dtype"] = "bf16-mixed", "bfloat16"
     for callback in trainer["callbacks"]:
         if "every_n_epochs" in callback.get("init_args", {}):
             callback["init_args"]["every_n_epochs"] = 1
