@@ -60,3 +60,30 @@ def test_shares_of_the_first_lines_are_right(path: Path) -> None:
 
 def test_most_runs_state_their_shares() -> None:
     assert len(STATED) >= len(RUNS) - 3, "all but the demos and DanceGRPO, which trains a part of each trajectory"
+
+
+GUIDE = {"flow_grpo": (500, 0.1, 0.9999), "diffusion_nft": (1000, 0.01, 0.999)}
+"""Warm-up steps, KL and EMA decay of the FLUX-Fill guide's two production commands; the rest is the same in both."""
+
+
+@pytest.mark.parametrize("method", GUIDE)
+def test_flux_fill_runs_are_the_guides(method: str) -> None:
+    warmup, kl, decay = GUIDE[method]
+    run = yaml.safe_load((CONFIGS / method / "flux_fill_text.yaml").read_text())
+    model, trainer = run["model"]["init_args"], run["trainer"]
+    policy, callbacks = (
+        model["policy"]["init_args"],
+        {c["class_path"].rpartition(".")[2]: c.get("init_args", {}) for c in trainer["callbacks"]},
+    )
+    assert (model["warmup_steps"], model["kl_coef"], callbacks["EMA"]) == (warmup, kl, {"decay": decay, "update_interval": 1})
+    assert (model["group_size"], model["num_steps"], model["timestep_fraction"], model["train_micro_batch"]) == (4, 50, 1.0, 1)
+    assert model["advantage"] == {"kind": "history", "clip": 5.0} and model["optimizer"]["init_args"] == {"lr": 1e-4}
+    assert policy["gradient_checkpointing"] and policy["offload_text_encoders"] and policy["guidance_scale"] == 3.5
+    assert policy["resolution"] == run["data"]["init_args"]["resolution"] == 512
+    assert (trainer["accumulate_grad_batches"], trainer["precision"], trainer["gradient_clip_val"]) == (4, "16-mixed", 1.0)
+    if method == "diffusion_nft":
+        assert (model["beta"], model["adv_mode"], callbacks["OldPolicySync"]) == (0.5, "normal", {"decay": 1})
+
+    per_rollout = int(STATED[CONFIGS / method / "flux_fill_text.yaml"][6])
+    assert warmup + (trainer["max_epochs"] - 1) * per_rollout == 10000
+    assert callbacks["ModelCheckpoint"]["every_n_epochs"] * per_rollout == 500

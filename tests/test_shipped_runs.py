@@ -1,4 +1,4 @@
-"""Every shipped production run trains for real, on a miniature: only sizes, paths, the device and how often things are saved are changed."""
+"""Every shipped production run trains on a miniature: only sizes, paths, the device and how often things are saved are changed."""
 
 from __future__ import annotations
 
