@@ -11,7 +11,7 @@ from lit_rl.losses.aggregation import token_weights
 from lit_rl.losses.kl import kl_estimate
 from lit_rl.losses.masked import masked, masked_mean, row_mean
 from lit_rl.losses.off_policy import high_entropy, importance_weights, negative_rows_off_policy, within_bounds
-from lit_rl.losses.policy_gradient import clipped_ratio_loss, clipped_surrogate
+from lit_rl.losses.policy_gradient import clipped_ratio_loss, clipped_surrogate, policy_metrics
 from lit_rl.losses.surrogates import (
     cispo_loss,
     clip_cov_choice,
@@ -207,19 +207,23 @@ def test_verl_policy_losses(golden_dir):
 
 
 def check_verl_metrics(case, options, data, new, old, advantages, mask):
-    """The clip fractions and the KL of the losses that have them."""
+    """The KL, and the share of clipped tokens where both mean the same by it: CISPO counts every ratio out of range, KL-Cov has abs(d)."""
     kind = case.split(".")[0]
-    logged = {key.split(".metric.actor_")[1]: value for key, value in data.items() if key.startswith(f"{case}.metric.")}
-    if not logged or kind not in ("vanilla", "extreme", "gspo"):
+    logged = {key.split(".metric.actor_")[1]: value.double() for key, value in data.items() if key.startswith(f"{case}.metric.")}
+    if not logged:
         return
-    clip = {"clip_low": options["clip_ratio_low"], "clip_high": options["clip_ratio_high"]}
-    ratio = sequence_log_ratio(new, old, mask) if kind == "gspo" else new - old
-    ours = surrogate_metrics(ratio, advantages, mask, dual_clip=None if kind == "gspo" else options["clip_ratio_c"], **clip)
-    assert_close(ours["clip_fraction"].double(), logged["pg_clipfrac"].double(), f64=2e-5, what=case)
-    if kind != "gspo":
-        assert_close(ours["clip_fraction_dual"].double(), logged["pg_clipfrac_lower"].double(), f64=2e-5, what=case)
-    kl = surrogate_metrics(new - old, advantages, mask, **clip)["ppo_kl"]
-    assert_close(kl.double(), logged["ppo_kl"].double(), f64=2e-5, what=case)
+    clip = {"clip_low": options.get("clip_ratio_low", 0.2), "clip_high": options.get("clip_ratio_high", 0.2)}
+    ours = {}
+    tokens = surrogate_metrics(new - old, advantages, mask, dual_clip=options.get("clip_ratio_c"), **clip)
+    if kind in ("vanilla", "extreme"):
+        ours = {"pg_clipfrac": tokens["clip_fraction"], "pg_clipfrac_lower": tokens["clip_fraction_dual"]}
+    elif kind == "gspo":
+        ours = {"pg_clipfrac": surrogate_metrics(sequence_log_ratio(new, old, mask), advantages, mask, **clip)["clip_fraction"]}
+    elif kind == "cispo":
+        ours = {"pg_clipfrac": policy_metrics(new, old, weights=mask, **clip)["clip_fraction"]}
+    ours["ppo_kl"] = masked_mean((new - old).abs(), mask) if kind == "kl_cov" else tokens["ppo_kl"]
+    for name, value in ours.items():
+        assert_close(value.double(), logged[name], f64=2e-5, what=f"{case} {name}")
 
 
 def trl_weights(kind, mask, common):
