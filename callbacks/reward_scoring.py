@@ -74,7 +74,10 @@ class RewardScoring(Callback, Scorer):
             self._use(self.rewards)
         problem: Exception | None = None
         try:
+            rows = getattr(getattr(trainer, "datamodule", None), "rows_to_score", None)
             for reward in self._rewards.values():
+                if rows is not None and type(reward).check is not Reward.check:  # reading all rows takes time
+                    reward.check(rows(stage))
                 reward.setup(rank=trainer.global_rank, world_size=trainer.world_size, device=str(trainer.strategy.root_device))
         except Exception as error:  # re-raised below, after the other ranks know
             problem = error

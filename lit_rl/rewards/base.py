@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -33,6 +33,9 @@ class Reward(ABC):
 
     def setup(self, *, rank: int, world_size: int, device: str) -> None:  # noqa: B027  (optional by design)
         """Called once per process before the first score, with the place of this process in the run: load models, pick a server."""
+
+    def check(self, rows: Iterable[Info]) -> None:  # noqa: B027  (optional by design)
+        """Called before `setup` with all prompts whose answers the run will score: raise ConfigError for those that never can be."""
 
     @abstractmethod
     def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
