@@ -1,0 +1,1 @@
+"""Rewards of texts: rules, functions of one's own, reward models."""

@@ -1,0 +1,123 @@
+"""A reward model: one number for a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_rl.errors import ConfigError
+from lit_rl.rewards.base import TextReward
+from lit_rl.types import Info
+
+
+class ModelReward(TextReward):
+    """`reward_model` = what a sequence-classification model of transformers says of prompt and answer.
+
+    The conversation, with the answer as its last turn, goes through the model's own chat template; a prompt that is a string is what a user
+    says there. A tokenizer without a template reads prompt and answer as one text.
+
+    Args:
+        pretrained: Folder, or hub id.
+        name: Of the score.
+        batch_size: Answers per forward; they are sorted by length.
+        max_length: Tokens; longer conversations lose their beginning, and are counted. Default: what the tokenizer says, 4096 at most.
+        device: E.g. `cuda:1`; default: that of the training process.
+        dtype: Of the weights.
+        label: Which of several outputs is the score.
+        chat_template_kwargs: For the template.
+        trust_remote_code: Run Python code that comes with the model.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        name: str = "reward_model",
+        batch_size: int = 16,
+        max_length: int | None = None,
+        device: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        label: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        folder = Path(pretrained).expanduser()
+        if not (folder / "config.json").is_file() and (folder.exists() or pretrained.startswith(("/", ".", "~"))):
+            raise ConfigError(f"pretrained: {pretrained!r} is no folder of a transformers model; give one, or a hub id like owner/name")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} must be at least 1")
+        self.pretrained, self.device, self.dtype = pretrained, device, getattr(torch, dtype)
+        self.outputs = (name,)
+        self.batch_size, self.max_length, self.label = batch_size, max_length, label
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        self.trust_remote_code = trust_remote_code
+        self._model: Any = None
+        self._cut = 0
+
+    def setup(self, *, rank: int, world_size: int, device: str) -> None:
+        """Read the weights. Raises ConfigError when `pretrained` holds no such model."""
+        if self._model is not None:
+            return
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        options = {"trust_remote_code": self.trust_remote_code}
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(self.pretrained, dtype=self.dtype, **options)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(self.pretrained, **options)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"pretrained: {self.pretrained!r} cannot be read as a sequence-classification model: {error}") from error
+        labels = model.config.num_labels
+        if labels > 1 and self.label is None:
+            raise ConfigError(f"{self.pretrained} has {labels} outputs, {model.config.id2label}: set label to the one that is the score")
+        if self.label is not None and not 0 <= self.label < labels:
+            raise ConfigError(f"label={self.label}: {self.pretrained} has outputs 0 ... {labels - 1}")
+        self._limit = self.max_length or min(self._tokenizer.model_max_length, 4096)
+        self._model = model.eval().requires_grad_(False).to(self.device or device)
+
+    def counters(self) -> Mapping[str, float]:
+        return {"cut": float(self._cut)}
+
+    @torch.no_grad()
+    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:  # type: ignore[override]
+        if self._model is None:
+            self.setup(rank=0, world_size=1, device="cpu")
+        ids = [self._ids(row["prompt"], text) for row, text in zip(info, media, strict=True)]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        scores = torch.empty(len(ids))
+        for first in range(0, len(order), self.batch_size):
+            rows = order[first : first + self.batch_size]
+            scores[rows] = self._forward([ids[i] for i in rows])
+        return {self.outputs[0]: scores}
+
+    def _ids(self, prompt: str | Sequence[Mapping[str, str]], answer: str) -> list[int]:
+        if self._tokenizer.chat_template is None:
+            asked = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+            ids = list(self._tokenizer(asked + answer).input_ids)
+        else:
+            asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)  # type: ignore[assignment]
+            turns = [*asked, {"role": "assistant", "content": answer}]
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False, **self.chat_template_kwargs)
+            ids = list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        self._cut += len(ids) > self._limit
+        return ids[-self._limit :]
+
+    def _forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Float32 "B" on the CPU."""
+        padding = self._padding(rows)
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        self._model.config.pad_token_id = padding
+        device = self._model.device
+        logits = self._model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float().cpu()
+        return logits[:, self.label or 0]
+
+    def _padding(self, rows: Sequence[Sequence[int]]) -> int:
+        """A token that is in none of the rows: decoders read the score at the last token that is not padding, often an end of text."""
+        used = {token for row in rows for token in row}
+        own = self._tokenizer.pad_token_id
+        return own if own is not None and own not in used else next(i for i in range(len(used) + 1) if i not in used)

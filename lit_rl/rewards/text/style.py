@@ -1,0 +1,69 @@
+"""How an answer is written: its form, its repetitions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_rl.errors import ConfigError
+from lit_rl.rewards.base import TextReward
+from lit_rl.types import Info
+
+THINKING = r"<think>(?!.*<think>).*?</think>"
+"""Thoughts between one pair of tags, then an answer."""
+
+
+def matches(text: str, pattern: str) -> bool:
+    """Whether a text starts with what the pattern says; `.` is any character, new lines too."""
+    return re.match(pattern, text, re.DOTALL) is not None
+
+
+def repetition_penalty(items: Sequence[Hashable], *, n: int, penalty: float) -> float:
+    """penalty * (1 - different n-grams / n-grams): 0 where none comes twice, or there is none (Demystifying Long CoT, arXiv 2502.03373)."""
+    grams = [tuple(items[i : i + n]) for i in range(len(items) - n + 1)]
+    return (1 - len(set(grams)) / len(grams)) * penalty if grams else 0.0
+
+
+class FormatReward(TextReward):
+    """`format` = 1 where the answer starts as `pattern` says, else 0.
+
+    Args:
+        pattern: A regular expression; default: thoughts between <think> and </think>, once.
+    """
+
+    outputs = ("format",)
+
+    def __init__(self, pattern: str = THINKING) -> None:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"pattern={pattern!r} is no regular expression: {error}") from error
+        self.pattern = pattern
+
+    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:  # type: ignore[override]
+        return {"format": torch.tensor([float(matches(text, self.pattern)) for text in media])}
+
+
+class RepetitionReward(TextReward):
+    """`repetition` = penalty * (share of n-grams that are repeated), see `repetition_penalty`.
+
+    Args:
+        n: Words or characters in a row.
+        penalty: Score of an answer that only repeats itself, below 0.
+        of: What is counted.
+    """
+
+    outputs = ("repetition",)
+
+    def __init__(self, *, n: int = 3, penalty: float = -1.0, of: Literal["words", "characters"] = "words") -> None:
+        if n < 1 or penalty > 0:
+            raise ConfigError(f"n={n} must be at least 1 and penalty={penalty} at most 0, e.g. n: 3, penalty: -1.0")
+        self.n, self.penalty, self.of = n, penalty, of
+
+    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:  # type: ignore[override]
+        parts = [text.lower().split() if self.of == "words" else text for text in media]
+        return {"repetition": torch.tensor([repetition_penalty(items, n=self.n, penalty=self.penalty) for items in parts])}

@@ -1,0 +1,214 @@
+"""Functions of one's own and reward models, and who looks at the rows before a run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from text_rows import jsonl
+
+from callbacks.reward_scoring import RewardScoring
+from datamodules.mixed import PromptsAndPairs
+from datamodules.prompts_text import TextPrompts
+from lit_rl.errors import ConfigError
+from lit_rl.policies.tiny_lm import END, build_lm
+from lit_rl.rewards.text.function import FunctionReward
+from lit_rl.rewards.text.model import ModelReward
+from lit_rl.rewards.text.rules import RuleReward
+
+SOURCE = """
+import asyncio, time
+
+def compute_score(data_source, solution_str, ground_truth, extra_info, bonus=0.0):
+    extra_info["seen"] = True
+    if solution_str == "raise":
+        raise KeyError("no such word")
+    if solution_str == "hang":
+        time.sleep(3)
+    if solution_str == "text":
+        return "good"
+    if solution_str == "nan":
+        return float("nan")
+    return {"score": (solution_str == ground_truth) + bonus, "length": len(solution_str), "pred": solution_str, "source": data_source}
+
+async def asynchronous(data_source, solution_str, ground_truth, extra_info):
+    if solution_str == "hang":
+        await asyncio.sleep(3)
+    await asyncio.sleep(0.2)
+    return solution_str == ground_truth
+"""
+
+
+def rows(count: int) -> list[dict]:
+    return [{"prompt": "p", "data_source": "s", "reward_model": {"ground_truth": "18"}, "extra_info": {"index": i}} for i in range(count)]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    (tmp_path / "scores.py").write_text(SOURCE)
+    return str(tmp_path / "scores.py")
+
+
+def test_a_function_scores_rows_and_leaves_them_alone(source: str) -> None:
+    reward = FunctionReward(source, extras=["length"], arguments={"bonus": 0.5})
+    reward.setup(rank=0, world_size=1, device="cpu")
+    info = rows(2)
+    scores = reward.score(["18", "a"], info)
+    assert {name: values.tolist() for name, values in scores.items()} == {"function": [1.5, 0.5], "length": [2, 1]}
+    assert info == rows(2), "a function that writes to extra_info writes to a copy"
+
+
+def test_what_fails_is_nan_and_counted_and_spoils_nothing_else(source: str) -> None:
+    reward = FunctionReward(source, timeout_s=0.3)
+    started = time.perf_counter()
+    (values,) = reward.score(["18", "raise", "hang", "text", "nan", "no"], rows(6)).values()
+    assert time.perf_counter() - started < 2.0
+    torch.testing.assert_close(values, torch.tensor([1, *[math.nan] * 4, 0]).double(), equal_nan=True)
+    assert reward.counters() == {"timeouts": 1, "errors": 3}
+    reward.score(["raise"], rows(1))
+    assert reward.last_error == "compute_score: KeyError: 'no such word'"
+    missing = FunctionReward(source, extras=["speed"])
+    assert missing.score(["18"], rows(1))["function"].isnan().all() and "without 'speed'" in missing.last_error
+
+
+def test_asynchronous_functions_wait_together(source: str) -> None:
+    reward = FunctionReward(source, "asynchronous", name="mine", timeout_s=1.0, concurrency=8)
+    started = time.perf_counter()
+    (values,) = reward.score(["18"] * 6 + ["17", "hang"], rows(8)).values()
+    assert time.perf_counter() - started < 1.8, "eight waits of 0.2 s, and one that is given up after 1 s"
+    torch.testing.assert_close(values, torch.tensor([1] * 6 + [0, math.nan]).double(), equal_nan=True)
+    assert reward.counters() == {"timeouts": 1, "errors": 0}
+
+
+def test_functions_that_are_not_there(source: str) -> None:
+    with pytest.raises(ConfigError, match="is no file"):
+        FunctionReward("missing.py")
+    with pytest.raises(ConfigError, match=r"defines no function 'score', only compute_score, asynchronous"):
+        FunctionReward(source, "score").setup(rank=0, world_size=1, device="cpu")
+
+
+# ---------------------------------------------------------------------- reward models
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds a reward model from a miniature language model; `plain`: it has no chat template, and pads with the end of text."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    def build(*, labels: int = 1, plain: bool = False) -> Path:
+        folder = build_lm(tmp_path_factory.mktemp("rm"), hidden=32, chat=not plain)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels)
+            torch.nn.init.normal_(model.score.weight)
+        model.save_pretrained(folder)
+        if plain:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer.pad_token = END
+            tokenizer.save_pretrained(folder)
+        return folder
+
+    return build
+
+
+@torch.no_grad()
+def by_hand(folder: Path, text: str, label: int = 0) -> float:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+    return float(model.score(hidden)[label])
+
+
+CONVERSATION = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "why"}]
+
+
+def test_a_reward_model_reads_the_whole_conversation_whatever_the_batch(classifier: Callable[..., Path]) -> None:
+    folder = classifier()
+    info = [{"prompt": "p"}, {"prompt": CONVERSATION}, {"prompt": "p"}, {"prompt": "longer"}]
+    answers = ["a", "because", "abc", ""]
+    expected = [
+        f"<|user|>p<|assistant|>a{END}",
+        f"<|user|>hi<|assistant|>yes?{END}<|user|>why<|assistant|>because{END}",
+        f"<|user|>p<|assistant|>abc{END}",
+        f"<|user|>longer<|assistant|>{END}",
+    ]
+    wanted = torch.tensor([by_hand(folder, text) for text in expected])
+    for size in (1, 3, 16):
+        reward = ModelReward(str(folder), batch_size=size)
+        reward.setup(rank=0, world_size=1, device="cpu")
+        torch.testing.assert_close(reward.score(answers, info)["reward_model"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_end_of_text_is_read_where_it_is_also_padding(classifier: Callable[..., Path]) -> None:
+    """A decoder's score stands at the last token that is not padding: with padding = end of text that would be the one before."""
+    folder = classifier(plain=True, labels=2)
+    answers = [f"a{END}", f"abcdef{END}"]
+    wanted = torch.tensor([by_hand(folder, "p" + text, label=1) for text in answers])
+    scores = ModelReward(str(folder), label=1, name="quality").score(answers, [{"prompt": "p"}] * 2)
+    torch.testing.assert_close(scores["quality"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_conversations_that_are_too_long_lose_their_beginning(classifier: Callable[..., Path]) -> None:
+    folder = classifier()
+    reward = ModelReward(str(folder), max_length=4)
+    scores = reward.score(["abc", "bc"], [{"prompt": "p"}] * 2)["reward_model"]
+    torch.testing.assert_close(scores[0], torch.tensor(by_hand(folder, f"abc{END}")), rtol=1e-4, atol=1e-5)
+    assert reward.counters() == {"cut": 2.0}
+
+
+def test_models_that_cannot_be_used(classifier: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no folder of a transformers model"):
+        ModelReward(str(tmp_path))
+    folder = str(classifier(labels=2))
+    with pytest.raises(ConfigError, match="has 2 outputs(?s:.*)set label to the one that is the score"):
+        ModelReward(folder).setup(rank=0, world_size=1, device="cpu")
+    with pytest.raises(ConfigError, match="label=2: .* has outputs 0 ... 1"):
+        ModelReward(folder, label=2).setup(rank=0, world_size=1, device="cpu")
+
+
+# ---------------------------------------------------------------------- before a run
+
+
+@pytest.fixture
+def scoring() -> Iterator[RewardScoring]:
+    made = RewardScoring([RuleReward()], weights={"score": 1.0})
+    yield made
+    made.close()
+
+
+def set_up(scoring: RewardScoring, data: object, stage: str = "fit") -> None:
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    scoring.setup(SimpleNamespace(world_size=1, global_rank=0, strategy=strategy, datamodule=data), SimpleNamespace(), stage)  # type: ignore[arg-type]
+
+
+GOOD = {"prompt": "p", "data_source": "gsm8k", "reward_model": {"ground_truth": "18"}}
+
+
+def test_rewards_look_at_all_rows_before_training(scoring: RewardScoring, tmp_path: Path) -> None:
+    good, bad = jsonl(tmp_path / "good.jsonl", GOOD), jsonl(tmp_path / "bad.jsonl", GOOD, {"prompt": "p"})
+    set_up(scoring, TextPrompts(train=good, val=good))
+    for stage in ("fit", "validate"):
+        with pytest.raises(ConfigError, match=r"^1 prompts whose answers nobody can score\n  row bad-1: data_source 'bad' has no rule"):
+            set_up(scoring, TextPrompts(train=good, val=bad), stage)
+    with pytest.raises(ConfigError, match="row bad-1"):
+        set_up(scoring, TextPrompts(train=bad), "fit")
+    set_up(scoring, TextPrompts(train=bad, val=good), "validate")
+
+
+def test_preferences_need_no_score(scoring: RewardScoring, tmp_path: Path) -> None:
+    set_up(scoring, PromptsAndPairs(train=jsonl(tmp_path / "x.jsonl", GOOD, {"prompt": "p", "chosen": "a", "rejected": "b"})))
+
+
+def test_scores_come_through_the_callback(scoring: RewardScoring) -> None:
+    set_up(scoring, None)
+    for answer in ("#### 18", "#### 17"):
+        scoring.submit([answer], [GOOD])
+    scores = scoring.gather()
+    assert scores["score"].tolist() == scores["acc"].tolist() == [1, 0] and scores["parsed"].tolist() == [1, 1]
