@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from datamodules.text import TextData, answer_ids, truncated
-from datamodules.text_files import Fields
+from datamodules.text_files import Fields, InvalidRow
 from datamodules.text_rows import pair_fields
 from lit_rl.errors import ConfigError
 from lit_rl.types import Info
@@ -64,6 +64,8 @@ def pair_ids(
     asked, chosen = answer_ids(policy, info["prompt"], info["chosen"])
     other, rejected = answer_ids(policy, info["prompt"], info["rejected"])
     start = min(len(asked), len(other))
+    if asked[:start] != other[:start]:  # only where the prompt's first token reaches into an answer
+        raise InvalidRow("prompt: its first token changes with the answer, so the two share no beginning: set data.chat to true")
     chosen, rejected = asked[start:] + chosen, other[start:] + rejected
     prompt, longest = asked[:start], max(len(chosen), len(rejected))
     if how == "error":

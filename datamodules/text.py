@@ -146,11 +146,12 @@ def truncated(ids: list[int], *, limit: int, how: Truncation, keys: tuple[str, s
 def answer_ids(policy: Any, prompt: Text, answer: Text) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of an answer to it, with the token that ends it.
 
-    Both are tokenized together, and the answer starts where that differs from the prompt alone: tokens may reach over the border.
+    Both are tokenized together, and the answer starts where that differs from the prompt alone: tokens may reach over the border. The
+    first token is the prompt's in any case, for nothing predicts it.
     """
     if isinstance(prompt, str) and isinstance(answer, str):
         ids, mask = completion_ids(policy.tokenizer, prompt, answer)
-        start = mask.index(True)
+        start = max(1, mask.index(True))
         return ids[:start], ids[start:]
     tokenizer, template = policy.tokenizer, policy.chat_template_kwargs
     turns = [*as_turn(prompt, "user"), *as_turn(answer, "assistant")]
@@ -162,5 +163,5 @@ def answer_ids(policy: Any, prompt: Text, answer: Text) -> tuple[list[int], list
             "set model.policy.chat_template to one that does not, or its options by model.policy.chat_template_kwargs"
         )
     asked, ids = (list(tokenizer(part, add_special_tokens=False).input_ids) for part in (before, text))
-    start = next((i for i, (a, b) in enumerate(zip(asked, ids)) if a != b), min(len(asked), len(ids)))
+    start = max(1, next((i for i, (a, b) in enumerate(zip(asked, ids)) if a != b), min(len(asked), len(ids))))
     return ids[:start], ids[start:]
