@@ -113,13 +113,14 @@ class LitGeneration(LitToken):
             if id(row) not in known:
                 known[id(row)] = self.data.prompt_ids(row)  # type: ignore[attr-defined]
         asked, answers = [known[id(row)] for row in prompts.info], []
-        for first in range(0, len(prompts), self.rollout_chunk):
+        most = int(self.all_ranks(torch.tensor([len(prompts)], device=self.device)).max())  # as many calls on every process
+        for first in range(0, most, self.rollout_chunk):
             chunk = slice(first, first + self.rollout_chunk)
             samples = self.engine.generate([Request(ids, key) for ids, key in zip(asked[chunk], keys[chunk])], sampling)
             texts, info = [self.policy.decode(sample.ids) for sample in samples], prompts.info[chunk]
-            if self.scorer is not None:
+            if self.scorer is not None and texts:
                 self.scorer.submit(texts, info)
-            if show:
+            if show and texts:
                 self.notify("on_rollout_chunk", texts, info, len(prompts))
             answers += samples
         return asked, answers
@@ -149,13 +150,19 @@ class LitGeneration(LitToken):
 
     def credit(self, rollout: TokenRollout) -> TokenRollout:
         """Advantages, and weights so that each optimizer step's loss is the aggregation over all its answers on all processes."""
-        weights = {name: weight for name, weight in self.scores().weights.items() if weight}
-        total = total_reward({name: rollout.rewards[name] for name in weights}, weights).to(self.device)
+        total = self.total(rollout)
         self.rollout_metrics = self.describe(rollout, total)
-        scored = total.isfinite()
-        rollout = replace(rollout, mask=rollout.mask & scored[:, None])
-        advantages = self.advantages(rollout, total).float().where(rollout.mask, 0.0)
-        return replace(rollout, advantages=advantages, weights=self.token_weights(rollout))
+        rollout = self.with_advantages(replace(rollout, mask=rollout.mask & total.isfinite()[:, None]), total)
+        return replace(rollout, weights=self.token_weights(rollout))
+
+    def total(self, rollout: TokenRollout) -> Tensor:
+        """Float64 "B": the weighted rewards, NaN where one is missing."""
+        weights = {name: weight for name, weight in self.scores().weights.items() if weight}
+        return total_reward({name: rollout.rewards[name] for name in weights}, weights).to(self.device)
+
+    def with_advantages(self, rollout: TokenRollout, total: Tensor) -> TokenRollout:
+        """`rollout` with its advantages, 0 where the mask is False."""
+        return replace(rollout, advantages=self.advantages(rollout, total).float().where(rollout.mask, 0.0))
 
     def describe(self, rollout: TokenRollout, total: Tensor) -> dict[str, float]:
         """Numbers of a rollout over all processes."""

@@ -209,13 +209,24 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         self.rollout = None  # free the previous one before the new one is built
         was_training = self.training
         self.eval()
-        with self.phase("rollout"), self.trainer.precision_plugin.forward_context():
-            rollout = self.collect(self.ask(self.iteration))
+        rollout = self.scored()
         self.train(was_training)
-        rollout = self.credit(self.score(rollout))
+        rollout = self.credit(rollout)
         self._metrics_logged = False
         self.notify("on_rollout_end", rollout)
         return rollout
+
+    def scored(self) -> R:
+        """ask -> collect -> score."""
+        with self.rolling_out():
+            rollout = self.collect(self.ask(self.iteration))
+        return self.score(rollout)
+
+    @contextmanager
+    def rolling_out(self) -> Iterator[None]:
+        """The phase "rollout", under the trainer's precision."""
+        with self.phase("rollout"), self.trainer.precision_plugin.forward_context():
+            yield
 
     def supervised_minibatch(self, index: int) -> Examples:
         accumulate = self.trainer.accumulate_grad_batches
@@ -248,8 +259,12 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         return batch.weights.numel()
 
     # ------------------------------------------------------------------ optimization
+    def parameter_groups(self) -> list[Any]:
+        """What the optimizer gets: the trained parameters, or groups of them with settings of their own."""
+        return [p for p in self.parameters() if p.requires_grad]
+
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = self.optimizer(self.parameter_groups())
         after = self.lr_scheduler(optimizer) if self.lr_scheduler else None
         if not self.warmup_steps:
             return {"optimizer": optimizer} | ({"lr_scheduler": {"scheduler": after, "interval": "step"}} if after else {})

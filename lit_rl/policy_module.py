@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import nn
 
 from lit_rl.errors import ConfigError
 from lit_rl.module import LitRL, gather_objects
@@ -13,6 +15,14 @@ from lit_rl.strategies import FSDP2Strategy
 from lit_rl.types import Prompts, Rollout
 
 R = TypeVar("R", bound=Rollout)
+
+
+class Shardable(Protocol):
+    """A model whose networks are cut into shards, block by block."""
+
+    def networks(self) -> Sequence[nn.Module]: ...
+
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]: ...
 
 
 class LitPolicy(LitRL[R]):
@@ -26,6 +36,10 @@ class LitPolicy(LitRL[R]):
         self.evaluated: list[Prompts] = []
 
     # ------------------------------------------------------------------ the policy's life
+    def models(self) -> Sequence[Shardable]:
+        """Everything with trained weights: the policy, and what a method has beside it."""
+        return [self.policy]
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.policy.load()
@@ -35,8 +49,9 @@ class LitPolicy(LitRL[R]):
         """FSDP2: shard each block, then the network. Other strategies need nothing here."""
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDP2Strategy):
-            for network in self.policy.networks():
-                strategy.shard(network, self.policy.blocks(network))
+            for model in self.models():
+                for network in model.networks():
+                    strategy.shard(network, model.blocks(network))
 
     def finish_warmup(self) -> None:
         super().finish_warmup()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lit_rl.errors import ConfigError
 from lit_rl.losses.aggregation import Aggregation, token_weights
@@ -31,6 +33,7 @@ class TokenBatch(Minibatch):
     reference: Tensor | None  # Float "N S"
     values: Tensor | None  # Float "N S"
     returns: Tensor | None  # Float "N S"
+    preference: Tensor | None  # Int "N"
 
 
 class LitToken(LitPolicy[TokenRollout]):
@@ -73,12 +76,17 @@ class LitToken(LitPolicy[TokenRollout]):
             raise ConfigError(
                 f"model.prompts_per_update={self.prompts_per_update} does not divide among {world} processes; use a multiple of {world}"
             )
-        units = self.prompts_per_update // world * self.group_size // self.together
+        units = self.prompts_per_update // world * self.units_per_prompt
         if units < accumulate:
             raise ConfigError(
                 f"trainer.accumulate_grad_batches={accumulate} asks for more micro-batches than there is to share out in an optimizer "
                 f"step on a process ({units}); lower it to at most {units}"
             )
+
+    @property
+    def units_per_prompt(self) -> int:
+        """Pieces of a prompt's sequences that may stand in different micro-batches, at least."""
+        return self.group_size // self.together
 
     @property
     def updates(self) -> int:
@@ -116,9 +124,9 @@ class LitToken(LitPolicy[TokenRollout]):
         minibatches: list[Tensor] = []
         for update in range(self.updates):
             rows = (step == update).nonzero()[:, 0]
-            kept, filler = rows[useful[rows]], rows[~useful[rows]]  # every process needs a forward for each micro-batch, even of weight 0
-            needed = max(0, parts * self.together - len(kept))
-            minibatches += self.micro_batches(rollout, torch.cat([kept, filler[:needed]]), parts)
+            units, filler = self.units(rollout, rows[useful[rows]]), self.units(rollout, rows[~useful[rows]])
+            # Every process needs a forward for each micro-batch, even of weight 0.
+            minibatches += self.micro_batches(rollout, units + filler[: max(0, parts - len(units))], parts)
         return minibatches
 
     def useful(self, rollout: TokenRollout) -> Tensor:
@@ -126,31 +134,50 @@ class LitToken(LitPolicy[TokenRollout]):
         assert rollout.weights is not None
         return (rollout.weights != 0).any(1)
 
-    def micro_batches(self, rollout: TokenRollout, rows: Tensor, parts: int) -> list[Tensor]:
-        """`rows` in `parts` of about equal cost, each of similar lengths."""
-        units = rows.view(-1, self.together)
-        lengths = rollout.lengths.cpu()[units].amax(1).tolist()
-        return [units[torch.tensor(part, dtype=torch.long)].flatten() for part in balanced_parts(lengths, parts=parts)]
+    def units(self, rollout: TokenRollout, rows: Tensor) -> list[Tensor]:
+        """`rows` in pieces that stay whole."""
+        return list(rows.view(-1, self.together))
+
+    def micro_batches(self, rollout: TokenRollout, units: Sequence[Tensor], parts: int) -> list[Tensor]:
+        """`units` in `parts` of about equal cost, each of similar lengths."""
+        lengths = rollout.lengths.tolist()
+        costs = [len(unit) * max(lengths[row] for row in unit.tolist()) for unit in units]
+        return [torch.cat([units[i] for i in part]) for part in balanced_parts(costs, parts=parts)]
 
     def minibatch(self, rollout: TokenRollout, rows: Tensor) -> TokenBatch:
         """The rows of a rollout, as wide as the longest of them."""
         rows = rows.to(rollout.lengths.device)
         width = int(rollout.lengths[rows].max())
         streams = {name: None if (v := getattr(rollout, name)) is None else v[rows, : width - 1] for name in STREAMS}
-        return TokenBatch(tokens=rollout.tokens[rows, :width], lengths=rollout.lengths[rows], **streams)
+        preference = None if rollout.preference is None else rollout.preference[rows]
+        return TokenBatch(tokens=rollout.tokens[rows, :width], lengths=rollout.lengths[rows], preference=preference, **streams)
 
     def count_actions(self, batch: Minibatch) -> int:
         return int(batch.mask.sum())
 
+    def all_logprobs(self, rollout: TokenRollout, *, temperature: float = 1.0, rows: Tensor | None = None) -> Tensor:
+        """Log-probabilities Float32 "B S" of the chosen tokens (of `rows` alone, if given), micro-batch by micro-batch."""
+
+        def of(batch: TokenBatch) -> Tensor:
+            return self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature)[0]
+
+        return self.each_action(rollout, of, rows=rows)
+
     @torch.no_grad()
-    def all_logprobs(self, rollout: TokenRollout, *, temperature: float = 1.0) -> Tensor:
-        """Log-probabilities Float32 "B S" of the chosen tokens, micro-batch by micro-batch."""
+    def each_action(self, rollout: TokenRollout, of: Callable[[TokenBatch], Tensor], *, rows: Tensor | None = None) -> Tensor:
+        """`of` every micro-batch of `rows` (default: all), as Float32 "B S"; 0 for the other rows. Collective."""
         result = torch.zeros(rollout.mask.shape, device=self.device)
-        parts = min(self.minibatches_per_pass(), len(rollout) // self.together)
-        for rows in self.micro_batches(rollout, torch.arange(len(rollout)), parts):
-            batch = self.minibatch(rollout, rows)
-            values, _ = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature)
-            result[rows.to(self.device), : values.shape[1]] = values.float()
+        everything = torch.arange(len(rollout))
+        units = self.units(rollout, everything if rows is None else rows.cpu())
+        counts = self.all_ranks(torch.tensor([len(units)], device=self.device))
+        if not counts.any():
+            return result
+        asked = units or self.units(rollout, everything)[:1]  # sharded weights want as many forwards on every process
+        for here in self.micro_batches(rollout, asked, min(self.minibatches_per_pass(), max(1, int(counts.min())))):
+            batch = self.minibatch(rollout, here)
+            values = of(batch).float()
+            if units:
+                result[here.to(self.device), : values.shape[1]] = values
         return result
 
     def restore_rollout(self, fields: dict[str, Any]) -> TokenRollout:
@@ -166,3 +193,44 @@ def sequences(prompts: Prompts, ids: Sequence[Sequence[int]], chosen: Sequence[S
         tokens[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), torch.tensor(which)
     zeros = torch.zeros(len(ids), width - 1)
     return TokenRollout(group=prompts.group, info=prompts.info, logprobs=zeros, mask=mask[:, 1:], tokens=tokens, lengths=lengths)
+
+
+def pair_sequences(prompts: Prompts, pair_ids: Callable[[Any], tuple[Sequence[int], Sequence[int], Sequence[int]]]) -> TokenRollout:
+    """Chosen, rejected, chosen, rejected, ...: each row of the data stands twice in `prompts`."""
+    ids, chosen = [], []
+    for i, row in enumerate(prompts.info):
+        prompt, *answers = pair_ids(row)
+        ids.append([*prompt, *answers[i % 2]])
+        chosen.append([False] * len(prompt) + [True] * len(answers[i % 2]))
+    return sequences(prompts, ids, chosen)
+
+
+def select(rollout: TokenRollout, rows: Tensor) -> TokenRollout:
+    """These sequences of a rollout, in this order."""
+    taken = {f.name: _each(getattr(rollout, f.name), lambda x: x[rows.to(x.device)]) for f in fields(rollout) if f.name != "info"}
+    return replace(rollout, info=[rollout.info[i] for i in rows.tolist()], **taken)
+
+
+def joined(parts: Sequence[TokenRollout]) -> TokenRollout:
+    """The sequences of several rollouts as one, as wide as the widest. All must have the same fields and rewards."""
+    width = max(part.tokens.shape[1] for part in parts)
+    padded = [
+        replace(p, **{f.name: _each(getattr(p, f.name), lambda x, by=width - p.tokens.shape[1]: _widened(x, by)) for f in fields(p)})
+        for p in parts
+    ]
+    together: dict[str, Any] = {"info": [row for p in parts for row in p.info]}
+    together["rewards"] = {name: torch.cat([p.rewards[name] for p in parts]) for name in parts[0].rewards}
+    for name in {f.name for f in fields(parts[0])} - together.keys():
+        values = [getattr(p, name) for p in padded]
+        together[name] = None if all(v is None for v in values) else torch.cat(values)
+    return replace(parts[0], **together)
+
+
+def _each(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, dict):
+        return {name: of(tensor) for name, tensor in value.items()}
+    return of(value) if isinstance(value, Tensor) else value
+
+
+def _widened(tensor: Tensor, by: int) -> Tensor:
+    return pad(tensor, (0, by)) if tensor.ndim == 2 else tensor

@@ -80,6 +80,7 @@ class TokenRollout(Rollout):
     reference: Tensor | None = None  # Float "B S", log-probabilities of the reference, where a method needs them
     values: Tensor | None = None  # Float "B S", of the critic, where there is one
     returns: Tensor | None = None  # Float "B S", what the critic learns
+    preference: Tensor | None = None  # Int "B", 1 chosen and -1 rejected, neighbours; 0 for what the policy said itself
 
 
 class Minibatch(SimpleNamespace):

@@ -17,7 +17,15 @@ FORMULAS = [
 ]
 LOW = ["lit_rl.types", "lit_rl.errors", "lit_rl.seeding"]
 MIDDLE = ["lit_rl.policies", "lit_rl.rewards", "lit_rl.rollouts", "lit_rl.checkpoints"]
-MODULE = ["lit_rl.module", "lit_rl.policy_module", "lit_rl.flow_module", "lit_rl.token_module", "lit_rl.generation_module", "lit_rl.credit"]
+MODULE = [
+    "lit_rl.module",
+    "lit_rl.policy_module",
+    "lit_rl.flow_module",
+    "lit_rl.token_module",
+    "lit_rl.generation_module",
+    "lit_rl.policy_gradient_module",
+    "lit_rl.credit",
+]
 MAY_IMPORT = {
     "lit_rl/types.py": [],
     **{name.replace(".", "/"): FORMULAS for name in FORMULAS},
@@ -30,6 +38,7 @@ MAY_IMPORT = {
     "lit_rl/flow_module.py": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
     "lit_rl/token_module.py": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
     "lit_rl/generation_module.py": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
+    "lit_rl/policy_gradient_module.py": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
     "lit_rl/methods": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
     "callbacks": ["lit_rl", "callbacks"],
     "datamodules": ["lit_rl", "datamodules"],

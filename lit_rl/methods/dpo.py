@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_rl.errors import ConfigError
 from lit_rl.losses.preference import PreferenceLoss, ld_sequence_logprobs, preference_loss, preference_metrics
 from lit_rl.policies.base import TokenPolicy
-from lit_rl.token_module import LitToken, sequences
+from lit_rl.token_module import LitToken, pair_sequences
 from lit_rl.types import Minibatch, Prompts, TokenRollout
 
 
@@ -64,13 +64,7 @@ class DPO(LitToken):
 
     def pairs(self, prompts: Prompts) -> TokenRollout:
         """Chosen, rejected, chosen, rejected, ...: each row of the data stands twice in `prompts`."""
-        ids, chosen = [], []
-        for i, row in enumerate(prompts.info):
-            prompt, *answers = self.data.pair_ids(row)  # type: ignore[attr-defined]
-            answer = answers[i % 2]
-            ids.append([*prompt, *answer])
-            chosen.append([False] * len(prompt) + [True] * len(answer))
-        rollout = sequences(prompts, ids, chosen).to(self.device)
+        rollout = pair_sequences(prompts, self.data.pair_ids).to(self.device)  # type: ignore[attr-defined]
         with self.policy.reference():
             return replace(rollout, reference=self.all_logprobs(rollout))
 

@@ -12,8 +12,9 @@ from toy_text import Digits, model_folder, policy, trainer
 
 from lit_rl.errors import ConfigError
 from lit_rl.methods.dpo import DPO
-from lit_rl.methods.grpo import CISPO, GRPO, GSPO, RLOO, Correction, DrGRPO, ReinforcePP
+from lit_rl.methods.grpo import CISPO, GRPO, GSPO, RLOO, DrGRPO, ReinforcePP
 from lit_rl.methods.sft import SFT
+from lit_rl.policy_gradient_module import Correction
 from lit_rl.rollouts.base import Sampling
 
 SHORT = Sampling(max_new_tokens=5)

@@ -1,0 +1,187 @@
+"""What policy-gradient methods on language models share: surrogate losses, divergence from the reference, shaped rewards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_rl.errors import ConfigError
+from lit_rl.generation_module import LitGeneration
+from lit_rl.losses.kl import AdaptiveKL, FixedKL, KLEstimator, kl_estimate
+from lit_rl.losses.masked import row_mean
+from lit_rl.losses.off_policy import Level, importance_weights, mismatch_metrics
+from lit_rl.losses.policy_gradient import clipped_ratio_loss
+from lit_rl.losses.surrogates import cispo_loss, geo_mean_loss, reinforce_loss, sapo_loss, sequence_log_ratio, surrogate_metrics
+from lit_rl.policies.base import TokenPolicy
+from lit_rl.token_advantages import overlong_penalty, token_rewards
+from lit_rl.types import Minibatch, TokenRollout
+
+Surrogate = Literal["clip", "gspo", "cispo", "sapo", "gmpo", "reinforce"]
+RewardKL = Literal["k1", "k2", "k3", "abs"]
+
+
+@dataclass(kw_only=True)
+class Correction:
+    """Truncated importance sampling: the loss of a token times trainer's / sampler's probability, at most `high` (arXiv 2501.03262).
+
+    For samplers that compute a little differently than the trainer, such as an inference server.
+
+    level: whose ratio, the token's, the product of the row, or its geometric mean. low, high: its bounds. outside: what becomes of ratios
+    beyond them: `clamp`, or `zero`, which takes the token (or row) out of the loss.
+    """
+
+    level: Level = "token"
+    low: float | None = None
+    high: float = 2.0
+    outside: Literal["clamp", "zero"] = "clamp"
+
+
+class LitPolicyGradient(LitGeneration):
+    """Clipped policy gradient on every token; a method adds the advantages.
+
+    Args:
+        policy: See `LitGeneration`, as for `engine`, `sampling`, `prompts_per_update`, ...
+        surrogate: `clip`: the clipped ratio of PPO; `gspo`: that of the whole sequence (arXiv 2507.18071); `cispo`: clipped weights that
+            keep every token's gradient (arXiv 2506.13585); `sapo`: soft clipping (arXiv 2511.20347); `gmpo`: the geometric mean of the
+            tokens' clipped ratios (arXiv 2507.20673); `reinforce`: none.
+        clip_low, clip_high: The ratio is clipped to [1 - clip_low, 1 + clip_high].
+        dual_clip: Bound of the ratio for negative advantages (arXiv 1912.09729); None = none.
+        kl_coef: Weight in the loss of the divergence from the reference; 0 spends no forward on it.
+        kl_kind: Its estimate, see `lit_rl.losses.kl.kl_estimate`; verl's low_var_kl is k3.
+        kl_in_reward: Weight of the divergence that is taken off the reward at every token; the first one, where it adapts.
+        kl_in_reward_kind: Its estimate; k1 = log p - log p_ref.
+        kl_target: The weight adapts so that the mean divergence stays here (arXiv 1909.08593); None = it is constant.
+        kl_horizon: Answers in which it may change by a factor of about e^0.2.
+        entropy_coef: Weight in the loss of minus the entropy.
+        correction: Of samplers that are not the trainer.
+        overlong_buffer: Tokens before `sampling.max_new_tokens` within which a reward falls linearly, by `overlong_factor` at the limit
+            (DAPO, eq. 13); 0 = off.
+        kwargs: See `LitGeneration`.
+    """
+
+    def __init__(
+        self,
+        policy: TokenPolicy,
+        *,
+        surrogate: Surrogate = "clip",
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        dual_clip: float | None = None,
+        kl_coef: float = 0.0,
+        kl_kind: KLEstimator = "k3",
+        kl_in_reward: float = 0.0,
+        kl_in_reward_kind: RewardKL = "k1",
+        kl_target: float | None = None,
+        kl_horizon: int = 10000,
+        entropy_coef: float = 0.0,
+        correction: Correction | None = None,
+        overlong_buffer: int = 0,
+        overlong_factor: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, **kwargs)
+        if clip_low < 0 or clip_high < 0:
+            raise ConfigError(f"model.clip_low={clip_low} and clip_high={clip_high} must not be negative; 0.2 is usual")
+        if dual_clip is not None and dual_clip <= 1:
+            raise ConfigError(f"model.dual_clip={dual_clip} must be above 1 (3 is usual), or null for none")
+        if kl_coef < 0 or kl_in_reward < 0:
+            raise ConfigError(f"model.kl_coef={kl_coef} and kl_in_reward={kl_in_reward} must not be negative; 0 turns the reference off")
+        if kl_coef or kl_in_reward:
+            policy.check_reference(after_warmup=False)
+        if kl_target is not None and not (kl_in_reward and kl_target > 0 and kl_horizon > 0):
+            raise ConfigError(
+                f"model.kl_target={kl_target} and kl_horizon={kl_horizon} must be above 0 (0.1 and 10000 are usual), and so must "
+                f"model.kl_in_reward={kl_in_reward}, which they adapt; for a constant weight leave kl_target out"
+            )
+        if not 0 <= overlong_buffer <= self.sampling.max_new_tokens:
+            raise ConfigError(f"model.overlong_buffer={overlong_buffer} must be in 0..{self.sampling.max_new_tokens}, the longest answer")
+        self.surrogate: Surrogate = surrogate
+        self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
+        self.kl_coef, self.kl_kind = kl_coef, kl_kind
+        self.kl_in_reward = FixedKL(kl_in_reward) if kl_target is None else AdaptiveKL(kl_in_reward, target=kl_target, horizon=kl_horizon)
+        self.kl_in_reward_kind: RewardKL = kl_in_reward_kind
+        self.entropy_coef = entropy_coef
+        self.correction = correction
+        self.overlong_buffer, self.overlong_factor = overlong_buffer, overlong_factor
+
+    def needs_reference(self) -> bool:
+        return self.kl_coef > 0 or self.kl_in_reward.coef > 0
+
+    def needs_logprobs(self) -> bool:
+        return super().needs_logprobs() or self.correction is not None
+
+    # ------------------------------------------------------------------ rewards of single tokens
+    def token_rewards(self, rollout: TokenRollout, total: Tensor) -> Tensor:
+        """Float64 "B S": the reward, less what its length costs, at an answer's last token; minus the divergence at each."""
+        scores = total.nan_to_num()
+        if self.overlong_buffer:
+            limit, lengths = self.sampling.max_new_tokens, rollout.mask.sum(1)
+            scores = scores + overlong_penalty(lengths, max_length=limit, buffer=self.overlong_buffer, factor=self.overlong_factor)
+        if not self.kl_in_reward.coef:
+            return token_rewards(scores, rollout.mask)
+        assert rollout.reference is not None
+        kl = kl_estimate(rollout.logprobs, rollout.reference, kind=self.kl_in_reward_kind)
+        rewards = token_rewards(scores, rollout.mask, kl=kl, kl_coef=self.kl_in_reward.coef)
+        self.adapt_kl(kl, rollout.mask)
+        return rewards
+
+    def adapt_kl(self, kl: Tensor, mask: Tensor) -> None:
+        """Take note of the divergence of this rollout, for the weight that the next one sees."""
+        answered = mask.any(1)
+        table = self.all_ranks(torch.stack([row_mean(kl.double(), mask).sum(), answered.sum().double()])[None]).sum(0)
+        mean, answers = float(table[0] / table[1].clamp(min=1)), int(table[1])
+        self.rollout_metrics |= {"kl_in_reward": mean, "kl_in_reward_coef": self.kl_in_reward.coef}
+        self.kl_in_reward.update(mean, sequences=answers)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["kl_in_reward"] = self.kl_in_reward.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if isinstance(self.kl_in_reward, AdaptiveKL) and "kl_in_reward" in checkpoint:  # a constant one is what the run's file says
+            self.kl_in_reward.load_state_dict(checkpoint["kl_in_reward"])
+
+    # ------------------------------------------------------------------ loss
+    def loss(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
+        temperature, look = self.sampling.temperature, self.entropy_coef != 0
+        new, entropy = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature, entropy=look)
+        old = batch.logprobs if self.needs_logprobs() or self.old_logprobs == "rollout" else new.detach()
+        losses, log_ratio = self.surrogate_loss(new, old, batch)
+        metrics = surrogate_metrics(log_ratio, batch.advantages, batch.mask, clip_low=self.clip_low, clip_high=self.clip_high)
+        if self.correction is not None and batch.behaviour is not None:
+            c = self.correction
+            given = {"level": c.level, "low": c.low, "high": c.high, "outside": c.outside}
+            losses = losses * importance_weights(batch.logprobs, batch.behaviour, batch.mask, **given)  # type: ignore[arg-type]
+        metrics["policy_loss"] = self.whole_step((losses.detach() * batch.weights).sum())
+        if self.kl_coef:
+            assert batch.reference is not None
+            kl = kl_estimate(new, batch.reference, kind=self.kl_kind)
+            metrics["kl_divergence"] = (kl.detach() * batch.mask).sum() / batch.mask.sum().clamp(min=1)
+            losses = losses + self.kl_coef * kl
+        if entropy is not None:
+            metrics["entropy"] = (entropy.detach() * batch.mask).sum() / batch.mask.sum().clamp(min=1)
+            losses = losses - self.entropy_coef * entropy
+        if batch.behaviour is not None:
+            metrics["rollout_kl"] = mismatch_metrics(batch.logprobs, batch.behaviour, batch.mask)["kl"]
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        return losses, batch.weights
+
+    def surrogate_loss(self, new: Tensor, old: Tensor, batch: Minibatch) -> tuple[Tensor, Tensor]:
+        """The loss of each token Float "N S", and the log-ratio that it clips."""
+        clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
+        log_ratio = sequence_log_ratio(new, old, batch.mask) if self.surrogate == "gspo" else new - old
+        if self.surrogate in ("clip", "gspo"):
+            return clipped_ratio_loss(log_ratio, batch.advantages, dual_clip=self.dual_clip, **clip), log_ratio
+        if self.surrogate == "cispo":
+            return cispo_loss(new, old, batch.advantages, **clip), log_ratio
+        if self.surrogate == "gmpo":
+            return geo_mean_loss(new, old, batch.advantages, batch.mask, **clip), log_ratio
+        return (sapo_loss(new, old, batch.advantages) if self.surrogate == "sapo" else reinforce_loss(new, batch.advantages)), log_ratio
+
+    def whole_step(self, part: Tensor) -> Tensor:
+        """A micro-batch's share of a step's sum, scaled so that the mean over micro-batches and processes is the sum."""
+        return part * self.trainer.accumulate_grad_batches * self.trainer.world_size
