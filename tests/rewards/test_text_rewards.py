@@ -166,6 +166,8 @@ def test_conversations_that_are_too_long_lose_their_beginning(classifier: Callab
 def test_models_that_cannot_be_used(classifier: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no folder of a transformers model"):
         ModelReward(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"is no reward model: it has no score.weight"):
+        ModelReward(str(build_lm(tmp_path / "lm", hidden=32))).setup(rank=0, world_size=1, device="cpu")
     folder = str(classifier(labels=2))
     with pytest.raises(ConfigError, match="has 2 outputs(?s:.*)set label to the one that is the score"):
         ModelReward(folder).setup(rank=0, world_size=1, device="cpu")

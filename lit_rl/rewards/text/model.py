@@ -66,10 +66,14 @@ class ModelReward(TextReward):
 
         options = {"trust_remote_code": self.trust_remote_code}
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(self.pretrained, dtype=self.dtype, **options)
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                self.pretrained, dtype=self.dtype, output_loading_info=True, **options
+            )
             self._tokenizer: Any = AutoTokenizer.from_pretrained(self.pretrained, **options)
         except (OSError, ValueError) as error:
             raise ConfigError(f"pretrained: {self.pretrained!r} cannot be read as a sequence-classification model: {error}") from error
+        if found["missing_keys"]:  # they would be random numbers, and so would the scores
+            raise ConfigError(f"pretrained: {self.pretrained!r} is no reward model: it has no {', '.join(sorted(found['missing_keys']))}")
         labels = model.config.num_labels
         if labels > 1 and self.label is None:
             raise ConfigError(f"{self.pretrained} has {labels} outputs, {model.config.id2label}: set label to the one that is the score")
