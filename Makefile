@@ -1,10 +1,10 @@
-# make setup | make demo [SEED=1] | make demo-nft [SEED=1] | make test | make lint — each prepares what it needs, on a machine with Python 3.11 or newer.
+# make setup | make demo [SEED=1] | make demo-nft [SEED=1] | make demo-fill | make demo-fill-nft | make test | make lint — each prepares what it needs, on a machine with Python 3.11 or newer.
 PYTHON ?= python3
 SEED ?= 0
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: setup demo demo-nft test lint
+.PHONY: setup demo demo-nft demo-fill demo-fill-nft test lint
 
 setup: $(READY)
 
@@ -24,6 +24,12 @@ demo: $(READY)
 
 demo-nft: $(READY)
 	$(BIN)/python -m lit_rl.demo --method nft --seed $(SEED)
+
+demo-fill: $(READY)
+	$(BIN)/python -m lit_rl.demo --task fill --seed $(SEED)
+
+demo-fill-nft: $(READY)
+	$(BIN)/python -m lit_rl.demo --task fill --method nft --seed $(SEED)
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -1,0 +1,117 @@
+"""The demos: a miniature model learns to write numbers from the answers of an OCR server.
+
+    python -m lit_rl.demo [--task text|fill] [--method grpo|nft] [--seed 0]
+
+`text` is a text-to-image model, `fill` one that rewrites signs in the ink of a reference image. Everything a real run does, in minutes on a
+CPU: a pipeline in diffusers format, a reward server in its own process, a supervised warm-up, reinforcement learning continued from the
+warm-up's checkpoint, evaluation on held-out prompts, a picture of what was learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lit_rl.demo.curves import read_curves, remember, summarize
+from lit_rl.demo.pictures import compare, draw
+from lit_rl.demo.tasks import TASKS
+
+QUIET = {  # two processes on two cores, one thread each; no bars for the files of a 9 MB model
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--task", choices=TASKS, default="text")
+    parser.add_argument("--method", choices=("grpo", "nft"), default="grpo")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    task = TASKS[args.task]
+    run = task.runs[args.method]
+    out = run.out
+    if not Path(run.config).is_file():
+        raise SystemExit(f"error: {run.config} is not here; run the demo from the folder of the repository")
+    os.environ |= QUIET
+    started = time.perf_counter()
+    if out.exists():
+        say(f"removing the previous demo in {out}/")
+        shutil.rmtree(out)
+    say(f"building a miniature {task.model} pipeline in {out / 'model'}/")
+    task.prepare(out, args.seed)
+    seconds = {}
+    with reward_server(out) as url:
+        os.environ["REWARD_SERVER_URLS"] = url
+        common = ["--config", run.config, "--seed_everything", str(args.seed)]
+        say(f"supervised warm-up on {task.warmup}")
+        seconds["warmup"] = cli("fit", *common, "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1")
+        cli("predict", *common, "--ckpt_path", "last", "--images.output_dir", str(out / "images/after_warmup"))
+        say(f"{run.title} against the OCR server, continued from the warm-up's checkpoint")
+        seconds["rl"] = cli("fit", *common, "--ckpt_path", "last")
+        cli("predict", *common, "--ckpt_path", "last", "--images.output_dir", str(out / "images/after_rl"))
+    curves = read_curves(out / "logs")
+    summary = summarize(curves, task.scores, seconds=seconds, seed=args.seed)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    draw(out / "demo.png", run.title, curves, task.scores, task.panels(out, summary))
+    compare(task.comparison, remember(task.curves, run.title, args.seed, curves))
+    accuracy = summary["held_out_accuracy"]
+    say(
+        f"held-out numbers read correctly: {accuracy['after_warmup']:.0%} after the warm-up, {accuracy['after_rl']:.0%} after "
+        f"{summary['images_trained']} images of reinforcement learning ({time.perf_counter() - started:.0f} s in all)"
+    )
+    tensorboard = Path(sys.executable).parent / "tensorboard"
+    say(f"see {out / 'demo.png'}, {task.comparison}, {out / 'summary.json'}, and: {tensorboard} --logdir {out / 'logs'}")
+
+
+def say(message: str) -> None:
+    print(f"\n== {message} ==", flush=True)
+
+
+@contextmanager
+def reward_server(folder: Path) -> Iterator[str]:
+    """The URL of an OCR server of its own process on a free port; it is stopped when the block ends, however it ends."""
+    ready, log = folder / "reward_server.url", folder / "reward_server.log"
+    command = [sys.executable, "-m", "lit_rl.rewards.server", "--scorers", "ocr", "--port", "0", "--ready-file", str(ready)]
+    with open(log, "wb") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 120
+        while not ready.is_file():
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"error: the reward server did not start; its last words in {log}:\n{log.read_text()[-2000:]}")
+            time.sleep(0.2)
+        url = ready.read_text().strip()
+        say(f"reward server {url} (process {server.pid}, log {log})")
+        yield url
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(timeout=60)
+
+
+def cli(*args: str) -> float:
+    """Run `python cli.py ...` and return its seconds; a failure ends the demo with the same exit code."""
+    command = [sys.executable, "cli.py", *args]
+    print("$ python " + " ".join(command[1:]), flush=True)
+    started = time.perf_counter()
+    done = subprocess.run(command)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

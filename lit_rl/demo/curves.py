@@ -1,0 +1,69 @@
+"""What the demo's runs logged, and what summary.json says of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+ACCURACY = "val/ocr_similarity_perfect"
+
+Known = dict[str, dict[str, list[list[float]]]]
+"""By method and seed: images, and accuracy after them."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One logged number over the optimizer steps."""
+
+    steps: list[int]
+    values: list[float]
+
+
+def read_curves(logs: Path) -> dict[str, Curve]:
+    """Every scalar of the TensorBoard logs below a folder, in order of steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    points: dict[str, dict[int, float]] = {}
+    for file in sorted(logs.rglob("events.out.tfevents.*"), key=lambda f: f.stat().st_mtime):
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            points.setdefault(tag, {}).update({e.step: e.value for e in events.Scalars(tag)})
+    return {tag: Curve(sorted(by_step), [by_step[s] for s in sorted(by_step)]) for tag, by_step in points.items()}
+
+
+def summarize(curves: Mapping[str, Curve], scores: Mapping[str, str], *, seconds: Mapping[str, float], seed: int) -> dict[str, Any]:
+    """What summary.json holds. scores: tags of held-out numbers by their name in it.
+
+    Accuracy is the share of evaluation images whose text the OCR engine reads exactly as prompted.
+    """
+    held_out = {name: curves[tag].values for name, tag in scores.items()}
+    return {
+        **{name: {"after_warmup": round(values[0], 4), "after_rl": round(values[-1], 4)} for name, values in held_out.items()},
+        "images_trained": sum(round(n) for n in curves["images"].values),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "seed": seed,
+    }
+
+
+def remember(file: Path, method: str, seed: int, curves: Mapping[str, Curve]) -> Known:
+    """Accuracy over images of every run of a demo so far, this one included; `file` keeps them."""
+    known: Known = json.loads(file.read_text()) if file.is_file() else {}
+    known.setdefault(method, {})[str(seed)] = list(over_images(curves, ACCURACY))
+    file.write_text(json.dumps(known, indent=2) + "\n")
+    return known
+
+
+def images_seen(curves: Mapping[str, Curve]) -> list[float]:
+    """Images before the first iteration, and after each."""
+    return [0.0, *accumulate(curves["images"].values)]
+
+
+def over_images(curves: Mapping[str, Curve], tag: str) -> tuple[list[float], list[float]]:
+    """A held-out number, and how many images each evaluation came after; the warm-up's came after none."""
+    seen, steps, values = images_seen(curves), curves["images"].steps, curves[tag]
+    return [seen[sum(step <= at for step in steps)] for at in values.steps], values.values

@@ -1,0 +1,139 @@
+"""The demo's pictures: curves, and what the same prompts and noises gave before and after reinforcement learning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_rl.demo.curves import Curve, Known, images_seen, over_images
+
+BLUE, GREEN, GREY = "#1f6feb", "#2da44e", "#9aa5b1"
+LABELS = {"held_out_accuracy": "held-out prompts read exactly right", "held_out_ink_similarity": "likeness of the ink to the reference's"}
+STAGES = {"after_warmup": "after the warm-up", "after_rl": "after RL"}
+
+
+def draw(path: Path, title: str, curves: Mapping[str, Curve], scores: Mapping[str, str], panels: Sequence[tuple[str, Any]]) -> None:
+    """One PNG: training reward and held-out numbers over the images trained on, and beside it titled pictures."""
+    figure, (left, *others) = _plt().subplots(
+        1, 1 + len(panels), figsize=(13, 4.2), width_ratios=[1.25, *[2 / len(panels)] * len(panels)], layout="constrained"
+    )
+    left.plot(images_seen(curves)[1:], curves["reward_mean"].values, color=GREY, label="training reward (mean of the iteration)")
+    for (name, tag), colour in zip(scores.items(), (BLUE, GREEN)):
+        left.plot(*over_images(curves, tag), color=colour, marker="o", label=LABELS[name])
+    left.set(xlabel="images of reinforcement learning", ylim=(0, 1), title=f"{title} against a live OCR server")
+    left.grid(alpha=0.3)
+    left.legend(loc="lower right")
+    for axis, (words, picture) in zip(others, panels):
+        axis.imshow(picture, interpolation="nearest")
+        axis.set_title(words)
+        axis.axis("off")
+    figure.savefig(path, dpi=110)
+
+
+def compare(path: Path, known: Known) -> None:
+    """One PNG: held-out accuracy over the images trained on, a colour for each method and a line for each seed."""
+    figure, axis = _plt().subplots(figsize=(6.5, 4), layout="constrained")
+    for i, (method, seeds) in enumerate(sorted(known.items())):
+        for j, (images, accuracy) in enumerate(seeds.values()):
+            axis.plot(images, accuracy, color=f"C{i}", marker="o", label=None if j else f"{method}, seed {', '.join(seeds)}")
+    axis.set(xlabel="images of reinforcement learning", ylabel=LABELS["held_out_accuracy"], ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+def _plt() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def written_numbers(out: Path, summary: Mapping[str, Any], *, samples: int = 40) -> list[tuple[str, Any]]:
+    """Two sheets: pictures after the warm-up, and after reinforcement learning."""
+    accuracy = summary["held_out_accuracy"]
+    return [(f"{title}: {accuracy[stage]:.0%} right", contact_sheet(out / "images" / stage, samples)) for stage, title in STAGES.items()]
+
+
+def contact_sheet(folder: Path, samples: int, *, columns: int = 5, zoom: int = 3) -> Any:
+    """The first images of a prediction in rows, each enlarged, with the number that was asked for beside it."""
+    from PIL import Image
+
+    rows = predicted(folder)[:samples]
+    images = [Image.open(folder / row["file"]) for row in rows]
+    width, height = images[0].width * zoom, images[0].height * zoom
+    label, gap = 40, 6
+    count = -(-len(images) // columns)
+    sheet = Image.new("RGB", (label + columns * (width + gap), count * (height + gap)), "white")
+    for i, (row, image) in enumerate(zip(rows, images)):
+        line, column = divmod(i, columns)
+        if column == 0:
+            _label(sheet, row["prompt"].split('"')[1], 2, line * (height + gap) + height // 4, size=22)
+        sheet.paste(_enlarged(image, zoom), (label + column * (width + gap), line * (height + gap)))
+    return sheet
+
+
+def filled_signs(out: Path, summary: Mapping[str, Any], *, samples: int = 24) -> list[tuple[str, Any]]:
+    """One sheet: of each held-out item what is given (number, picture with its hole, reference) and what was made of it."""
+    accuracy, items = summary["held_out_accuracy"], json.loads((out / "items.json").read_text())
+    held_out = [item for item in items["items"] if item["split"] == "val"][:samples]
+    sheet = sign_sheet(out / items["root"], held_out, [out / "images" / stage for stage in STAGES])
+    right = ", ".join(f"{title} ({accuracy[stage]:.0%} right)" for stage, title in STAGES.items())
+    return [(f"wanted, hole, reference, {right}", sheet)]
+
+
+def sign_sheet(images: Path, items: Sequence[Mapping[str, str]], stages: Sequence[Path], *, columns: int = 3, zoom: int = 3) -> Any:
+    """A tile per item: its number, its source with the masked part hatched, its reference, and its picture of each stage."""
+    from PIL import Image
+
+    tiles = []
+    predictions = [[folder / row["file"] for row in predicted(folder)] for folder in stages]
+    for i, item in enumerate(items):
+        source, mask, reference = (Image.open(images / item[field]) for field in ("source", "mask", "reference"))
+        parts = [_with_hole(_enlarged(source, zoom), _enlarged(mask, zoom)), _enlarged(reference, zoom)]
+        parts += [_enlarged(Image.open(files[i]), zoom) for files in predictions]
+        label, gap = 32, 4
+        tile = Image.new("RGB", (label + sum(part.width + gap for part in parts), parts[0].height + gap), "white")
+        _label(tile, item["text"], 2, parts[0].height // 4, size=20)
+        x = label
+        for part in parts:
+            tile.paste(part, (x, (parts[0].height - part.height) // 2))
+            x += part.width + gap
+        tiles.append(tile)
+    width, height = tiles[0].width + 14, tiles[0].height
+    sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def _with_hole(source: Any, mask: Any) -> Any:
+    """The source, hatched where the mask is white."""
+    from PIL import Image
+
+    hatch = Image.new("RGB", source.size, "white")
+    hatch.putdata(
+        [(150, 150, 150) if (i % source.width + i // source.width) % 6 == 0 else (255, 255, 255) for i in range(hatch.width * hatch.height)]
+    )
+    return Image.composite(hatch, source.convert("RGB"), mask.convert("L"))
+
+
+def predicted(folder: Path) -> list[dict[str, str]]:
+    """The rows of a prediction, in the order of its prompts."""
+    return [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+
+
+def _enlarged(image: Any, zoom: int) -> Any:
+    from PIL import Image
+
+    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+
+
+def _label(sheet: Any, text: str, x: int, y: int, *, size: int) -> None:
+    from PIL import ImageDraw, ImageFont
+
+    ImageDraw.Draw(sheet).text((x, y), text, fill=BLUE, font=ImageFont.load_default(size))

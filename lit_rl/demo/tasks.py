@@ -1,0 +1,105 @@
+"""What the demos learn, and from what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_rl.demo.curves import ACCURACY
+from lit_rl.demo.pictures import filled_signs, written_numbers
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method's run of a task: name, YAML and output folder, which the YAML names too."""
+
+    title: str
+    config: str
+    out: Path
+
+
+@dataclass(frozen=True)
+class Task:
+    """prepare(folder, seed) writes the model and whatever else the YAMLs read there; scores: tags of the held-out numbers by their name
+    in summary.json; panels(folder, summary): titled pictures of what was learned; curves, comparison: files of all runs of the task."""
+
+    model: str
+    warmup: str
+    prepare: Callable[[Path, int], None]
+    runs: Mapping[str, Run]
+    scores: Mapping[str, str]
+    panels: Callable[[Path, Mapping[str, Any]], list[tuple[str, Any]]]
+    curves: Path
+    comparison: Path
+
+
+def prepare_text(out: Path, seed: int) -> None:
+    from lit_rl.policies.tiny import build_sd3
+
+    build_sd3(
+        out / "model",
+        height=16,
+        width=16,
+        factor=4,
+        patch_size=1,
+        hidden=96,
+        heads=3,
+        qk_norm=None,
+        text_hidden=32,
+        t5_hidden=None,
+        shift=1.0,
+    )
+
+
+def prepare_fill(out: Path, seed: int) -> None:
+    from lit_rl.demo.signs import HEIGHT, WIDTH, write_signs
+    from lit_rl.policies.tiny import build_flux, build_siglip
+
+    write_signs(out, lines_share=0.5, wrong_ink_share=0.3, seed=seed)
+    build_siglip(out / "siglip")
+    build_flux(
+        out / "model",
+        height=HEIGHT,
+        width=WIDTH,
+        factor=2,
+        image_channels=3,
+        hidden=96,
+        heads=3,
+        layers=2,
+        single_layers=2,
+        fill=True,
+        text_hidden=32,
+        t5_hidden=64,
+    )
+
+
+TASKS = {
+    "text": Task(
+        model="SD3",
+        warmup="pictures of numbers, most of which have lines printed over them",
+        prepare=prepare_text,
+        runs={
+            "grpo": Run("Flow-GRPO", "configs/demo/flow_grpo_ocr.yaml", Path("outputs/demo")),
+            "nft": Run("DiffusionNFT", "configs/demo/diffusion_nft_ocr.yaml", Path("outputs/demo-nft")),
+        },
+        scores={"held_out_accuracy": ACCURACY},
+        panels=written_numbers,
+        curves=Path("outputs/demo-curves.json"),
+        comparison=Path("outputs/demo-methods.png"),
+    ),
+    "fill": Task(
+        model="FLUX.1-Fill",
+        warmup="signs, many of which have lines printed over the number or the wrong ink",
+        prepare=prepare_fill,
+        runs={
+            "grpo": Run("Flow-GRPO", "configs/demo/flow_grpo_fill.yaml", Path("outputs/demo-fill")),
+            "nft": Run("DiffusionNFT", "configs/demo/diffusion_nft_fill.yaml", Path("outputs/demo-fill-nft")),
+        },
+        scores={"held_out_accuracy": ACCURACY, "held_out_ink_similarity": "val/ink_similarity"},
+        panels=filled_signs,
+        curves=Path("outputs/demo-fill-curves.json"),
+        comparison=Path("outputs/demo-fill-methods.png"),
+    ),
+}
