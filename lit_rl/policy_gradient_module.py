@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
 from lit_rl.generation_module import LitGeneration
@@ -136,6 +138,24 @@ class LitPolicyGradient(LitGeneration):
         self.rollout_metrics |= {"kl_in_reward": mean, "kl_in_reward_coef": self.kl_in_reward.coef}
         self.kl_in_reward.update(mean, sequences=answers)
 
+    # ------------------------------------------------------------------ weights that wait
+    def resting(self) -> Iterable[nn.Parameter]:
+        """Parameters that the optimizer must not touch in this iteration, by weight decay neither."""
+        return ()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        for parameter in self.resting():
+            parameter.grad = None
+
+    def check_can_rest(self, setting: str) -> None:
+        """Raise ConfigError under strategies whose optimizer moves all weights or none."""
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            raise ConfigError(
+                f"{setting} leaves weights as they are for a while, which DeepSpeed's optimizer cannot: "
+                "run with configs/base/ddp.yaml or fsdp.yaml, or do without it"
+            )
+
+    # ------------------------------------------------------------------ checkpoints
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["kl_in_reward"] = self.kl_in_reward.state_dict()

@@ -92,9 +92,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         if "network" in self._modules:
             return
         lm = self._read()
-        blocks = repeated_blocks(lm)
-        linear = {name.rpartition(".")[2] for block in blocks for name, part in block.named_modules() if isinstance(part, nn.Linear)}
-        self.adopt(lm, targets=sorted(linear), load_initial=lambda lora: load_adapter(lm, lora))
+        self.adopt(lm, targets=linear_layers(lm), load_initial=lambda lora: load_adapter(lm, lora))
         self.network = TokenNetwork(lm)
         if self.reference_network is not None:
             self.reference_network = TokenNetwork(self.reference_network)
@@ -106,17 +104,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
                     block.compile()
 
     def _read(self) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        dtype = torch.float32 if self.full else self.dtype
-        attention = {"attn_implementation": self.attention} if self.attention else {}
-        try:
-            lm = AutoModelForCausalLM.from_pretrained(self.pretrained, dtype=dtype, **attention, **self.source)
-        except OSError as error:
-            raise ConfigError(
-                f"pretrained: {self.pretrained!r} is neither a folder nor a hub repository that can be read: {error}"
-            ) from error
-        return lm.requires_grad_(False)
+        return read_lm(self.pretrained, dtype=torch.float32 if self.full else self.dtype, attention=self.attention, **self.source)
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         return repeated_blocks(network.lm)  # type: ignore[arg-type]
@@ -184,6 +172,18 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         self.tokenizer.save_pretrained(folder)
 
 
+def read_lm(pretrained: str, *, dtype: torch.dtype, attention: str | None, **source: Any) -> Any:
+    """A frozen model of transformers from a folder or hub id."""
+    from transformers import AutoModelForCausalLM
+
+    chosen = {"attn_implementation": attention} if attention else {}
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype, **chosen, **source)
+    except OSError as error:
+        raise ConfigError(f"pretrained: {pretrained!r} is neither a folder nor a hub repository that can be read: {error}") from error
+    return lm.requires_grad_(False)
+
+
 def check_folder(pretrained: str) -> None:
     """Raises ConfigError for a folder without config.json; a hub id (owner/name) is found to exist or not when it is loaded."""
     folder = Path(pretrained).expanduser()
@@ -200,6 +200,12 @@ def repeated_blocks(lm: Any) -> list[nn.Module]:
     """The decoder layers: the longest list of modules below the output layer."""
     lists = [module for module in lm.base_model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=lambda modules: len(list(modules))))
+
+
+def linear_layers(lm: Any) -> list[str]:
+    """Last names of the linear layers of the blocks: where LoRA sits by default."""
+    parts = (item for block in repeated_blocks(lm) for item in block.named_modules())
+    return sorted({name.rpartition(".")[2] for name, part in parts if isinstance(part, nn.Linear)})
 
 
 def load_adapter(lm: nn.Module, lora: LoraSettings) -> None:

@@ -1,0 +1,106 @@
+"""Who says what a text is worth before it is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_rl.policies.causal_lm import Dtype, check_folder, linear_layers, load_adapter, read_lm, repeated_blocks
+from lit_rl.policies.lora import LoraSettings, add_lora
+
+
+class ValueNetwork(nn.Module):
+    """A language model with one number in place of its output layer, 0 before it is trained."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        hidden = lm.get_output_embeddings().in_features
+        lm.set_output_embeddings(nn.Identity())
+        self.lm = lm
+        self.head = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """Values Float32 "N" at `places`, flat indices into `tokens`. tokens: Int "B T", padded on the right."""
+        hidden = self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)[places]
+        with torch.autocast(hidden.device.type, enabled=False):  # returns are told apart more finely than bfloat16 can
+            return nn.functional.linear(hidden.float(), self.head.weight.float(), self.head.bias.float())[:, 0]
+
+
+class Critic(nn.Module):
+    """A language model that predicts what reward is still to come, with weights of its own.
+
+    Args:
+        pretrained: Folder in transformers format, or hub id, of a causal language model (a reward model, of which the body is taken);
+            default: that of the policy, whose initial weights it then starts from.
+        lora: Train low-rank adapters and the value head; None trains everything, in float32. `lora.initial` may be a policy's adapter.
+        gradient_checkpointing: Recompute each block in the backward pass.
+        dtype: Of the frozen weights, with LoRA those of the base.
+        attention: Implementation, as transformers names it; None = its own choice.
+        revision: Of a hub repository.
+        trust_remote_code: Run Python code that comes with the model.
+    """
+
+    network: ValueNetwork
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        *,
+        lora: LoraSettings | None = None,
+        gradient_checkpointing: bool = False,
+        dtype: Dtype = "float32",
+        attention: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if pretrained is not None:
+            check_folder(pretrained)
+        self.pretrained = pretrained
+        self.lora = lora
+        self.gradient_checkpointing = gradient_checkpointing
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.attention = attention
+        self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
+
+    def load(self, beside: Any) -> None:
+        """Read the weights (on the CPU). beside: the policy, whose folder it is where none is given. Idempotent."""
+        if "network" in self._modules:
+            return
+        folder, source = (self.pretrained, self.source) if self.pretrained else (beside.pretrained, beside.source)
+        lm = read_lm(folder, dtype=self.dtype if self.lora else torch.float32, attention=self.attention, **source)
+        if self.lora:
+            add_lora(lm, self.lora, targets=self.lora.targets or linear_layers(lm), seed=torch.initial_seed())
+            if self.lora.initial:
+                load_adapter(lm, self.lora)
+        else:
+            lm.requires_grad_(True)
+        self.network = ValueNetwork(lm)
+        if self.gradient_checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def networks(self) -> Sequence[nn.Module]:
+        return [self.network]
+
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        return repeated_blocks(network.lm)
+
+    def checkpoint_keys(self) -> set[str]:
+        """Everything; with LoRA the adapters and the head, without the base."""
+        keys = set(self.state_dict())
+        return {key for key in keys if ".lora_" in key or ".head." in key} if self.lora else keys
+
+    def values(self, tokens: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+        """Values Float32 "B S" of the text before each chosen token; 0 where `mask` is False. Arguments as of `TokenPolicy.logprobs`."""
+        width = max(int(lengths.max()), 2)
+        inputs, chosen = tokens[:, : width - 1], mask[:, : width - 1]
+        inputs = inputs.where(torch.arange(width - 1, device=tokens.device) < lengths[:, None], 0)  # padding may be no token at all
+        places = chosen.flatten().nonzero()[:, 0]
+        found = self.network(inputs, places)
+        flat = found.new_zeros(chosen.numel()).index_put((places,), found)
+        return nn.functional.pad(flat.view(chosen.shape), (0, mask.shape[1] - chosen.shape[1]))
