@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence, Sized
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -17,10 +17,13 @@ class Progress(TQDMProgressBar):
     Args:
         refresh_rate: Minibatches between two updates of the bar; 0 shows nothing at all.
         seconds_between_lines: At least so many between two lines of one iteration where there is no terminal.
+        line: What is said of a finished iteration: all the bar's "metrics", or its optimizer "step", as in
+            Step 100/10000 | Loss: 0.234 | Reward: 0.856 | KL: 0.0012 | LR: 9.8e-07
     """
 
-    def __init__(self, refresh_rate: int = 1, *, seconds_between_lines: float = 30.0) -> None:
+    def __init__(self, refresh_rate: int = 1, *, seconds_between_lines: float = 30.0, line: Literal["metrics", "step"] = "metrics") -> None:
         super().__init__(refresh_rate=refresh_rate)
+        self.line = line
         self.seconds_between_lines = seconds_between_lines
         self._lines = False
         self._done = 0
@@ -107,10 +110,24 @@ class Progress(TQDMProgressBar):
         """The line that stays."""
         super().on_train_epoch_end(trainer, pl_module)
         seconds, self._epoch_began = time.perf_counter() - self._epoch_began, time.perf_counter()
-        loss = trainer.callback_metrics.get("loss")  # the mean over the iteration's minibatches
-        said = "" if loss is None or pl_module.warming_up else f"  loss {float(loss):.4g}"
-        self.print(f"{self.label(trainer, pl_module)}:{self._metrics(trainer, pl_module)}{said}  ({seconds:.1f} s)")
+        if self.line == "step" and not pl_module.warming_up:  # type: ignore[operator]
+            self.print(self._step(trainer, pl_module))
+        else:
+            loss = trainer.callback_metrics.get("loss")  # the mean over the iteration's minibatches
+            said = "" if loss is None or pl_module.warming_up else f"  loss {float(loss):.4g}"
+            self.print(f"{self.label(trainer, pl_module)}:{self._metrics(trainer, pl_module)}{said}  ({seconds:.1f} s)")
         self._evaluated, self._last_line = False, time.perf_counter()
+
+    def _step(self, trainer: L.Trainer, module: Any) -> str:
+        """Metrics of the iteration under the names of training logs, then those of an evaluation under their own."""
+        each = module.minibatches_per_epoch() // trainer.accumulate_grad_batches
+        last = trainer.global_step + ((trainer.max_epochs or 0) - trainer.current_epoch - 1) * each
+        known = trainer.callback_metrics
+        kl = next((name for name in ("kl_divergence", "kl") if name in known), "")
+        names = {"Loss": "loss", "Reward": "reward_mean", "KL": kl} | {n: n for n in known if self._evaluated and n.startswith("val/")}
+        said = [f"{label}: {float(known[name]):.4g}" for label, name in names.items() if name in known]
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        return " | ".join([f"Step {trainer.global_step}/{last}", *said, f"LR: {rate:.2g}"])
 
     def _metrics(self, trainer: L.Trainer, module: Any) -> str:
         shown = {n: v for n, v in self.get_metrics(trainer, module).items() if self._evaluated or not n.startswith("val/")}

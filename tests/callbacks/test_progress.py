@@ -40,6 +40,18 @@ def test_lines_in_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(lines) == 3 and all(re.fullmatch(pattern, line) for pattern, line in zip(patterns, lines)), lines
 
 
+def test_lines_by_optimizer_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 steps of warm-up and 3 of each iteration are 9; the reward is the iteration's, an evaluation's score stands in its line."""
+    lines = shown(tmp_path, monkeypatch, io.StringIO(), Progress(line="step"))
+    number = r"-?[\d.]+(?:e-\d+)?"
+    patterns = [
+        r"warm-up: .*",
+        rf"Step 6/9 \| Loss: {number} \| Reward: {number} \| val/brightness: {number}.* \| LR: {number}",
+        rf"Step 9/9 \| Loss: {number} \| Reward: {number} \| LR: {number}",
+    ]
+    assert len(lines) == 3 and all(re.fullmatch(pattern, line) for pattern, line in zip(patterns, lines)), lines
+
+
 def test_long_iterations_show_life_in_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = shown(tmp_path, monkeypatch, io.StringIO(), Progress(seconds_between_lines=0))
     rollout = [line for line in lines if line.startswith("iteration 2/2: rollout")]
