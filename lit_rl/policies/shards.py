@@ -14,8 +14,8 @@ def local(parameter: Tensor) -> Tensor:
 
 
 def reshard(module: nn.Module) -> None:
-    """Put the shards back in their place: after a forward without backward (a rollout) FSDP2 leaves gathered weights there, and edits of
-    those are lost. Nothing under other strategies."""
+    """Put the shards back in their place: after a forward without backward (a rollout) FSDP2 leaves gathered weights there, as ZeRO-3 does
+    with some after any, and edits of those are lost, or come late. Nothing under other strategies."""
     for part in module.modules():
         if callable(back := getattr(part, "reshard", None)):
             back()
@@ -50,6 +50,20 @@ def whole(tensor: Tensor) -> Tensor:
 
     with deepspeed.zero.GatheredParameters([tensor]):
         return tensor.detach().to("cpu", copy=True)
+
+
+def readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The whole tensor where it lies, in `dtype`: itself where that is what it is, else a copy. Collective; call `reshard` before it."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(tensor, DTensor):
+        return tensor.detach().to(dtype).full_tensor()  # type: ignore[attr-defined]  # converted first: less to send
+    if not hasattr(tensor, "ds_id"):
+        return tensor.detach().to(dtype)
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return tensor.detach().to(dtype, copy=True)
 
 
 def part(parameter: Tensor) -> Tensor:

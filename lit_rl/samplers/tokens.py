@@ -43,6 +43,11 @@ def inverse_cumulative(weights: Float[Tensor, "B V"], uniform: Float[Tensor, "B"
     uniform: in [0, 1). Found in the running sum of blocks first, then within the block.
     """
     size = weights.shape[-1]
+    if size <= 16 * BLOCK:
+        heaped = weights.cumsum(-1, dtype=torch.float64)
+        total = heaped[:, -1]
+        place = torch.searchsorted(heaped, (uniform.to(heaped) * total)[:, None], right=True)
+        return place[:, 0].clamp(max=size - 1), total
     if size % BLOCK:
         weights = F.pad(weights, (0, -size % BLOCK))
     blocks = weights.unflatten(-1, (-1, BLOCK))

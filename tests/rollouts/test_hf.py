@@ -1,0 +1,46 @@
+"""The engine around transformers' own `generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from rough_lm import farthest, policy_of, ready, recomputed, requests
+
+from lit_rl.policies.tiny_lm import Family
+from lit_rl.rollouts.base import Sampling
+from lit_rl.rollouts.hf import HFEngine
+
+
+@pytest.mark.parametrize("family", get_args(Family))
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_answers_are_whole_and_have_the_log_probabilities_of_the_trainer(family: Family, temperature: float, tmp_path: Path) -> None:
+    policy = policy_of(tmp_path, family)
+    asked = requests(policy)
+    answers = ready(HFEngine(batch=5), policy).generate(asked, Sampling(max_new_tokens=12, temperature=temperature))
+    assert {answer.finish for answer in answers} == {"stop", "length"}
+    for request, answer in zip(asked, answers):
+        assert farthest(answer.logprobs, recomputed(policy, request, answer, temperature)) < 1e-4
+        assert not set(answer.ids[:-1]) & set(policy.stop_ids)
+        assert (answer.ids[-1] in policy.stop_ids) if answer.finish == "stop" else len(answer.ids) == 12
+
+
+def test_an_answer_depends_on_its_key_and_on_nothing_it_was_batched_with(tmp_path: Path) -> None:
+    policy = policy_of(tmp_path)
+    asked, sampling = requests(policy), Sampling(max_new_tokens=12, top_p=0.9)
+    together = [answer.ids for answer in ready(HFEngine(batch=64), policy).generate(asked, sampling)]
+    backwards = [answer.ids for answer in ready(HFEngine(batch=4), policy).generate(asked[::-1], sampling)]
+    assert backwards[::-1] == together
+    others = ready(HFEngine(), policy).generate(requests(policy, seed=1), sampling)
+    assert [answer.ids for answer in others] != together and len({tuple(ids) for ids in together[:3]}) > 1
+
+
+def test_at_temperature_0_it_is_the_greedy_answer_of_transformers(tmp_path: Path) -> None:
+    policy = policy_of(tmp_path)
+    request = requests(policy)[3]
+    (answer,) = ready(HFEngine(), policy).generate([request], Sampling(max_new_tokens=12, temperature=0.0))
+    lm = policy.network.lm
+    greedy = lm.generate(torch.tensor([request.prompt]), max_new_tokens=12, do_sample=False, eos_token_id=policy.stop_ids)  # type: ignore[operator, union-attr]
+    assert greedy[0, len(request.prompt) :].tolist() == answer.ids
