@@ -98,8 +98,6 @@ class LitPolicyGradient(LitGeneration):
                 f"model.kl_target={kl_target} and kl_horizon={kl_horizon} must be above 0 (0.1 and 10000 are usual), and so must "
                 f"model.kl_in_reward={kl_in_reward}, which they adapt; for a constant weight leave kl_target out"
             )
-        if not 0 <= overlong_buffer <= self.sampling.max_new_tokens:
-            raise ConfigError(f"model.overlong_buffer={overlong_buffer} must be in 0..{self.sampling.max_new_tokens}, the longest answer")
         self.surrogate: Surrogate = surrogate
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
         self.kl_coef, self.kl_kind = kl_coef, kl_kind
@@ -107,7 +105,13 @@ class LitPolicyGradient(LitGeneration):
         self.kl_in_reward_kind: RewardKL = kl_in_reward_kind
         self.entropy_coef = entropy_coef
         self.correction = correction
-        self.overlong_buffer, self.overlong_factor = overlong_buffer, overlong_factor
+        self.overlong_factor = overlong_factor
+        self.set_overlong(overlong_buffer)
+
+    def set_overlong(self, buffer: int) -> None:
+        if not 0 <= buffer <= self.sampling.max_new_tokens:
+            raise ConfigError(f"model.overlong_buffer={buffer} must be in 0..{self.sampling.max_new_tokens}, the longest answer")
+        self.overlong_buffer = buffer
 
     def needs_reference(self) -> bool:
         return self.kl_coef > 0 or self.kl_in_reward.coef > 0
@@ -138,6 +142,19 @@ class LitPolicyGradient(LitGeneration):
         self.rollout_metrics |= {"kl_in_reward": mean, "kl_in_reward_coef": self.kl_in_reward.coef}
         self.kl_in_reward.update(mean, sequences=answers)
 
+    # ------------------------------------------------------------------ what is told of a rollout
+    def describe(self, rollout: TokenRollout, total: Tensor) -> dict[str, float]:
+        """Also `entropy` and `kl_divergence`, estimated from the sampled tokens, where the loss does not look at them itself.
+
+        The mean of -log p over a policy's own tokens is its entropy, where sampling.top_p and top_k leave none out.
+        """
+        streams = {} if self.entropy_coef else {"entropy": -rollout.logprobs}
+        if not self.kl_coef and rollout.reference is not None:
+            streams["kl_divergence"] = kl_estimate(rollout.logprobs, rollout.reference, kind=self.kl_kind)
+        sums = [*(stream.double().where(rollout.mask, 0.0).sum() for stream in streams.values()), rollout.mask.sum().double()]
+        *values, count = self.all_ranks(torch.stack(sums)[None]).sum(0).tolist()
+        return super().describe(rollout, total) | {name: value / max(count, 1) for name, value in zip(streams, values)}
+
     # ------------------------------------------------------------------ weights that wait
     def resting(self) -> Iterable[nn.Parameter]:
         """Parameters that the optimizer must not touch in this iteration, by weight decay neither."""
@@ -167,8 +184,17 @@ class LitPolicyGradient(LitGeneration):
 
     # ------------------------------------------------------------------ loss
     def loss(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
+        losses, metrics = self.policy_loss(*self.forward_policy(batch), batch)
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        return losses, batch.weights
+
+    def forward_policy(self, batch: Minibatch) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities Float "N S" as the policy has them now, and the entropies where they are in the loss."""
         temperature, look = self.sampling.temperature, self.entropy_coef != 0
-        new, entropy = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature, entropy=look)
+        return self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature, entropy=look)
+
+    def policy_loss(self, new: Tensor, entropy: Tensor | None, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each token Float "N S", and what to log."""
         old = batch.logprobs if self.needs_logprobs() or self.old_logprobs == "rollout" else new.detach()
         losses, log_ratio = self.surrogate_loss(new, old, batch)
         metrics = surrogate_metrics(log_ratio, batch.advantages, batch.mask, clip_low=self.clip_low, clip_high=self.clip_high)
@@ -187,8 +213,7 @@ class LitPolicyGradient(LitGeneration):
             losses = losses - self.entropy_coef * entropy
         if batch.behaviour is not None:
             metrics["rollout_kl"] = mismatch_metrics(batch.logprobs, batch.behaviour, batch.mask)["kl"]
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
-        return losses, batch.weights
+        return losses, metrics
 
     def surrogate_loss(self, new: Tensor, old: Tensor, batch: Minibatch) -> tuple[Tensor, Tensor]:
         """The loss of each token Float "N S", and the log-ratio that it clips."""
