@@ -39,9 +39,20 @@ class TokenNetwork(nn.Module):
         # No attention mask: padding is on the right, where causal attention never looks from a real token.
         hidden = self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)[places]
         head = self.lm.get_output_embeddings()
+        expect(self, head)
         softcap = getattr(self.lm.config, "final_logit_softcapping", None)
         found = token_logprobs(hidden, head.weight, targets, bias=head.bias, temperature=temperature, softcap=softcap, entropy=entropy)
         return found.logprobs, found.entropy
+
+
+def expect(reader: nn.Module, head: nn.Module) -> None:
+    """Have ZeRO-3 gather the weights of `head` for every forward and backward of `reader`: unasked it gathers what a module owns."""
+    for parameter in head.parameters():
+        if hasattr(parameter, "ds_id") and id(parameter) not in getattr(reader, "_external_params", {}):
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(reader, parameter)
+            parameter.all_gather()  # type: ignore[attr-defined]
 
 
 class CausalLM(TrainedPolicy, TokenPolicy):
