@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import toy_text
 from cpu_strategies import CPUZeroStrategy
 from fill import FillData, fill_policy
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -20,19 +21,23 @@ from toy import Brightness, ToyData, ToyPolicy, toy_trainer
 from callbacks.ema import EMA
 from callbacks.export import Export
 from callbacks.old_policy import OldPolicySync
+from callbacks.reward_scoring import RewardScoring
 from callbacks.rng_state import RngState
 from datamodules.base import PromptDataModule
 from lit_rl.credit import Advantage
 from lit_rl.errors import ConfigError
 from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.flow_grpo import FlowGRPO
+from lit_rl.methods.grpo import GRPO
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.lora import LoraSettings
 from lit_rl.policies.sd3 import SD3Policy
 from lit_rl.policies.shards import gathered
-from lit_rl.rewards.base import Reward
+from lit_rl.rewards.base import Reward, TextReward
+from lit_rl.rollouts.base import Sampling
+from lit_rl.rollouts.native import NativeEngine
 from lit_rl.strategies import FSDP2Strategy
-from lit_rl.types import Info
+from lit_rl.types import Info, TokenRollout
 
 STRATEGIES = {
     "one": lambda: "auto",
@@ -52,6 +57,13 @@ class Contrast(Reward):
 
     def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
         return {"contrast": media.double().flatten(1).std(1) / 255}
+
+
+class Long(TextReward):
+    outputs = ("long",)
+
+    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
+        return {"long": torch.tensor([float(len(text)) for text in media])}
 
 
 class Said(PromptDataModule):
@@ -156,6 +168,33 @@ def held(parameter: Tensor) -> int:
     if isinstance(parameter, DTensor):
         return parameter.to_local().numel()
     return getattr(parameter, "ds_tensor", parameter).numel()
+
+
+def answers(folder: str, strategy: str, *, lora: bool, precision: str = "32-true") -> list[dict[str, Any]]:
+    """Two iterations of GRPO on a miniature language model: what this process's engine answered, and what the trainer says of it."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"lora": LoraSettings(rank=4, alpha=16.0)} if lora else {}
+    found: list[dict[str, Any]] = []
+
+    class Watch(L.Callback):
+        def on_rollout_end(self, trainer: L.Trainer, module: GRPO, rollout: TokenRollout) -> None:
+            with trainer.precision_plugin.forward_context():
+                own = module.all_logprobs(rollout, temperature=0.8)
+            ids = [tokens[:length].tolist() for tokens, length in zip(rollout.tokens, rollout.lengths)]
+            apart = (own - rollout.logprobs).abs()[rollout.mask]
+            found.append({"ids": ids, "group": rollout.group.tolist(), "apart": float(apart.max()), "mean": float(apart.mean())})
+
+    module = GRPO(
+        toy_text.policy(Path(folder), **settings), engine=NativeEngine(batch=6), sampling=Sampling(max_new_tokens=8, temperature=0.8),
+        prompts_per_iteration=4, group_size=4, rollout_chunk=5, optimizer=partial(torch.optim.SGD, lr=30.0), seed=0,
+    )  # fmt: skip
+    run = L.Trainer(
+        accelerator="cpu", strategy=STRATEGIES[strategy](), devices=1 if strategy == "one" else 2, max_epochs=2, precision=precision,  # type: ignore[arg-type]
+        callbacks=[RewardScoring({"long": Long()}), Watch()], limit_val_batches=0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    run.fit(module, toy_text.Digits())
+    return found
 
 
 def fails(**arguments: Any) -> str:

@@ -1,0 +1,45 @@
+"""However the weights are spread, each process answers as a single one does, and as its trainer computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scenarios
+import toy_text
+from pair import Pair
+
+pytestmark = pytest.mark.slow
+
+
+def by_group(iteration: list[dict[str, Any]]) -> dict[int, list[list[int]]]:
+    """Answers with their prompts, of all processes."""
+    found: dict[int, list[list[int]]] = {}
+    for rank in iteration:
+        for group, ids in zip(rank["group"], rank["ids"]):
+            found.setdefault(group, []).append(ids)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_text.model_folder(tmp_path_factory.mktemp("lm"), layers=2)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_two_processes_answer_as_one_does(pair: Pair, folder: Path, strategy: str, lora: bool) -> None:
+    """Before and after an optimizer step; answers of different lengths, so that no process may wait for the other between two tokens."""
+    one = scenarios.answers(str(folder), "one", lora=lora)
+    two = pair.run("answers", folder=str(folder), strategy=strategy, lora=lora)
+    for iteration in range(2):
+        ranks = [rank[iteration] for rank in two]
+        assert max(found["apart"] for found in (*ranks, one[iteration])) < 1e-4
+        assert by_group(ranks) == by_group([one[iteration]])
+    assert by_group([one[0]]) != by_group([one[1]])
+
+
+def test_shards_are_gathered_in_the_precision_they_are_computed_with(pair: Pair, folder: Path) -> None:
+    for found in pair.run("answers", folder=str(folder), strategy="fsdp2", lora=False, precision="bf16-mixed"):
+        assert max(iteration["mean"] for iteration in found) < 0.02
