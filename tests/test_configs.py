@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+
+from lit_rl.methods.dpo import DPO
+from lit_rl.methods.sft import SFT
+from lit_rl.module import LitRL
+from lit_rl.token_module import LitToken
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "base")
@@ -30,19 +37,34 @@ def test_first_line_says_what_it_is(path: Path) -> None:
     assert path.read_text().startswith("# ") and len(path.read_text().splitlines()[0]) > 20
 
 
+def head(path: Path) -> str:
+    return "\n".join(line for line in path.read_text().splitlines()[:3] if line.startswith("#"))
+
+
+def method(path: Path) -> type[LitRL[Any]]:
+    module, _, name = yaml.safe_load(path.read_text())["model"]["class_path"].rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def samples_per_prompt(path: Path) -> int:
+    """Of demonstrations there is one, of a pair there are two answers; the other methods are told."""
+    cls = method(path)
+    return (
+        1 if issubclass(cls, SFT) else 2 if issubclass(cls, DPO) else yaml.safe_load(path.read_text())["model"]["init_args"]["group_size"]
+    )
+
+
 @pytest.mark.parametrize("path", RUNS, ids=[f"{p.parent.name}/{p.stem}" for p in RUNS])
 def test_products_of_the_first_line_are_right(path: Path) -> None:
-    """`a prompts x b samples = c images` in the comment is what the run does."""
-    run = yaml.safe_load(path.read_text())["model"]["init_args"]
-    prompts, group = run["prompts_per_iteration"], run["group_size"]
-    head = "\n".join(line for line in path.read_text().splitlines()[:3] if line.startswith("#"))
-    assert f"{prompts} prompts x {group} samples = {prompts * group} images" in head
+    """`a prompts x b samples = c images` (or answers) in the comment is what the run does."""
+    prompts, group = yaml.safe_load(path.read_text())["model"]["init_args"]["prompts_per_iteration"], samples_per_prompt(path)
+    assert f"{prompts} prompts x {group} samples = {prompts * group} {method(path).samples}" in head(path)
 
 
 SHARES = re.compile(
     r"(?:on (\d+) GPUs (\d+) each|(\d+) images) x (\d+) trained steps = (\d+) pairs = (\d+) updates? x (\d+) micro-batches of (\d+)"
 )
-STATED = {path: stated for path in RUNS if (stated := SHARES.search("\n".join(path.read_text().splitlines()[:3])))}
+STATED = {path: stated for path in RUNS if (stated := SHARES.search(head(path)))}
 
 
 @pytest.mark.parametrize("path", STATED, ids=[f"{p.parent.name}/{p.stem}" for p in STATED])
@@ -58,9 +80,29 @@ def test_shares_of_the_first_lines_are_right(path: Path) -> None:
     assert steps in (model.get("window_size"), int(model["num_steps"] * model.get("timestep_fraction", 0.99)))
 
 
+OF_TEXTS = re.compile(r"on (\d+) GPUs (\d+) each = (\d+) updates? x (\d+) micro-batch(?:es)? of (\d+)")
+PASSES = re.compile(r"(\d+) epochs? of (\d+) rows (?:\(.*\) )?= (\d+) x (\d+) = (\d+) iterations")
+TEXTS = [path for path in RUNS if path.parent.name != "demo" and issubclass(method(path), LitToken)]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=[f"{p.parent.name}/{p.stem}" for p in TEXTS])
+def test_shares_and_length_of_runs_on_texts_are_right(path: Path) -> None:
+    """`on n GPUs a each = u updates x m micro-batches of k`, `e epochs of r rows = e x i = t iterations`."""
+    run, stated, passes = yaml.safe_load(path.read_text()), OF_TEXTS.search(head(path)), PASSES.search(head(path))
+    model, trainer = run["model"]["init_args"], run["trainer"]
+    assert stated and passes, head(path)
+    gpus, each, updates, micro_batches, size = map(int, stated.groups())
+    prompts, per_update = model["prompts_per_iteration"], model.get("prompts_per_update", model["prompts_per_iteration"])
+    assert prompts % gpus == per_update % gpus == 0 and gpus * each == prompts * samples_per_prompt(path)
+    assert each == updates * micro_batches * size and updates * per_update == prompts
+    assert micro_batches == trainer["accumulate_grad_batches"]
+    epochs, rows, again, iterations, total = map(int, passes.groups())
+    assert (epochs, rows // prompts, epochs * iterations) == (again, iterations, total) and total == trainer["max_epochs"]
+
+
 def test_production_runs_state_their_shares() -> None:
     """All but DanceGRPO, which trains a part of each trajectory."""
-    assert {p.stem for p in RUNS if p.parent.name != "demo"} - {p.stem for p in STATED} == {"flux_dance_pickscore"}
+    assert {p.stem for p in RUNS if p.parent.name != "demo" and p not in TEXTS} - {p.stem for p in STATED} == {"flux_dance_pickscore"}
 
 
 GUIDE = {"flow_grpo": (500, 0.1, 0.9999), "diffusion_nft": (1000, 0.01, 0.999)}
@@ -88,3 +130,56 @@ def test_flux_fill_runs_are_the_guides(method: str) -> None:
     per_rollout = int(STATED[CONFIGS / method / "flux_fill_text.yaml"][6])
     assert warmup + (trainer["max_epochs"] - 1) * per_rollout == 10000
     assert callbacks["ModelCheckpoint"]["every_n_epochs"] * per_rollout == 500
+
+
+LLM_GUIDE: dict[str, dict[str, Any]] = {
+    "sft/qwen25_7b_gsm8k": {"epochs": 3, "data": {"max_length": 4096}},
+    "sft/qwen25_7b_gsm8k_lora": {"epochs": 3, "data": {"max_length": 4096}, "lora": {"rank": 32, "alpha": 64}},
+    "dpo/qwen25_7b_hh_rlhf": {
+        "epochs": 1,
+        "model": {"beta": 0.1, "loss_kind": "sigmoid"},
+        "lr": 5e-7,
+        "data": {"max_length": 4096},
+        "policy": {"keep_reference": True},
+    },
+    "grpo/qwen25_7b_gsm8k": {
+        "epochs": 15,
+        "lr": 1e-6,
+        "model": {
+            "prompts_per_iteration": 1024,
+            "prompts_per_update": 256,
+            "group_size": 5,
+            "kl_coef": 0.001,
+            "kl_kind": "k3",
+            "sampling": {"max_new_tokens": 1024, "temperature": 1.0},
+        },
+        "policy": {"keep_reference": True, "gradient_checkpointing": True},
+        "data": {"max_prompt_length": 512, "filter_overlong_prompts": True, "truncation": "error"},
+        "frequencies": (20, 5),
+    },
+    "ppo/qwen25_7b_gsm8k": {
+        "epochs": 10,
+        "lr": 1e-6,
+        "model": {"prompts_per_iteration": 256, "prompts_per_update": 64, "gamma": 1.0, "lam": 0.95},
+    },
+}
+"""What the language models' guide says of each of its commands; save and test frequencies in iterations."""
+
+
+@pytest.mark.parametrize("name", LLM_GUIDE)
+def test_runs_on_texts_are_the_guides(name: str) -> None:
+    path, said = CONFIGS / f"{name}.yaml", LLM_GUIDE[name]
+    run = yaml.safe_load(path.read_text())
+    model, data = run["model"]["init_args"], run["data"]["init_args"]
+    policy = model["policy"]["init_args"]
+    assert policy["pretrained"].startswith("Qwen/Qwen2.5-7B")
+    for found, expected in ((model, said.get("model")), (policy, said.get("policy")), (data, said.get("data"))):
+        assert expected is None or {key: found.get(key) for key in expected} == expected
+    assert policy.get("lora") == said.get("lora")
+    if "lr" in said:
+        assert model["optimizer"]["init_args"]["lr"] == said["lr"]
+    passes = PASSES.search(head(path))
+    assert passes and int(passes[1]) == said["epochs"]
+    if "frequencies" in said:
+        saved = {c["init_args"]["every_n_epochs"] for c in run["trainer"]["callbacks"] if "dirpath" in c.get("init_args", {})}
+        assert (saved, run["trainer"]["check_val_every_n_epoch"]) == ({said["frequencies"][0]}, said["frequencies"][1])

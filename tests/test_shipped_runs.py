@@ -14,12 +14,17 @@ import torch
 import yaml
 from fill import HEIGHT, WIDTH, build_fill
 from PIL import Image
+from safetensors.torch import load_file
+from text_rows import jsonl
 
 from lit_rl.checkpoints.ip_adapter import read_ip_adapter
 from lit_rl.policies.tiny import build_flux, build_sd3
+from lit_rl.policies.tiny_lm import build_lm
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("base", "demo"))
+SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("base", "demo"))
+TEXTS = [path for path in SHIPPED if "causal_lm" in path.read_text()]
+RUNS = [path for path in SHIPPED if path not in TEXTS]
 PROMPTS, GROUP = 2, 2
 
 
@@ -110,3 +115,65 @@ def test_run_trains_on_a_miniature(path: Path, home: Path, tmp_path: Path, fit: 
     files = [folder / kind / f"checkpoint-{trainer.global_step}/ip-adapter.bin" for kind in ("", "ema")]
     trained, average = (read_ip_adapter(file) for file in files)
     assert any(not torch.equal(trained[s][k], average[s][k]) for s in trained for k in trained[s])
+
+
+# ------------------------------------------------------------------ language models
+QUESTION = {"question": "2+2?", "answer": "#### 4", "prompt": [{"role": "user", "content": "2+2?"}]}
+SCORED = QUESTION | {"data_source": "gsm8k", "reward_model": {"style": "rule", "ground_truth": "4"}}
+PAIR = {"prompt": "Human: hi Assistant:", "chosen": " Hello.", "rejected": " What?"}
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "SupervisedText": [QUESTION],
+    "PreferencePairs": [PAIR],
+    "TextPrompts": [SCORED],
+    "PromptsAndPairs": [SCORED, PAIR, SCORED | {"self_play": True}],
+}
+"""What `python -m lit_rl.prepare` writes, by datamodule."""
+
+
+def shrunk_text(run: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same run on a miniature and one CPU process: one iteration of as many updates, on 4 prompts each."""
+    model, trainer, data = run["model"]["init_args"], run["trainer"], run["data"]["init_args"]
+    updates = model["prompts_per_iteration"] // model.get("prompts_per_update", model["prompts_per_iteration"])
+    model["policy"]["init_args"]["pretrained"] = str(build_lm(folder / "model", hidden=32, layers=1, heads=2))
+    model |= {"prompts_per_iteration": 4 * updates} | ({"prompts_per_update": 4} if updates > 1 else {})
+    for name in {"sampling", "eval_sampling"} & model.keys():
+        model[name]["max_new_tokens"] = 6
+    if model.get("overlong_buffer"):
+        model["overlong_buffer"] = 2
+    if model.get("group_size", 1) > 4:
+        model["group_size"] = 4
+    rows = ROWS[run["data"]["class_path"].rpartition(".")[2]]
+    data |= {"train": jsonl(folder / "train.jsonl", *rows * 8), "val": jsonl(folder / "val.jsonl", *rows)}
+    trainer |= {"accelerator": "cpu", "devices": 1, "accumulate_grad_batches": 2, "check_val_every_n_epoch": 1, "max_epochs": 1}
+    trainer["enable_model_summary"] = False
+    for callback in trainer["callbacks"]:
+        if "every_n_epochs" in callback.get("init_args", {}):
+            callback["init_args"]["every_n_epochs"] = 1
+    return run
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=[f"{p.parent.name}/{p.stem}" for p in TEXTS])
+def test_run_on_texts_trains_on_a_miniature(
+    path: Path, tmp_path: Path, fit: Callable[[dict[str, Any]], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One iteration moves the weights that are exported; its line, logs, checkpoint and held-out numbers are where the YAML says."""
+    run = shrunk_text(yaml.safe_load(path.read_text()), tmp_path)
+    done = fit(run)
+    method, trainer = done.model, done.trainer
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    updates = run["model"]["init_args"]["prompts_per_iteration"] // run["model"]["init_args"].get("prompts_per_update", 4)
+    assert trainer.global_step == updates and np.isfinite(metrics["loss"])
+    assert f"Step {updates}/{updates} | Loss: " in capsys.readouterr().out
+    scored = any("RewardScoring" in c["class_path"] for c in run["trainer"]["callbacks"])
+    assert ("val/score" if scored else "val/loss") in metrics
+
+    folder = Path(trainer.logger.save_dir)
+    assert list((folder / "logs").glob("events.out.tfevents.*"))
+    last = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == updates
+    (exported,) = (folder / "export").glob("iteration-1")
+    if run["model"]["init_args"]["policy"]["init_args"].get("lora"):  # B starts at 0
+        assert any(weight.any() for name, weight in load_file(exported / "adapter_model.safetensors").items() if "lora_B" in name)
+    else:
+        before, after = (load_file(where / "model.safetensors") for where in (tmp_path / "model", exported))
+        assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
