@@ -158,8 +158,7 @@ def test_run_on_texts_trains_on_a_miniature(
 ) -> None:
     """One iteration moves the weights that are exported; its line, logs, checkpoint and held-out numbers are where the YAML says."""
     run = shrunk_text(yaml.safe_load(path.read_text()), tmp_path)
-    done = fit(run)
-    method, trainer = done.model, done.trainer
+    trainer = fit(run).trainer
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     updates = run["model"]["init_args"]["prompts_per_iteration"] // run["model"]["init_args"].get("prompts_per_update", 4)
     assert trainer.global_step == updates and np.isfinite(metrics["loss"])
