@@ -15,7 +15,7 @@ from lit_rl.advantages import group_metrics, total_reward
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
-from lit_rl.rollouts.hf import HFEngine
+from lit_rl.rollouts.native import NativeEngine
 from lit_rl.seeding import Key
 from lit_rl.token_module import LitToken, sequences
 from lit_rl.types import Prompts, TokenRollout
@@ -54,7 +54,7 @@ class LitGeneration(LitToken):
         super().__init__(policy, **kwargs)
         if rollout_chunk < 1:
             raise ConfigError(f"model.rollout_chunk={rollout_chunk} must be at least 1")
-        self.engine = engine or HFEngine()
+        self.engine = engine or NativeEngine()
         self.sampling = sampling or Sampling()
         self.eval_sampling = eval_sampling or replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0)
         self.eval_seed = eval_seed
@@ -98,11 +98,12 @@ class LitGeneration(LitToken):
 
     def sample(self, prompts: Prompts) -> TokenRollout:
         """The engine's answers, submitted for scoring."""
-        keys: list[tuple[Key, ...]] = [
-            (self.seed, "rollout", self.iteration, int(group), i % self.group_size) for i, group in enumerate(prompts.group)
-        ]
-        asked, answers = self.generate(prompts, keys, self.sampling, show=True)
+        asked, answers = self.generate(prompts, self.keys(prompts), self.sampling, show=True)
         return assemble(prompts, asked, answers).to(self.device)
+
+    def keys(self, prompts: Prompts) -> list[tuple[Key, ...]]:
+        """What the randomness of each answer of a rollout depends on."""
+        return [(self.seed, "rollout", self.iteration, int(group), i % self.group_size) for i, group in enumerate(prompts.group)]
 
     def generate(
         self, prompts: Prompts, keys: Sequence[tuple[Key, ...]], sampling: Sampling, *, show: bool

@@ -149,8 +149,11 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     # ------------------------------------------------------------------ ask
     def ask(self, iteration: int) -> Prompts:
         """This process's prompts of an iteration, every prompt `group_size` times in a row."""
-        info = self.data.prompts(iteration, self.prompts_per_iteration)
-        ids = range(self.prompts_per_iteration)[self.local(self.prompts_per_iteration)]
+        return self.draw(iteration, self.prompts_per_iteration)
+
+    def draw(self, number: int, count: int) -> Prompts:
+        """This process's share of draw `number` of `count` prompts."""
+        info, ids = self.data.prompts(number, count), range(count)[self.local(count)]
         group = torch.tensor(ids, dtype=torch.long).repeat_interleave(self.group_size)
         return Prompts(group=group, info=[info[g] for g in group.tolist()])
 
@@ -422,12 +425,12 @@ def gather_to_first(value: Any) -> dict[int, Any]:
         return {0: value}
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     values: list[Any] | None = [None] * world if rank == 0 else None
-    torch.distributed.gather_object(value, values, dst=0, group=_cpu_group())
+    torch.distributed.gather_object(value, values, dst=0, group=cpu_group())
     return {rank: value} if values is None else dict(enumerate(values))
 
 
 @cache
-def _cpu_group() -> Any:
+def cpu_group() -> Any:
     """All processes, connected by gloo: rollouts are gigabytes, which NCCL would copy to the GPUs first."""
     return torch.distributed.new_group(backend="gloo")
 

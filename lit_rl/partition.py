@@ -29,6 +29,29 @@ def balanced_parts(lengths: Sequence[int], *, parts: int) -> list[list[int]]:
     return groups
 
 
+def fair_owners(owners: Sequence[int], *, parts: int, world: int) -> list[int]:
+    """Who of `world` is to have each thing, so that all have as many of each part as any other, thing i being of part i % parts.
+
+    As few things change hands as that takes. Every part must divide among all. Raises ValueError where it does not.
+    """
+    result = list(owners)
+    for part in range(parts):
+        members = range(part, len(owners), parts)
+        if len(members) % world:
+            raise ValueError(f"{len(members)} things do not divide among {world}")
+        room = [len(members) // world] * world
+        surplus = []
+        for i in members:
+            if room[owners[i]]:
+                room[owners[i]] -= 1
+            else:
+                surplus.append(i)
+        places = [rank for rank in range(world) for _ in range(room[rank])]
+        for i, rank in zip(surplus, places, strict=True):
+            result[i] = rank
+    return result
+
+
 def _cut(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
     """As few groups of neighbours as keep each within the budget; a sequence longer than it stands alone."""
     groups: list[list[int]] = []

@@ -24,6 +24,7 @@ MODULE = [
     "lit_rl.token_module",
     "lit_rl.generation_module",
     "lit_rl.policy_gradient_module",
+    "lit_rl.token_exchange",
     "lit_rl.credit",
 ]
 MAY_IMPORT = {
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     **{name.replace(".", "/"): FORMULAS for name in FORMULAS},
     "lit_rl/policies": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.checkpoints.ip_adapter"],
     "lit_rl/rewards": [*LOW, "lit_rl.rewards"],
-    "lit_rl/rollouts": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.rollouts"],
+    "lit_rl/rollouts": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.rollouts", "lit_rl.rewards.addresses"],
     "lit_rl/checkpoints": [*LOW, "lit_rl.checkpoints"],
     "lit_rl/module.py": [*LOW, *FORMULAS, *MIDDLE, "lit_rl.strategies"],
     "lit_rl/policy_module.py": [*LOW, *MIDDLE, "lit_rl.module", "lit_rl.strategies"],
@@ -39,6 +40,7 @@ MAY_IMPORT = {
     "lit_rl/token_module.py": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
     "lit_rl/generation_module.py": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
     "lit_rl/policy_gradient_module.py": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
+    "lit_rl/token_exchange.py": [*LOW, *MODULE],
     "lit_rl/methods": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
     "callbacks": ["lit_rl", "callbacks"],
     "datamodules": ["lit_rl", "datamodules"],
