@@ -22,6 +22,7 @@ from lit_rl.cli_errors import explain
 from lit_rl.errors import ConfigError
 from lit_rl.module import LitRL
 from lit_rl.rewards.base import RewardError
+from lit_rl.rollouts.base import RolloutError
 
 # A notice of Lightning's own use of torch, and an advertisement, in every run.
 warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
@@ -103,7 +104,7 @@ class CLI(LightningCLI):
         except (ConfigError, MisconfigurationException) as error:
             self._speak_once()
             self.parser.error(str(error))
-        except RewardError as error:
+        except (RewardError, RolloutError) as error:
             self._speak_once()
             sys.stderr.write(f"error: {error}\n")
             raise SystemExit(1) from error

@@ -1,4 +1,4 @@
-"""Where the reward servers are, which of them a rank asks, and whether they are there."""
+"""Where servers are, which of them a rank asks, and whether reward servers are there."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def parse_urls(urls: str | Sequence[str]) -> list[str]:
             raise ConfigError(f"urls: {url!r} ends its range of ports before its start")
         found += [f"{scheme or 'http'}://{host}{port}{path}" for port in ports]
     if not found:
-        raise ConfigError("urls is empty; give at least one reward server, e.g. urls: 127.0.0.1:8000")
+        raise ConfigError("urls is empty; give at least one server, e.g. urls: 127.0.0.1:8000")
     return found
 
 
@@ -59,7 +59,7 @@ def servers_of_rank(urls: Sequence[str], *, rank: int, world_size: int, mapping:
         return [urls[rank % len(urls)]]
     if mapping == "rank":
         raise ConfigError(
-            f"mapping=rank with {len(urls)} reward servers for {world_size} ranks leaves {len(urls) - world_size} idle; "
+            f"mapping=rank with {len(urls)} servers for {world_size} ranks leaves {len(urls) - world_size} idle; "
             "give at most one url per rank, or set mapping: auto"
         )
     return list(urls[rank::world_size])

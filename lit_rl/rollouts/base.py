@@ -12,6 +12,10 @@ from lit_rl.policies.base import TokenPolicy
 from lit_rl.seeding import Key
 
 
+class RolloutError(RuntimeError):
+    """Answers that the run cannot do without do not come, or come from other weights than the policy's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens are drawn from softmax(logits / temperature).

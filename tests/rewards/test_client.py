@@ -96,7 +96,7 @@ def test_servers_of_rank(mapping: str, servers: int, ranks: int, answer: list[st
 
 
 def test_more_servers_than_ranks_is_an_error_when_each_rank_has_one() -> None:
-    with pytest.raises(ConfigError, match=r"4 reward servers for 2 ranks leaves 2 idle.*mapping: auto"):
+    with pytest.raises(ConfigError, match=r"4 servers for 2 ranks leaves 2 idle.*mapping: auto"):
         servers_of_rank(["a"] * 4, rank=0, world_size=2, mapping="rank")
 
 

@@ -1,0 +1,75 @@
+"""Whether a server answers with the trainer's weights: its log-probabilities beside the trainer's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lit_rl.policies.base import TokenPolicy
+from lit_rl.rollouts.base import Sample
+
+MEASURABLE = 1e-3
+"""A move of the trainer's log-probabilities that a server in 16 bits cannot miss."""
+
+
+@torch.no_grad()
+def trainer_logprobs(policy: TokenPolicy, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, temperature: float) -> list[list[float]]:
+    """Log-probabilities of the answers in (prompt, answer) pairs, without autocast: the same numbers in every hook. One forward."""
+    lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows])
+    tokens = torch.zeros(len(rows), max(int(lengths.max()), 2), dtype=torch.long)
+    mask = torch.zeros(len(rows), tokens.shape[1] - 1, dtype=torch.bool)
+    for i, (prompt, answer) in enumerate(rows):
+        tokens[i, : lengths[i]] = torch.tensor([*prompt, *answer])
+        mask[i, len(prompt) - 1 : int(lengths[i]) - 1] = True
+    device = policy.device
+    with torch.autocast(device.type, enabled=False):
+        found, _ = policy.logprobs(tokens.to(device), lengths.to(device), mask.to(device), temperature=temperature)
+    return [row[chosen].tolist() for row, chosen in zip(found.cpu(), mask)]
+
+
+class Scores:
+    """What a server and the trainer said of the probe, and when that was measurably something else."""
+
+    def __init__(self) -> None:
+        self.before: tuple[Tensor, Tensor] | None = None
+
+    def compare(self, told: Sequence[float], mine: Sequence[float], *, tolerance: float) -> str:
+        """What is wrong, in words; nothing if nothing is.
+
+        Two numbers apart by more than rounding are other weights. But a step of training moves them by less than a server in 16 bits
+        rounds: weights that the server never took show in that its numbers stay where they were, to a tenth of the trainer's move.
+        """
+        theirs, ours = torch.tensor(told, dtype=torch.float64), torch.tensor(mine, dtype=torch.float64)
+        gap = (theirs - ours).abs()
+        if self.before is not None and float((ours - self.before[1]).abs().max()) >= MEASURABLE:
+            at = int((ours - self.before[1]).abs().argmax())
+            moved, stayed = ours - self.before[1], theirs - self.before[0]
+            if float(stayed.abs().max()) <= 0.1 * float(moved.abs().max()):
+                return (
+                    f"stale weights: since an earlier push the trainer's log-probability of token {at} of the probe went from "
+                    f"{self.before[1][at]:.5f} to {ours[at]:.5f}, and the server's from {self.before[0][at]:.5f} to {theirs[at]:.5f}"
+                )
+        if float(gap.mean()) > tolerance:
+            at = int(gap.argmax())
+            return (
+                f"other weights: its log-probabilities of the probe are {gap.mean():.4f} from the trainer's on average "
+                f"(token {at}: {theirs[at]:.5f}, trainer {ours[at]:.5f}), more than engine.probe_tolerance={tolerance:g}"
+            )
+        if self.before is None or float((ours - self.before[1]).abs().max()) >= MEASURABLE:
+            self.before = theirs, ours
+        return ""
+
+
+def disagreement(samples: Sequence[Sample], mine: Sequence[Sequence[float]], *, temperature: float, tolerance: float) -> str:
+    """What is wrong with the log-probabilities of answers, in words; nothing if nothing is."""
+    theirs = torch.tensor([value for sample in samples for value in sample.logprobs], dtype=torch.float64)
+    ours = torch.tensor([value for row in mine for value in row], dtype=torch.float64)
+    gap = (theirs - ours).abs()
+    if not len(gap) or float(gap.mean()) <= tolerance:
+        return ""
+    return (
+        f"its log-probabilities of its own answers are {gap.mean():.4f} from the trainer's on average (mean {theirs.mean():.4f}, trainer "
+        f"{ours.mean():.4f} at temperature {temperature:g}), above engine.probe_tolerance={tolerance:g}, while its weights are right"
+    )

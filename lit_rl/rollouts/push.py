@@ -1,0 +1,67 @@
+"""The policy's present weights in a folder that servers read: gathered by all processes, written by the first, known by their contents."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lit_rl.errors import ConfigError
+from lit_rl.policies.base import TokenPolicy
+from lit_rl.policies.shards import gathered, part, reshard
+
+T = TypeVar("T")
+
+WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def everywhere(value: T, world_size: int) -> list[T]:
+    """The `value` of every process, in order. Collective."""
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+@torch.no_grad()
+def fingerprint(policy: TokenPolicy) -> tuple[int, ...]:
+    """The sum of the bits of each trained tensor, of what this process holds of it: another one after any optimizer step.
+
+    By contents, because the number of an iteration does not tell an average that takes the weights' place in evaluation from them.
+    """
+    reshard(policy)
+    return tuple(int(part(p).contiguous().view(WORDS[p.element_size()]).sum(dtype=torch.int64)) for _, p in policy.trainable())
+
+
+@torch.no_grad()
+def gather(policy: TokenPolicy, *, keep: bool) -> dict[str, Tensor]:
+    """Whole trained tensors by name, on processes that `keep` them. Collective."""
+    names = {name for name, _ in policy.trainable()}
+    return {name: tensor for name, tensor in gathered(policy, names) if keep}
+
+
+def digest(weights: dict[str, Tensor]) -> str:
+    """8 hex digits of the contents."""
+    total = hashlib.blake2b(digest_size=4)
+    for name, tensor in sorted(weights.items()):
+        total.update(name.encode())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def write(policy: TokenPolicy, weights: dict[str, Tensor], folder: Path) -> None:
+    """`folder` with the weights as `policy.save` writes them: it appears whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    for leftover in (temporary, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        policy.save(temporary, weights)
+        temporary.rename(folder)
+    except OSError as error:
+        raise ConfigError(f"engine.sync_dir={folder.parent} cannot be written: {error}") from error

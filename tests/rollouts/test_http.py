@@ -1,0 +1,347 @@
+"""Answers over HTTP are the policy's own, whatever happens on the way; a server with other weights stops the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_server import BASE, FakeServer
+from rewards.fault_proxy import Fault
+from rough_lm import roughen
+from torch import Tensor
+from toy_text import Digits, model_folder, policy, trainer
+from transformers import AutoModelForCausalLM
+
+from callbacks.reward_scoring import RewardScoring
+from lit_rl.errors import ConfigError
+from lit_rl.methods.grpo import GRPO
+from lit_rl.policies.causal_lm import CausalLM
+from lit_rl.policies.lora import LoraSettings
+from lit_rl.rewards.base import TextReward
+from lit_rl.rollouts.base import Request, RolloutEngine, RolloutError, Sample, Sampling
+from lit_rl.rollouts.hf import HFEngine
+from lit_rl.rollouts.http import HTTPEngine
+from lit_rl.types import Info
+
+SHORT = Sampling(max_new_tokens=6)
+LORA = LoraSettings(rank=4, alpha=8)
+WAYS = [("openai", LORA), ("openai", None), ("sglang", LORA), ("sglang", None)]
+ways = pytest.mark.parametrize(
+    ("dialect", "lora"), WAYS, ids=lambda value: value if isinstance(value, str) else "lora" if value else "full"
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = model_folder(tmp_path_factory.mktemp("lm") / "base")
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    roughen(lm)
+    lm.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def server(base: Path) -> Iterator[FakeServer]:
+    with FakeServer(base) as running:
+        yield running
+
+
+def loaded(base: Path, lora: LoraSettings | None, *, shift: float = 0.0) -> CausalLM:
+    """The policy, some steps from the base."""
+    found = policy(base, lora=lora)
+    found.load()
+    move(found, shift)
+    return found.eval()
+
+
+@torch.no_grad()
+def move(moved: CausalLM, by: float, seed: int = 0) -> None:
+    drawn = torch.Generator().manual_seed(seed)
+    for _, parameter in moved.trainable():
+        parameter += by * torch.randn(parameter.shape, generator=drawn)
+
+
+def engine(server: FakeServer, folder: Path, **settings: Any) -> HTTPEngine:
+    given = {"timeout_s": 5.0, "deadline_s": 10.0, "health_s": 5.0, "probe_tolerance": 1e-4}
+    return HTTPEngine(server.url, str(folder / "sync"), **given | settings)
+
+
+def pushed(server: FakeServer, folder: Path, answering: CausalLM, version: int = 0, **settings: Any) -> HTTPEngine:
+    made = engine(server, folder, **settings)
+    made.setup(answering, rank=0, world_size=1)
+    made.update_weights(version)
+    return made
+
+
+def requests(asked: CausalLM, group: int = 3) -> list[Request]:
+    return [Request(asked.encode(text), (0, text, i)) for text in ("12=", "7", "0451=") for i in range(group)]
+
+
+def in_process(answering: CausalLM, asked: Sequence[Request], sampling: Sampling = SHORT) -> list[Sample]:
+    other = HFEngine()
+    other.setup(answering, rank=0, world_size=1)
+    return other.generate(asked, sampling)
+
+
+def assert_same(found: Sequence[Sample], expected: Sequence[Sample]) -> None:
+    assert [(s.ids, s.finish) for s in found] == [(s.ids, s.finish) for s in expected]
+    for a, b in zip(found, expected):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+# ---------------------------------------------------------------------- answers
+@ways
+@pytest.mark.parametrize(
+    "sampling", [SHORT, Sampling(max_new_tokens=6, temperature=0.7, top_k=5), Sampling(max_new_tokens=6, temperature=0.0)]
+)
+def test_answers_are_those_of_the_engine_in_process(
+    dialect: str, lora: LoraSettings | None, sampling: Sampling, base: Path, server: FakeServer, tmp_path: Path
+) -> None:
+    """9 requests whose answers come in reverse order, from weights that the server was not started with."""
+    server.backwards = 9
+    answering = loaded(base, lora, shift=0.05)
+    found = pushed(server, tmp_path, answering, 3, dialect=dialect).generate(requests(answering), sampling)
+    assert_same(found, in_process(answering, requests(answering), sampling))
+    assert {version for sample in found for version in sample.versions} == {3}
+    assert len({tuple(sample.ids) for sample in found}) > 3 or not sampling.temperature
+
+
+class Small(TextReward):
+    """The share of small digits in an answer."""
+
+    outputs = ("small",)
+
+    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
+        return {"small": torch.tensor([sum(c in "01234" for c in text) / 6 for text in media])}
+
+
+def run(
+    base: Path, lora: LoraSettings | None, made: RolloutEngine, iterations: int, *, ckpt: Path | None = None, save: Path | None = None
+) -> Tensor:
+    method = GRPO(
+        policy(base, lora=lora),
+        engine=made,
+        prompts_per_iteration=4,
+        group_size=4,
+        sampling=SHORT,
+        optimizer=partial(torch.optim.SGD, lr=0.3),
+        rollout_chunk=8,
+    )
+    fit = trainer(max_epochs=iterations, callbacks=[RewardScoring({"small": Small()})], limit_val_batches=1)
+    fit.fit(method, datamodule=Digits(), ckpt_path=ckpt)
+    if save is not None:
+        fit.save_checkpoint(save)
+    return torch.cat([p.detach().flatten() for _, p in method.policy.trainable()])
+
+
+@ways
+def test_training_over_http_is_training_in_process(
+    dialect: str, lora: LoraSettings | None, base: Path, server: FakeServer, tmp_path: Path
+) -> None:
+    """Two iterations, an evaluation after each: three sets of weights, each pushed once."""
+    torch.manual_seed(0)
+    over_http = run(base, lora, engine(server, tmp_path, dialect=dialect), 2)
+    torch.manual_seed(0)
+    inside = run(base, lora, HFEngine(), 2)
+    torch.manual_seed(0)
+    before = run(base, lora, HFEngine(), 0)
+    assert float((inside - before).abs().max()) > 1e-3
+    assert torch.allclose(over_http, inside, atol=1e-6, rtol=0)
+    assert len(server.loads) == len(set(server.loads)) == 3
+
+
+def test_a_resumed_run_is_the_unbroken_run(base: Path, server: FakeServer, tmp_path: Path) -> None:
+    """The server still has the adapters of the run that ended, and those of an iteration that the checkpoint knows nothing of."""
+    torch.manual_seed(0)
+    run(base, LORA, engine(server, tmp_path), 1, save=tmp_path / "now.ckpt")
+    stray = loaded(base, LORA, shift=0.1)
+    pushed(server, tmp_path, stray, version=1)
+    resumed = run(base, LORA, engine(server, tmp_path), 2, ckpt=tmp_path / "now.ckpt")
+    torch.manual_seed(0)
+    assert torch.equal(resumed, run(base, LORA, HFEngine(), 2))
+
+
+# ---------------------------------------------------------------------- weights
+def test_weights_are_pushed_when_their_contents_change(base: Path, server: FakeServer, tmp_path: Path) -> None:
+    answering = loaded(base, LORA)
+    made = pushed(server, tmp_path, answering, keep=2)
+    first = server.adapters[0]
+    assert first.startswith("policy-v0-")
+    made.update_weights(1)
+    assert server.adapters == [first], "nothing changed but the version"
+    names = [first]
+    for version in (1, 1, 2):
+        move(answering, 0.05, seed=len(names))
+        made.update_weights(version)
+        names.append(server.adapters[-1])
+    assert len(set(names)) == 4 and names[1].rpartition("-")[0] == names[2].rpartition("-")[0] == "policy-v1"
+    assert server.adapters == names[-2:]
+    assert sorted(folder.name for folder in (tmp_path / "sync").iterdir()) == sorted(names[-2:])
+    made.generate(requests(answering), SHORT)
+    assert {body["model"] for body in server.asked} == {names[-1]}
+
+
+@ways
+def test_a_server_that_keeps_its_weights_is_found_out(
+    dialect: str, lora: LoraSettings | None, base: Path, server: FakeServer, tmp_path: Path
+) -> None:
+    """By a step too small for any tolerance, too."""
+    answering = loaded(base, lora, shift=0.01)
+    made = pushed(server, tmp_path, answering, dialect=dialect, probe_tolerance=0.5)
+    move(answering, 3e-3, seed=1)
+    made.update_weights(1)
+    server.stale = True
+    move(answering, 3e-3, seed=2)
+    with pytest.raises(
+        RolloutError, match=r"policy-v2-\w+, answers with stale weights.* went from -\d.*and the server's from -\d.*sync_dir"
+    ):
+        made.update_weights(2)
+
+
+def test_a_server_of_another_model_is_found_out(base: Path, tmp_path: Path) -> None:
+    with (
+        FakeServer(model_folder(tmp_path / "other", seed=1)) as server,
+        pytest.raises(RolloutError, match=r"other weights.*trainer -.*dtype"),
+    ):
+        pushed(server, tmp_path, loaded(base, LORA), probe_tolerance=0.05)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_of_another_temperature_are_found_out(temperature: float, base: Path, tmp_path: Path) -> None:
+    """At temperature 1 vLLM's default is right, elsewhere it is not."""
+    answering = loaded(base, LORA)
+    sampling = Sampling(max_new_tokens=6, temperature=temperature)
+    with FakeServer(base, raw=True) as server:
+        made = pushed(server, tmp_path, answering, probe_tolerance=0.01)
+        if temperature == 1:
+            assert_same(made.generate(requests(answering), sampling), in_process(answering, requests(answering), sampling))
+        else:
+            with pytest.raises(RolloutError, match=r"at temperature 0.7.*processed_logprobs.*top_p"):
+                made.generate(requests(answering), sampling)
+
+
+def test_a_server_that_was_restarted_is_found_out(base: Path, server: FakeServer, tmp_path: Path) -> None:
+    answering = loaded(base, LORA)
+    made = pushed(server, tmp_path, answering)
+    server.forget()
+    with pytest.raises(RolloutError, match="status 404 .*policy-v0-.* does not exist"):
+        made.generate(requests(answering), SHORT)
+    whole = loaded(base, None)
+    made = pushed(server, tmp_path, whole, dialect="sglang")
+    server.weights_version = "default"
+    with pytest.raises(RolloutError, match="'default' answered where 'policy-v0-.*--ckpt_path"):
+        made.generate(requests(whole), SHORT)
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_a_push_that_is_refused_says_what_the_server_needs(
+    lora: LoraSettings | None, base: Path, server: FakeServer, tmp_path: Path
+) -> None:
+    server.refuses_loads = True
+    reason = "status 404" if lora else "could not load the weights: no such layer"
+    with pytest.raises(RolloutError, match=rf"{reason}.*VLLM_ALLOW_RUNTIME_LORA_UPDATING.*AReaL"):
+        pushed(server, tmp_path, loaded(base, lora))
+
+
+# ---------------------------------------------------------------------- faults
+FAULTS = {
+    "overloaded": [Fault("status", 503), Fault("status", 502), Fault("status", 408)],
+    "cut": [Fault("drop"), Fault("drop")],
+    "garbage": [Fault("garbage"), Fault("garbage")],
+    "error": [Fault("status", 500)],
+    "abort": [Fault("abort")] * 4,
+    "slow": [Fault("slow", seconds=3.0)],
+}
+
+
+@pytest.mark.parametrize("dialect", ["openai", "sglang"])
+@pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
+def test_a_fault_changes_no_answer(dialect: str, faults: list[Fault], base: Path, server: FakeServer, tmp_path: Path) -> None:
+    answering = loaded(base, LORA)
+    made = pushed(server, tmp_path, answering, dialect=dialect, timeout_s=1.0)
+    server.faults = iter(faults)
+    assert_same(made.generate(requests(answering)[:2], SHORT), in_process(answering, requests(answering)[:2]))
+    assert made.connection.retries == len(faults)
+
+
+def test_retry_after_is_waited_for(base: Path, server: FakeServer, tmp_path: Path) -> None:
+    answering = loaded(base, LORA)
+    made = pushed(server, tmp_path, answering)
+    server.faults = iter([Fault("status", 429, retry_after="1")])
+    began = time.monotonic()
+    made.generate(requests(answering)[:1], SHORT)
+    assert time.monotonic() - began >= 1
+
+
+GIVEN_UP = {
+    "deadline": ([Fault("status", 503)] * 99, r"status 503 .*tries in \d.* s, engine.deadline_s=1\)"),
+    "timeout": ([Fault("hang")] * 9, r"no answer in engine.timeout_s=\d"),
+    "garbage": ([Fault("garbage")] * 3, r"no `choices` .*502 but says 200.*\(3 tries in"),
+    "errors": ([Fault("status", 500)] * 2, r"status 500 .*\(2 tries in"),
+    "refused": ([Fault("status", 400)], r"status 400 .*injected.*\(1 try in"),
+    "nan": ([Fault("nan")], r"the log-probability of token \d is nan: the weights hold NaN"),
+}
+
+
+@pytest.mark.parametrize(("faults", "message"), GIVEN_UP.values(), ids=GIVEN_UP)
+def test_what_does_not_pass_is_an_error(faults: list[Fault], message: str, base: Path, server: FakeServer, tmp_path: Path) -> None:
+    answering = loaded(base, LORA)
+    made = pushed(server, tmp_path, answering, deadline_s=1.0, timeout_s=0.4)
+    server.faults = iter(faults)
+    with pytest.raises(RolloutError, match=message):
+        made.generate(requests(answering)[:1], SHORT)
+
+
+def test_each_try_asks_the_next_server_and_siblings_ask_the_same(base: Path, server: FakeServer, tmp_path: Path) -> None:
+    answering = loaded(base, LORA)
+    with FakeServer(base) as second:
+        made = HTTPEngine([server.url, second.url], str(tmp_path / "sync"), deadline_s=10.0)
+        made.setup(answering, rank=0, world_size=1)
+        made.update_weights(0)
+        assert server.adapters == second.adapters, "all servers take the weights"
+        expected = in_process(answering, requests(answering))
+        assert_same(made.generate(requests(answering), SHORT), expected)
+        assert sorted([len(server.asked), len(second.asked)]) == [3, 6], "three siblings of each of three prompts"
+        second.stop()
+        assert_same(made.generate(requests(answering), SHORT), expected)
+
+
+# ---------------------------------------------------------------------- the start
+def test_the_start_waits_for_the_server_and_knows_its_models(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering = loaded(base, LORA)
+    monkeypatch.setenv("ROLLOUT_TOKEN", "secret")
+    server = FakeServer(base, token="secret")
+    with pytest.raises(RolloutError, match=r"is not ready after engine.health_s=0.1 s: GET /health gives .*engine.urls"):
+        pushed(server, tmp_path, answering, health_s=0.1)
+    server.health = [503, 503]
+    with server:
+        assert pushed(server, tmp_path, answering).base == BASE
+        with pytest.raises(ConfigError, match=r"engine.model='other' is not served at .*, which has miniature.*name one"):
+            pushed(server, tmp_path, answering, model="other")
+        monkeypatch.delenv("ROLLOUT_TOKEN")
+        with pytest.raises(RolloutError, match="status 401"):
+            pushed(server, tmp_path, answering)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": 0}, "engine.keep=0"),
+        ({"dialect": "grpc"}, "openai, sglang"),
+        ({"urls": []}, "urls is empty"),
+        ({"urls": "not a url"}, "host:port"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        HTTPEngine(**{"urls": "localhost:8000", "sync_dir": "sync"} | settings)
+
+
+def test_a_probe_of_one_token_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="engine.probe='7' is 1 tokens"):
+        HTTPEngine("localhost:8000", str(tmp_path), probe="7").setup(loaded(base, None), rank=0, world_size=1)
