@@ -138,8 +138,7 @@ def shrunk_text(run: dict[str, Any], folder: Path) -> dict[str, Any]:
     model |= {"prompts_per_iteration": 4 * updates} | ({"prompts_per_update": 4} if updates > 1 else {})
     for name in {"sampling", "eval_sampling"} & model.keys():
         model[name]["max_new_tokens"] = 6
-    if model.get("overlong_buffer"):
-        model["overlong_buffer"] = 2
+    model |= {key: size for key, size in {"overlong_buffer": 2, "prompts_per_generation": 4 * updates}.items() if key in model}
     if model.get("group_size", 1) > 4:
         model["group_size"] = 4
     rows = ROWS[run["data"]["class_path"].rpartition(".")[2]]
