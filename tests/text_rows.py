@@ -25,7 +25,8 @@ def parquet(path: Path, *rows: dict[str, Any]) -> str:
     import pyarrow.parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{k: row.get(k) for k in {k: 0 for r in rows for k in r}} for row in rows]), path)
+    names = {name: None for row in rows for name in row}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([names | row for row in rows]), path)
     return str(path)
 
 
