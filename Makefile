@@ -1,10 +1,10 @@
-# make setup | make demo [SEED=1] | make demo-nft [SEED=1] | make demo-fill | make demo-fill-nft | make test | make lint — each prepares what it needs, on a machine with Python 3.11 or newer.
+# make setup | make demo [SEED=1] | make demo-nft [SEED=1] | make demo-fill | make demo-fill-nft | make demo-llm | make test | make lint — each prepares what it needs, on a machine with Python 3.11 or newer.
 PYTHON ?= python3
 SEED ?= 0
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: setup demo demo-nft demo-fill demo-fill-nft test lint
+.PHONY: setup demo demo-nft demo-fill demo-fill-nft demo-llm test lint
 
 setup: $(READY)
 
@@ -30,6 +30,9 @@ demo-fill: $(READY)
 
 demo-fill-nft: $(READY)
 	$(BIN)/python -m lit_rl.demo --task fill --method nft --seed $(SEED)
+
+demo-llm: $(READY)
+	$(BIN)/python -m lit_rl.demo.sorting --seed $(SEED)
 
 test: $(READY)
 	$(BIN)/python -m pytest
