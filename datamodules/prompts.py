@@ -53,7 +53,7 @@ def read_prompts(path: Path, *, prompt_key: str = "prompt") -> list[Info]:
     if path.suffix not in SUFFIXES or path.is_dir():
         raise ConfigError(f"{path}: prompts are read from {' or '.join(SUFFIXES)} files")
     rows: list[Info] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):  # splitlines() would cut at U+2028
         if line.strip():
             rows.append(
                 _row(line, f"{path}:{number}", prompt_key) if path.suffix == ".jsonl" else MappingProxyType({"prompt": line.strip()})

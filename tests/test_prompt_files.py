@@ -29,6 +29,13 @@ def test_text_file_skips_blank_lines(tmp_path: Path) -> None:
     assert [row["prompt"] for row in rows] == ["a cat", "an owl"]
 
 
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_only_a_new_line_ends_a_prompt(tmp_path: Path, name: str) -> None:
+    text = "one\u2028two\x85three"
+    line = text if name.endswith("txt") else json.dumps({"prompt": text}, ensure_ascii=False)
+    assert [row["prompt"] for row in read_prompts(Path(write(tmp_path / name, line)))] == [text]
+
+
 def test_jsonl_keeps_what_rewards_need(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", json.dumps({"caption": "a sign", "target": "EXIT"}))
     (row,) = read_prompts(Path(path), prompt_key="caption")
