@@ -104,6 +104,20 @@ def pass_at_k_advantages(scores: Float[Tensor, "B"], group: Int[Tensor, "B"], *,
     return result
 
 
+def win_rates(scores: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """Mean over the others in its group of sigmoid(s_i - s_j), the chance to be preferred to one of them (Bradley-Terry).
+
+    0.5 without another; NaN stays NaN and is nobody's opponent. Unlike the scores, the rates do not care how far ahead a winner is.
+    """
+    result = torch.where(scores.isnan(), torch.nan, torch.full_like(scores, 0.5))
+    for name in group.unique():
+        rows = ((group == name) & ~scores.isnan()).nonzero()[:, 0]
+        if len(rows) > 1:
+            chances = (scores[rows, None] - scores[None, rows]).double().sigmoid()
+            result[rows] = ((chances.sum(1) - 0.5) / (len(rows) - 1)).to(scores.dtype)
+    return result
+
+
 def length_weighted_advantages(scores: Float[Tensor, "B"], lengths: Int[Tensor, "B"], group: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
     """A_i = s_i - sum_j len_j s_j / sum_j len_j over the group: OPO (arXiv 2505.23585), optimal if gradients' squares grow with length."""
     known = ~scores.isnan()

@@ -23,6 +23,7 @@ from lit_rl.token_advantages import (
     spread,
     token_rewards,
     truncated_scores,
+    win_rates,
 )
 
 NAN = float("nan")
@@ -323,3 +324,10 @@ def test_areal_norms(golden_dir):
     advantages, mask = data["in.advantages"], data["in.loss_mask"].bool()
     scaled = masked((advantages - masked_mean(advantages, mask)) / (masked_var(advantages, mask).sqrt() + eps), mask)
     assert_close(scaled, data["norm.adv_batch_masked"])
+
+
+def test_win_rates_by_hand():
+    """Scores 0, ln 3 and ln 3 in a group: sigmoid(ln 3) = 3/4, so (1/4 + 1/4) / 2, (3/4 + 1/2) / 2, the same."""
+    log3 = float(torch.tensor(3.0, dtype=torch.float64).log())
+    rates = win_rates(f64(0, log3, log3, 9, NAN, 5), torch.tensor([0, 0, 0, 1, 1, 2]))
+    torch.testing.assert_close(rates, f64(0.25, 0.625, 0.625, 0.5, NAN, 0.5), equal_nan=True)

@@ -1,0 +1,249 @@
+"""Preferences and self-play in one run: DPO on the rows that have a pair of answers, GSPO on the answers to the others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lit_rl.advantages import group_advantages
+from lit_rl.errors import ConfigError
+from lit_rl.generation_module import assemble
+from lit_rl.losses.masked import row_mean
+from lit_rl.losses.preference import preference_loss, sequence_logprobs
+from lit_rl.losses.surrogates import is_clipped
+from lit_rl.policies.base import TokenPolicy
+from lit_rl.policy_gradient_module import LitPolicyGradient, Surrogate
+from lit_rl.token_advantages import spread, win_rates
+from lit_rl.token_module import TokenBatch, joined, pair_sequences, select
+from lit_rl.types import Info, Minibatch, Prompts, TokenRollout
+
+
+class MixedGSPO(LitPolicyGradient):
+    """(1 / N) (sum over self-play rows of the mean loss of their answers + pref_coef * sum over pairs of DPO's), N rows in a step.
+
+    Rows whose `info["kind"]` is "pair" (see `datamodules.mixed.PromptsAndPairs`) are learned from as they are, relative to the reference;
+    to the others the policy gives `group_size` answers, whose loss is that of GSPO (arXiv 2507.18071) for each answer's mean token. Both
+    terms see the policy at `sampling.temperature`. An iteration is `prompts_per_iteration` rows of either kind.
+
+    Args:
+        policy: See `LitPolicyGradient`. Of the datamodule see `prompt_ids` in `LitGeneration` and, for pairs, `pair_ids` in `DPO`.
+        self_play: What an answer earns: its `score`, or its `winrate`, the mean chance sigmoid(own score - other's) to beat another answer
+            to the same prompt, for scores that are a reward model's.
+        std: Divide by the group's standard deviation (unbiased) + 1e-6.
+        pref_coef: What a pair counts beside a self-play row.
+        pref_loss_kind: DPO's loss of a pair.
+        beta: How far pairs may take the policy from the reference.
+        label_smoothing: Share of the pairs that are taken to be labelled the wrong way round, in [0, 0.5); for `sigmoid`.
+        kwargs: See `LitPolicyGradient`.
+    """
+
+    def __init__(
+        self,
+        policy: TokenPolicy,
+        *,
+        self_play: Literal["score", "winrate"] = "score",
+        std: bool = True,
+        pref_coef: float = 1.0,
+        pref_loss_kind: Literal["sigmoid", "hinge"] = "sigmoid",
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        surrogate: Surrogate = "gspo",
+        clip_low: float = 3e-4,
+        clip_high: float = 4e-4,
+        aggregation: Literal["seq-mean-token-mean"] = "seq-mean-token-mean",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, surrogate=surrogate, clip_low=clip_low, clip_high=clip_high, aggregation=aggregation, **kwargs)
+        if self.group_size == 1:
+            raise ConfigError("model.group_size=1 gives every answer advantage 0, as there is no sibling to compare it with: use 4 to 16")
+        if pref_coef < 0 or beta <= 0 or not 0 <= label_smoothing < 0.5:
+            raise ConfigError(
+                f"model.pref_coef={pref_coef} must not be negative, beta={beta} must be above 0 (0.1 is usual) and "
+                f"label_smoothing={label_smoothing} in [0, 0.5)"
+            )
+        self.self_play, self.std = self_play, std
+        self.pref_coef, self.pref_loss_kind = pref_coef, pref_loss_kind
+        self.beta, self.label_smoothing = beta, label_smoothing
+
+    # ------------------------------------------------------------------ sizes
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and any(is_pair(row) for row in self.data.train_prompts):  # type: ignore[attr-defined]
+            self.policy.check_reference(after_warmup=False)
+        super().setup(stage)
+
+    def on_fit_start(self) -> None:
+        rank_zero_info(
+            f"An iteration: {self.prompts_per_iteration} rows, each a pair or {self.group_size} answers; optimizer steps: "
+            f"{self.inner_epochs * self.updates}, each of {self.prompts_per_update} rows in {self.trainer.accumulate_grad_batches} "
+            f"micro-batches on each of {self.trainer.world_size} processes"
+        )
+
+    @property
+    def units_per_prompt(self) -> int:
+        return 1  # a pair stays together
+
+    def units(self, rollout: TokenRollout, rows: Tensor) -> list[Tensor]:
+        assert rollout.preference is not None
+        kinds = rollout.preference[rows.to(rollout.preference.device)].tolist()
+        return [rows[i : i + 1 + (kind == 1)] for i, kind in enumerate(kinds) if kind != -1]
+
+    def all_ranks(self, x: Tensor) -> Tensor:
+        """Also where processes have different numbers of rows: those of their answers depend on which prompts are theirs."""
+        if self.trainer.world_size == 1:
+            return x
+        counts = super().all_ranks(torch.tensor([len(x)], device=x.device)).tolist()
+        rows = super().all_ranks(pad(x, (0, 0) * (x.ndim - 1) + (0, max(counts) - len(x))))
+        return torch.cat([part[:count] for part, count in zip(rows.split(max(counts)), counts)]) if max(counts) else x
+
+    # ------------------------------------------------------------------ rows for a rollout
+    def ask(self, iteration: int) -> Prompts:
+        """Of each optimizer step as many rows, and of each kind as many, as the other processes have."""
+        info = self.data.prompts(iteration, self.prompts_per_iteration)
+        mine: list[int] = []
+        for step in range(self.updates):
+            rows = sorted(range(step, len(info), self.updates), key=lambda row: is_pair(info[row]))
+            mine += rows[self.global_rank :: self.trainer.world_size]
+        group = torch.tensor([row for row in mine for _ in range(2 if is_pair(info[row]) else self.group_size)])
+        return Prompts(group=group, info=[info[row] for row in group.tolist()])
+
+    def sample(self, prompts: Prompts) -> TokenRollout:
+        """The engine's answers, submitted for scoring, and then the pairs."""
+        pair = torch.tensor([is_pair(row) for row in prompts.info])
+        answered, given = (_part(prompts, where) for where in (~pair, pair))
+        asked, answers = self.generate(answered, self.keys(answered), self.sampling, show=True)
+        parts: list[TokenRollout] = []
+        if answers:
+            parts.append(replace(assemble(answered, asked, answers), preference=torch.zeros(len(answers), dtype=torch.long)))
+        if len(given):
+            pairs = pair_sequences(given, self.data.pair_ids)  # type: ignore[attr-defined]
+            which = torch.tensor([1, -1]).repeat(len(given) // 2)
+            parts.append(replace(pairs, stopped=torch.ones(len(given), dtype=torch.bool), preference=which))
+        return joined(parts).to(self.device)
+
+    def annotate(self, rollout: TokenRollout) -> TokenRollout:
+        """Log-probabilities where they are needed: the trainer's of answers, the reference's of pairs."""
+        temperature, pairs = self.sampling.temperature, _rows(is_given(rollout))
+        if self.needs_logprobs():
+            mine = self.all_logprobs(rollout, temperature=temperature, rows=_rows(~is_given(rollout)))
+            rollout = replace(rollout, behaviour=rollout.logprobs, logprobs=mine)
+        if self.needs_reference() or self.all_ranks(pairs).numel():
+            with self.policy.reference():
+                theirs = self.all_logprobs(rollout, temperature=temperature, rows=None if self.needs_reference() else pairs)
+            rollout = replace(rollout, reference=theirs)
+        return rollout
+
+    # ------------------------------------------------------------------ credit
+    def score(self, rollout: TokenRollout) -> TokenRollout:
+        """Pairs have no score: NaN."""
+        answers = _rows(~is_given(rollout))
+        if not self.all_ranks(answers).numel():
+            return rollout
+        with self.phase("score"):
+            scores = self.scores().gather()
+        nothing = torch.full((len(rollout),), torch.nan, dtype=torch.float64)
+        return replace(rollout, rewards={name: nothing.index_put((answers.cpu(),), values) for name, values in scores.items()})
+
+    def credit(self, rollout: TokenRollout) -> TokenRollout:
+        given, answers = is_given(rollout), _rows(~is_given(rollout))
+        total = torch.full((len(rollout),), torch.nan, dtype=torch.float64, device=self.device)
+        self.rollout_metrics = {}
+        if rollout.rewards:
+            total = self.total(rollout)
+            own = select(rollout, answers)
+            self.rollout_metrics = self.describe(own if self.needs_reference() else replace(own, reference=None), total[answers])
+        rollout = self.with_advantages(replace(rollout, mask=rollout.mask & (given | total.isfinite())[:, None]), total)
+        rollout = replace(rollout, weights=self.token_weights(rollout))
+        rows = torch.tensor([[rollout.group[which].unique().numel() for which in (~given, given)]], dtype=torch.float64)
+        summed = self.all_ranks(rows.to(self.device)).sum(0).tolist()
+        self.rollout_metrics |= dict(zip(("gspo/self_play_rows", "gspo/pref_rows"), summed))
+        self.rollout_metrics["gspo/answers_that_teach"] = float(self.all_ranks(_rows(self.teaches(rollout))).numel())
+        return rollout
+
+    def advantages(self, rollout: TokenRollout, total: Tensor) -> Tensor:
+        answers = replace(rollout, mask=rollout.mask & ~is_given(rollout)[:, None])
+        earned = win_rates(total, rollout.group) if self.self_play == "winrate" else total
+        scores = torch.where(total.isfinite(), self.token_rewards(answers, earned).sum(1), torch.nan)
+        relative = group_advantages(scores, rollout.group, std="group" if self.std else "none", ddof=1, eps=1e-6)
+        return spread(relative, answers.mask)
+
+    def token_weights(self, rollout: TokenRollout) -> Tensor:
+        """1 / (N n L) for each of the L tokens of an answer that is one of n to its row, pref_coef / N for a pair."""
+        given, mask = is_given(rollout), rollout.mask
+        counts = torch.zeros(self.prompts_per_iteration, device=mask.device)
+        siblings = counts.index_add(0, rollout.group, (mask.any(1) & ~given).float())[rollout.group]
+        each = torch.where(given, self.pref_coef, 1 / (siblings * mask.sum(1)).clamp(min=1))
+        return mask * (each / self.prompts_per_update)[:, None]
+
+    def teaches(self, rollout: TokenRollout) -> Tensor:
+        """Bool "B": answers with an advantage."""
+        assert rollout.advantages is not None
+        return (rollout.advantages != 0).any(1)
+
+    def useful(self, rollout: TokenRollout) -> Tensor:
+        some = super().useful(rollout)
+        return some if self.kl_coef or self.entropy_coef else some & (is_given(rollout) | self.teaches(rollout))
+
+    # ------------------------------------------------------------------ loss
+    def loss(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
+        """One forward for both kinds, so that sharded processes keep step whatever they hold."""
+        new, entropy = self.forward_policy(batch)
+        given = is_given(batch)
+        own = TokenBatch(**vars(batch) | {"mask": batch.mask & ~given[:, None], "weights": batch.weights.where(~given[:, None], 0.0)})
+        losses, metrics = self.policy_loss(new, entropy, own)
+        of_pairs, of_pair_weights, more = self.of_pairs(new, batch)
+        ratio = self.of_ratios(new.detach(), own)
+        self.log_dict(metrics | more | ratio, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        return torch.cat([losses.flatten(), of_pairs]), torch.cat([own.weights.flatten(), of_pair_weights])
+
+    def of_pairs(self, new: Tensor, batch: Minibatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """DPO's losses, their weights, and what to log; of no pairs three times nothing."""
+        chosen, rejected = batch.preference == 1, batch.preference == -1
+        reference = torch.zeros_like(new) if batch.reference is None else batch.reference
+        mine, theirs = sequence_logprobs(new, batch.mask), sequence_logprobs(reference, batch.mask)
+        four = mine[chosen], mine[rejected], theirs[chosen], theirs[rejected]
+        losses = preference_loss(*four, kind=self.pref_loss_kind, beta=self.beta, label_smoothing=self.label_smoothing).float()
+        better, worse = (self.beta * (x - ref).detach() for x, ref in (four[::2], four[1::2]))
+        metrics = {"dpo/loss": losses.detach(), "dpo/margin": better - worse, "dpo/accuracy": (better > worse).float()}
+        shares = {name: self.share(values.float().sum(), "gspo/pref_rows") for name, values in metrics.items()}
+        return losses, batch.weights[chosen].amax(1), shares
+
+    def of_ratios(self, new: Tensor, batch: Minibatch) -> dict[str, Tensor]:
+        """How far answers that teach have moved since they were sampled."""
+        stored = self.needs_logprobs() or self.old_logprobs == "rollout"
+        advantage = row_mean(batch.advantages, batch.mask)
+        moved = row_mean(new - batch.logprobs, batch.mask) if stored else torch.zeros_like(advantage)
+        counts = (advantage != 0) & (batch.weights != 0).any(1)
+        clipped = is_clipped(moved, advantage, clip_low=self.clip_low, clip_high=self.clip_high) & counts
+        largest = torch.where(counts, moved, -torch.inf).amax().exp()
+        self.log("gspo/seq_ratio_max", largest, on_step=False, on_epoch=True, batch_size=1, sync_dist=True, reduce_fx="max")
+        ratios = {"gspo/seq_ratio_mean": (moved.exp() * counts).sum(), "gspo/clipfrac": clipped.float().sum()}
+        return {name: self.share(value, "gspo/answers_that_teach") for name, value in ratios.items()}
+
+    def share(self, part: Tensor, of: str) -> Tensor:
+        """A micro-batch's part of an iteration's mean over `rollout_metrics[of]` things, as `whole_step` has it."""
+        return self.whole_step(part) * self.updates / max(self.rollout_metrics[of], 1)
+
+
+def is_pair(info: Info) -> bool:
+    """Whether a row brings its answers with it."""
+    return info.get("kind") == "pair"
+
+
+def is_given(rollout: TokenRollout | Minibatch) -> Tensor:
+    """Bool "B": answers from the data."""
+    assert rollout.preference is not None
+    return rollout.preference != 0
+
+
+def _rows(which: Tensor) -> Tensor:
+    return which.nonzero()[:, 0]
+
+
+def _part(prompts: Prompts, which: Tensor) -> Prompts:
+    rows = _rows(which)
+    return Prompts(group=prompts.group[rows], info=[prompts.info[i] for i in rows.tolist()])
