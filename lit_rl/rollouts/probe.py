@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.policies.base import TokenPolicy
+from lit_rl.policies.shards import reshard
 from lit_rl.rollouts.base import Sample
 
 MEASURABLE = 1e-3
@@ -26,6 +27,7 @@ def trainer_logprobs(policy: TokenPolicy, rows: Sequence[tuple[Sequence[int], Se
     device = policy.device
     with torch.autocast(device.type, enabled=False):
         found, _ = policy.logprobs(tokens.to(device), lengths.to(device), mask.to(device), temperature=temperature)
+    reshard(policy)  # what the first process does alone with the weights afterwards would put just its own shards back
     return [row[chosen].tolist() for row, chosen in zip(found.cpu(), mask)]
 
 

@@ -35,6 +35,7 @@ from lit_rl.policies.sd3 import SD3Policy
 from lit_rl.policies.shards import gathered
 from lit_rl.rewards.base import Reward, TextReward
 from lit_rl.rollouts.base import Sampling
+from lit_rl.rollouts.http import HTTPEngine
 from lit_rl.rollouts.native import NativeEngine
 from lit_rl.strategies import FSDP2Strategy
 from lit_rl.types import Info, TokenRollout
@@ -170,9 +171,12 @@ def held(parameter: Tensor) -> int:
     return getattr(parameter, "ds_tensor", parameter).numel()
 
 
-def answers(folder: str, strategy: str, *, lora: bool, precision: str = "32-true") -> list[dict[str, Any]]:
+def answers(
+    folder: str, strategy: str, *, lora: bool, precision: str = "32-true", http: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """Two iterations of GRPO on a miniature language model: what this process's engine answered, and what the trainer says of it."""
     torch.manual_seed(0)
+    engine = NativeEngine(batch=6) if http is None else HTTPEngine(**http)
     settings: dict[str, Any] = {"lora": LoraSettings(rank=4, alpha=16.0)} if lora else {}
     found: list[dict[str, Any]] = []
 
@@ -185,7 +189,7 @@ def answers(folder: str, strategy: str, *, lora: bool, precision: str = "32-true
             found.append({"ids": ids, "group": rollout.group.tolist(), "apart": float(apart.max()), "mean": float(apart.mean())})
 
     module = GRPO(
-        toy_text.policy(Path(folder), **settings), engine=NativeEngine(batch=6), sampling=Sampling(max_new_tokens=8, temperature=0.8),
+        toy_text.policy(Path(folder), **settings), engine=engine, sampling=Sampling(max_new_tokens=8, temperature=0.8),
         prompts_per_iteration=4, group_size=4, rollout_chunk=5, optimizer=partial(torch.optim.SGD, lr=30.0), seed=0,
     )  # fmt: skip
     run = L.Trainer(
