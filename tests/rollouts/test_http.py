@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from fake_server import BASE, FakeServer
+from lightning import Callback
 from rewards.fault_proxy import Fault
 from rough_lm import roughen
 from torch import Tensor
 from toy_text import Digits, model_folder, policy, trainer
 from transformers import AutoModelForCausalLM
 
+from callbacks.ema import EMA
 from callbacks.reward_scoring import RewardScoring
 from lit_rl.errors import ConfigError
 from lit_rl.methods.grpo import GRPO
@@ -121,7 +123,13 @@ class Small(TextReward):
 
 
 def run(
-    base: Path, lora: LoraSettings | None, made: RolloutEngine, iterations: int, *, ckpt: Path | None = None, save: Path | None = None
+    base: Path,
+    lora: LoraSettings | None,
+    made: RolloutEngine,
+    iterations: int,
+    *more: Callback,
+    ckpt: Path | None = None,
+    save: Path | None = None,
 ) -> Tensor:
     method = GRPO(
         policy(base, lora=lora),
@@ -132,7 +140,7 @@ def run(
         optimizer=partial(torch.optim.SGD, lr=0.3),
         rollout_chunk=8,
     )
-    fit = trainer(max_epochs=iterations, callbacks=[RewardScoring({"small": Small()})], limit_val_batches=1)
+    fit = trainer(max_epochs=iterations, callbacks=[RewardScoring({"small": Small()}), *more], limit_val_batches=1)
     fit.fit(method, datamodule=Digits(), ckpt_path=ckpt)
     if save is not None:
         fit.save_checkpoint(save)
@@ -153,6 +161,14 @@ def test_training_over_http_is_training_in_process(
     assert float((inside - before).abs().max()) > 1e-3
     assert torch.allclose(over_http, inside, atol=1e-6, rtol=0)
     assert len(server.loads) == len(set(server.loads)) == 3
+
+
+def test_an_average_is_pushed_for_its_evaluation_and_the_weights_for_the_next_rollout(
+    base: Path, server: FakeServer, tmp_path: Path
+) -> None:
+    run(base, LORA, engine(server, tmp_path), 2, EMA(decay=0.9))
+    assert [name.rpartition("-")[0] for name in server.loads] == ["policy-v0", "policy-v0", "policy-v1", "policy-v1"]
+    assert len(set(server.loads)) == 4
 
 
 def test_a_resumed_run_is_the_unbroken_run(base: Path, server: FakeServer, tmp_path: Path) -> None:
