@@ -1,6 +1,7 @@
-# make setup | make demo [SEED=1] | make demo-nft [SEED=1] | make demo-fill | make demo-fill-nft | make demo-llm | make test | make lint — each prepares what it needs, on a machine with Python 3.11 or newer.
+# make setup | make demo [SEED=1] | make demo-nft [SEED=1] | make demo-fill | make demo-fill-nft | make demo-llm [METHOD=ppo] | make test | make lint — each prepares what it needs, on a machine with Python 3.11 or newer.
 PYTHON ?= python3
 SEED ?= 0
+METHOD ?= grpo
 BIN = .venv/bin
 READY = .venv/.ready
 
@@ -32,7 +33,7 @@ demo-fill-nft: $(READY)
 	$(BIN)/python -m lit_rl.demo --task fill --method nft --seed $(SEED)
 
 demo-llm: $(READY)
-	$(BIN)/python -m lit_rl.demo.sorting --seed $(SEED)
+	$(BIN)/python -m lit_rl.demo.sorting --method $(METHOD) --seed $(SEED)
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lit_rl.demo.curves import read_curves
-from lit_rl.demo.sorting import ACCURACY, draw, prepare, summarize
+from lit_rl.demo.sorting import ACCURACY, best_and_worst, draw, prepare, summarize
 from lit_rl.rewards.text.rules import RuleReward
 
 ROOT = Path(__file__).parent.parent
@@ -44,8 +44,15 @@ def test_its_stages_hand_over_what_the_next_one_needs(tmp_path: Path, monkeypatc
     run(monkeypatch, "fit", *grpo)
     run(monkeypatch, "predict", *grpo, "--ckpt_path", "last", "--texts.output_file", str(out / "answers.jsonl"))
     assert len((out / "answers.jsonl").read_text().splitlines()) == 8
-    curves = [read_curves(out / "logs" / name) for name in ("sft", "grpo")]
-    summary = summarize(curves[0][ACCURACY], curves[1][ACCURACY], curves[1]["samples"], seconds={"warmup": 1.0, "rl": 2.0}, seed=0)
+    before, curves = read_curves(out / "logs/sft")[ACCURACY], read_curves(out / "logs/grpo")
+    summary = summarize(before, curves, seconds={"warmup": 1.0, "rl": 2.0}, seed=0)
     assert summary["answers_trained"] == 64 and 0 <= summary["held_out_accuracy"]["after_rl"] <= 1
-    draw(out / "demo.png", curves[0][ACCURACY], curves[1])
+    draw(out / "demo.png", "GRPO", before, curves)
     assert (out / "demo.png").stat().st_size > 10_000
+
+
+def test_a_pair_is_a_right_and_a_wrong_answer_to_the_same_prompt() -> None:
+    rows = [{"prompt": p, "response": r} for p, r in (("21=", "#### 12"), ("30=", "#### 03"), ("54=", "#### 45"))]
+    given = [("0", "#### 21"), ("1", "#### 03"), ("0", "#### 12"), ("2", ""), ("1", "#### 03"), ("2", "#### 45"), ("0", "12")]
+    pairs = best_and_worst(rows, [{"id": row, "response": text} for row, text in given])
+    assert pairs == [{"prompt": "21=", "chosen": "#### 12", "rejected": "#### 21"}]

@@ -1,9 +1,10 @@
 """The demo of language models: a miniature Qwen2 learns to sort six digits, from demonstrations and then from a rule alone.
 
-    python -m lit_rl.demo.sorting [--seed 0]
+    python -m lit_rl.demo.sorting [--method grpo|rloo|gspo|dapo|ppo|dpo] [--seed 0]
 
 A model and tokenizer in transformers format, JSONL files, supervised fine-tuning, an export that reinforcement learning starts from,
-evaluation of sampled answers on held-out prompts, a picture of what was learned.
+evaluation of sampled answers on held-out prompts, a picture of what was learned. DPO learns from pairs of a right and a wrong answer that
+the fine-tuned model itself gave to the same prompt.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +22,103 @@ from lit_rl.demo.__main__ import QUIET, cli, say
 from lit_rl.demo.curves import Curve, read_curves
 
 OUT = Path("outputs/demo-llm")
-SFT, GRPO = "configs/demo/sft_sort.yaml", "configs/demo/grpo_sort.yaml"
+METHODS = {"grpo": "GRPO", "rloo": "RLOO", "gspo": "GSPO", "dapo": "DAPO", "ppo": "PPO", "dpo": "DPO"}
 DIGITS, HELD_OUT, TRAIN = 6, 256, 8000
+PAIR_PROMPTS, PAIR_SAMPLES = 1600, 8
 ACCURACY = "val/score"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--method", choices=METHODS, default="grpo")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if not Path(GRPO).is_file():
-        raise SystemExit(f"error: {GRPO} is not here; run the demo from the folder of the repository")
+    method, title, seed = args.method, METHODS[args.method], ["--seed_everything", str(args.seed)]
+    if not Path(config(method)).is_file():
+        raise SystemExit(f"error: {config(method)} is not here; run the demo from the folder of the repository")
     os.environ |= QUIET
     started = time.perf_counter()
+    seconds = {"warmup": fine_tune(args.seed)}
+    for old in (OUT / "checkpoints" / method, OUT / "logs" / method, OUT / method):
+        shutil.rmtree(old, ignore_errors=True)
+    if method == "dpo":
+        say("eight answers of the fine-tuned model to each prompt; a right and a wrong one become a pair")
+        pairs = write_pairs(OUT / "data", seed)
+        say(f"DPO on {pairs} pairs, from the exported model")
+    else:
+        say(f"{title} against the gsm8k rule, from the exported model")
+    seconds["rl"] = cli("fit", "--config", config(method), *seed)
+    learned = [
+        "--model.init_args.policy.init_args.pretrained",
+        str(exported(method)),
+        "--trainer.logger.init_args.version",
+        f"{method}/end",
+    ]
+    cli("validate", "--config", config("grpo"), *learned, *seed)
+    cli("predict", "--config", config("grpo"), *learned, *seed, "--texts.output_file", str(OUT / method / "answers.jsonl"))
+    before, curves = read_curves(OUT / "logs/sft")[ACCURACY], read_curves(OUT / "logs" / method)
+    summary = summarize(before, curves, seconds=seconds, seed=args.seed)
+    written = OUT / ("summary.json" if method == "grpo" else f"summary-{method}.json")
+    written.write_text(json.dumps(summary, indent=2) + "\n")
+    picture = OUT / ("demo.png" if method == "grpo" else f"demo-{method}.png")
+    draw(picture, title, before, curves)
+    accuracy = summary["held_out_accuracy"]
+    say(
+        f"held-out prompts answered right, sampled at temperature 1: {accuracy['after_warmup']:.0%} after fine-tuning, "
+        f"{accuracy['after_rl']:.0%} after {title} on {summary['answers_trained']} answers ({time.perf_counter() - started:.0f} s in all)"
+    )
+    say(f"see {picture}, {written} and {OUT / method / 'answers.jsonl'}")
+
+
+def config(stage: str) -> str:
+    return f"configs/demo/{stage}_sort.yaml"
+
+
+def exported(stage: str) -> Path:
+    """The folder of the model that a stage wrote last."""
+    return max((OUT / stage).glob("iteration-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+
+
+def fine_tune(seed: int) -> float:
+    """Model, data and the fine-tuned model that all methods start from; seconds that it took. Kept from the last demo of the same seed."""
+    known = OUT / "sft.json"
+    if known.is_file() and (before := json.loads(known.read_text()))["seed"] == seed:
+        say(f"the fine-tuned model of the last demo is in {exported('sft')}/")
+        return float(before["seconds"])
     if OUT.exists():
         say(f"removing the previous demo in {OUT}/")
         shutil.rmtree(OUT)
     say(f"building a miniature Qwen2 in {OUT / 'model'}/ and its data in {OUT / 'data'}/")
-    prepare(OUT, args.seed)
-    seed = ["--seed_everything", str(args.seed)]
+    prepare(OUT, seed)
     say("supervised fine-tuning on sorted digits, stopped half-way")
-    seconds = {"warmup": cli("fit", "--config", SFT, *seed)}
-    say("GRPO against the gsm8k rule, from the exported model")
-    seconds["rl"] = cli("fit", "--config", GRPO, *seed)
-    cli("predict", "--config", GRPO, *seed, "--ckpt_path", "last", "--texts.output_file", str(OUT / "answers.jsonl"))
-    sft, rl = read_curves(OUT / "logs/sft"), read_curves(OUT / "logs/grpo")
-    summary = summarize(sft[ACCURACY], rl[ACCURACY], rl["samples"], seconds=seconds, seed=args.seed)
-    (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    draw(OUT / "demo.png", sft[ACCURACY], rl)
-    accuracy = summary["held_out_accuracy"]
-    say(
-        f"held-out prompts answered right, sampled at temperature 1: {accuracy['after_warmup']:.0%} after fine-tuning, "
-        f"{accuracy['after_rl']:.0%} after {summary['answers_trained']} answers of reinforcement learning "
-        f"({time.perf_counter() - started:.0f} s in all)"
-    )
-    say(f"see {OUT / 'demo.png'}, {OUT / 'summary.json'} and {OUT / 'answers.jsonl'}")
+    seconds = cli("fit", "--config", config("sft"), "--seed_everything", str(seed))
+    known.write_text(json.dumps({"seed": seed, "seconds": seconds}) + "\n")
+    return seconds
+
+
+def write_pairs(data: Path, seed: list[str]) -> int:
+    """pairs.jsonl of the first right and the first wrong answer to each prompt that got both; how many there are."""
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()[:PAIR_PROMPTS]]
+    asked, answered = data / "asked.jsonl", data / "answered.jsonl"
+    asked.write_text("".join(json.dumps(row | {"id": str(i)}) + "\n" for i, row in enumerate(rows) for _ in range(PAIR_SAMPLES)))
+    cli("predict", "--config", config("grpo"), *seed, "--data.init_args.predict", str(asked), "--texts.output_file", str(answered))
+    pairs = best_and_worst(rows, [json.loads(line) for line in answered.read_text().splitlines()])
+    (data / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return len(pairs)
+
+
+def best_and_worst(rows: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """{prompt, chosen, rejected} for each row with answers of both kinds. answers: with the number of their row as `id`."""
+    given: dict[str, list[str]] = {str(i): [] for i in range(len(rows))}
+    for answer in answers:
+        given[answer["id"]].append(answer["response"])
+    pairs = []
+    for i, row in enumerate(rows):
+        right = [text for text in given[str(i)] if text == row["response"]]
+        wrong = [text for text in given[str(i)] if text != row["response"] and text]
+        if right and wrong:
+            pairs.append({"prompt": row["prompt"], "chosen": right[0], "rejected": wrong[0]})
+    return pairs
 
 
 def prepare(out: Path, seed: int) -> None:
@@ -82,31 +145,33 @@ def write_rows(file: Path, numbers: Iterable[int]) -> None:
             lines.write(json.dumps(row | {"reward_model": {"style": "rule", "ground_truth": answer}}) + "\n")
 
 
-def summarize(sft: Curve, rl: Curve, answers: Curve, *, seconds: Mapping[str, float], seed: int) -> dict[str, Any]:
+def summarize(sft: Curve, curves: Mapping[str, Curve], *, seconds: Mapping[str, float], seed: int) -> dict[str, Any]:
     """What summary.json holds: accuracy is the share of held-out prompts whose sampled answer is right."""
+    answers = curves["samples"].values if "samples" in curves else [2 * n for n in curves["pairs"].values]
     return {
-        "held_out_accuracy": {"after_warmup": round(sft.values[-1], 4), "after_rl": round(rl.values[-1], 4)},
-        "answers_trained": sum(round(n) for n in answers.values),
+        "held_out_accuracy": {"after_warmup": round(sft.values[-1], 4), "after_rl": round(curves[ACCURACY].values[-1], 4)},
+        "answers_trained": sum(round(n) for n in answers),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "seed": seed,
     }
 
 
-def draw(file: Path, sft: Curve, rl: Mapping[str, Curve]) -> None:
-    """One PNG: training reward and held-out accuracy over the iterations of reinforcement learning."""
+def draw(file: Path, title: str, sft: Curve, curves: Mapping[str, Curve]) -> None:
+    """One PNG: training reward and held-out accuracy over the optimizer steps of a method."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    reward, accuracy = rl["reward_mean"], rl[ACCURACY]
-    axis.plot([step + 1 for step in reward.steps], reward.values, color="#9aa5b1", label="training reward (mean of the iteration)")
-    axis.plot(
-        [0, *(step + 1 for step in accuracy.steps)], [sft.values[-1], *accuracy.values], "o-", color="#1f6feb", label="held-out prompts"
-    )
-    axis.set(xlabel="GRPO iterations of 32 prompts x 8 answers", ylabel="sampled answers that are right", ylim=(0, 1))
-    axis.set_title("Sorting six digits: from half right after SFT")
+    accuracy = curves[ACCURACY]
+    if "reward_mean" in curves:
+        axis.plot(
+            curves["reward_mean"].steps, curves["reward_mean"].values, color="#9aa5b1", label="training reward (mean of the iteration)"
+        )
+    axis.plot([0, *accuracy.steps], [sft.values[-1], *accuracy.values], "o-", color="#1f6feb", label="held-out prompts")
+    axis.set(xlabel=f"optimizer steps of {title}", ylabel="sampled answers that are right", ylim=(0, 1))
+    axis.set_title("Sorting six digits, from half right after fine-tuning")
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
     figure.savefig(file, dpi=110)
