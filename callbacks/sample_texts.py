@@ -9,7 +9,7 @@ import lightning as L
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.types import Info, Prompts
+from lit_rl.types import Info, Prompts, TokenRollout
 
 
 class SampleTexts(L.Callback):
@@ -41,6 +41,13 @@ class SampleTexts(L.Callback):
     def on_rollout_chunk(self, trainer: L.Trainer, module: Any, texts: Sequence[str], info: Sequence[Info], total: int) -> None:
         if trainer.is_global_zero and module.iteration % self.every_n_iterations == 0:
             self._kept += list(zip(texts, info))[: self.max_texts - len(self._kept)]
+
+    def on_rollout_chosen(self, trainer: L.Trainer, module: Any, rollout: TokenRollout) -> None:
+        """Not everything that was said is trained on."""
+        first = range(min(self.max_texts, len(rollout)))
+        texts = [module.policy.decode(rollout.tokens[i, 1:][rollout.mask[i]].tolist()) for i in first]
+        self._kept = []
+        self.on_rollout_chunk(trainer, module, texts, rollout.info[: len(first)], len(rollout))
 
     def on_rollout_end(self, trainer: L.Trainer, module: Any, rollout: Any) -> None:
         rows = self._take(rollout.rewards)

@@ -185,7 +185,9 @@ class DAPO(GRPO):
             teaches += self.all_ranks(self.teaching(drawn[-1])).tolist()
         self._count(drawn, teaches)
         with self.rolling_out():
-            return self.annotate(self.chosen(joined(drawn), teaches))
+            rollout = self.chosen(joined(drawn), teaches)
+            self.notify("on_rollout_chosen", rollout)
+            return self.annotate(rollout)
 
     def teaching(self, rollout: TokenRollout) -> Tensor:
         """Bool for each group here: whether its answers are told apart."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from toy_text import Digits, model_folder, policy, trainer
 
 from callbacks.reward_scoring import RewardScoring
+from callbacks.sample_texts import SampleTexts
 from lit_rl.errors import ConfigError
 from lit_rl.methods.grpo import DAPO
 from lit_rl.partition import fair_owners
@@ -95,6 +96,17 @@ def test_defaults_are_the_papers(folder: Path) -> None:
     method = dapo(folder, sampling=Sampling(max_new_tokens=20))
     assert (method.clip_low, method.clip_high, method.aggregation, method.kl_coef) == (0.2, 0.28, "token-mean", 0)
     assert method.overlong_buffer == 4
+
+
+def test_the_samples_shown_are_those_trained_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    method = dapo(folder)
+    fit(method, callbacks=[SampleTexts(8)])
+    shown = [line for line in capsys.readouterr().out.splitlines() if " -> " in line]
+    assert method.rollout is not None and len(shown) == 8
+    for line, prompt, score in zip(shown, trained_on(method), method.rollout.rewards["odd"].tolist()):
+        asked, text = line.split("  ")[1].split(" -> ")
+        assert asked == repr(prompt) and line.endswith(f"  odd {score:.3g}  always {score:.3g}")
+        assert 10.0 * crc32(text.strip("'").encode()) / 2**32 == pytest.approx(score)
 
 
 def test_another_score_may_decide_what_teaches(folder: Path) -> None:
