@@ -157,5 +157,5 @@ async def in_thread(call: Callable[[], Any]) -> Any:
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, result, error)
 
-    threading.Thread(target=run, name="reward-function", daemon=True).start()
+    threading.Thread(target=run, name="scoring-function", daemon=True).start()
     return await answer
