@@ -24,6 +24,7 @@ from lit_rl.rewards import launch, server
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs/migration.md").read_text()
+PAGES = {name: (ROOT / f"docs/{name}.md").read_text() for name in ("migration", "migration_llm")}
 OLD = """
     --model_type --pretrained_model_name_or_path --siglip_path --output_dir --revision --variant --cache_dir --train_data_json
     --max_train_samples --dataset_name --dataset_config_name --image_column --caption_column --seed --resolution --train_batch_size
@@ -84,7 +85,7 @@ def test_rows_without_a_key_say_why() -> None:
 
 
 # ------------------------------------------------------------------ classes, modules, files and options in the whole page
-CALLS = re.findall(r"`([\w.]+\.[A-Z]\w+)\(([^`]*)\)`", TEXT)
+CALLS = [call for page in PAGES.values() for call in re.findall(r"`([\w.]+\.[A-Z]\w+)\(([^`]*)\)`", page)]
 
 
 @pytest.mark.parametrize(("path", "arguments"), CALLS, ids=[path.rpartition(".")[2] for path, _ in CALLS])
@@ -95,11 +96,12 @@ def test_class_takes_the_arguments(path: str, arguments: str) -> None:
     assert given.keys() <= parameters(getattr(importlib.import_module(module), name))
 
 
-def test_classes_modules_and_configs_exist() -> None:
-    for path in re.findall(r"`((?:lit_rl|callbacks|datamodules)(?:\.\w+)+)", TEXT):
+@pytest.mark.parametrize("page", PAGES.values(), ids=list(PAGES))
+def test_classes_modules_and_configs_exist(page: str) -> None:
+    for path in re.findall(r"`((?:lit_rl|callbacks|datamodules)(?:\.\w+)+)", page):
         module, _, name = path.rpartition(".")
         assert hasattr(importlib.import_module(module), name) if name[0].isupper() else importlib.import_module(path)
-    for path in [*re.findall(r"configs/[\w/]+\.yaml", TEXT), *(f"docs/{link}" for link in re.findall(r"\]\(([\w.]+)\)", TEXT))]:
+    for path in [*re.findall(r"configs/[\w/]+\.yaml", page), *(f"docs/{link}" for link in re.findall(r"\]\(([\w.]+)\)", page))]:
         assert (ROOT / path).is_file(), path
 
 
