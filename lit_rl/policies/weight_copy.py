@@ -82,6 +82,7 @@ class WeightCopy:
         self._stash = {name: part(p).clone() for name, p in policy.trainable()}
         for name, parameter in policy.trainable():
             part(parameter).copy_(self.parts[name])
+        torch.clear_autocast_cache()  # else the next forward would find the other weights there, in lower precision
 
     @torch.no_grad()
     def swap_out(self, policy: FlowPolicy) -> None:
@@ -92,6 +93,7 @@ class WeightCopy:
         reshard(policy)
         for name, parameter in policy.trainable():
             part(parameter).copy_(stash[name])
+        torch.clear_autocast_cache()
 
     @contextmanager
     def answering(self, policy: FlowPolicy) -> Iterator[None]:

@@ -19,6 +19,7 @@ from callbacks.old_policy import EMAOldPolicy, OldPolicySync
 from lit_rl.decay import DECAY_TYPES, OLD_POLICY_DECAYS, ramp_decay
 from lit_rl.errors import ConfigError
 from lit_rl.methods.diffusion_nft import DiffusionNFT
+from lit_rl.policies.weight_copy import WeightCopy
 
 RAMP = {"start": 2, "value": 0.1, "slope": 0.05, "end": 0.2}
 
@@ -123,6 +124,35 @@ def started(dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[OldPolic
     sync.on_phase_start(trainer, module, "rollout")  # type: ignore[arg-type]
     assert module.old_policy is sync and sync.is_current
     return sync, module, trainer
+
+
+def test_each_policy_answers_with_its_own_weights_under_autocast() -> None:
+    """Autocast remembers the bfloat16 copies of float32 weights, which would answer for the next weights in the same step."""
+    policy = ToyPolicy()
+    policy.load()
+    old = WeightCopy(policy)
+    with torch.no_grad():
+        for _, weight in policy.trainable():
+            weight.add_(1.0)
+    x, t, cond = torch.ones(3, 1, 2, 2), torch.full((3,), 0.5), policy.encode(["1", "2", "3"])
+
+    def answer() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            return policy.velocity(x, t, cond)
+
+    live = answer()
+    with old.answering(policy):
+        copied = answer()
+    assert (live - copied).abs().max() > 0.1, "or the test could not tell them apart"
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), old.answering(policy):
+            assert torch.equal(policy.velocity(x, t, cond), copied)
+        new = policy.velocity(x, t, cond)
+    assert torch.equal(new, live)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        policy.velocity(x, t, cond)
+        with old.answering(policy):
+            assert torch.equal(policy.velocity(x, t, cond), copied)
 
 
 def test_it_is_current_only_while_nothing_moved() -> None:
