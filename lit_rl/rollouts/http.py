@@ -139,6 +139,7 @@ class HTTPEngine(RolloutEngine):
         """Write, have it loaded by all servers, and compare. The name it is known by from now on."""
         name = f"policy-v{version}-{digest(weights)}"  # the contents too: a run that was resumed may have other weights of the same version
         if not (self.adapter and name in self.names):
+            self._forget_pushes(down_to=self.keep - 1)
             folder = self.sync_dir / name
             write(self.policy, weights, folder)
             seen = f"{self.server_sync_dir.rstrip('/')}/{name}"
@@ -146,12 +147,15 @@ class HTTPEngine(RolloutEngine):
             self._everywhere_load(route, body, done="already" if self.adapter else None)
         self.names = [n for n in self.names if n != name] + [name]
         self._compare(self._asked_for(name), name, expected)
-        while len(self.names) > self.keep:
+        return name
+
+    def _forget_pushes(self, *, down_to: int) -> None:
+        """Unload the oldest ones, before the next is loaded: servers have a limit."""
+        while len(self.names) > down_to:
             oldest = self.names.pop(0)
             if self.adapter:
                 self._everywhere_load(*self.dialect.unload_adapter(oldest), done="")  # a server that has forgotten it may say so
             shutil.rmtree(self.sync_dir / oldest)
-        return name
 
     def _everywhere_load(self, route: str, body: Mapping[str, Any], *, done: str | None) -> None:
         try:
