@@ -132,6 +132,12 @@ def test_flux_fill_runs_are_the_guides(method: str) -> None:
     assert callbacks["ModelCheckpoint"]["every_n_epochs"] * per_rollout == 500
 
 
+def test_runs_on_texts_are_listed_with_their_methods() -> None:
+    listed = re.findall(r"`((?:sft|dpo|ppo|grpo|gspo|dapo|demo)/\w+)`", (CONFIGS.parent / "docs/methods.md").read_text())
+    there = {f"{p.parent.name}/{p.stem}" for p in RUNS if issubclass(method(p), LitToken)}
+    assert there <= set(listed) and set(listed) <= {f"{p.parent.name}/{p.stem}" for p in RUNS}
+
+
 LLM_GUIDE: dict[str, dict[str, Any]] = {
     "sft/qwen25_7b_gsm8k": {"epochs": 3, "data": {"max_length": 4096}},
     "sft/qwen25_7b_gsm8k_lora": {"epochs": 3, "data": {"max_length": 4096}, "lora": {"rank": 32, "alpha": 64}},
