@@ -119,12 +119,13 @@ class Progress(TQDMProgressBar):
         self._evaluated, self._last_line = False, time.perf_counter()
 
     def _step(self, trainer: L.Trainer, module: Any) -> str:
-        """Metrics of the iteration under the names of training logs, then those of an evaluation under their own."""
+        """Metrics of the iteration under the names of training logs, then the bar's of an evaluation under their own."""
         each = module.minibatches_per_epoch() // trainer.accumulate_grad_batches
         last = trainer.global_step + ((trainer.max_epochs or 0) - trainer.current_epoch - 1) * each
         known = trainer.callback_metrics
         kl = next((name for name in ("kl_divergence", "kl") if name in known), "")
-        names = {"Loss": "loss", "Reward": "reward_mean", "KL": kl} | {n: n for n in known if self._evaluated and n.startswith("val/")}
+        scores = [n for n in trainer.progress_bar_metrics if self._evaluated and n.startswith("val/")]
+        names = {"Loss": "loss", "Reward": "reward_mean", "KL": kl} | {n: n for n in scores}
         said = [f"{label}: {float(known[name]):.4g}" for label, name in names.items() if name in known]
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         return " | ".join([f"Step {trainer.global_step}/{last}", *said, f"LR: {rate:.2g}"])
