@@ -66,6 +66,6 @@ def policy(folder: Path, **settings: Any) -> CausalLM:
 
 
 def trainer(**kwargs: Any) -> L.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {"devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     callbacks = kwargs.pop("callbacks", [RewardScoring({"sorted": Sorted()})])
-    return L.Trainer(accelerator="cpu", devices=1, callbacks=callbacks, num_sanity_val_steps=0, **quiet | kwargs)
+    return L.Trainer(accelerator="cpu", callbacks=callbacks, num_sanity_val_steps=0, **quiet | kwargs)

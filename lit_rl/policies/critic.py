@@ -12,6 +12,19 @@ from lit_rl.policies.causal_lm import Dtype, check_folder, linear_layers, load_a
 from lit_rl.policies.lora import LoraSettings, add_lora
 
 
+class ValueHead(nn.Linear):
+    """One number in float32 whatever the precision around it: returns are told apart more finely than bfloat16 can."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__(hidden, 1)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())[:, 0]
+
+
 class ValueNetwork(nn.Module):
     """A language model with one number in place of its output layer, 0 before it is trained."""
 
@@ -20,15 +33,11 @@ class ValueNetwork(nn.Module):
         hidden = lm.get_output_embeddings().in_features
         lm.set_output_embeddings(nn.Identity())
         self.lm = lm
-        self.head = nn.Linear(hidden, 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = ValueHead(hidden)
 
     def forward(self, tokens: Tensor, places: Tensor) -> Tensor:
         """Values Float32 "N" at `places`, flat indices into `tokens`. tokens: Int "B T", padded on the right."""
-        hidden = self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)[places]
-        with torch.autocast(hidden.device.type, enabled=False):  # returns are told apart more finely than bfloat16 can
-            return nn.functional.linear(hidden.float(), self.head.weight.float(), self.head.bias.float())[:, 0]
+        return self.head(self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)[places])
 
 
 class Critic(nn.Module):

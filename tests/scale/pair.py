@@ -48,7 +48,10 @@ class Pair:
         self.processes = []
 
     def run(self, function: str, *, timeout: float = 120, **arguments: Any) -> list[Any]:
-        """`scenarios.function(**arguments)` on every rank; what each returned. Raises RemoteError with what each rank said."""
+        """`function(**arguments)`, of `scenarios` or, as "room.function", of another file here, on every rank; what each returned.
+
+        Raises RemoteError with what each rank said.
+        """
         if not self.processes:
             self.start()
         self.calls += 1

@@ -8,9 +8,8 @@ import sys
 import threading
 import time
 import traceback
+from importlib import import_module
 from pathlib import Path
-
-import scenarios
 
 
 def leave_with(parent: int) -> None:
@@ -24,8 +23,9 @@ def main() -> None:
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
     for line in sys.stdin:
         call = json.loads(line)
+        room, _, function = call["function"].rpartition(".")
         try:
-            answer = {"result": getattr(scenarios, call["function"])(**call["arguments"])}
+            answer = {"result": getattr(import_module(room or "scenarios"), function)(**call["arguments"])}
         except (Exception, SystemExit) as error:
             answer = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         target = Path(call["answer"] + f".{os.environ['RANK']}")

@@ -1,0 +1,72 @@
+"""Language models train on two processes as on one, and exactly when continued, by every method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import text_runs
+import torch
+import toy_text
+from comparing import distance, ended
+from pair import Pair, RemoteError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(toy_text.model_folder(tmp_path_factory.mktemp("lm"), layers=2))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("method", text_runs.METHODS)
+def test_two_processes_train_as_one_does(pair: Pair, tmp_path: Path, model: str, strategy: str, method: str) -> None:
+    """Two steps in each of three iterations; one process cuts a step into three micro-batches."""
+    one = text_runs.fit(model, str(tmp_path / "one"), "one", method=method, parts=3)
+    two = pair.run("text_runs.fit", model=model, out=str(tmp_path / "two"), strategy=strategy, method=method)
+    assert [run["steps"] for run in two] == [6, 6] == [one["steps"]] * 2
+    assert sorted(two[0]["groups"] + two[1]["groups"]) == one["groups"] == list(range(8))
+    for run in two:
+        assert run["metrics"] == pytest.approx(one["metrics"], abs=1e-5)
+    assert [run["held"] for run in two] == pytest.approx([0.5 if strategy == "fsdp2" else 1.0] * 2, abs=0.02)
+    a, b = ended(tmp_path / "one"), ended(tmp_path / "two")
+    assert distance(a["weights"], b["weights"]) < 1e-6 and distance(a["average"], b["average"]) < 1e-6
+    loaded = toy_text.policy(Path(model))
+    loaded.load()
+    assert distance(dict(loaded.named_parameters()), {n: a["weights"][f"policy.{n}"] for n, _ in loaded.named_parameters()}) > 0.01
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("method", ["ppo", "dapo"])
+def test_deepspeed_trains_as_one_process_does(pair: Pair, tmp_path: Path, model: str, strategy: str, method: str) -> None:
+    """Without what DeepSpeed cannot: clip two models apart, and leave one as it is for a while."""
+    plain: dict[str, Any] = dict(method=method, clip=None)
+    if method == "ppo":
+        plain["settings"] = dict(critic_warmup=0, critic_gradient_clip_val=None)
+    one = text_runs.fit(model, str(tmp_path / "one"), "one", parts=3, **plain)
+    two = pair.run("text_runs.fit", model=model, out=str(tmp_path / "two"), strategy=strategy, **plain)
+    assert two[0]["metrics"] == pytest.approx(one["metrics"], abs=1e-5)
+    assert distance(ended(tmp_path / "one")["weights"], ended(tmp_path / "two")["weights"]) < 1e-6
+
+
+@pytest.mark.parametrize("setting", [dict(method="ppo"), dict(method="dapo", settings=dict(on_limit="skip_step"))])
+def test_deepspeed_does_not_leave_weights_alone(pair: Pair, tmp_path: Path, model: str, setting: dict[str, Any]) -> None:
+    with pytest.raises(RemoteError, match="which DeepSpeed's optimizer cannot"):
+        pair.run("text_runs.fit", model=model, out=str(tmp_path), strategy="zero2", **setting)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("method", text_runs.METHODS)
+def test_resume_equals_the_unbroken_run(pair: Pair, tmp_path: Path, model: str, strategy: str, method: str) -> None:
+    """Inside the second iteration and at its end."""
+    settings = dict(model=model, strategy=strategy, method=method, lora=method in ("ppo", "gspo"))
+    pair.run("text_runs.fit", out=str(tmp_path / "unbroken"), save=True, **settings)
+    unbroken = ended(tmp_path / "unbroken")
+    for name in ("epoch=1-step=3", "epoch=1-step=4"):
+        pair.run("text_runs.fit", out=str(tmp_path / name), ckpt_path=str(tmp_path / "unbroken" / f"{name}.ckpt"), **settings)
+        continued = ended(tmp_path / name)
+        for kind in ("weights", "average"):
+            assert continued[kind].keys() == unbroken[kind].keys()
+            assert all(torch.equal(continued[kind][n], unbroken[kind][n]) for n in unbroken[kind]), (name, kind)
