@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import flow_grpo_iteration, overlap, token_logprobs
+from benchmarks import flow_grpo_iteration, generation, overlap, token_logprobs
 
 SIZES = {
     "mini": replace(
@@ -51,3 +51,12 @@ def test_token_logprobs_prints_ratios_of_equal_gradients(monkeypatch: pytest.Mon
     monkeypatch.setitem(token_logprobs.WAYS, "ours", lambda *given: 0.99 * token_logprobs.plain(*given))
     with pytest.raises(SystemExit, match="same gradients"):
         token_logprobs.measure(case, repeats=1)
+
+
+def test_both_ways_to_generate_draw_as_many_tokens() -> None:
+    """2 x 3 answers of 5 tokens; and of fewer where one token in four ends an answer."""
+    endless = generation.Case(vocab=128, prompts=2, group=3, prompt_lengths=(3, 6), new_tokens=5, stops=0, hidden=32, layers=1)
+    table = generation.main(["--repeats", "1", "--no-memory"], {"endless": endless, "ragged": replace(endless, new_tokens=40, stops=32)})
+    assert len(re.findall(r"times the answers/s \d+\.\d\d, by CPU seconds \d+\.\d\d", table)) == 2
+    tokens = [float(line.split()[-1]) for line in table.splitlines() if line.startswith("drawn")]
+    assert tokens[:2] == [30, 30] and all(6 <= drawn < 60 for drawn in tokens[2:])

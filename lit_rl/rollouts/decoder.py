@@ -263,7 +263,7 @@ class Decoder:
         x = F.embedding(tokens, self.embedding)
         turns = self._turns_at(lengths)
         stored = cache.data[:, :, :count, :, :columns]
-        newest = stored[:, :, :, :, columns - 1].transpose(1, 2)
+        newest = stored[:, :, :, :, columns - 1].transpose(1, 2).unbind()
         even = min(known) + 1 == columns
         rows, mask = torch.arange(count, device=tokens.device), None
         if not even:
@@ -273,13 +273,13 @@ class Decoder:
             ]
         for layer, (block, keys, values) in enumerate(zip(self.blocks, stored[:, 0].unbind(), stored[:, 1].unbind())):
             query, pair = self._heads(block, x, turns).split_with_sizes((self.heads, 2 * self.kv_heads), 1)
-            pair = pair.unflatten(1, (2, -1))
+            pair = pair.view(count, 2, self.kv_heads, self.head_dim)
             if even:
                 newest[layer].copy_(pair)
             else:
                 stored[layer][:, rows, :, lengths] = pair
             # Query heads that share a key head are further queries to it.
-            query = query.unflatten(1, (self.kv_heads, -1))
+            query = query.view(count, self.kv_heads, -1, self.head_dim)
             mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scaling)
             x = self._rest(block, x, mixed.reshape(count, -1))
         return self.logits(x)

@@ -88,7 +88,8 @@ class Answers:
     def run(self, rows: int) -> list[Sample]:
         device, count = self.decoder.embedding.device, self.sampling.max_new_tokens
         self.cache = Cache(self.decoder, rows)
-        self.last, self.at, self.drawn = torch.zeros(3, rows, dtype=torch.long, device=device)  # by row, as the next three are
+        # By row: the last token, how many are in the cache, and where in `uniform` the next random number is.
+        self.state = torch.zeros(3, rows, dtype=torch.long, device=device)
         self.uniform = torch.zeros(rows, count, dtype=torch.float64, device=device)
         while self.waiting or self.under_way:
             free = rows - len(self.under_way)
@@ -113,8 +114,8 @@ class Answers:
             self.lengths += [len(self.requests[prompt].prompt)] * len(siblings)
         logits = torch.stack([self.prefilled[self.same[i]][1] for i in chosen])
         rows = slice(start, start + count)
-        self.at[rows] = torch.tensor(self.lengths[rows]).to(self.at.device)
-        self.drawn[rows] = 0
+        first = torch.arange(start, start + count) * self.sampling.max_new_tokens
+        self.state[1:, rows] = torch.stack([torch.tensor(self.lengths[rows]), first]).to(self.state.device)
         self.uniform[rows] = uniforms([self.requests[i].key for i in chosen], self.sampling.max_new_tokens).to(self.uniform.device)
         still = self.same[self.waiting[0]] if self.waiting else None
         self.prefilled = {i: known for i, known in self.prefilled.items() if i == still}
@@ -123,18 +124,20 @@ class Answers:
     def proceed(self) -> None:
         """One more token for every answer under way."""
         rows = slice(0, len(self.under_way))
-        logits = self.decoder.step(self.last[rows], self.at[rows], self.lengths, self.cache)
-        self.at[rows] += 1
+        last, at, _ = self.state[:, rows]
+        logits = self.decoder.step(last, at, self.lengths, self.cache)
+        at += 1
         self.lengths = [length + 1 for length in self.lengths]
         self.draw(logits, rows)
 
     def draw(self, logits: Tensor, rows: slice) -> None:
         """Choose a token for each of the rows, and retire those that it ends."""
         s = self.sampling
-        uniform = self.uniform[rows].gather(1, self.drawn[rows, None])[:, 0]
+        last, _, place = self.state[:, rows]
+        uniform = self.uniform.take(place)
+        place += 1
         tokens, logprobs = draw_tokens(logits, uniform, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k)
-        self.last[rows] = tokens
-        self.drawn[rows] += 1
+        last.copy_(tokens)
         ended = []
         # One transfer for both; float64 holds every token id.
         for row, token, logprob in zip(range(rows.start, rows.stop), *torch.stack([tokens.double(), logprobs.double()]).tolist()):
@@ -153,7 +156,8 @@ class Answers:
         last = len(self.under_way) - 1
         if row != last:
             self.cache.move(last, row, self.lengths[last])
-            for values in (self.last, self.at, self.drawn, self.uniform):
-                values[row] = values[last]
+            self.uniform[row] = self.uniform[last]
+            self.state[:, row] = self.state[:, last]
+            self.state[2, row] -= (last - row) * self.sampling.max_new_tokens
             self.under_way[row], self.lengths[row] = self.under_way[last], self.lengths[last]
         del self.under_way[last], self.lengths[last]
