@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_rl.errors import ConfigError
 from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
 from lit_rl.samplers.tokens import draw_tokens
 from lit_rl.seeding import uniforms
@@ -15,6 +16,8 @@ from lit_rl.seeding import uniforms
 
 class HFEngine(RolloutEngine):
     """Over the training weights, in this process. `policy` is one whose network has a transformers model as `lm`.
+
+    Not under FSDP2, whose shards are gathered for a forward of the whole network only; under ZeRO-3 the processes wait for each other.
 
     Args:
         batch: Answers generated together.
@@ -31,9 +34,15 @@ class HFEngine(RolloutEngine):
         return samples
 
     def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+        from torch.distributed.tensor import DTensor
         from transformers import GenerationConfig, LogitsProcessorList
 
         lm: Any = self.policy.network.lm
+        if any(isinstance(parameter, DTensor) for parameter in lm.parameters()):
+            raise ConfigError(
+                f"HFEngine cannot generate from {type(lm).__name__} under FSDP2: train with DDP or DeepSpeed, e.g. by "
+                "--config configs/base/deepspeed_zero2.yaml before the run's own, or set model.engine to lit_rl.rollouts.http.HTTPEngine"
+            )
         longest = max(len(request.prompt) for request in requests)
         ids, mask = torch.zeros(2, len(requests), longest, dtype=torch.long, device=self.policy.device)
         for i, request in enumerate(requests):
@@ -42,7 +51,13 @@ class HFEngine(RolloutEngine):
         stops = list(self.policy.stop_ids)
         draw = _Draw(uniforms([request.key for request in requests], sampling.max_new_tokens), longest, sampling)
         settings = GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=stops[0])
-        out = lm.generate(ids, attention_mask=mask, generation_config=settings, logits_processor=LogitsProcessorList([draw]))
+        out = lm.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([draw]),
+            synced_gpus=any(hasattr(parameter, "ds_id") for parameter in lm.parameters()),
+        )
         tokens, logprobs = out[:, longest:].tolist(), torch.stack(draw.logprobs, 1).tolist()
         return [_sample(row, values, set(stops)) for row, values in zip(tokens, logprobs)]
 

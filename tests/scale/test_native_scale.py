@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import scenarios
 import toy_text
-from pair import Pair
+from pair import Pair, RemoteError
 
 pytestmark = pytest.mark.slow
 
@@ -43,3 +45,23 @@ def test_two_processes_answer_as_one_does(pair: Pair, folder: Path, strategy: st
 def test_shards_are_gathered_in_the_precision_they_are_computed_with(pair: Pair, folder: Path) -> None:
     for found in pair.run("answers", folder=str(folder), strategy="fsdp2", lora=False, precision="bf16-mixed"):
         assert max(iteration["mean"] for iteration in found) < 0.02
+
+
+@pytest.fixture
+def unknown(folder: Path, tmp_path: Path) -> Path:
+    """A model with another activation, which the engine leaves to `HFEngine`."""
+    copy = shutil.copytree(folder, tmp_path / "lm")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    return copy
+
+
+def test_generate_of_transformers_waits_for_the_other_process_under_zero3(pair: Pair, unknown: Path) -> None:
+    one = scenarios.answers(str(unknown), "one", lora=False)
+    two = pair.run("answers", folder=str(unknown), strategy="zero3", lora=False)
+    assert [by_group([rank[i] for rank in two]) for i in (0, 1)] == [by_group([iteration]) for iteration in one]
+
+
+def test_generate_of_transformers_says_that_it_cannot_under_fsdp2(pair: Pair, unknown: Path) -> None:
+    with pytest.raises(RemoteError, match="HFEngine cannot generate from Qwen2ForCausalLM under FSDP2"):
+        pair.run("answers", folder=str(unknown), strategy="fsdp2", lora=False)
