@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from datamodules.lazy import Box, Size, size_of
+from datamodules.lazy import Box, Size, size_of, white_of
 from lit_rl.errors import ConfigError
 
 REQUIRED = ("source", "mask", "text")
@@ -106,7 +106,7 @@ def _json(path: Path, text: str) -> tuple[list[Raw], Path]:
 
 def _jsonl(path: Path, text: str) -> tuple[list[Raw], Path]:
     rows: list[Raw] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON has other line separators in its strings
         if line.strip():
             try:
                 rows.append(Raw(f"{path.name}:{number}", len(rows), json.loads(line)))
@@ -128,7 +128,7 @@ def read_benchmark(folder: Path) -> list[Raw]:
     for file in lists:
         cross = file.name == BENCHMARKS[1]
         line_format = re.compile(r"([^-,\s]+)-([^-\s]+)-(.+)" if cross else r"([^-,\s]+)-()(.+)")
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
             if not line.strip():
                 continue
             parts = line_format.fullmatch(line.strip())
@@ -267,7 +267,7 @@ def _mask(path: Path, size: Size) -> tuple[Size, Box] | str:
         return found
     try:
         with Image.open(path) as image:
-            grey = image.convert("L").point(lambda value: 255 if value else 0)
+            grey = white_of(image)
     except (OSError, ValueError, SyntaxError) as error:
         return f"{path} is not an image that can be read ({error})"
     box = grey.getbbox()

@@ -82,17 +82,14 @@ class LazyRow(Mapping[str, Any]):
 
 
 def read_picture(path: Path, size: Size | None, box: Box | None, longest: int | None, *, where: str) -> Tensor:
-    """An image file -> RGB uint8 "3 H W", turned upright as its EXIF says, transparency over white.
+    """An image file -> RGB uint8 "3 H W", turned upright as its EXIF says, transparency over white, 16 bits of grey as 8.
 
     box: cut this out first. size: then stretch to it. longest: or scale down to so many pixels of the longer side.
     """
     from PIL import Image
 
     with _opened(path, where) as image:
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        image = image.convert("RGB")
+        image = _opaque(_upright(image), "white").convert("RGB")
         if box is not None:
             image = image.crop(box)
         if size is not None and image.size != size[::-1]:
@@ -103,12 +100,20 @@ def read_picture(path: Path, size: Size | None, box: Box | None, longest: int | 
 
 
 def read_mask(path: Path, size: Size, *, where: str) -> Tensor:
-    """A mask file -> uint8 "H W": 255 wherever it is not black, 0 elsewhere; resized to the nearest pixel."""
+    """A mask file -> uint8 "H W": 255 where `white_of` says so, 0 elsewhere; resized to the nearest pixel."""
     from PIL import Image
 
     with _opened(path, where) as image:
-        grey = image.convert("L").resize(size[::-1], Image.Resampling.NEAREST)
-        return (_pixels(grey) > 0).to(torch.uint8) * 255
+        return _pixels(white_of(image).resize(size[::-1], Image.Resampling.NEAREST))
+
+
+def white_of(mask: Any) -> Any:
+    """What an open Pillow image masks, upright: "L", 255 wherever it is neither black nor transparent, 0 elsewhere.
+
+    Black in a JPEG is not exactly black around an edge: there from half white on.
+    """
+    least = 128 if mask.format == "JPEG" else 1
+    return _opaque(_upright(mask), "black").convert("L").point(lambda value: 255 if value >= least else 0)
 
 
 def size_of(image: Any) -> Size:
@@ -124,15 +129,33 @@ def _orientation(image: Any) -> int:
 
 
 def _opened(path: Path, where: str) -> Any:
-    """The decoded image, upright."""
-    from PIL import Image, ImageOps
+    """The decoded image."""
+    from PIL import Image
 
     try:
         image = Image.open(path)
         image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's words for a broken file
         raise ConfigError(f"{where}: {path} cannot be read ({error}); write the image again or take the item out") from error
+    return image
+
+
+def _upright(image: Any) -> Any:
+    from PIL import ImageOps
+
     return ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
+
+
+def _opaque(image: Any, background: str) -> Any:
+    """8 bits per channel, with what is transparent laid over `background`."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would cut off all that is above 255
+        return image.point(lambda value: value / 257 + 0.5).convert("L")
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba)
 
 
 def _pixels(image: Any) -> Tensor:

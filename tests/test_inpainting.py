@@ -64,7 +64,7 @@ def item(**fields: Any) -> dict[str, Any]:
 def write(folder: Path, *items: Any, name: str = "data.json", **head: Any) -> str:
     path = folder / name
     if path.suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps(i) for i in items), encoding="utf-8")
+        path.write_text("\n".join(json.dumps(i, ensure_ascii=False) for i in items), encoding="utf-8")
     else:
         path.write_text(json.dumps({"version": 1, "root": "imgs", "items": items} | head), encoding="utf-8")
     return str(path)
@@ -138,11 +138,35 @@ def test_transparent_and_turned_pictures_are_seen_as_people_see_them(folder: Pat
     assert torch.equal(photo["source"], pixels(noise(1)))
 
 
+def test_masks_are_what_people_see_in_whatever_way_they_were_saved(folder: Path) -> None:
+    """Drawn on a transparent layer; taken sideways (EXIF 6); a JPEG, whose black has grey rings; 16 bits. All of the same region."""
+    box = np.zeros((HEIGHT, WIDTH), np.uint8)
+    box[4:12, 10:30] = 255
+    save(folder / "imgs/layer.png", np.dstack([np.full((HEIGHT, WIDTH, 3), 255, np.uint8), box]))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(box).copy()).save(folder / "imgs/turned.webp", exif=exif, lossless=True)
+    Image.fromarray(box).save(folder / "imgs/rings.jpg", quality=85)
+    assert (np.asarray(Image.open(folder / "imgs/rings.jpg"))[box == 0] > 0).any(), "or the test would test nothing"
+    save(folder / "imgs/deep.png", box.astype(np.uint16) * 257)
+    masks = ["layer.png", "turned.webp", "rings.jpg", "deep.png"]
+    for name, row in zip(masks, data(write(folder, *[item(mask=name) for name in masks])).train_prompts, strict=True):
+        assert torch.equal(row["mask"], torch.from_numpy(box)), name
+        assert torch.equal(row["reference"], pixels(noise(0)[4:12, 10:30])), f"the box of {name}"
+
+
+def test_sixteen_bits_of_grey_become_eight(folder: Path) -> None:
+    grey = noise(3)[..., 0]
+    save(folder / "imgs/deep.png", grey.astype(np.uint16) * 257)
+    (row,) = data(write(folder, item(source="deep.png"))).train_prompts
+    assert torch.equal(row["source"], torch.from_numpy(grey).expand(3, -1, -1))
+
+
 # ------------------------------------------------------------------ formats
 
 
 def test_object_list_and_lines_say_the_same(folder: Path) -> None:
-    items = [item(id="a"), item(text="Tea", reference="r1.png")]
+    items = [item(id="a"), item(text="Tea\u2028Time", reference="r1.png")]  # a separator of lines for Unicode, not for JSON
     (folder / "imgs/list.json").write_text(json.dumps(items))
     files = [write(folder, *items), str(folder / "imgs/list.json"), write(folder / "imgs", *items, name="lines.jsonl")]
     said = [[(r["prompt"], r["id"], r["reference"].shape) for r in data(file).train_prompts] for file in files]
