@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from lit_rl.advantages import group_metrics, total_reward
 from lit_rl.errors import ConfigError
+from lit_rl.module import gather_to_first
 from lit_rl.policies.base import TokenPolicy
+from lit_rl.rollouts.ahead import Ahead
 from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
 from lit_rl.rollouts.native import NativeEngine
 from lit_rl.seeding import Key
 from lit_rl.token_module import LitToken, sequences
-from lit_rl.types import Prompts, TokenRollout
+from lit_rl.types import Info, Prompts, TokenRollout
 
 OldLogprobs = Literal["auto", "rollout", "recompute"]
 
@@ -36,6 +39,8 @@ class LitGeneration(LitToken):
         old_logprobs: The log-probabilities that ratios are relative to: as the engine reported them (`rollout`), computed anew by the
             trainer before its first step (`recompute`), or (`auto`) the latter where there is more than one optimizer step per rollout,
             and none where there is not: the ratio is 1.
+        asynchronous: Draw the answers of the next iteration while this one trains, with the weights that it began with: they are one
+            iteration old when they train. For engines with a copy of the weights, on devices of its own.
         kwargs: See `LitToken`.
     """
 
@@ -49,6 +54,7 @@ class LitGeneration(LitToken):
         eval_seed: int = 0,
         rollout_chunk: int = 64,
         old_logprobs: OldLogprobs = "auto",
+        asynchronous: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
@@ -64,6 +70,25 @@ class LitGeneration(LitToken):
                 "model.sampling.temperature=0 makes all answers to a prompt equal, so there is nothing to learn from: use 1.0"
             )
         self.old_logprobs: OldLogprobs = old_logprobs
+        self.asynchronous = asynchronous
+        self.ahead: Ahead | None = None
+        self.ahead_metrics: dict[str, float] = {}
+        if asynchronous:
+            self.check_ahead()
+
+    def check_ahead(self) -> None:
+        """Raise ConfigError where the next iteration's answers cannot be drawn before this one has trained."""
+        if not self.engine.has_copy:
+            raise ConfigError(
+                f"model.asynchronous=true needs an engine with a copy of the weights, and {type(self.engine).__name__} answers from those "
+                "that train: set model.engine to lit_rl.rollouts.http.HTTPEngine, or model.asynchronous to false"
+            )
+        own = LitGeneration
+        if (type(self).scored, type(self).collect, type(self).sample) != (own.scored, own.collect, own.sample):
+            raise ConfigError(
+                f"model.asynchronous=true: {type(self).__name__} chooses what to generate while it generates, which cannot be done ahead; "
+                "set it to false"
+            )
 
     # ------------------------------------------------------------------ life
     def setup(self, stage: str) -> None:
@@ -71,6 +96,7 @@ class LitGeneration(LitToken):
         self.engine.setup(self.policy, rank=self.global_rank, world_size=self.trainer.world_size)
 
     def teardown(self, stage: str) -> None:
+        self.ahead = None
         self.engine.close()
 
     def on_fit_start(self) -> None:
@@ -85,7 +111,7 @@ class LitGeneration(LitToken):
     @property
     def on_policy(self) -> bool:
         """Whether the weights that train are those that sampled, in every optimizer step."""
-        return self.updates * self.inner_epochs == 1
+        return self.updates * self.inner_epochs == 1 and not self.asynchronous
 
     def longest(self) -> float:
         return float(self.sampling.max_new_tokens)
@@ -93,38 +119,68 @@ class LitGeneration(LitToken):
     # ------------------------------------------------------------------ collect
     def collect(self, prompts: Prompts) -> TokenRollout:
         """Generate, and compute what training needs of the answers while their scores are under way."""
+        if self.asynchronous:
+            return self.annotate(self.sample_ahead(prompts))
         self.engine.update_weights(self.iteration)
         return self.annotate(self.sample(prompts))
+
+    def sample_ahead(self, prompts: Prompts) -> TokenRollout:
+        """The answers that were drawn while the last iteration trained; those to the next one's prompts are begun."""
+        began = time.perf_counter()
+        ahead, self.ahead = self.ahead, None
+        answers = ahead.answers.result() if ahead is not None and ahead.iteration == self.iteration else None
+        self.ahead_metrics = {"async/staleness": float(answers is not None), "async/wait_seconds": time.perf_counter() - began}
+        self.engine.update_weights(self.iteration)
+        if answers is None:
+            rollout = self.sample(prompts)
+        else:
+            self.deliver(answers, prompts.info, show=True, total=len(prompts))
+            rollout = assemble(prompts, self.asked(prompts), answers).to(self.device)
+        following = self.iteration + 1
+        if self.trainer.max_epochs in (None, -1) or following < self.trainer.max_epochs - self.warmup_epochs:
+            prompts = self.ask(following)
+            requests = [Request(ids, key) for ids, key in zip(self.asked(prompts), self.keys(prompts, following))]
+            self.ahead = Ahead(following, self.engine.begin(requests, self.sampling))
+        return rollout
 
     def sample(self, prompts: Prompts) -> TokenRollout:
         """The engine's answers, submitted for scoring."""
         asked, answers = self.generate(prompts, self.keys(prompts), self.sampling, show=True)
         return assemble(prompts, asked, answers).to(self.device)
 
-    def keys(self, prompts: Prompts) -> list[tuple[Key, ...]]:
-        """What the randomness of each answer of a rollout depends on."""
-        return [(self.seed, "rollout", self.iteration, int(group), i % self.group_size) for i, group in enumerate(prompts.group)]
+    def keys(self, prompts: Prompts, iteration: int | None = None) -> list[tuple[Key, ...]]:
+        """What the randomness of each answer of a rollout depends on; default: of the present iteration."""
+        iteration = self.iteration if iteration is None else iteration
+        return [(self.seed, "rollout", iteration, int(group), i % self.group_size) for i, group in enumerate(prompts.group)]
+
+    def asked(self, prompts: Prompts) -> list[list[int]]:
+        """The prompts' token ids."""
+        known: dict[int, list[int]] = {}
+        for row in prompts.info:
+            if id(row) not in known:
+                known[id(row)] = self.data.prompt_ids(row)  # type: ignore[attr-defined]
+        return [known[id(row)] for row in prompts.info]
 
     def generate(
         self, prompts: Prompts, keys: Sequence[tuple[Key, ...]], sampling: Sampling, *, show: bool
     ) -> tuple[list[list[int]], list[Sample]]:
         """Prompt ids and answers; each finished chunk is submitted for scoring and, if `show`, told to the callbacks."""
-        known: dict[int, list[int]] = {}
-        for row in prompts.info:
-            if id(row) not in known:
-                known[id(row)] = self.data.prompt_ids(row)  # type: ignore[attr-defined]
-        asked, answers = [known[id(row)] for row in prompts.info], []
+        asked, answers = self.asked(prompts), []
         most = int(self.all_ranks(torch.tensor([len(prompts)], device=self.device)).max())  # as many calls on every process
         for first in range(0, most, self.rollout_chunk):
             chunk = slice(first, first + self.rollout_chunk)
             samples = self.engine.generate([Request(ids, key) for ids, key in zip(asked[chunk], keys[chunk])], sampling)
-            texts, info = [self.policy.decode(sample.ids) for sample in samples], prompts.info[chunk]
-            if self.scorer is not None and texts:
-                self.scorer.submit(texts, info)
-            if show and texts:
-                self.notify("on_rollout_chunk", texts, info, len(prompts))
+            self.deliver(samples, prompts.info[chunk], show=show, total=len(prompts))
             answers += samples
         return asked, answers
+
+    def deliver(self, samples: Sequence[Sample], info: Sequence[Info], *, show: bool, total: int) -> None:
+        """Have answers scored and, if `show`, tell the callbacks; `total`: of the rollout."""
+        texts = [self.policy.decode(sample.ids) for sample in samples]
+        if self.scorer is not None and texts:
+            self.scorer.submit(texts, info)
+        if show and texts:
+            self.notify("on_rollout_chunk", texts, info, total)
 
     def annotate(self, rollout: TokenRollout) -> TokenRollout:
         """Log-probabilities of the trainer and of the reference, where the method needs them."""
@@ -175,7 +231,7 @@ class LitGeneration(LitToken):
         metrics |= {f"reward/{name}": float(table[:, 4 + i].nanmean()) for i, name in enumerate(names)}
         metrics |= {"response_length/mean": float(lengths.mean()), "response_length/max": float(lengths.max())}
         metrics |= {"response_length/cut_off_fraction": 1 - float(table[:, 3].mean()), "samples": float(len(table))}
-        return metrics | {"tokens": float(lengths.sum())}
+        return metrics | {"tokens": float(lengths.sum())} | self.ahead_metrics
 
     def whiten(self, x: Tensor, mask: Tensor) -> Tensor:
         """(x - mean) / std over the masked tokens of all processes, 0 elsewhere."""
@@ -185,6 +241,19 @@ class LitGeneration(LitToken):
         square = self.all_ranks(centred.pow(2).sum()[None]).sum()
         return centred * torch.rsqrt(square / (n - 1).clamp(min=1) + 1e-8)
 
+    # ------------------------------------------------------------------ checkpoints
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.ahead is not None:  # on all processes, or on none; the weights that drew them will be gone
+            checkpoint["ahead"] = {"iteration": self.ahead.iteration, "ranks": gather_to_first(self.ahead.plain())}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint.get("ahead")
+        if self.asynchronous and saved is not None and None not in saved["ranks"].values():
+            answers = [row for rank in sorted(saved["ranks"]) for row in saved["ranks"][rank]]
+            self.ahead = Ahead.of_plain(saved["iteration"], answers[self.local(len(answers))])
+
     # ------------------------------------------------------------------ evaluation and prediction
     def answer(self, batch: Prompts) -> list[str]:
         """One answer to each prompt; where `eval_sampling` draws, it depends on `eval_seed` and the prompt's group id."""
@@ -193,6 +262,8 @@ class LitGeneration(LitToken):
         return [self.policy.decode(sample.ids) for sample in samples]
 
     def on_validation_start(self) -> None:
+        if self.ahead is not None:
+            self.ahead.answers.result()  # they are drawn with the weights that the engine has now
         self.engine.update_weights(self.iteration)
 
     def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:

@@ -85,6 +85,11 @@ class LitPolicyGradient(LitGeneration):
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
+        if self.asynchronous and correction is None and self.old_logprobs != "rollout":
+            raise ConfigError(
+                "model.asynchronous=true trains on answers of the weights of an iteration ago, and nothing corrects for that: set "
+                "model.correction, e.g. to {level: token, high: 2.0} (decoupled PPO), or model.old_logprobs to rollout (ratios to them)"
+            )
         if clip_low < 0 or clip_high < 0:
             raise ConfigError(f"model.clip_low={clip_low} and clip_high={clip_high} must not be negative; 0.2 is usual")
         if dual_clip is not None and dual_clip <= 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -62,6 +63,9 @@ class Sample:
 class RolloutEngine(ABC):
     """Answers requests with the policy's present weights."""
 
+    has_copy = False
+    """Whether it answers from a copy of the weights, so that `begin` works."""
+
     def setup(self, policy: TokenPolicy, *, rank: int, world_size: int) -> None:
         """Called once per process before the first request, after the policy is loaded and in its place."""
         self.policy = policy
@@ -72,6 +76,13 @@ class RolloutEngine(ABC):
     @abstractmethod
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
         """Answers in order of the requests. Neighbours with the same prompt share its prefill."""
+
+    def begin(self, requests: Sequence[Request], sampling: Sampling) -> Future[list[Sample]]:
+        """`generate` in the background, with the weights of the last `update_weights` whatever the policy trains meanwhile.
+
+        Callers wait for it before the next `update_weights`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} answers from the weights that train")
 
     def close(self) -> None:  # noqa: B027
         """Release connections and memory."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -54,6 +56,8 @@ class HTTPEngine(RolloutEngine):
         probe_tolerance: Mean difference that is still rounding. Of a server in bfloat16 expect 0.01 to 0.02; in float32 1e-4 will do.
         token_env: Environment variable with a bearer token; unset = none.
     """
+
+    has_copy = True
 
     def __init__(
         self,
@@ -181,6 +185,26 @@ class HTTPEngine(RolloutEngine):
 
     # ------------------------------------------------------------------ answers
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+        samples = self.connection.run(self._calls(requests, sampling))
+        if self.unseen and sampling.temperature:
+            self._look_at(requests[:4], samples[:4], sampling)
+            self.unseen = False
+        return samples
+
+    def begin(self, requests: Sequence[Request], sampling: Sampling) -> Future[list[Sample]]:
+        future: Future[list[Sample]] = Future()
+        calls = self._calls(requests, sampling)
+
+        def work() -> None:
+            try:
+                future.set_result(self.connection.run(calls))
+            except BaseException as error:  # raised where the answers are asked for
+                future.set_exception(error)
+
+        threading.Thread(target=work, daemon=True, name="answers ahead").start()  # a run that stops does not wait for it
+        return future
+
+    def _calls(self, requests: Sequence[Request], sampling: Sampling) -> list[Call[Sample]]:
         if any(not request.prompt for request in requests):
             raise ConfigError("a prompt has no token, so there is nothing to continue: leave it out of the data")
         place: dict[tuple[int, ...], int] = {}
@@ -191,11 +215,7 @@ class HTTPEngine(RolloutEngine):
             stops, model = self.policy.stop_ids, self._asked_for(self.model)
             route, body = self.dialect.ask(request.prompt, sampling, seed=seed_of(*request.key), stops=stops, model=model)
             calls.append(Call(urls, route, body, self._sample))
-        samples = self.connection.run(calls)
-        if self.unseen and sampling.temperature:
-            self._look_at(requests[:4], samples[:4], sampling)
-            self.unseen = False
-        return samples
+        return calls
 
     def _sample(self, body: Any) -> Sample:
         """Raises Again, and Unusable where other weights answered."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ import pytest
 import torch
 from fake_server import BASE, FakeServer
 from lightning import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from rewards.fault_proxy import Fault
-from rough_lm import roughen
 from torch import Tensor
 from toy_text import Digits, model_folder, policy, trainer
-from transformers import AutoModelForCausalLM
 
 from callbacks.ema import EMA
 from callbacks.reward_scoring import RewardScoring
@@ -36,21 +35,6 @@ WAYS = [("openai", LORA), ("openai", None), ("sglang", LORA), ("sglang", None)]
 ways = pytest.mark.parametrize(
     ("dialect", "lora"), WAYS, ids=lambda value: value if isinstance(value, str) else "lora" if value else "full"
 )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = model_folder(tmp_path_factory.mktemp("lm") / "base")
-    lm = AutoModelForCausalLM.from_pretrained(folder)
-    roughen(lm)
-    lm.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def server(base: Path) -> Iterator[FakeServer]:
-    with FakeServer(base) as running:
-        yield running
 
 
 def loaded(base: Path, lora: LoraSettings | None, *, shift: float = 0.0) -> CausalLM:
@@ -130,6 +114,8 @@ def run(
     *more: Callback,
     ckpt: Path | None = None,
     save: Path | None = None,
+    limit_val_batches: int = 1,
+    **settings: Any,
 ) -> Tensor:
     method = GRPO(
         policy(base, lora=lora),
@@ -139,8 +125,11 @@ def run(
         sampling=SHORT,
         optimizer=partial(torch.optim.SGD, lr=0.3),
         rollout_chunk=8,
+        **settings,
     )
-    fit = trainer(max_epochs=iterations, callbacks=[RewardScoring({"small": Small()}), *more], limit_val_batches=1)
+    checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in more)
+    limits: dict[str, Any] = {"limit_val_batches": limit_val_batches, "enable_checkpointing": checkpoints}
+    fit = trainer(max_epochs=iterations, callbacks=[RewardScoring({"small": Small()}), *more], **limits)
     fit.fit(method, datamodule=Digits(), ckpt_path=ckpt)
     if save is not None:
         fit.save_checkpoint(save)

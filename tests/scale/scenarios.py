@@ -33,6 +33,7 @@ from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.lora import LoraSettings
 from lit_rl.policies.sd3 import SD3Policy
 from lit_rl.policies.shards import gathered
+from lit_rl.policy_gradient_module import Correction
 from lit_rl.rewards.base import Reward, TextReward
 from lit_rl.rollouts.base import Sampling
 from lit_rl.rollouts.http import HTTPEngine
@@ -172,7 +173,13 @@ def held(parameter: Tensor) -> int:
 
 
 def answers(
-    folder: str, strategy: str, *, lora: bool, precision: str = "32-true", http: dict[str, Any] | None = None
+    folder: str,
+    strategy: str,
+    *,
+    lora: bool,
+    precision: str = "32-true",
+    http: dict[str, Any] | None = None,
+    asynchronous: bool = False,
 ) -> list[dict[str, Any]]:
     """Two iterations of GRPO on a miniature language model: what this process's engine answered, and what the trainer says of it."""
     torch.manual_seed(0)
@@ -191,6 +198,7 @@ def answers(
     module = GRPO(
         toy_text.policy(Path(folder), **settings), engine=engine, sampling=Sampling(max_new_tokens=8, temperature=0.8),
         prompts_per_iteration=4, group_size=4, rollout_chunk=5, optimizer=partial(torch.optim.SGD, lr=30.0), seed=0,
+        asynchronous=asynchronous, correction=Correction() if asynchronous else None,
     )  # fmt: skip
     run = L.Trainer(
         accelerator="cpu", strategy=STRATEGIES[strategy](), devices=1 if strategy == "one" else 2, max_epochs=2, precision=precision,  # type: ignore[arg-type]

@@ -36,6 +36,17 @@ def test_two_processes_are_answered_as_one_is(pair: Pair, folder: Path, tmp_path
         assert by_group(ranks) == by_group([one[iteration]])
 
 
+def test_answers_drawn_ahead_are_those_of_one_process(pair: Pair, folder: Path, tmp_path: Path) -> None:
+    """The second iteration's are of the weights that drew the first one's: a run in turns draws others."""
+    with FakeServer(folder) as server:
+        given = {"folder": str(folder), "lora": True, "http": settings(server, tmp_path)}
+        one = scenarios.answers(strategy="one", asynchronous=True, **given)
+        two = pair.run("answers", strategy="ddp", asynchronous=True, **given)
+        in_turns = scenarios.answers(strategy="one", **given)
+    assert [by_group([rank[i] for rank in two]) for i in range(2)] == [by_group([one[i]]) for i in range(2)]
+    assert by_group([one[0]]) == by_group([in_turns[0]]) and by_group([one[1]]) != by_group([in_turns[1]])
+
+
 def test_a_push_that_fails_ends_all_processes_with_one_sentence(pair: Pair, folder: Path, tmp_path: Path) -> None:
     with FakeServer(folder) as server:
         server.refuses_loads = True
