@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lit_rl.policies.shards import readable
 
-FAMILIES = ("qwen2", "qwen3", "llama")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 PREFILL_TOKENS = 8192
 """Tokens of prompts, padding included, that go through the network at once."""
