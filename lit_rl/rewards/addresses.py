@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 
 
 def parse_urls(urls: str | Sequence[str]) -> list[str]:
-    """`host:port`, `http(s)://host:port[/score]` and port ranges `host:8000-8003` -> base URLs without a trailing slash."""
+    """`host:port`, `http(s)://host:port[/score]`, ranges `host:8000-8003`, comma lists of them -> base URLs without a trailing slash."""
     found = []
-    for url in [urls] if isinstance(urls, str) else urls:
+    for url in (part for given in ([urls] if isinstance(urls, str) else urls) for part in given.split(",")):
         match = re.fullmatch(r"(?:(https?)://)?([^/:\s]+|\[[0-9a-fA-F:]+\])(?::(\d+)(?:-(\d+))?)?(/\S*)?", url.strip())
         if match is None:
             raise ConfigError(f"urls: {url!r} is not http(s)://host:port, host:port or host:first-last")

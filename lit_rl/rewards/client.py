@@ -250,7 +250,7 @@ class HTTPReward(Reward):
             why = f"no answer in timeout_s={seconds:.3g}" if isinstance(error, TimeoutError) else f"{type(error).__name__} {error}"
             raise _NoAnswer(f"reward server {url}: {why}") from error
         if status != 200:
-            raise _refusal(url, status, text, retry_after)
+            raise _refusal(url, self.route, status, text, retry_after)
         try:
             rows, reasons = decode_answer(request.unwrap(text), request.count)
         except WireError as error:
@@ -309,13 +309,15 @@ class _Pool:
         return next((url for url in candidates if self.breakers[url].closed), turns[0])
 
 
-def _refusal(url: str, status: int, body: bytes, retry_after: str | None) -> _NoAnswer:
+def _refusal(url: str, route: str, status: int, body: bytes, retry_after: str | None) -> _NoAnswer:
     tries = math.inf if status in PASSING else 2 if status == 500 else 1
     try:
         seconds = max(float(retry_after or 0), 0.0)
     except ValueError:  # an HTTP date: the back-off decides
         seconds = 0.0
     message = f"reward server {url}: status {status} {body[:300].decode(errors='replace')}"
+    if status in (404, 405) and route == "batch":
+        message += f"; one that has no {ROUTES[route]} but {ROUTES['single']} is asked with HTTPReward's route: single"
     return _NoAnswer(message, tries=tries, retry_after_s=seconds, alive=status not in OUTAGE)
 
 

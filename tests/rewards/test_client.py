@@ -49,6 +49,7 @@ def expected(reds: list[int]) -> list[float]:
         ("http://judge:1/reward/v1/score_batch", ["http://judge:1/reward"]),
         ("10.0.0.5:8000-8002", ["http://10.0.0.5:8000", "http://10.0.0.5:8001", "http://10.0.0.5:8002"]),
         (["a:1", "http://[::1]:2"], ["http://a:1", "http://[::1]:2"]),
+        ("http://a:1/score, http://a:2/score", ["http://a:1", "http://a:2"]),  # as the old trainer's --reward_server_url
     ],
 )
 def test_addresses_are_understood(given: str | list[str], urls: list[str]) -> None:
@@ -71,7 +72,7 @@ def test_addresses_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
         HTTPReward()
 
 
-@pytest.mark.parametrize("given", ["", "ftp://a:1", "a:b", "a:9-8", "http://a b", []])
+@pytest.mark.parametrize("given", ["", "a:1,,b:1", "ftp://a:1", "a:b", "a:9-8", "http://a b", []])
 def test_bad_addresses_are_named(given: str | list[str]) -> None:
     with pytest.raises(ConfigError, match="urls"):
         parse_urls(given)
@@ -254,6 +255,16 @@ def test_a_lasting_fault_is_nan_after_few_tries(server: RedServer, fault: Fault,
         assert reward.score(red_images([10, 20]), prompts(2))["red"].isnan().all()
     assert reward.counters() == {"requests": requests, "retries": requests - 1, "failures": 2, "breaker_opened": 0}
     assert proxy.url in reward.last_error and (str(fault.status) in reward.last_error or "not an answer" in reward.last_error)
+
+
+@pytest.mark.parametrize(("route", "told"), [("batch", True), ("single", False)])
+def test_a_server_without_the_route_of_batches_is_told_how_to_be_asked(
+    server: RedServer, route: Literal["batch", "single"], told: bool
+) -> None:
+    with FaultProxy(server.url, [Fault("status", 404)] * 2) as proxy:
+        reward = HTTPReward(proxy.url, outputs=["red"], route=route)
+        assert reward.score(red_images([1]), prompts(1))["red"].isnan().all()
+    assert "status 404" in reward.last_error and ("route: single" in reward.last_error) is told
 
 
 def test_one_lost_request_leaves_the_others_scored(server: RedServer) -> None:
