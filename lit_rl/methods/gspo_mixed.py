@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -72,7 +73,8 @@ class MixedGSPO(LitPolicyGradient):
 
     # ------------------------------------------------------------------ sizes
     def setup(self, stage: str) -> None:
-        if stage == "fit" and any(is_pair(row) for row in self.data.train_prompts):  # type: ignore[attr-defined]
+        pairs = self.held_out_pairs if stage != "fit" else (row for row in self.data.train_prompts if is_pair(row))  # type: ignore[attr-defined]
+        if stage != "predict" and any(True for _ in pairs):
             self.policy.check_reference(after_warmup=False)
         super().setup(stage)
 
@@ -82,6 +84,10 @@ class MixedGSPO(LitPolicyGradient):
             f"{self.inner_epochs * self.updates}, each of {self.prompts_per_update} rows in {self.trainer.accumulate_grad_batches} "
             f"micro-batches on each of {self.trainer.world_size} processes"
         )
+
+    @property
+    def held_out_pairs(self) -> Sequence[Info]:
+        return getattr(self.data, "held_out_pairs", ())
 
     @property
     def units_per_prompt(self) -> int:
@@ -223,6 +229,32 @@ class MixedGSPO(LitPolicyGradient):
         self.log("gspo/seq_ratio_max", largest, on_step=False, on_epoch=True, batch_size=1, sync_dist=True, reduce_fx="max")
         ratios = {"gspo/seq_ratio_mean": (moved.exp() * counts).sum(), "gspo/clipfrac": clipped.float().sum()}
         return {name: self.share(value, "gspo/answers_that_teach") for name, value in ratios.items()}
+
+    # ------------------------------------------------------------------ evaluation
+    def on_validation_epoch_end(self) -> None:
+        """Held-out answers are scored as ever; of held-out pairs, how often the chosen answer gained more on the reference."""
+        super().on_validation_epoch_end()
+        rows, world = self.held_out_pairs, self.trainer.world_size
+        size = self.data.eval_batch_size * world  # type: ignore[attr-defined]
+        table = [torch.zeros(3, dtype=torch.float64, device=self.device)]
+        for first in range(0, len(rows), size) if rows else ():
+            mine = range(first + self.global_rank * size // world, first + (self.global_rank + 1) * size // world)
+            numbers = [min(i, len(rows) - 1) for i in mine for _ in range(2)]  # the last are filled up
+            prompts = Prompts(group=torch.tensor(numbers), info=[rows[i] for i in numbers])
+            rollout = pair_sequences(prompts, self.data.pair_ids).to(self.device)  # type: ignore[attr-defined]
+            asked = rollout.tokens, rollout.lengths, rollout.mask
+            with self.trainer.precision_plugin.forward_context():
+                new, _ = self.policy.logprobs(*asked, temperature=self.sampling.temperature)
+                with self.policy.reference():
+                    theirs, _ = self.policy.logprobs(*asked, temperature=self.sampling.temperature)
+            gain = self.beta * sequence_logprobs(new - theirs, rollout.mask)
+            margin = (gain[::2] - gain[1::2])[: max(0, len(rows) - mine.start)]
+            table.append(torch.stack([margin.sum(), (margin > 0).double().sum(), margin.new_tensor(len(margin))]))
+        margin, right, count = self.all_ranks(torch.stack(table).sum(0)[None]).sum(0).tolist()
+        for name, value in {"margin": margin, "accuracy": right}.items() if count else ():
+            self.log(f"val/dpo_{name}", value / count, sync_dist=True)
+
+    on_test_epoch_end = on_validation_epoch_end
 
     def share(self, part: Tensor, of: str) -> Tensor:
         """A micro-batch's part of an iteration's mean over `rollout_metrics[of]` things, as `whole_step` has it."""

@@ -140,6 +140,20 @@ def test_what_is_told_of_a_step(folder: Path, tmp_path: Path) -> None:
     assert seen[0]["dpo/loss"] == pytest.approx(0.693147, abs=1e-5) and seen[0]["dpo/margin"] == pytest.approx(0, abs=1e-6)
 
 
+def test_held_out_rows_of_both_kinds_are_evaluated(folder: Path, tmp_path: Path) -> None:
+    """Pairs that are learned by heart, one more than a batch: the chosen answers win, by the same margin in batches of another size."""
+    file = write(tmp_path / "rows.jsonl", rows_of("sspppp"))
+    told = []
+    for size in (3, 64):
+        data = PromptsAndPairs(train=file, val=file, eval_batch_size=size)
+        adam = partial(torch.optim.AdamW, lr=3e-3)
+        method = mixed(folder, 6, optimizer=adam, beta=0.5)
+        fit(method, data, max_epochs=8, limit_val_batches=1.0, check_val_every_n_epoch=8)
+        told.append({name: float(value) for name, value in method.seen.items() if name.startswith("val/")})
+    assert told[0] == pytest.approx(told[1], abs=1e-5)
+    assert told[0]["val/dpo_accuracy"] == 1 and told[0]["val/dpo_margin"] > 0.5 and "val/noise" in told[0]
+
+
 def test_pairs_need_a_reference_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
     for kinds in ("ssss", "sssp"):
         method = MixedGSPO(policy(folder), prompts_per_iteration=4, group_size=3, sampling=COLD, optimizer=SGD)

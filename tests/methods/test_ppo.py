@@ -159,6 +159,18 @@ def test_the_policy_waits_for_the_critic(folder: Path) -> None:
     assert [group["lr"] for group in run.optimizers[0].param_groups] == [1e-3, 3e-3]
 
 
+def test_the_critic_answers_in_float32_under_mixed_precision(folder: Path) -> None:
+    """A bias of 1 / 256 on top of 256 is lost in bfloat16."""
+    method = ppo(folder, keep_reference=False)
+    fit(method, precision="bf16-mixed")
+    assert weights(method).isfinite().all()
+    head = method.critic.network.head
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        head.weight.fill_(256 / head.in_features)
+        head.bias.fill_(1 / 256)
+        assert head(torch.ones(1, head.in_features, dtype=torch.bfloat16)).item() == 256 + 1 / 256
+
+
 def test_policy_and_critic_are_clipped_apart(folder: Path) -> None:
     norms: list[tuple[float, float]] = []
 

@@ -38,6 +38,14 @@ def test_two_processes_train_as_one_does(pair: Pair, tmp_path: Path, model: str,
     assert distance(dict(loaded.named_parameters()), {n: a["weights"][f"policy.{n}"] for n, _ in loaded.named_parameters()}) > 0.01
 
 
+def test_processes_keep_step_where_one_has_nothing_to_answer(pair: Pair, tmp_path: Path, model: str) -> None:
+    """One row in sixteen is answered: one or none in an iteration of eight."""
+    one = text_runs.fit(model, str(tmp_path / "one"), "one", method="gspo", pairs=16)
+    two = pair.run("text_runs.fit", model=model, out=str(tmp_path / "two"), strategy="fsdp2", method="gspo", pairs=16)
+    assert two[0]["metrics"] == pytest.approx(one["metrics"], abs=1e-5) and one["metrics"]["gspo/self_play_rows"] < 2
+    assert distance(ended(tmp_path / "one")["weights"], ended(tmp_path / "two")["weights"]) < 1e-6
+
+
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 @pytest.mark.parametrize("method", ["ppo", "dapo"])
 def test_deepspeed_trains_as_one_process_does(pair: Pair, tmp_path: Path, model: str, strategy: str, method: str) -> None:

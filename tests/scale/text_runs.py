@@ -54,12 +54,12 @@ class Odd(TextReward):
 
 
 class Rows(Digits):
-    """Every third row is a pair where a method asks for the kind."""
+    """Every row whose number does not divide by `pairs` is a pair where a method asks for the kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, pairs: int) -> None:
         super().__init__()
-        kinds = ("pair", "self_play", "self_play")
-        self.train_prompts = [MappingProxyType(dict(row) | {"kind": kinds[i % 3]}) for i, row in enumerate(self.train_prompts)]
+        kinds = ["self_play", *(["pair"] * (pairs - 1))]
+        self.train_prompts = [MappingProxyType(dict(row) | {"kind": kinds[i % pairs]}) for i, row in enumerate(self.train_prompts)]
 
 
 def fit(
@@ -71,6 +71,7 @@ def fit(
     settings: dict[str, Any] | None = None,
     parts: int = 1,
     clip: float | None = 0.5,
+    pairs: int = 2,
     lora: bool = False,
     save: bool = False,
     ckpt_path: str | None = None,
@@ -89,7 +90,7 @@ def fit(
         max_epochs=3, limit_val_batches=0, accumulate_grad_batches=parts, gradient_clip_val=clip, enable_checkpointing=save,
         strategy=STRATEGIES[strategy](), devices=1 if strategy == "one" else 2, callbacks=callbacks,
     )  # fmt: skip
-    run.fit(module, Rows(), ckpt_path=ckpt_path)
+    run.fit(module, Rows(pairs), ckpt_path=ckpt_path)
     names = {name for name, _ in module.named_parameters()}
     end = {"weights": dict(gathered(module, names)), "average": average.averaged_weights(run, module)}
     if run.is_global_zero:
