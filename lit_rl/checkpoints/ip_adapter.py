@@ -166,4 +166,7 @@ def _words(keys: Iterable[Any]) -> list[str]:
 if __name__ == "__main__":
     from jsonargparse import auto_cli
 
-    auto_cli(convert, as_positional=True)
+    try:
+        auto_cli(convert, as_positional=True)
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None

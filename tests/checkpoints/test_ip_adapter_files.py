@@ -188,3 +188,13 @@ def test_the_command_converts(tmp_path: Path) -> None:
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     assert torch.load(tmp_path / "old.bin", weights_only=True).keys() == {"image_proj_mlp", "attn_adapter"}
     assert_same(read_ip_adapter(tmp_path / "old.bin"), held)
+
+
+def test_the_command_says_in_one_sentence_what_is_wrong(tmp_path: Path) -> None:
+    torch.save({"image_proj": {}, "attn_adapter": {}}, tmp_path / "mixed.bin")
+    command = [sys.executable, "-m", "lit_rl.checkpoints.ip_adapter", str(tmp_path / "mixed.bin"), str(tmp_path / "out.bin")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and not (tmp_path / "out.bin").exists()
+    assert (
+        done.stderr.strip().startswith("error: IP-Adapter: ") and "Traceback" not in done.stderr and "unknown: attn_adapter" in done.stderr
+    )
