@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from toy_text import Digits, Sorted, model_folder, policy, trainer
 
+from callbacks.ema import EMA
+from callbacks.export import Export
 from callbacks.reward_scoring import RewardScoring
 from lit_rl.errors import ConfigError
 from lit_rl.methods.ppo import PPO
@@ -90,6 +92,19 @@ def test_a_critic_of_its_own_trains_and_is_kept_without_its_base(tmp_path: Path,
     assert not missing
     trained = {name for name, p in critic.named_parameters() if p.requires_grad}
     assert trained == critic.checkpoint_keys() and any(".head." in name for name in trained)
+
+
+def test_a_critic_may_start_from_a_reward_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    own = model_folder(tmp_path / "lm")
+    judge = AutoModelForSequenceClassification.from_pretrained(own, num_labels=1)
+    torch.nn.init.normal_(judge.model.layers[0].mlp.up_proj.weight)
+    judge.save_pretrained(tmp_path / "judge")
+    critic = Critic(str(tmp_path / "judge"))
+    critic.load(beside=None)
+    body = critic.network.lm.base_model.state_dict()
+    assert all(torch.equal(body[name], weight) for name, weight in judge.model.state_dict().items())
 
 
 # ---------------------------------------------------------------------- credit
@@ -185,6 +200,17 @@ def test_policy_and_critic_are_clipped_apart(folder: Path) -> None:
     assert len(norms) == 3
     for of_policy, of_critic in norms:
         assert of_policy == pytest.approx(1e-3, rel=1e-3) and of_critic == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_the_average_and_the_export_are_of_the_policy_alone(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    average, export = EMA(0.5), Export(str(tmp_path / "export"))
+    method = ppo(folder)
+    run = fit(method, max_epochs=2, callbacks=[RewardScoring({"sorted": Sorted()}), average, export])
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export" / "iteration-2").state_dict()
+    assert all(torch.equal(exported[name], weight) for name, weight in method.policy.network.lm.state_dict().items())
+    assert average.averaged_weights(run, method).keys() == dict(method.policy.trainable()).keys()
 
 
 # ---------------------------------------------------------------------- restarts
