@@ -57,7 +57,7 @@ REINFORCED = (
 )
 OF_SOME: dict[type | tuple[type, ...], str] = {
     (GRPO, PPO): REINFORCED,
-    (SFT, GRPO, PPO): "sampling eval_sampling engine",
+    (SFT, GRPO, PPO): "sampling eval_sampling engine asynchronous",
     (SFT, DPO): "loss_kind",
     DPO: "beta",
     GRPO: "std",
