@@ -241,4 +241,4 @@ class DAPO(GRPO):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.generations = checkpoint["generations"]
+        self.generations = checkpoint.get("generations", 0)  # other methods draw none
