@@ -1,12 +1,18 @@
 """The benchmarks in miniature: that both arms compute the same update, and that their difference would be seen."""
 
+import json
+import math
 import re
 from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import flow_grpo_iteration, generation, overlap, token_logprobs
+from benchmarks import flow_grpo_iteration, generation, overlap, token_logprobs, trl_compare, trl_sides
+from lit_rl.policies.tiny_lm import build_lm
 
 SIZES = {
     "mini": replace(
@@ -60,3 +66,58 @@ def test_both_ways_to_generate_draw_as_many_tokens() -> None:
     assert len(re.findall(r"times the answers/s \d+\.\d\d, by CPU seconds \d+\.\d\d", table)) == 2
     tokens = [float(line.split()[-1]) for line in table.splitlines() if line.startswith("drawn")]
     assert tokens[:2] == [30, 30] and all(6 <= drawn < 60 for drawn in tokens[2:])
+
+
+TRL_CASES = {name: replace(case, rows=4, prompt=5, answer=6, vocab=128, hidden=16, layers=1) for name, case in trl_compare.CASES.items()}
+
+
+def our_lines(case: trl_sides.Case, folder: Path) -> list[dict[str, Any]]:
+    """What our side tells of 2 turns of 2 steps."""
+    build_lm(folder, vocab_size=case.vocab, hidden=case.hidden, layers=case.layers, tied=True, chat=False)
+    told = StringIO()
+    turns = trl_sides.Turns(2, told, StringIO())
+    trl_sides.ours(case, folder, 4, turns)
+    turns.end()
+    return [json.loads(line) for line in told.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["sft-half-1k", "dpo-1k", "grpo-1k"])
+def test_our_side_of_the_comparison_with_trl_trains_what_the_case_says(method: str, tmp_path: Path) -> None:
+    """Every step trains rows x answer tokens; the first loss is the model's own cross-entropy of the answers with their ends, or log 2."""
+    case = TRL_CASES[method]
+    lines = our_lines(case, tmp_path)
+    assert [next(iter(line)) for line in lines] == ["ready", "turn", "turn", "end"]
+    end = lines[-1]["end"]
+    assert end["tokens"] == [4 * 6 * (2 if method == "dpo-1k" else 1)] * 4 == [case.tokens] * 4
+    if method == "grpo-1k":
+        return
+    expected = math.log(2) if method == "dpo-1k" else cross_entropy(case, tmp_path)
+    assert end["losses"][0] == pytest.approx(expected, abs=1e-5) and end["losses"][1] != end["losses"][0]
+
+
+def cross_entropy(case: trl_sides.Case, folder: Path) -> float:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, lm = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    rows = case.data(4)[: case.rows]
+    ids = torch.tensor([[*tokenizer(row["prompt"] + row["completion"]).input_ids, tokenizer.eos_token_id] for row in rows])
+    labels = ids.clone()
+    labels[:, : case.prompt] = -100
+    return float(lm(input_ids=ids, labels=labels).loss.detach())
+
+
+def test_sides_that_do_different_work_are_told() -> None:
+    case = TRL_CASES["sft-1k"]
+    same = {"tokens": [24, 24], "losses": [2.0, 1.5], "cpu": 1.0, "clock": 2.0, "growth": 2**20}
+    table = trl_compare.report("sft", case, {"ours": same, "theirs": same | {"cpu": 4.0, "growth": 2**22}})
+    assert "differ by at most 0e+00" in table and table.split()[-3:] == ["0.25", "1.00", "0.25"]
+    with pytest.raises(SystemExit, match="not 24 in each"):
+        trl_compare.check(case, {"ours": same | {"tokens": [24, 23]}, "theirs": same})
+    with pytest.raises(SystemExit, match="losses differ by up to 2.0e-04"):
+        trl_compare.check(case, {"ours": same, "theirs": same | {"losses": [2.0, 1.5002]}})
+
+
+@pytest.mark.slow  # a second process imports everything
+def test_the_comparison_with_trl_runs_our_side_alone_in_turns() -> None:
+    table = trl_compare.main(["--case", "sft-1k", "--side", "ours", "--turns", "1", "--size", "2"], TRL_CASES)
+    assert "sft-1k: 4 steps, each of 24 trained tokens; losses" in table and "MiB" in table and "ratio" not in table
