@@ -104,11 +104,12 @@ def accelerators(found: Sequence[Gpu], *, wants_gpu: bool, wants_bfloat16: bool)
         yield (problem if wants_gpu else warning)("torch", f"{seen}{hidden}: {cure}")
 
 
-def room(folders: Sequence[Path], *, checkpoint: float, copies: int, least: bool) -> Iterator[Finding]:
+def room(folders: Sequence[Path], *, checkpoint: float, copies: int, least: bool, what: str = "checkpoint") -> Iterator[Finding]:
     """Whether the folders that a run writes to can be written to, and hold its checkpoints.
 
-    checkpoint: bytes of one, of which `copies` are kept; least: the bytes are a lower bound.
+    checkpoint: bytes of one, of which `copies` are kept; least: the bytes are a lower bound. what: "export" for those of `Export`.
     """
+    one, knob = {"checkpoint": ("a checkpoint", "ModelCheckpoint's save_top_k"), "export": ("an export", "Export's keep")}[what]
     for folder in folders:
         there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
@@ -116,10 +117,10 @@ def room(folders: Sequence[Path], *, checkpoint: float, copies: int, least: bool
             continue
         free = shutil.disk_usage(there).free
         each = f"{'at least ' if least else 'about '}{gigabytes(checkpoint)}"
-        line = f"{folder}: {gigabytes(free)} free, a checkpoint takes {each}, up to {copies} are kept"
+        line = f"{folder}: {gigabytes(free)} free, {one} takes {each}, up to {copies} are kept"
         if free < 2 * checkpoint:  # the new one is written before the old one goes
             yield problem("disk", f"{line}; make room or choose another folder")
         elif free < (copies + 1) * checkpoint:
-            yield warning("disk", f"{line}; make room, or keep fewer (ModelCheckpoint's save_top_k)")
+            yield warning("disk", f"{line}; make room, or keep fewer ({knob})")
         else:
             yield ok("disk", line if checkpoint else f"{folder}: {gigabytes(free)} free")

@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.ema import EMA
+from callbacks.export import Export
 from callbacks.old_policy import OldPolicySync
 from callbacks.reward_scoring import DEBUG_VARIABLE, RewardScoring
 from lit_rl.checkpoints.files import check_unused
@@ -29,6 +30,8 @@ from lit_rl.errors import ConfigError
 from lit_rl.lightning_cli import CLI
 from lit_rl.module import LitRL
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
+from lit_rl.policies.flux_fill import count_new_adapter
+from lit_rl.policies.pretrained import component_config
 from lit_rl.rewards.client import HTTPReward
 from lit_rl.rewards.gpus import Gpu
 
@@ -167,6 +170,10 @@ class Run:
         numbers, least = trainable(getattr(method, "policy", None))
         averages = sum(isinstance(callback, EMA | OldPolicySync) for callback in callbacks)
         yield from room(folders, checkpoint=numbers * BYTES * (3 + averages), copies=copies, least=least)  # weights and Adam's moments
+        for export in (callback for callback in callbacks if isinstance(callback, Export)):
+            times = max(self._times(keeper) for keeper in keepers) if export.at == "checkpoint" and keepers else self._times(export)
+            kept = times if export.keep is None else min(export.keep, times)
+            yield from room([export.dirpath], checkpoint=numbers * BYTES, copies=kept, least=least, what="export")
         try:
             check_unused(chosen)
         except ConfigError as error:
@@ -174,9 +181,13 @@ class Run:
 
     def _kept(self, keeper: ModelCheckpoint) -> int:
         """Files that it keeps in the end, `last.ckpt` included."""
-        every = max(1, keeper._every_n_epochs or 1)
-        rounds = max(0, self.config.trainer.max_epochs or 0) // every
-        return (rounds if keeper.save_top_k < 0 else min(keeper.save_top_k, rounds or 1)) + bool(keeper.save_last)
+        times = self._times(keeper)
+        return (times if keeper.save_top_k < 0 else min(keeper.save_top_k, times)) + bool(keeper.save_last)
+
+    def _times(self, writer: ModelCheckpoint | Export) -> int:
+        """How often it writes."""
+        every = writer.every_n_epochs if isinstance(writer, Export) else writer._every_n_epochs
+        return max(1, (self.config.trainer.max_epochs or 0) // max(1, every or 1))
 
 
 COUNTED = {"train_prompts": "prompts to train on", "held_out": "held out"}
@@ -210,7 +221,14 @@ def trainable(policy: Any) -> tuple[int, bool]:
         return sum(policy.lora.rank * sum(s) for name, s in shapes.items() if len(s) == 2 and re.search(targets, name)), style is not None
     if style is None or getattr(policy, "full", False):
         return sum(_product(shape) for shape in shapes.values()), style is not None
-    return (Path(style.initial).stat().st_size // BYTES if style.initial else 0), not style.initial
+    if style.initial:
+        return Path(style.initial).expanduser().stat().st_size // BYTES, False
+    if not Path(style.encoder).expanduser().is_dir():
+        return 0, True
+    from transformers import SiglipVisionConfig
+
+    features = SiglipVisionConfig.from_pretrained(Path(style.encoder).expanduser()).hidden_size
+    return count_new_adapter(style, features=features, transformer=component_config(policy.folder, "transformer")), False
 
 
 def _product(shape: Sequence[int]) -> int:

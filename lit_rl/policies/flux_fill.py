@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from lit_rl.policies.ip_adapter import (
     ImageProjection,
     MLPProjection,
     QFormerProjection,
+    StyleAttention,
     adapter_names,
     add_frozen_style,
     add_ip_adapter,
@@ -302,6 +303,15 @@ def letterbox(image: Tensor, side: int) -> Tensor:
     scaled = F.interpolate(image[None].float() / 255, size=new, mode="bicubic", antialias=True)[0].clamp(0, 1)
     above, left = ((side - length) // 2 for length in new)
     return F.pad(scaled, (left, side - new[1] - left, above, side - new[0] - above))
+
+
+def count_new_adapter(style: StyleSettings, *, features: int, transformer: Mapping[str, Any]) -> int:
+    """Weights of the adapter that `style` draws beside a transformer of this config. features: width of the encoder's."""
+    context, width = transformer["joint_attention_dim"], transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    with torch.device("meta"):
+        projection, attention = _new_projection(style, features, context), StyleAttention(width, context)
+    blocks = transformer["num_layers"] + transformer["num_single_layers"]
+    return sum(p.numel() for p in projection.parameters()) + blocks * sum(p.numel() for p in attention.parameters())
 
 
 def _new_projection(style: StyleSettings, features: int, width: int) -> ImageProjection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
+from fill import fill_policy
 from rewards.fault_proxy import RedServer
 from test_guide_scenarios import ENV, ROOT, write_home
 
 from lit_rl.doctor.__main__ import main
+from lit_rl.doctor.report import gigabytes
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,28 @@ def test_one_mistake_hides_no_other(home: Path, tmp_path: Path, capsys: pytest.C
     problems = ("model", "data", "model.policy.style.encoder", "reward server http://127.0.0.1:9")
     assert {by[key] for key in problems} == {"problem"}
     assert f"no such file or folder: {tmp_path / 'nowhere'}" in texts and "clip_low=2.0" in texts and "missing.json" in texts
+
+
+def test_room_is_wanted_for_exports_too(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 6 iterations every second is written: 3 exports, of which all, or the newest, are kept. The adapter is not drawn for that."""
+    monkeypatch.chdir(tmp_path)
+    run: dict[str, Any] = yaml.safe_load((home / "run.yaml").read_text())
+    keeper = run["trainer"]["callbacks"][-1]
+    keeper["init_args"]["every_n_epochs"] = 2
+    for name, keep in (("all", None), ("newest", 1)):
+        given = {"dirpath": name, "at": "checkpoint", "keep": keep}
+        run["trainer"]["callbacks"].append({"class_path": "callbacks.export.Export", "init_args": given})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    main(["--config", str(tmp_path / "run.yaml"), "--trainer.accelerator", "cpu", "--trainer.max_epochs", "6"])
+    said = capsys.readouterr().out
+    sizes = re.findall(r"an? (?:export|checkpoint) takes about (\S+ \S+), up to (\d)", said)
+    assert [count for _, count in sizes] == ["2", "3", "1"]
+    policy = fill_policy(home / "model")
+    policy.load()
+    weights = sum(weight.numel() for _, weight in policy.trainable())
+    assert [size for size, _ in sizes] == [gigabytes(4 * weights * 3), gigabytes(4 * weights), gigabytes(4 * weights)]
 
 
 def test_a_wrong_key_is_told_as_the_command_line_tells_it(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_rl.checkpoints.ip_adapter import read_ip_adapter, write_ip_adapter
 from lit_rl.errors import ConfigError
-from lit_rl.policies.flux_fill import FluxFillPolicy, StyleSettings, letterbox, strip
+from lit_rl.policies.flux_fill import FluxFillPolicy, StyleSettings, count_new_adapter, letterbox, strip
 from lit_rl.policies.ip_adapter import adapter_names, style_attentions
 from lit_rl.policies.lora import LoraSettings
 from lit_rl.policies.tiny import build_flux, build_siglip
@@ -327,3 +327,10 @@ def test_an_adapter_for_another_encoder_is_refused(make_fill: MakeFill, tmp_path
 def test_images_that_do_not_fit_are_named(change: dict[str, Any], message: str, make_fill: MakeFill) -> None:
     with pytest.raises(ConfigError, match=message):
         make_fill().condition(infos(**change))
+
+
+@pytest.mark.parametrize(("qformer", "weights"), [(True, 3_018_043_904), (False, 3_018_043_904 - 372_443_392)])
+def test_the_published_adapter_has_three_billion_weights(qformer: bool, weights: int) -> None:
+    """MLP 1 211 148 544, Q-Former 372 443 392, attentions of 57 blocks 1 434 451 968."""
+    flux = {"joint_attention_dim": 4096, "num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 19, "num_single_layers": 38}
+    assert count_new_adapter(StyleSettings(encoder="siglip", qformer=qformer), features=1152, transformer=flux) == weights
