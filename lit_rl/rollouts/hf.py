@@ -51,13 +51,18 @@ class HFEngine(RolloutEngine):
         stops = list(self.policy.stop_ids)
         draw = _Draw(uniforms([request.key for request in requests], sampling.max_new_tokens), longest, sampling)
         settings = GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=stops[0])
-        out = lm.generate(
-            ids,
-            attention_mask=mask,
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([draw]),
-            synced_gpus=any(hasattr(parameter, "ds_id") for parameter in lm.parameters()),
-        )
+        # What the settings leave open comes from the model's own, such as Qwen2.5's repetition_penalty: another distribution.
+        own, lm.generation_config = lm.generation_config, GenerationConfig()
+        try:
+            out = lm.generate(
+                ids,
+                attention_mask=mask,
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([draw]),
+                synced_gpus=any(hasattr(parameter, "ds_id") for parameter in lm.parameters()),
+            )
+        finally:
+            lm.generation_config = own
         tokens, logprobs = out[:, longest:].tolist(), torch.stack(draw.logprobs, 1).tolist()
         return [_sample(row, values, set(stops)) for row, values in zip(tokens, logprobs)]
 

@@ -37,6 +37,19 @@ def test_an_answer_depends_on_its_key_and_on_nothing_it_was_batched_with(tmp_pat
     assert [answer.ids for answer in others] != together and len({tuple(ids) for ids in together[:3]}) > 1
 
 
+def test_what_generation_config_does_to_the_distribution_is_left_out(tmp_path: Path) -> None:
+    """Qwen2.5's asks for repetition_penalty 1.05: answers would not come from what is trained, nor have its log-probabilities."""
+    policy = policy_of(tmp_path)
+    asked, sampling = requests(policy), Sampling(max_new_tokens=12)
+    plain = [answer.ids for answer in ready(HFEngine(), policy).generate(asked, sampling)]
+    own = policy.network.lm.generation_config
+    own.update(repetition_penalty=3.0, no_repeat_ngram_size=1, min_new_tokens=12, num_beams=2)  # type: ignore[operator, union-attr]
+    answers = ready(HFEngine(), policy).generate(asked, sampling)
+    assert [answer.ids for answer in answers] == plain
+    assert farthest(answers[0].logprobs, recomputed(policy, asked[0], answers[0], 1.0)) < 1e-4
+    assert policy.network.lm.generation_config is own  # an export writes it
+
+
 def test_at_temperature_0_it_is_the_greedy_answer_of_transformers(tmp_path: Path) -> None:
     policy = policy_of(tmp_path)
     request = requests(policy)[3]
