@@ -103,11 +103,11 @@ class DPO(LitToken):
 
     # ------------------------------------------------------------------ evaluation
     def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:
-        real = [i for i, group in enumerate(batch.group.tolist()) if group >= 0 for _ in range(2)]  # the rest fills up the last batch
-        if real:
-            held_out = self.pairs(Prompts(group=batch.group[real], info=[batch.info[i] for i in real]))
-            losses, metrics = self.of_pairs(self.minibatch(held_out, torch.arange(len(held_out))))
-            self._held_out += [{"loss": losses.mean()} | metrics | {"pairs": losses.new_tensor(len(losses))}]
+        real = [i for i, group in enumerate(batch.group.tolist()) if group >= 0 for _ in range(2)]  # the rest fills up the last batches
+        rows = real or [0, 0]  # the other processes wait for this one's forwards
+        held_out = self.pairs(Prompts(group=batch.group[rows], info=[batch.info[i] for i in rows]))
+        losses, metrics = self.of_pairs(self.minibatch(held_out, torch.arange(len(held_out))))
+        self._held_out += [{"loss": losses.mean()} | metrics | {"pairs": losses.new_tensor(len(real) // 2)}]
         return {"prompts": batch}
 
     def on_validation_epoch_end(self) -> None:

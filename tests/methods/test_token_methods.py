@@ -16,6 +16,7 @@ from lit_rl.methods.grpo import CISPO, GRPO, GSPO, RLOO, DrGRPO, ReinforcePP
 from lit_rl.methods.sft import SFT
 from lit_rl.policy_gradient_module import Correction
 from lit_rl.rollouts.base import Sampling
+from lit_rl.types import Prompts
 
 SHORT = Sampling(max_new_tokens=5)
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -92,6 +93,19 @@ def test_dpo_prefers_the_chosen_answer_on_held_out_prompts(folder: Path) -> None
     run = trainer(max_epochs=3, check_val_every_n_epoch=3)
     run.fit(learner, datamodule=Digits())
     assert run.callback_metrics["val/accuracy"] > 0.9 and run.callback_metrics["val/margin"] > 0.2
+
+
+def test_held_out_pairs_that_only_fill_up_count_for_nothing_but_cost_their_forwards(folder: Path) -> None:
+    """Of 9 pairs in batches of 4 the second of two processes has 1, filled up to two batches: the first one waits for both."""
+    method, run, forwards = DPO(policy(folder, keep_reference=True), prompts_per_iteration=4), trainer(), []
+    run.validate(method, datamodule=Digits(), verbose=False)
+    for network in method.policy.networks():
+        network.register_forward_hook(lambda *_: forwards.append(1))
+    batch = next(iter(run.datamodule.val_dataloader()))  # type: ignore[attr-defined]
+    for group in (batch.group, torch.full_like(batch.group, -1)):
+        method.validation_step(Prompts(group=group, info=batch.info), 0)
+    assert len(forwards) == 4
+    assert [float(row["pairs"]) for row in method._held_out] == [len(batch.group), 0]
 
 
 # ---------------------------------------------------------------------- how a step is cut up does not matter
