@@ -104,7 +104,7 @@ class Export(L.Callback):
             module.policy.save(temporary, tensors, **({"format": self.format} if self.format else {}))
             temporary.rename(target)
             trainer.print(f"exported {self.weights} weights to {target}")
-            self._forget_old()
+            self._forget_old(target.name)
         self._exported = trainer.global_step
         trainer.strategy.barrier("export")
 
@@ -133,9 +133,15 @@ class Export(L.Callback):
                 "placeholders are {iteration} and {step}"
             )
 
-    def _forget_old(self) -> None:
+    def _forget_old(self, newest: str) -> None:
+        """Of an earlier run there may be later ones, which are not this run's to count."""
         pattern = re.escape(self.folder).replace(r"\{iteration\}", r"(\d+)").replace(r"\{step\}", r"(\d+)")
-        found = [(match, folder) for folder in self.dirpath.iterdir() if (match := re.fullmatch(pattern, folder.name))]
-        folders = [folder for match, folder in sorted(found, key=lambda pair: [int(n) for n in pair[0].groups()])]
-        for folder in folders[: -self.keep] if self.keep else []:
+
+        def order(name: str) -> list[int] | None:
+            match = re.fullmatch(pattern, name)
+            return [int(number) for number in match.groups()] if match else None
+
+        last = order(newest)
+        found = [(key, folder) for folder in self.dirpath.iterdir() if (key := order(folder.name)) is not None and last and key <= last]
+        for _, folder in sorted(found)[: -self.keep] if self.keep else []:
             shutil.rmtree(folder)

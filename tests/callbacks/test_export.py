@@ -34,6 +34,12 @@ def test_writes_live_weights_after_each_iteration_and_keeps_the_newest(tmp_path:
     assert not all(torch.equal(read(tmp_path / "out" / "iteration-9")[name], live[name]) for name in live)
 
 
+def test_later_exports_of_an_earlier_run_do_not_push_out_new_ones(tmp_path: Path) -> None:
+    for run, iterations in (("earlier", 4), ("new", 2)):
+        toy_trainer(tmp_path / run, callbacks=[Export(str(tmp_path / "out"), keep=2)], max_epochs=iterations).fit(toy_method(), ToyData())
+    assert names(tmp_path / "out") == ["iteration-1", "iteration-2", "iteration-3", "iteration-4"]
+
+
 def test_writes_the_average(tmp_path: Path) -> None:
     average = EMA(decay=0.9)
     trainer, module = toy_trainer(tmp_path, callbacks=[Export(str(tmp_path / "out"), weights="ema"), average]), toy_method()
