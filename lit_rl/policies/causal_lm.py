@@ -95,8 +95,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__(lora=lora, keep_reference=keep_reference)
-        check_folder(pretrained)
-        self.pretrained = pretrained
+        self.pretrained = check_folder(pretrained)
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_blocks = compile
         self.dtype: torch.dtype = getattr(torch, dtype)
@@ -145,8 +144,12 @@ class CausalLM(TrainedPolicy, TokenPolicy):
     @cached_property
     def stop_ids(self) -> list[int]:  # type: ignore[override]
         """The tokenizer's end of text, then what the model's generation_config names."""
-        file = Path(self.pretrained).expanduser() / "generation_config.json"
-        named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        from transformers import GenerationConfig
+
+        try:
+            named = GenerationConfig.from_pretrained(self.pretrained, revision=self.source["revision"]).eos_token_id
+        except OSError:  # it has none
+            named = None
         ids = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
         found = list(dict.fromkeys(i for i in ids if i is not None))
         if not found:
@@ -209,16 +212,18 @@ def read_lm(pretrained: str, *, dtype: torch.dtype, attention: str | None, **sou
     return lm.requires_grad_(False)
 
 
-def check_folder(pretrained: str) -> None:
-    """Raises ConfigError for a folder without config.json; a hub id (owner/name) is found to exist or not when it is loaded."""
+def check_folder(pretrained: str) -> str:
+    """The folder or hub id as transformers takes it. Raises ConfigError for a folder without config.json; whether a hub id (owner/name)
+    exists is found when it is loaded."""
     folder = Path(pretrained).expanduser()
     if not folder.exists():
         if len(pretrained.split("/")) == 2 and not pretrained.startswith((".", "~", "/")) and not Path(pretrained.split("/")[0]).exists():
-            return
+            return pretrained
         raise ConfigError(f"pretrained: no such folder {pretrained!r}; give a folder in transformers format or a hub id like 'owner/name'")
     if not (folder / "config.json").is_file():
         found = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing" if folder.is_dir() else "a file"
         raise ConfigError(f"pretrained: {pretrained!r} is not a transformers model: no config.json there, found {found}")
+    return str(folder)
 
 
 def repeated_blocks(lm: Any) -> list[nn.Module]:

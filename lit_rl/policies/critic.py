@@ -68,9 +68,7 @@ class Critic(nn.Module):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        if pretrained is not None:
-            check_folder(pretrained)
-        self.pretrained = pretrained
+        self.pretrained = None if pretrained is None else check_folder(pretrained)
         self.lora = lora
         self.gradient_checkpointing = gradient_checkpointing
         self.dtype: torch.dtype = getattr(torch, dtype)

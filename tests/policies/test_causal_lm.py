@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -132,6 +133,27 @@ def test_prompts_and_where_answers_end(make: Make, folders: dict[str, Path]) -> 
     file = folders["qwen3"] / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [turn, tokenizer.eos_token_id]}))
     assert make("qwen3").stop_ids == [tokenizer.eos_token_id, turn]
+    file.unlink()
+    assert make("qwen3").stop_ids == [tokenizer.eos_token_id]
+
+
+def test_a_hub_id_and_a_home_folder_are_read_as_their_files_are(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Llama 3's answers end is told by generation_config alone."""
+    shutil.copytree(folders["llama"], home := tmp_path / "home/model")
+    config = home / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [1, 3]}))
+    shutil.copytree(home, tmp_path / "hub/models--owner--name/snapshots/abc")
+    (refs := tmp_path / "hub/models--owner--name/refs").mkdir()
+    (refs / "main").write_text("abc")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for pretrained in ("~/model", "owner/name"):
+        policy = CausalLM(pretrained)
+        policy.load()
+        assert policy.stop_ids == [1, 3]
 
 
 def test_what_cannot_be_loaded_is_refused_before_anything_is_read(tmp_path: Path, folders: dict[str, Path]) -> None:

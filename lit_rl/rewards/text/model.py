@@ -50,7 +50,8 @@ class ModelReward(TextReward):
             raise ConfigError(f"pretrained: {pretrained!r} is no folder of a transformers model; give one, or a hub id like owner/name")
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} must be at least 1")
-        self.pretrained, self.device, self.dtype = pretrained, device, getattr(torch, dtype)
+        self.pretrained = str(folder) if folder.exists() else pretrained
+        self.device, self.dtype = device, getattr(torch, dtype)
         self.outputs = (name,)
         self.batch_size, self.max_length, self.label = batch_size, max_length, label
         self.chat_template_kwargs = chat_template_kwargs or {}
