@@ -147,7 +147,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         from transformers import GenerationConfig
 
         try:
-            named = GenerationConfig.from_pretrained(self.pretrained, revision=self.source["revision"]).eos_token_id
+            named = GenerationConfig.from_pretrained(self.pretrained, revision=str(self.source["revision"] or "main")).eos_token_id
         except OSError:  # it has none
             named = None
         ids = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
