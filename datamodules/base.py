@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_rl.errors import ConfigError
 from lit_rl.module import LitRL, ReplayLoader
 from lit_rl.seeding import generator
-from lit_rl.types import Info, Prompts
+from lit_rl.types import ALL, Info, Prompts
 
 
 class Batches:
@@ -73,7 +73,7 @@ class PromptDataModule(L.LightningDataModule):
         """The prompts of a stage whose answers will be scored, for rewards to look at before it starts."""
         return chain(self.train_prompts if stage == "fit" else (), self.held_out)
 
-    def examples(self, step: int, count: int) -> tuple[Sequence[Info], Tensor]:
+    def examples(self, step: int, count: int, part: slice = ALL) -> tuple[Sequence[Info], Tensor]:
         raise ConfigError(f"{type(self).__name__} has no images to imitate: set model.warmup_steps to 0, or use datamodules.rendered_text")
 
     def train_dataloader(self) -> ReplayLoader:

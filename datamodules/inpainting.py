@@ -23,7 +23,7 @@ from datamodules.lazy import ImageCache, LazyRow, Reader, Size, read_mask, read_
 from lit_rl.errors import ConfigError
 from lit_rl.module import LitRL
 from lit_rl.seeding import generator
-from lit_rl.types import Info
+from lit_rl.types import ALL, Info
 
 HELD_OUT = ("val", "test")
 LONGEST_REFERENCE = 1024
@@ -163,19 +163,19 @@ class Inpainting(PromptDataModule):
         return rows[torch.randperm(len(rows), generator=generator(self.seed, "prompts", round_)).numpy()].tolist()
 
     # ------------------------------------------------------------------ supervised examples
-    def examples(self, step: int, count: int) -> tuple[Sequence[Info], Tensor]:
-        """`count` prompts that have a ground truth, and that as uint8 "B 3 H W"; a function of (seed, step).
+    def examples(self, step: int, count: int, part: slice = ALL) -> tuple[Sequence[Info], Tensor]:
+        """Of `count` prompts that have a ground truth those in `part`, and that as uint8 "B 3 H W"; a function of (seed, step).
 
-        `style_dropout` of them have `styled` False.
+        `style_dropout` of them have `styled` False. Only pictures in `part` are read.
         """
         self._check_targets()
         draw = generator(self.seed, "examples", step)
         weights = torch.from_numpy(self._weights[self._imitable])
         chosen = torch.multinomial(weights, count, replacement=True, generator=draw).tolist()
         plain = (torch.rand(count, generator=draw) < self.style_dropout).tolist()
-        rows = [self.train_prompts[self._imitable[i]] for i in chosen]
-        info = [row.but(styled=False) if drop else row for row, drop in zip(rows, plain)]  # type: ignore[attr-defined]
-        return info, torch.stack([self._cache.read(self._targets[i]) for i in chosen])
+        rows = [self.train_prompts[self._imitable[i]] for i in chosen[part]]
+        info = [row.but(styled=False) if drop else row for row, drop in zip(rows, plain[part])]  # type: ignore[attr-defined]
+        return info, torch.stack([self._cache.read(self._targets[i]) for i in chosen[part]])
 
 
 def convert(folder: Path, out: Path) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from datamodules.base import PromptDataModule
 from lit_rl.errors import ConfigError
 from lit_rl.seeding import generator
-from lit_rl.types import Info
+from lit_rl.types import ALL, Info
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
@@ -75,18 +75,18 @@ class RenderedText(PromptDataModule):
         self.font_size = font_size
         self._rendered: dict[tuple[str, int], Tensor] = {}
 
-    def examples(self, step: int, count: int) -> tuple[Sequence[Info], Tensor]:
-        """`count` prompts with their pictures uint8 "B 3 H W", a function of (seed, step)."""
+    def examples(self, step: int, count: int, part: slice = ALL) -> tuple[Sequence[Info], Tensor]:
+        """Of `count` prompts those in `part`, with their pictures uint8 "B 3 H W", a function of (seed, step)."""
         draw = generator(self.seed, "examples", step)
         rows = [self.train_prompts[i] for i in torch.randint(len(self.train_prompts), (count,), generator=draw).tolist()]
         shifts = torch.randint(-self.jitter, self.jitter + 1, (count,), generator=draw).tolist()
         defective = (torch.rand(count, generator=draw) < self.defect_share).tolist()
         if self.defect == "misprint":
             shown = [_misprint(row["text"], draw) if bad else row["text"] for row, bad in zip(rows, defective)]
-            return rows, torch.stack([self.render(text, shift) for text, shift in zip(shown, shifts)])
-        images = torch.stack([self.render(row["text"], shift) for row, shift in zip(rows, shifts)])
-        images[torch.tensor(defective), :, ::LINE_DISTANCE] = 0
-        return rows, images
+            return rows[part], torch.stack([self.render(text, shift) for text, shift in zip(shown[part], shifts[part])])
+        images = torch.stack([self.render(row["text"], shift) for row, shift in zip(rows[part], shifts[part])])
+        images[torch.tensor(defective[part]), :, ::LINE_DISTANCE] = 0
+        return rows[part], images
 
     def render(self, text: str, shift: int = 0) -> Tensor:
         """uint8 "3 H W": `text` in the middle, `shift` pixels to the right of it."""

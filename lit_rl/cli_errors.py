@@ -22,7 +22,7 @@ TYPE_NAMES = {"float": "a number", "int": "a whole number", "bool": "true or fal
 
 def explain(message: str, argv: Sequence[str]) -> str:
     """One line from the report of a failed parse: its innermost cause, the file and line of the key, the nearest key that exists."""
-    return broken_yaml(argv) or missing_class(message, argv) or wrong_type(message, argv) or innermost(message, argv)
+    return broken_yaml(argv) or old_option(message) or missing_class(message, argv) or wrong_type(message, argv) or innermost(message, argv)
 
 
 def broken_yaml(argv: Sequence[str]) -> str | None:
@@ -103,6 +103,20 @@ def innermost(message: str, argv: Sequence[str]) -> str:
     wrong = next((part for part in parts if part not in known), parts[-1])
     near = difflib.get_close_matches(wrong, known - {wrong}, n=1, cutoff=0.6)
     return _at(wrong, sentence + (f"; did you mean '{near[0]}'?" if near else ""), argv)
+
+
+def old_option(message: str) -> str | None:
+    """Of an option of the trainers that people come from: where its new name stands."""
+    unknown = re.search(r"[Uu]nrecognized arguments: (.*)", message)
+    for page in sorted(Path(__file__).parent.parent.glob("docs/migration*.md")) if unknown else ():
+        text = page.read_text(encoding="utf-8")
+        for option in unknown[1].split() if unknown else ():
+            name = option.partition("=")[0]
+            row = next((line for line in text.splitlines() if line.startswith("| `") and f"`{name}" in line.split("|")[1]), None)
+            if row is not None:
+                keys = " ".join(row.split("|")[2:4]).strip()
+                return f"{name} is an option of another trainer; here it is {keys} (docs/{page.name})"
+    return None
 
 
 def _bullets(message: str) -> list[str]:

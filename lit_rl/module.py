@@ -21,7 +21,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import Scorer
 from lit_rl.seeding import generator
 from lit_rl.strategies import check_strategy
-from lit_rl.types import Examples, Info, Minibatch, Prompts, Rollout
+from lit_rl.types import ALL, Examples, Info, Minibatch, Prompts, Rollout
 
 R = TypeVar("R", bound=Rollout)
 
@@ -32,8 +32,8 @@ class PromptSource(Protocol):
     def prompts(self, iteration: int, count: int) -> Sequence[Info]:
         """The `count` prompts of an iteration, the same on every rank, a function of (seed, iteration) alone."""
 
-    def examples(self, step: int, count: int) -> tuple[Sequence[Info], Tensor]:
-        """`count` supervised examples for warm-up step `step`: prompts and images uint8 "B 3 H W"."""
+    def examples(self, step: int, count: int, part: slice = ALL) -> tuple[Sequence[Info], Tensor]:
+        """Of `count` supervised examples for warm-up step `step` those in `part`: prompts and images uint8 "B 3 H W"."""
 
 
 class ReplayLoader:
@@ -236,9 +236,8 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         step, part = divmod(index, accumulate)
         size = self.warmup_batch_size // (accumulate * self.trainer.world_size)
         first = (part * self.trainer.world_size + self.global_rank) * size
-        info, images = self.data.examples(step, self.warmup_batch_size)
-        mine = slice(first, first + size)
-        return Examples(info=info[mine], images=images[mine], step=step, first=first).to(self.device)
+        info, images = self.data.examples(step, self.warmup_batch_size, slice(first, first + size))
+        return Examples(info=info, images=images, step=step, first=first).to(self.device)
 
     # ------------------------------------------------------------------ loss
     def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+ALL = slice(None)
+
 Info = Mapping[str, Any]
 """One prompt and what its file says about it. Read-only: siblings of a group share the object."""
 

@@ -14,7 +14,7 @@ from datamodules.base import PromptDataModule
 from lit_rl.policies.flux_fill import FluxFillPolicy, StyleSettings
 from lit_rl.policies.lora import LoraSettings
 from lit_rl.policies.tiny import build_flux
-from lit_rl.types import Info
+from lit_rl.types import ALL, Info
 
 HEIGHT, WIDTH, FEATURES, SIDE = 16, 24, 10, 12
 RELEASED: dict[str, Any] = {"qformer": True, "heads": 2, "key_tokens": 2}
@@ -72,7 +72,7 @@ class FillData(PromptDataModule):
         found = rows(6)
         super().__init__(found[:4], found[4:], eval_batch_size=1)
 
-    def examples(self, step: int, count: int) -> tuple[Sequence[Info], Tensor]:
+    def examples(self, step: int, count: int, part: slice = ALL) -> tuple[Sequence[Info], Tensor]:
         chosen = [self.train_prompts[i % 4] for i in range(count)]
         images = torch.stack([row["source"] * (row["mask"] == 0) for row in chosen])
-        return [MappingProxyType({**row, "styled": (step + i) % 3 > 0}) for i, row in enumerate(chosen)], images
+        return [MappingProxyType({**row, "styled": (step + i) % 3 > 0}) for i, row in enumerate(chosen)][part], images[part]

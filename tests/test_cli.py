@@ -112,6 +112,7 @@ def test_one_seed_reaches_method_and_data(cli: Any, tmp_path: Path) -> None:
         (["--model.init_args.prompts_per_iteration", "0"], "model.prompts_per_iteration=0 must be at least 1"),
         (["--trainer.max_steps", "5"], "set trainer.max_epochs"),
         (["--trainer.max_epoch", "5"], "max_epoch"),
+        (["--rl_kl_beta", "0.1"], "--rl_kl_beta is an option of another trainer; here it is `model.init_args.kl_coef`"),
         (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val=-1 must be positive"),
         (["--trainer.devices", "many"], "`devices` selected with `CPUAccelerator` should be an int > 0"),
         (["--trainer.accelerator", "mps"], "can not run on your system"),

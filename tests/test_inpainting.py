@@ -383,6 +383,8 @@ def test_examples_show_the_ground_truth(folder: Path) -> None:
     for row, image in zip(info, images):
         assert torch.equal(image, pixels(noise(1 if row["id"] == "b" else 0)))
         assert torch.equal(row["source"], pixels(noise(0))) and row["target"] == "MOCHA"
+    some, shown = source.examples(0, 64, slice(10, 13))
+    assert [row["id"] for row in some] == [row["id"] for row in info[10:13]] and torch.equal(shown, images[10:13])
 
 
 def test_examples_are_a_function_of_seed_and_step(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -51,3 +53,10 @@ def test_ink_is_centred_and_jitter_moves_it() -> None:
 def test_nonsense_is_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="data"):
         RenderedText(**settings)
+
+
+@pytest.mark.parametrize("defect", ["lines", "misprint"])
+def test_a_part_is_cut_from_the_same_examples(defect: Literal["lines", "misprint"]) -> None:
+    data = RenderedText(seed=3, defect=defect, defect_share=0.5)
+    (rows, images), (some, shown) = data.examples(7, 8), data.examples(7, 8, slice(3, 6))
+    assert some == rows[3:6] and torch.equal(shown, images[3:6])

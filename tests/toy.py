@@ -20,7 +20,7 @@ from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.shards import copy_weights
 from lit_rl.rewards.base import Reward
 from lit_rl.samplers.schedules import shifted_sigmas
-from lit_rl.types import Cond, Info
+from lit_rl.types import ALL, Cond, Info
 
 
 class ToyPolicy(FlowPolicy):
@@ -99,8 +99,9 @@ class ToyData(PromptDataModule):
         rows = [MappingProxyType({"prompt": str(i)}) for i in range(prompts + held_out)]
         super().__init__(rows[:prompts], rows[prompts:], eval_batch_size=2, **kwargs)
 
-    def examples(self, step: int, count: int) -> tuple[Sequence[Info], Tensor]:
-        return [self.train_prompts[i % len(self.train_prompts)] for i in range(count)], torch.zeros(count, 3, 2, 2, dtype=torch.uint8)
+    def examples(self, step: int, count: int, part: slice = ALL) -> tuple[Sequence[Info], Tensor]:
+        rows = range(count)[part]
+        return [self.train_prompts[i % len(self.train_prompts)] for i in rows], torch.zeros(len(rows), 3, 2, 2, dtype=torch.uint8)
 
 
 def toy_method(cls: type[FlowGRPO] = FlowGRPO, *, lr: float = 1e-2, dropout: float = 0.0, **kwargs: Any) -> FlowGRPO:

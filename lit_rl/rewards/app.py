@@ -169,7 +169,7 @@ def _decode_single(body: bytearray, *, max_pixels: int) -> tuple[np.ndarray, dic
         raise ApiError(422, "bad_request", f"a prompt must be valid Unicode of at most {MAX_PROMPT} characters")
     image = decode_image(decode_base64(texts["image"]), max_pixels=max_pixels)
     if texts["mask"]:
-        info["mask"] = decode_image(decode_base64(texts["mask"]), max_pixels=max_pixels)[..., 0]
+        info["mask"] = decode_image(decode_base64(texts["mask"]), max_pixels=max_pixels, under="black").max(-1)
         if (wrong := _mask_error(info["mask"], image)) is not None:
             raise wrong
     return image, info

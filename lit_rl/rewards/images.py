@@ -44,8 +44,8 @@ def decode_base64(text: str) -> bytes:
         raise ImageError("bad_image", f"`image` is not base64: {error}") from error
 
 
-def decode_image(data: bytes, *, max_pixels: int) -> np.ndarray:
-    """PNG, JPEG or WebP of one frame with 8 bits per channel -> RGB uint8 [H, W, 3]; transparency is laid over white.
+def decode_image(data: bytes, *, max_pixels: int, under: str = "white") -> np.ndarray:
+    """PNG, JPEG or WebP of one frame with 8 bits per channel -> RGB uint8 [H, W, 3]; transparency is laid over the colour `under`.
 
     Raises ImageError. The size is read from the header first: 20 kB of PNG can claim 13000 x 13000 pixels, for which Pillow only warns
     while it allocates 800 MB.
@@ -71,5 +71,5 @@ def decode_image(data: bytes, *, max_pixels: int) -> np.ndarray:
             raise ImageError("bad_image", f"the image cannot be decoded: {str(error)[:120]}") from error
         if image.mode in ("RGBA", "LA"):
             rgba = image.convert("RGBA")
-            return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+            return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, under), rgba).convert("RGB"))
         return np.asarray(image.convert("RGB"))

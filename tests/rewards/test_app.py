@@ -196,10 +196,13 @@ async def test_targets_and_masks_reach_the_scorer() -> None:
         body = encode_batch([picture()] * 2, ["a", "b"], request_id="", masks=[mask, mask], targets=["x", None])
         async with session.post("/v1/score_batch", data=body, headers=BINARY) as r:
             assert r.status == 200
-        one = {**single(png(picture())), "mask": single(png(mask))["image"], "target": "y"}
-        async with session.post("/score", json=one) as r:
-            assert r.status == 200
-    assert [i.get("target") for i in seen] == ["x", None, "y"]
+        drawn = np.zeros((8, 8, 4), np.uint8)
+        drawn[2:4] = (255, 0, 0, 255)  # red on a transparent layer
+        for shape, target in ((mask, "y"), (drawn, "z")):
+            one = {**single(png(picture())), "mask": single(png(shape))["image"], "target": target}
+            async with session.post("/score", json=one) as r:
+                assert r.status == 200
+    assert [i.get("target") for i in seen] == ["x", None, "y", "z"]
     for info in seen:
         np.testing.assert_array_equal(info["mask"], mask)
 

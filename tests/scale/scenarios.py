@@ -39,7 +39,7 @@ from lit_rl.rollouts.base import Sampling
 from lit_rl.rollouts.http import HTTPEngine
 from lit_rl.rollouts.native import NativeEngine
 from lit_rl.strategies import FSDP2Strategy
-from lit_rl.types import Info, TokenRollout
+from lit_rl.types import ALL, Info, TokenRollout
 
 STRATEGIES = {
     "one": lambda: "auto",
@@ -75,9 +75,9 @@ class Said(PromptDataModule):
         rows = [MappingProxyType({"prompt": f'say "{i}{i}"'}) for i in range(6)]
         super().__init__(rows[:4], rows[4:], eval_batch_size=1)
 
-    def examples(self, step: int, count: int) -> tuple[Sequence[Info], Tensor]:
+    def examples(self, step: int, count: int, part: slice = ALL) -> tuple[Sequence[Info], Tensor]:
         images = torch.arange(count * 3 * 16 * 24).view(count, 3, 16, 24) * 37 % 256
-        return [self.train_prompts[i % 4] for i in range(count)], images.to(torch.uint8)
+        return [self.train_prompts[i % 4] for i in range(count)][part], images[part].to(torch.uint8)
 
 
 def policy(settings: dict[str, Any] | None, fill: dict[str, Any] | None, dropout: float) -> FlowPolicy:
