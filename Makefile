@@ -36,7 +36,7 @@ demo-llm: $(READY)
 	$(BIN)/python -m lit_rl.demo.sorting --method $(METHOD) --seed $(SEED)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
