@@ -108,6 +108,11 @@ def test_held_out_pairs_that_only_fill_up_count_for_nothing_but_cost_their_forwa
     assert [float(row["pairs"]) for row in method._held_out] == [len(batch.group), 0]
 
 
+def test_dpo_says_who_answers_prompts(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="predict with the run of a method that has one"):
+        trainer().predict(DPO(policy(folder, keep_reference=True), prompts_per_iteration=4), datamodule=Digits())
+
+
 # ---------------------------------------------------------------------- how a step is cut up does not matter
 MAKE = {
     "sft": lambda f: SFT(policy(f), prompts_per_iteration=12, prompts_per_update=6, optimizer=SGD, sampling=SHORT),
