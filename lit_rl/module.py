@@ -210,6 +210,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     def iterate(self) -> R:
         """ask -> collect -> score -> credit, in evaluation mode and under the trainer's precision."""
         self.rollout = None  # free the previous one before the new one is built
+        self.zero_grad()  # Lightning lets go of gradients only before the next backward
         was_training = self.training
         self.eval()
         rollout = self.scored()

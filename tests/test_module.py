@@ -113,6 +113,24 @@ def test_reference_costs_nothing_without_kl(tmp_path: Path) -> None:
     assert calls[1] == calls[0] + 1
 
 
+class Gradients(L.Callback):
+    """Counts the gradients that are there when a phase starts and when an epoch ends."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[int]] = {"rollout": [], "score": [], "end": []}
+
+    def on_phase_start(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
+        self.seen[name].append(sum(p.grad is not None for p in pl_module.parameters()))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.on_phase_start(trainer, pl_module, "end")
+
+
+def test_gradients_take_no_memory_while_the_policy_acts(tmp_path: Path) -> None:
+    run(tmp_path, toy_method(), max_epochs=2, callbacks=[gradients := Gradients()])
+    assert gradients.seen["rollout"] == gradients.seen["score"] == [0, 0] and all(gradients.seen["end"])
+
+
 def test_each_prompt_is_encoded_once_per_rollout(tmp_path: Path) -> None:
     method = run(tmp_path, toy_method(), max_epochs=1)
     assert len(method.policy.encoded) == method.prompts_per_iteration
