@@ -13,7 +13,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR, SequentialLR
 
 from lit_rl.checkpoints.layout import check_layout
@@ -278,6 +280,26 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         if after is not None:
             schedule = SequentialLR(optimizer, [schedule, after], milestones=[self.warmup_steps])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """A gradient that is not finite would end in every weight: its step changes nothing, is counted and told of.
+
+        Of DeepSpeed, which keeps gradients to itself, nothing is known here.
+        """
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if not gradients:
+            return
+        norm = nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if norm.isfinite():
+            self.log("grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
+            return
+        self.zero_grad()
+        self.log("skipped_steps", 1.0, on_step=False, on_epoch=True, reduce_fx="sum", batch_size=1)
+        rank_zero_warn(
+            f"Optimizer step {self.trainer.global_step + 1} is left out: its gradient is not finite. If that goes on, lower the learning "
+            "rate, and look at the last answers and rewards"
+        )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self.warmup_steps and self.trainer.global_step == self.warmup_steps and not self.warming_up and batch_idx == 0:

@@ -166,6 +166,7 @@ class LitPolicyGradient(LitGeneration):
         return ()
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
+        super().on_before_optimizer_step(optimizer)
         for parameter in self.resting():
             parameter.grad = None
 

@@ -152,6 +152,29 @@ def test_micro_batches_do_not_change_a_step(name: str, folder: Path) -> None:
         )
 
 
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(folder: Path) -> None:
+    """Of three steps the second is poisoned: what remains is two steps, whose mean norm is logged."""
+    after: list[Tensor] = []
+
+    class Poisoned(SFT):
+        def on_after_backward(self) -> None:
+            if self.trainer.global_step == 1:
+                next(p for _, p in self.policy.trainable()).grad.view(-1)[0] = torch.nan  # type: ignore[union-attr]
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            after.append(weights(self))
+
+    method = Poisoned(policy(folder), prompts_per_iteration=12, prompts_per_update=4, optimizer=SGD, sampling=SHORT)
+    run = trainer(max_epochs=1, check_val_every_n_epoch=100)
+    with pytest.warns(UserWarning, match="Optimizer step 2 is left out"):
+        run.fit(method, datamodule=Digits())
+    first, second, third = after
+    assert torch.equal(first, second) and not torch.equal(second, third) and third.isfinite().all()
+    assert run.callback_metrics["skipped_steps"] == 1
+    mean = ((first - weights_of(folder)).norm() + (third - second).norm()) / 2 / 0.1
+    assert abs(float(run.callback_metrics["grad_norm"] - mean)) < 1e-3 * float(mean)
+
+
 def test_an_on_policy_step_is_reinforce(folder: Path) -> None:
     """At ratio 1 the clipped surrogate's gradient is that of -A log p, whatever the clip range."""
     make = partial(GRPO, prompts_per_iteration=4, group_size=4, optimizer=SGD, sampling=SHORT)
