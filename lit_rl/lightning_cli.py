@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import time
@@ -102,16 +103,19 @@ class CLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except (ConfigError, MisconfigurationException) as error:
-            self._speak_once()
-            self.parser.error(str(error))
+            self._stop(explain(str(error), sys.argv), code=2)
         except (RewardError, RolloutError) as error:
-            self._speak_once()
-            sys.stderr.write(f"error: {error}\n")
-            raise SystemExit(1) from error
+            self._stop(str(error), code=1)
 
-    def _speak_once(self) -> None:
+    def _stop(self, message: str, *, code: int) -> None:
         """What stops one process mostly stops all: the first ends those it started, the others wait for that before they repeat it."""
         if self.trainer.global_rank:
             time.sleep(SECONDS_TO_BE_ENDED)
         elif launcher := self.trainer.strategy.launcher:
             launcher.kill(signal.SIGKILL)
+        sys.stderr.write(f"error: {message}\n")
+        if self.trainer.world_size > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)  # a process group whose members are gone may hold up the interpreter's end; loggers are closed already
+        raise SystemExit(code)
