@@ -122,7 +122,8 @@ class LitPolicyGradient(LitGeneration):
         return self.kl_coef > 0 or self.kl_in_reward.coef > 0
 
     def needs_logprobs(self) -> bool:
-        return super().needs_logprobs() or self.correction is not None
+        """Also for a divergence in the reward, where the engine's come from a copy of the weights and are rounded otherwise."""
+        return super().needs_logprobs() or self.correction is not None or (self.kl_in_reward.coef > 0 and self.engine.has_copy)
 
     # ------------------------------------------------------------------ rewards of single tokens
     def token_rewards(self, rollout: TokenRollout, total: Tensor) -> Tensor:

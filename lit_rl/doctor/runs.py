@@ -216,7 +216,7 @@ def trainable(policy: Any) -> tuple[int, bool]:
         return 0, True
     style = getattr(policy, "style", None)
     if policy.lora is not None:
-        ends = tuple(policy.lora.targets or policy.lora_targets)
+        ends = tuple(policy.lora.named or policy.lora_targets)
         targets = rf"(?:^|\.)(?:{'|'.join(map(re.escape, ends))})\.weight$"
         return sum(policy.lora.rank * sum(s) for name, s in shapes.items() if len(s) == 2 and re.search(targets, name)), style is not None
     if style is None or getattr(policy, "full", False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,8 @@ from lit_rl.policies.base import Message, TokenPolicy
 from lit_rl.policies.chat import PLAIN_TEMPLATE, prompt_ids
 from lit_rl.policies.lora import TRAINED, LoraSettings, adapter_parameters
 from lit_rl.policies.trained import TrainedPolicy
+
+log = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -68,7 +71,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         lora, keep_reference: See `TrainedPolicy`. LoRA sits on every linear layer of the blocks unless it names its targets.
         gradient_checkpointing: Recompute each block in the backward pass.
         compile: `torch.compile` each block; pays on a GPU only.
-        dtype: Of the frozen weights, with LoRA those of the base; a full fine-tune is float32, under the trainer's precision.
+        dtype: Of the frozen weights: with LoRA those of the base, else those of a kept reference. What is trained is float32.
         padding_free: Put the sequences of a micro-batch side by side in one row, without padding. Pays with "flash_attention_2"; on a CPU
             padding costs less than the block-diagonal mask.
         attention: Implementation, as transformers names it ("sdpa", "flash_attention_2", "eager"); None = its own choice.
@@ -111,13 +114,13 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         if "network" in self._modules:
             return
         lm = self._read()
-        self.adopt(lm, targets=linear_layers(lm), load_initial=lambda lora: load_adapter(lm, lora))
+        self.adopt(lm, targets=linear_layers(lm), load_initial=lambda lora: load_adapter(lm, lora), frozen=self.dtype)
         self.network = TokenNetwork(lm)
         if self.reference_network is not None:
             self.reference_network = TokenNetwork(self.reference_network)
         for network in self.networks():
             if self.gradient_checkpointing:
-                network.lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator, union-attr]
+                network.lm.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator, union-attr]
             if self.compile_blocks:
                 for block in self.blocks(network):
                     block.compile()
@@ -138,6 +141,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
             file = Path(self.chat_template).expanduser()
             tokenizer.chat_template = file.read_text() if "{" not in self.chat_template and file.is_file() else self.chat_template
         elif tokenizer.chat_template is None:
+            log.info("%s has no chat template: conversations are written out as `user: ...`, `assistant: ...`", self.pretrained)
             tokenizer.chat_template = PLAIN_TEMPLATE
         return tokenizer
 

@@ -82,14 +82,14 @@ class Critic(nn.Module):
         folder, source = (self.pretrained, self.source) if self.pretrained else (beside.pretrained, beside.source)
         lm = read_lm(folder, dtype=self.dtype if self.lora else torch.float32, attention=self.attention, **source)
         if self.lora:
-            add_lora(lm, self.lora, targets=self.lora.targets or linear_layers(lm), seed=torch.initial_seed())
+            add_lora(lm, self.lora, targets=self.lora.named or linear_layers(lm), seed=torch.initial_seed())
             if self.lora.initial:
                 load_adapter(lm, self.lora)
         else:
             lm.requires_grad_(True)
         self.network = ValueNetwork(lm)
         if self.gradient_checkpointing:
-            lm.gradient_checkpointing_enable({"use_reentrant": False})
+            lm.activation_checkpointing_enable({"use_reentrant": False})
 
     def networks(self) -> Sequence[nn.Module]:
         return [self.network]

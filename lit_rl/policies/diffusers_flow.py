@@ -79,6 +79,8 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
             raise ConfigError(f"guidance_scale: must not be negative, got {guidance_scale}; 1 is no guidance")
         if not 0 <= max_sequence_length <= 512:
             raise ConfigError(f"max_sequence_length: must be in 0..512, got {max_sequence_length}")
+        if lora is not None and lora.targets == "all-linear":
+            raise ConfigError("lora.targets: all-linear is for language models; leave it out for this family's list, or name modules")
         if vae_slice < 1:
             raise ConfigError(f"vae_slice: must be at least 1, got {vae_slice}")
         if cache_prompts < 0:
@@ -129,6 +131,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         self.adopt(
             pipe.transformer,
             targets=self.lora_targets,
+            frozen=self.dtype,
             load_initial=lambda lora: load_adapter(self.network, str(lora.initial), lora, pipeline=type(pipe)),
         )
         for network in self.networks():

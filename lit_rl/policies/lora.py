@@ -30,14 +30,15 @@ TRAINED = "default"
 class LoraSettings:
     """W x + (alpha / rank) B A x on every targeted linear layer.
 
-    targets: ends of module names; None means the family's list. init: "default" draws A uniformly as a linear layer's weight,
-    "gaussian" with std 1 / rank; B starts at 0 either way. dropout: on the adapter's input; above 0, rollouts and training see
-    different networks. initial: a LoRA folder as `save` writes it to start from, of the same rank, alpha and targets.
+    targets: ends of module names; None means the family's list, which for language models is that of `all-linear`. init: "default" draws
+    A uniformly as a linear layer's weight, "gaussian" with std 1 / rank; B starts at 0 either way. dropout: on the adapter's input; above
+    0, rollouts and training see different networks. initial: a LoRA folder as `save` writes it to start from, of the same rank, alpha and
+    targets.
     """
 
     rank: int = 32
     alpha: float = 64.0
-    targets: list[str] | None = None
+    targets: list[str] | Literal["all-linear"] | None = None
     init: Literal["gaussian", "default"] = "gaussian"
     dropout: float = 0.0
     initial: str | None = None
@@ -51,8 +52,15 @@ class LoraSettings:
             raise ConfigError(f"lora.dropout: must be in [0, 1), got {self.dropout}")
         if self.targets is not None and not self.targets:
             raise ConfigError("lora.targets: the list is empty; name at least one module, or leave it out for the family's list")
+        if self.targets not in (None, "all-linear") and isinstance(self.targets, str):
+            raise ConfigError(f"lora.targets: {self.targets!r} must be a list of module names, or all-linear")
         if self.initial is not None and not Path(self.initial).expanduser().is_dir():
             raise ConfigError(f"lora.initial: no such folder {self.initial!r}")
+
+    @property
+    def named(self) -> list[str] | None:
+        """The targets that are named one by one."""
+        return None if isinstance(self.targets, str) else self.targets
 
 
 def add_lora(network: nn.Module, settings: LoraSettings, *, targets: list[str], name: str = TRAINED, seed: int = 0) -> None:

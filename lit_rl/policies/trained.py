@@ -38,11 +38,14 @@ class TrainedPolicy(Policy):
         """Whether every weight of the network is trained."""
         return self.lora is None
 
-    def adopt(self, network: nn.Module, *, targets: list[str], load_initial: Callable[[LoraSettings], None]) -> None:
-        """Take `network` as the one that is trained. targets: of LoRA where the settings name none; load_initial: reads `lora.initial`."""
+    def adopt(self, network: nn.Module, *, targets: list[str], load_initial: Callable[[LoraSettings], None], frozen: torch.dtype) -> None:
+        """Take `network` as the one that is trained.
+
+        targets: of LoRA where the settings name none. load_initial: reads `lora.initial`. frozen: precision of a reference network.
+        """
         self.network = network
         if self.lora:
-            add_lora(network, self.lora, targets=self.lora.targets or targets, seed=torch.initial_seed())
+            add_lora(network, self.lora, targets=self.lora.named or targets, seed=torch.initial_seed())
             if self.lora.initial:
                 load_initial(self.lora)
             if self.keep_reference:
@@ -50,7 +53,7 @@ class TrainedPolicy(Policy):
         else:
             network.requires_grad_(True)
             if self.keep_reference and self.full:
-                self.reference_network = copy.deepcopy(network).requires_grad_(False)
+                self.reference_network = copy.deepcopy(network).requires_grad_(False).to(frozen)
 
     def networks(self) -> list[nn.Module]:
         """The trained network, and the frozen copy of it where one is kept: each is sharded on its own."""

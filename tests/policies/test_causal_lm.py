@@ -70,13 +70,14 @@ def test_logprobs_are_those_of_each_sequence_alone(family: Family, padding_free:
         torch.testing.assert_close(found, value, rtol=1e-5, atol=2e-6)
 
 
-def test_gradients_do_not_depend_on_the_layout(make: Make) -> None:
+def test_gradients_do_not_depend_on_layout_and_recomputation(make: Make) -> None:
     gradients = []
-    for padding_free in (False, True):
-        policy = make(padding_free=padding_free)
+    for settings in ({}, {"padding_free": True}, {"gradient_checkpointing": True}):
+        policy = make(**settings).train()
         policy.logprobs(*batch())[0].sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for _, p in policy.trainable() if p.grad is not None]))
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-5, atol=1e-5)
 
 
 def train(policy: CausalLM) -> None:
@@ -99,6 +100,28 @@ def test_the_reference_answers_with_the_first_weights(lora: LoraSettings | None,
     with policy.reference():
         torch.testing.assert_close(policy.logprobs(*batch())[0].detach(), before)
     assert torch.equal(policy.logprobs(*batch())[0].detach(), after)
+
+
+def test_a_kept_reference_costs_what_frozen_weights_cost(make: Make) -> None:
+    policy = make(keep_reference=True, dtype="bfloat16")
+    live, frozen = policy.networks()
+    assert {p.dtype for p in live.parameters()} == {torch.float32} and {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
+    with policy.reference():
+        rounded = policy.logprobs(*batch())[0]
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, policy.logprobs(*batch())[0], rtol=0, atol=0.05)
+    train(policy)
+    policy.refresh_reference()
+    live_now = policy.logprobs(*batch())[0].detach()
+    with policy.reference():
+        torch.testing.assert_close(policy.logprobs(*batch())[0], live_now, rtol=0, atol=0.05)
+
+
+def test_all_linear_is_the_list_of_a_language_model(make: Make) -> None:
+    named, listed = make(lora=LoraSettings(targets="all-linear", rank=2)), make(lora=LoraSettings(rank=2))
+    assert [name for name, _ in named.trainable()] == [name for name, _ in listed.trainable()] != []
+    with pytest.raises(ConfigError, match="'all' must be a list of module names, or all-linear"):
+        LoraSettings(targets="all")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek"])
