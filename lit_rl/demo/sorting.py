@@ -39,7 +39,8 @@ def main() -> None:
     os.environ |= QUIET
     started = time.perf_counter()
     seconds = {"warmup": fine_tune(args.seed)}
-    for old in (OUT / "checkpoints" / method, OUT / "logs" / method, OUT / method):
+    logs, evaluation = OUT / "logs" / method, f"{method}-learned"
+    for old in (OUT / "checkpoints" / method, logs, OUT / "logs" / evaluation, OUT / method):
         shutil.rmtree(old, ignore_errors=True)
     if method == "dpo":
         say("eight answers of the fine-tuned model to each prompt; a right and a wrong one become a pair")
@@ -48,20 +49,16 @@ def main() -> None:
     else:
         say(f"{title} against the gsm8k rule, from the exported model")
     seconds["rl"] = cli("fit", "--config", config(method), *seed)
-    learned = [
-        "--model.init_args.policy.init_args.pretrained",
-        str(exported(method)),
-        "--trainer.logger.init_args.version",
-        f"{method}/end",
-    ]
+    learned = ["--model.init_args.policy.init_args.pretrained", str(exported(method)), "--trainer.logger.init_args.version", evaluation]
     cli("validate", "--config", config("grpo"), *learned, *seed)
     cli("predict", "--config", config("grpo"), *learned, *seed, "--texts.output_file", str(OUT / method / "answers.jsonl"))
-    before, curves = read_curves(OUT / "logs/sft")[ACCURACY], read_curves(OUT / "logs" / method)
-    summary = summarize(before, curves, seconds=seconds, seed=args.seed)
+    before, after = (read_curves(OUT / "logs" / name)[ACCURACY].values[-1] for name in ("sft", evaluation))
+    curves = read_curves(logs)
+    summary = summarize(before, after, curves, seconds=seconds, seed=args.seed)
     written = OUT / ("summary.json" if method == "grpo" else f"summary-{method}.json")
     written.write_text(json.dumps(summary, indent=2) + "\n")
     picture = OUT / ("demo.png" if method == "grpo" else f"demo-{method}.png")
-    draw(picture, title, before, curves)
+    draw(picture, title, before, after, curves)
     accuracy = summary["held_out_accuracy"]
     say(
         f"held-out prompts answered right, sampled at temperature 1: {accuracy['after_warmup']:.0%} after fine-tuning, "
@@ -145,18 +142,18 @@ def write_rows(file: Path, numbers: Iterable[int]) -> None:
             lines.write(json.dumps(row | {"reward_model": {"style": "rule", "ground_truth": answer}}) + "\n")
 
 
-def summarize(sft: Curve, curves: Mapping[str, Curve], *, seconds: Mapping[str, float], seed: int) -> dict[str, Any]:
+def summarize(before: float, after: float, curves: Mapping[str, Curve], *, seconds: Mapping[str, float], seed: int) -> dict[str, Any]:
     """What summary.json holds: accuracy is the share of held-out prompts whose sampled answer is right."""
     answers = curves["samples"].values if "samples" in curves else [2 * n for n in curves["pairs"].values]
     return {
-        "held_out_accuracy": {"after_warmup": round(sft.values[-1], 4), "after_rl": round(curves[ACCURACY].values[-1], 4)},
+        "held_out_accuracy": {"after_warmup": round(before, 4), "after_rl": round(after, 4)},
         "answers_trained": sum(round(n) for n in answers),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "seed": seed,
     }
 
 
-def draw(file: Path, title: str, sft: Curve, curves: Mapping[str, Curve]) -> None:
+def draw(file: Path, title: str, before: float, after: float, curves: Mapping[str, Curve]) -> None:
     """One PNG: training reward and held-out accuracy over the optimizer steps of a method."""
     import matplotlib
 
@@ -164,12 +161,12 @@ def draw(file: Path, title: str, sft: Curve, curves: Mapping[str, Curve]) -> Non
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    accuracy = curves[ACCURACY]
+    accuracy = curves.get(ACCURACY, Curve(curves["loss"].steps[-1:], [after]))
     if "reward_mean" in curves:
         axis.plot(
             curves["reward_mean"].steps, curves["reward_mean"].values, color="#9aa5b1", label="training reward (mean of the iteration)"
         )
-    axis.plot([0, *accuracy.steps], [sft.values[-1], *accuracy.values], "o-", color="#1f6feb", label="held-out prompts")
+    axis.plot([0, *accuracy.steps], [before, *accuracy.values], "o-", color="#1f6feb", label="held-out prompts")
     axis.set(xlabel=f"optimizer steps of {title}", ylabel="sampled answers that are right", ylim=(0, 1))
     axis.set_title("Sorting six digits, from half right after fine-tuning")
     axis.grid(alpha=0.3)
