@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
+from lit_rl.policies.base import TokenPolicy
 from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
+from lit_rl.rollouts.push import everywhere
 from lit_rl.samplers.tokens import draw_tokens
 from lit_rl.seeding import uniforms
 
@@ -17,7 +20,8 @@ from lit_rl.seeding import uniforms
 class HFEngine(RolloutEngine):
     """Over the training weights, in this process. `policy` is one whose network has a transformers model as `lm`.
 
-    Not under FSDP2, whose shards are gathered for a forward of the whole network only; under ZeRO-3 the processes wait for each other.
+    Not under FSDP2, whose shards are gathered for a forward of the whole network only; under ZeRO-3 the processes wait for each other,
+    and all must make the same number of calls, with however many requests.
 
     Args:
         batch: Answers generated together.
@@ -26,16 +30,13 @@ class HFEngine(RolloutEngine):
     def __init__(self, batch: int = 32) -> None:
         self.batch = batch
 
+    def setup(self, policy: TokenPolicy, *, rank: int, world_size: int) -> None:
+        super().setup(policy, rank=rank, world_size=world_size)
+        self.world_size = world_size
+
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
-        samples: list[Sample] = []
-        for first in range(0, len(requests), self.batch):
-            samples += self._generate(requests[first : first + self.batch], sampling)
-        return samples
-
-    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
         from torch.distributed.tensor import DTensor
-        from transformers import GenerationConfig, LogitsProcessorList
 
         lm: Any = self.policy.network.lm
         if any(isinstance(parameter, DTensor) for parameter in lm.parameters()):
@@ -43,6 +44,17 @@ class HFEngine(RolloutEngine):
                 f"HFEngine cannot generate from {type(lm).__name__} under FSDP2: train with DDP or DeepSpeed, e.g. by "
                 "--config configs/base/deepspeed_zero2.yaml before the run's own, or set model.engine to lit_rl.rollouts.http.HTTPEngine"
             )
+        batches = [requests[first : first + self.batch] for first in range(0, len(requests), self.batch)]
+        most = max(everywhere(len(batches), self.world_size)) if _waits(lm) else len(batches)
+        samples = [sample for batch in batches for sample in self._generate(batch, sampling)]
+        for _ in range(most - len(batches)):  # the others wait for this one's forwards
+            self._generate([Request(self.policy.stop_ids[:1], (0,))], replace(sampling, max_new_tokens=1))
+        return samples
+
+    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        lm: Any = self.policy.network.lm
         longest = max(len(request.prompt) for request in requests)
         ids, mask = torch.zeros(2, len(requests), longest, dtype=torch.long, device=self.policy.device)
         for i, request in enumerate(requests):
@@ -59,12 +71,17 @@ class HFEngine(RolloutEngine):
                 attention_mask=mask,
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([draw]),
-                synced_gpus=any(hasattr(parameter, "ds_id") for parameter in lm.parameters()),
+                synced_gpus=_waits(lm),
             )
         finally:
             lm.generation_config = own
         tokens, logprobs = out[:, longest:].tolist(), torch.stack(draw.logprobs, 1).tolist()
         return [_sample(row, values, set(stops)) for row, values in zip(tokens, logprobs)]
+
+
+def _waits(lm: torch.nn.Module) -> bool:
+    """Whether every forward gathers weights from all processes."""
+    return any(hasattr(parameter, "ds_id") for parameter in lm.parameters())
 
 
 class _Draw:

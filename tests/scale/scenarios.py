@@ -35,7 +35,7 @@ from lit_rl.policies.sd3 import SD3Policy
 from lit_rl.policies.shards import gathered
 from lit_rl.policy_gradient_module import Correction
 from lit_rl.rewards.base import Reward, TextReward
-from lit_rl.rollouts.base import Sampling
+from lit_rl.rollouts.base import Request, Sampling
 from lit_rl.rollouts.http import HTTPEngine
 from lit_rl.rollouts.native import NativeEngine
 from lit_rl.strategies import FSDP2Strategy
@@ -180,8 +180,12 @@ def answers(
     precision: str = "32-true",
     http: dict[str, Any] | None = None,
     asynchronous: bool = False,
+    more: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
-    """Two iterations of GRPO on a miniature language model: what this process's engine answered, and what the trainer says of it."""
+    """Two iterations of GRPO on a miniature language model: what this process's engine answered, and what the trainer says of it.
+
+    more: After each, so many requests of the first process, of the second, ... in one call: what it answered to those.
+    """
     torch.manual_seed(0)
     engine = NativeEngine(batch=6) if http is None else HTTPEngine(**http)
     settings: dict[str, Any] = {"lora": LoraSettings(rank=4, alpha=16.0)} if lora else {}
@@ -194,6 +198,11 @@ def answers(
             ids = [tokens[:length].tolist() for tokens, length in zip(rollout.tokens, rollout.lengths)]
             apart = (own - rollout.logprobs).abs()[rollout.mask]
             found.append({"ids": ids, "group": rollout.group.tolist(), "apart": float(apart.max()), "mean": float(apart.mean())})
+            if more:
+                first = sum(more[: trainer.global_rank])
+                last = first + more[trainer.global_rank] if trainer.world_size > 1 else sum(more)
+                wanted = [Request(range(2, 4 + i % 3), (7, i)) for i in range(first, last)]
+                found[-1]["more"] = [answer.ids for answer in module.engine.generate(wanted, module.sampling)]
 
     module = GRPO(
         toy_text.policy(Path(folder), **settings), engine=engine, sampling=Sampling(max_new_tokens=8, temperature=0.8),

@@ -62,6 +62,17 @@ def test_generate_of_transformers_waits_for_the_other_process_under_zero3(pair: 
     assert [by_group([rank[i] for rank in two]) for i in (0, 1)] == [by_group([iteration]) for iteration in one]
 
 
+@pytest.mark.parametrize("more", [(9, 2), (0, 7)])
+def test_generate_of_transformers_answers_whoever_asks_under_zero3(pair: Pair, unknown: Path, more: tuple[int, int]) -> None:
+    """Two batches of at most 6 on one process, one or none on the other, which must not wait for more forwards than there are."""
+    one = scenarios.answers(str(unknown), "one", lora=False, more=more)
+    two = pair.run("answers", folder=str(unknown), strategy="zero3", lora=False, more=more, timeout=60)
+    for iteration in range(2):
+        assert [len(rank[iteration]["more"]) for rank in two] == list(more)
+        assert [ids for rank in two for ids in rank[iteration]["more"]] == one[iteration]["more"]
+        assert by_group([rank[iteration] for rank in two]) == by_group([one[iteration]])
+
+
 def test_generate_of_transformers_says_that_it_cannot_under_fsdp2(pair: Pair, unknown: Path) -> None:
     with pytest.raises(RemoteError, match="HFEngine cannot generate from Qwen2ForCausalLM under FSDP2"):
         pair.run("answers", folder=str(unknown), strategy="fsdp2", lora=False)
