@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.losses.preference import PreferenceLoss, ld_sequence_logprobs, preference_loss, preference_metrics
+from lit_rl.module import gather_objects
 from lit_rl.policies.base import TokenPolicy
+from lit_rl.seeding import seed_of
 from lit_rl.token_module import LitToken, pair_sequences
 from lit_rl.types import Minibatch, Prompts, TokenRollout
 
@@ -19,8 +22,7 @@ from lit_rl.types import Minibatch, Prompts, TokenRollout
 class DPO(LitToken):
     """Learns from pairs of a chosen and a rejected answer to the same prompt, relative to the reference.
 
-    An iteration is `prompts_per_iteration` pairs, `prompts_per_update` of them in one optimizer step. The reference's log-probabilities
-    are computed once per iteration, before its first step.
+    An iteration is `prompts_per_iteration` pairs, `prompts_per_update` of them in one optimizer step.
 
     Args:
         policy: See `LitToken`. The datamodule has `pair_ids(info) -> (prompt, chosen, rejected)`, token ids of each.
@@ -29,6 +31,8 @@ class DPO(LitToken):
         label_smoothing: Share of the pairs that are taken to be labelled the wrong way round, in [0, 0.5).
         sft_coef: Weight of the chosen answer's mean negative log-likelihood beside it (RPO, MPO).
         ld_alpha: Weight of tokens beyond the shorter answer of a pair (LD-DPO); 1 is DPO.
+        reference: Its log-probabilities are computed for the pairs of an iteration before its first step (`live`), or once for all pairs
+            of the data before the first iteration (`precomputed`), from the weights that the run starts with: no copy of them is kept.
         kwargs: See `LitToken`.
     """
 
@@ -43,6 +47,7 @@ class DPO(LitToken):
         label_smoothing: float = 0.0,
         sft_coef: float = 0.0,
         ld_alpha: float = 1.0,
+        reference: Literal["live", "precomputed"] = "live",
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, group_size=2, **kwargs)
@@ -52,7 +57,10 @@ class DPO(LitToken):
             raise ConfigError(f"model.label_smoothing={label_smoothing} must be in [0, 0.5)")
         if not 0 <= ld_alpha <= 1:
             raise ConfigError(f"model.ld_alpha={ld_alpha} must be in [0, 1]; 1 is DPO")
-        policy.check_reference(after_warmup=False)
+        if reference == "live":
+            policy.check_reference(after_warmup=False)
+        self.precomputes = reference == "precomputed"
+        self.known: dict[int, tuple[float, float]] | None = None  # the reference's sums by pair, of chosen and rejected answer
         self.loss_kind: PreferenceLoss = loss_kind
         self.beta, self.label_smoothing = beta, label_smoothing
         self.sft_coef, self.ld_alpha = sft_coef, ld_alpha
@@ -64,9 +72,58 @@ class DPO(LitToken):
 
     def pairs(self, prompts: Prompts) -> TokenRollout:
         """Chosen, rejected, chosen, rejected, ...: each row of the data stands twice in `prompts`."""
-        rollout = pair_sequences(prompts, self.data.pair_ids).to(self.device)  # type: ignore[attr-defined]
+        rollout = self.sequences(prompts)
+        if self.precomputes:
+            return replace(rollout, reference=self.remembered(rollout))
         with self.policy.reference():
             return replace(rollout, reference=self.all_logprobs(rollout))
+
+    def sequences(self, prompts: Prompts) -> TokenRollout:
+        return pair_sequences(prompts, self.data.pair_ids).to(self.device)  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------ the reference of all pairs at once
+    def remembered(self, rollout: TokenRollout) -> Tensor:
+        """Float64 "B S": the reference's sum over each answer, at its first token. Collective in the first call of a run."""
+        if self.known is None:
+            self.known = self.precompute()
+        try:
+            sums = torch.tensor([self.known[key] for key in pair_keys(rollout)], dtype=torch.float64).flatten()
+        except KeyError as error:
+            raise ConfigError(
+                "the data hold a pair that they did not when the reference was computed, before the first iteration: go on with the files "
+                "and lengths of that time, or set model.reference to live"
+            ) from error
+        first = rollout.mask & (rollout.mask.cumsum(1) == 1)
+        return torch.where(first, sums.to(self.device)[:, None], 0.0)
+
+    @torch.no_grad()
+    def precompute(self) -> dict[int, tuple[float, float]]:
+        """The sums of all training and held-out pairs. Every process does a share; collective."""
+        if self.trainer.global_step:
+            raise ConfigError("model.reference=precomputed needs a checkpoint that was written with it, or a run from its beginning")
+        rows = [*self.data.train_prompts, *self.data.held_out]  # type: ignore[attr-defined]
+        size, world = max(1, self.prompts_per_update // self.trainer.world_size), self.trainer.world_size
+        share = -(-len(rows) // (size * world)) * size
+        known: dict[int, tuple[float, float]] = {}
+        for first in range(self.global_rank * share, (self.global_rank + 1) * share, size):
+            chunk = [rows[min(i, len(rows) - 1)] for i in range(first, first + size) for _ in range(2)]
+            rollout = self.sequences(Prompts(group=torch.zeros(len(chunk), dtype=torch.long), info=chunk))
+            with self.policy.reference() if self.policy.has_reference else nullcontext():
+                values = self.all_logprobs(rollout)
+            sums = ld_sequence_logprobs(values, rollout.mask, shorter(rollout.mask), alpha=self.ld_alpha).view(-1, 2).tolist()
+            known |= {key: (chosen, rejected) for key, (chosen, rejected) in zip(pair_keys(rollout), sums)}
+        return {key: pair for rank in gather_objects(known) for key, pair in rank.items()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.known is not None:
+            values = torch.tensor(list(self.known.values()), dtype=torch.float64)
+            checkpoint["reference_sums"] = {"pairs": torch.tensor(list(self.known)), "values": values}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.precomputes and (saved := checkpoint.get("reference_sums")) is not None:
+            self.known = dict(zip(saved["pairs"].tolist(), map(tuple, saved["values"].tolist())))
 
     def score(self, rollout: TokenRollout) -> TokenRollout:
         return rollout
@@ -87,8 +144,7 @@ class DPO(LitToken):
         new, _ = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask)
         assert batch.reference is not None
         count = batch.mask.sum(1)
-        shared = count.view(-1, 2).amin(1).repeat_interleave(2)
-        mine, theirs = (ld_sequence_logprobs(x, batch.mask, shared, alpha=self.ld_alpha) for x in (new, batch.reference))
+        mine, theirs = (ld_sequence_logprobs(x, batch.mask, shorter(batch.mask), alpha=self.ld_alpha) for x in (new, batch.reference))
         four = mine[::2], mine[1::2], theirs[::2], theirs[1::2]
         losses = preference_loss(
             *four,
@@ -127,3 +183,15 @@ class DPO(LitToken):
             "DPO has no engine that answers: predict with the run of a method that has one, such as configs/grpo/qwen25_7b_gsm8k.yaml, "
             "and with this run's export as model.policy.pretrained (an adapter as lora.initial)"
         )
+
+
+def shorter(mask: Tensor) -> Tensor:
+    """Int "B": for both answers of a pair the tokens of the shorter one. mask: Bool "B S", chosen and rejected in turns."""
+    return mask.sum(1).view(-1, 2).amin(1).repeat_interleave(2)
+
+
+def pair_keys(rollout: TokenRollout) -> list[int]:
+    """A number for each pair that only its tokens, and where its answers begin, decide."""
+    rows = [row[:n] for row, n in zip(rollout.tokens.tolist(), rollout.lengths.tolist())]
+    begin = [n - answered for n, answered in zip(rollout.lengths.tolist(), rollout.mask.sum(1).tolist())]
+    return [seed_of(begin[i], *rows[i], "rejected", begin[i + 1], *rows[i + 1]) for i in range(0, len(rows), 2)]

@@ -41,6 +41,9 @@ class Policy(nn.Module, ABC):
     def reference(self) -> AbstractContextManager[None]:
         """Inside it the initial weights answer: LoRA disabled, or the frozen copy of a full fine-tune."""
 
+    has_reference = False
+    """Whether `reference()` has weights to answer with."""
+
     def check_reference(self, *, after_warmup: bool) -> None:
         """Raise ConfigError if `reference()` would have no weights to answer with, or, after a warm-up, those from before it."""
 

@@ -32,6 +32,7 @@ class TrainedPolicy(Policy):
         self.keep_reference = keep_reference
         self.reference_network: nn.Module | None = None
         self._reference_answers = False
+        self.has_reference = lora is not None or keep_reference
 
     @property
     def full(self) -> bool:

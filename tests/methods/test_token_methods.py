@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from toy_text import Digits, model_folder, policy, trainer
 
@@ -193,6 +194,33 @@ def test_the_first_step_of_recomputed_logprobs_is_the_on_policy_one(folder: Path
     auto = after_one_iteration(lambda: make(policy(folder)))
     for kind in ("recompute", "rollout"):
         torch.testing.assert_close(after_one_iteration(lambda: make(policy(folder), old_logprobs=kind)), auto, rtol=0, atol=1e-5)  # noqa: B023
+
+
+@pytest.mark.parametrize("ld_alpha", [1.0, 0.3])
+def test_a_precomputed_reference_is_the_live_one_without_its_copy(ld_alpha: float, folder: Path, tmp_path: Path) -> None:
+    def run(resume: str | None = None, epochs: int = 3, **settings: Any) -> Any:
+        keep = settings.get("reference") != "precomputed"
+        method = DPO(
+            policy(folder, keep_reference=keep),
+            prompts_per_iteration=12,
+            prompts_per_update=6,
+            optimizer=SGD,
+            ld_alpha=ld_alpha,
+            **settings,
+        )
+        checkpoint = ModelCheckpoint(tmp_path / str(epochs), save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True)
+        fit = trainer(max_epochs=epochs, check_val_every_n_epoch=epochs, callbacks=[checkpoint], enable_checkpointing=True)
+        fit.fit(method, datamodule=Digits(), ckpt_path=resume)
+        return method, fit.callback_metrics
+
+    live, seen = run()
+    once, told = run(reference="precomputed")
+    assert len(once.policy.networks()) == 1 and len(live.policy.networks()) == 2
+    torch.testing.assert_close(weights(once), weights(live), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(told["val/margin"], seen["val/margin"], rtol=1e-4, atol=1e-5)
+    run(reference="precomputed", epochs=1)
+    continued, _ = run(resume=str(tmp_path / "1" / "epoch=0.ckpt"), reference="precomputed")
+    assert torch.equal(weights(continued), weights(once))
 
 
 # ---------------------------------------------------------------------- what cannot work is refused
