@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from datamodules.base import Batches
 from datamodules.pairs import PairTruncation, pair_ids
 from datamodules.prompts_text import TextPrompts
 from datamodules.text_files import Fields, Rows
@@ -16,7 +17,7 @@ from lit_rl.types import Info
 class PromptsAndPairs(TextPrompts):
     """Rows `{prompt}`, `{prompt, self_play: true}` and `{prompt, chosen, rejected}`; `info["kind"]` is `self_play` or `pair`.
 
-    Held-out pairs are `held_out_pairs`, the other held-out rows those that are answered and scored.
+    Held-out pairs are `held_out_pairs`, the other held-out rows those that are answered and scored. Batches of either kind are evaluated.
 
     Args:
         max_length: Tokens of the prompt and either answer of a pair; the other length limits are those of self-play rows.
@@ -55,6 +56,14 @@ class PromptsAndPairs(TextPrompts):
             self.held_out_pairs = rows.select([i for i, pair in enumerate(pairs) if pair])
             rows = rows.select([i for i, pair in enumerate(pairs) if not pair])
         super().use(split, rows)
+
+    def val_dataloader(self) -> Batches:
+        """Batches of one kind each, spread evenly: the first (`trainer.limit_val_batches`) are of both. Alike on all processes."""
+        kinds = [self._batches(rows).batches for rows in (self.held_out, self.held_out_pairs)]
+        placed = [((i + 0.5) / len(batches), batch) for batches in kinds for i, batch in enumerate(batches)]
+        return Batches([batch for _, batch in sorted(placed, key=lambda one: one[0])])
+
+    test_dataloader = val_dataloader
 
     def rows_to_score(self, stage: str) -> Iterator[Info]:
         return (info for info in super().rows_to_score(stage) if info["kind"] == "self_play")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -70,11 +71,12 @@ class MixedGSPO(LitPolicyGradient):
         self.self_play, self.std = self_play, std
         self.pref_coef, self.pref_loss_kind = pref_coef, pref_loss_kind
         self.beta, self.label_smoothing = beta, label_smoothing
+        self._margins: list[Tensor] = []
 
     # ------------------------------------------------------------------ sizes
     def setup(self, stage: str) -> None:
-        pairs = self.held_out_pairs if stage != "fit" else (row for row in self.data.train_prompts if is_pair(row))  # type: ignore[attr-defined]
-        if stage != "predict" and any(True for _ in pairs):
+        rows = chain(self.held_out_pairs, self.data.train_prompts if stage == "fit" else ())  # type: ignore[attr-defined]
+        if stage != "predict" and any(is_pair(row) for row in rows):
             self.policy.check_reference(after_warmup=False)
         super().setup(stage)
 
@@ -126,10 +128,14 @@ class MixedGSPO(LitPolicyGradient):
         if answers:
             parts.append(replace(assemble(answered, asked, answers), preference=torch.zeros(len(answers), dtype=torch.long)))
         if len(given):
-            pairs = pair_sequences(given, self.data.pair_ids)  # type: ignore[attr-defined]
-            which = torch.tensor([1, -1]).repeat(len(given) // 2)
-            parts.append(replace(pairs, stopped=torch.ones(len(given), dtype=torch.bool), preference=which))
+            parts.append(self.pairs(given))
         return joined(parts).to(self.device)
+
+    def pairs(self, prompts: Prompts) -> TokenRollout:
+        """Chosen, rejected, chosen, rejected, ...: each row of the data stands twice in `prompts`."""
+        which = torch.tensor([1, -1]).repeat(len(prompts) // 2)
+        stopped = torch.ones(len(prompts), dtype=torch.bool)
+        return replace(pair_sequences(prompts, self.data.pair_ids), stopped=stopped, preference=which)  # type: ignore[attr-defined]
 
     def annotate(self, rollout: TokenRollout) -> TokenRollout:
         """Log-probabilities where they are needed: the trainer's of answers, the reference's of pairs."""
@@ -231,29 +237,30 @@ class MixedGSPO(LitPolicyGradient):
         return {name: self.share(value, "gspo/answers_that_teach") for name, value in ratios.items()}
 
     # ------------------------------------------------------------------ evaluation
+    def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:
+        """Answers to self-play rows, or margins of pairs: a batch is of one kind."""
+        if not is_pair(batch.info[0]):
+            return super().validation_step(batch, batch_idx)
+        twice = Prompts(group=batch.group.cpu().repeat_interleave(2), info=[row for row in batch.info for _ in range(2)])
+        rollout = self.pairs(twice).to(self.device)
+        new = self.all_logprobs(rollout, temperature=self.sampling.temperature)
+        with self.policy.reference():
+            theirs = self.all_logprobs(rollout, temperature=self.sampling.temperature)
+        gain = self.beta * sequence_logprobs(new - theirs, rollout.mask)
+        self._margins.append((gain[::2] - gain[1::2])[batch.group.to(self.device) >= 0])  # the rest fills up the last batches
+        return {"prompts": batch}
+
     def on_validation_epoch_end(self) -> None:
         """Held-out answers are scored as ever; of held-out pairs, how often the chosen answer gained more on the reference."""
-        super().on_validation_epoch_end()
-        rows, world = self.held_out_pairs, self.trainer.world_size
-        size = self.data.eval_batch_size * world  # type: ignore[attr-defined]
-        table = [torch.zeros(3, dtype=torch.float64, device=self.device)]
-        for first in range(0, len(rows), size) if rows else ():
-            mine = range(first + self.global_rank * size // world, first + (self.global_rank + 1) * size // world)
-            numbers = [min(i, len(rows) - 1) for i in mine for _ in range(2)]  # the last are filled up
-            prompts = Prompts(group=torch.tensor(numbers), info=[rows[i] for i in numbers])
-            rollout = pair_sequences(prompts, self.data.pair_ids).to(self.device)  # type: ignore[attr-defined]
-            asked = rollout.tokens, rollout.lengths, rollout.mask
-            with self.trainer.precision_plugin.forward_context():
-                new, _ = self.policy.logprobs(*asked, temperature=self.sampling.temperature)
-                with self.policy.reference():
-                    theirs, _ = self.policy.logprobs(*asked, temperature=self.sampling.temperature)
-            gain = self.beta * sequence_logprobs(new - theirs, rollout.mask)
-            margin = (gain[::2] - gain[1::2])[: max(0, len(rows) - mine.start)]
-            table.append(torch.stack([margin.sum(), (margin > 0).double().sum(), margin.new_tensor(len(margin))]))
-        margin, right, count = self.all_ranks(torch.stack(table).sum(0)[None]).sum(0).tolist()
-        for name, value in {"margin": margin, "accuracy": right}.items() if count else ():
-            self.log(f"val/dpo_{name}", value / count, sync_dist=True)
+        if self.evaluated:
+            super().on_validation_epoch_end()
+        margins, self._margins = self._margins, []
+        if margins:  # on all processes, or on none
+            margin = self.all_ranks(torch.cat(margins)).double()
+            self.log("val/dpo_margin", float(margin.mean()), sync_dist=True)
+            self.log("val/dpo_accuracy", float((margin > 0).double().mean()), sync_dist=True)
 
+    test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
     def share(self, part: Tensor, of: str) -> Tensor:

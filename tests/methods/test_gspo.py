@@ -141,17 +141,26 @@ def test_what_is_told_of_a_step(folder: Path, tmp_path: Path) -> None:
 
 
 def test_held_out_rows_of_both_kinds_are_evaluated(folder: Path, tmp_path: Path) -> None:
-    """Pairs that are learned by heart, one more than a batch: the chosen answers win, by the same margin in batches of another size."""
-    file = write(tmp_path / "rows.jsonl", rows_of("sspppp"))
+    """Pairs that are learned by heart: the chosen answers win, by the same margin in batches of another size and in a file of their own."""
+    file, pairs = write(tmp_path / "rows.jsonl", rows_of("sspppp")), write(tmp_path / "pairs.jsonl", rows_of("sspppp")[2:])
     told = []
-    for size in (3, 64):
-        data = PromptsAndPairs(train=file, val=file, eval_batch_size=size)
+    for size, val in ((3, file), (64, file), (3, pairs)):
+        data = PromptsAndPairs(train=file, val=val, eval_batch_size=size)
         adam = partial(torch.optim.AdamW, lr=3e-3)
         method = mixed(folder, 6, optimizer=adam, beta=0.5)
         fit(method, data, max_epochs=8, limit_val_batches=1.0, check_val_every_n_epoch=8)
         told.append({name: float(value) for name, value in method.seen.items() if name.startswith("val/")})
     assert told[0] == pytest.approx(told[1], abs=1e-5)
+    assert told[2] == pytest.approx({name: told[0][name] for name in ("val/dpo_accuracy", "val/dpo_margin")}, abs=1e-5)
     assert told[0]["val/dpo_accuracy"] == 1 and told[0]["val/dpo_margin"] > 0.5 and "val/noise" in told[0]
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_the_first_batches_are_of_both_kinds(folder: Path, tmp_path: Path, stage: str) -> None:
+    data = PromptsAndPairs(val=write(tmp_path / "rows.jsonl", rows_of("sspppp")), eval_batch_size=1)
+    limits: dict[str, Any] = {"limit_val_batches": 2, "limit_test_batches": 2}
+    (seen,) = getattr(trainer(callbacks=[RewardScoring({"noise": Noise()})], **limits), stage)(mixed(folder, 6), datamodule=data)
+    assert {"val/noise", "val/dpo_accuracy"} <= seen.keys() and seen["val/dpo_margin"] == 0  # before training
 
 
 def test_pairs_need_a_reference_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
@@ -165,6 +174,9 @@ def test_pairs_need_a_reference_before_anything_is_loaded(folder: Path, tmp_path
         with pytest.raises(ConfigError, match="keep_reference"):
             fit(method, data)
         assert "network" not in method.policy._modules
+        held_out = PromptsAndPairs(train=write(tmp_path / "prompts.jsonl", rows_of("ssss")), val=data.paths["train"])
+        with pytest.raises(ConfigError, match="keep_reference"):
+            fit(method, held_out)
 
 
 @pytest.mark.parametrize("name", ["epoch=0-step=1", "epoch=1-step=4"])

@@ -24,11 +24,13 @@ from callbacks.old_policy import OldPolicySync
 from callbacks.reward_scoring import RewardScoring
 from callbacks.rng_state import RngState
 from datamodules.base import PromptDataModule
+from datamodules.mixed import PromptsAndPairs
 from lit_rl.credit import Advantage
 from lit_rl.errors import ConfigError
 from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.flow_grpo import FlowGRPO
 from lit_rl.methods.grpo import GRPO
+from lit_rl.methods.gspo_mixed import MixedGSPO
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.lora import LoraSettings
 from lit_rl.policies.sd3 import SD3Policy
@@ -216,6 +218,20 @@ def answers(
     )  # fmt: skip
     run.fit(module, toy_text.Digits())
     return found
+
+
+def mixed(folder: str, strategy: str, *, train: str, val: str) -> dict[str, float]:
+    """What is told of an iteration of self-play and preferences, and of the held-out rows after it."""
+    torch.manual_seed(0)
+    module = MixedGSPO(
+        toy_text.policy(Path(folder), keep_reference=True), sampling=Sampling(max_new_tokens=4, temperature=0.8), group_size=3,
+        prompts_per_iteration=4, optimizer=partial(torch.optim.SGD, lr=0.5), seed=0,
+    )  # fmt: skip
+    run = toy_text.trainer(
+        strategy=STRATEGIES[strategy](), devices=1 if strategy == "one" else 2, max_epochs=1, callbacks=[RewardScoring({"long": Long()})],
+    )  # fmt: skip
+    run.fit(module, PromptsAndPairs(train=train, val=val, shuffle=False, eval_batch_size=1))
+    return {name: float(value) for name, value in run.callback_metrics.items() if name.startswith(("val/", "dpo/", "reward_"))}
 
 
 def fails(**arguments: Any) -> str:

@@ -73,6 +73,19 @@ def test_generate_of_transformers_answers_whoever_asks_under_zero3(pair: Pair, u
         assert by_group([rank[iteration] for rank in two]) == by_group([one[iteration]])
 
 
+@pytest.mark.parametrize("held_out", ["sppp", "ppp"])
+def test_self_play_on_one_process_alone_and_held_out_pairs_under_zero3(pair: Pair, unknown: Path, tmp_path: Path, held_out: str) -> None:
+    """The second process has pairs only to train on, and in evaluation a batch that is filled up; an update of both kinds as of one."""
+    kinds = {"s": {"prompt": "21=", "self_play": True}, "p": {"prompt": "31=", "chosen": "13", "rejected": "31"}}
+    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "val")}
+    for file, rows in zip(files.values(), ("sppp", held_out)):
+        Path(file).write_text("".join(json.dumps(kinds[kind]) + "\n" for kind in rows))
+    one = scenarios.mixed(str(unknown), "one", **files)
+    assert one["val/dpo_accuracy"] == 1 and one["val/dpo_margin"] > 0.01 and ("val/long" in one) == ("s" in held_out)
+    for rank in pair.run("mixed", folder=str(unknown), strategy="zero3", timeout=60, **files):
+        assert rank == pytest.approx(one, abs=1e-4)
+
+
 def test_generate_of_transformers_says_that_it_cannot_under_fsdp2(pair: Pair, unknown: Path) -> None:
     with pytest.raises(RemoteError, match="HFEngine cannot generate from Qwen2ForCausalLM under FSDP2"):
         pair.run("answers", folder=str(unknown), strategy="fsdp2", lora=False)
