@@ -19,7 +19,7 @@ from torch import Tensor
 
 from datamodules.base import PromptDataModule
 from datamodules.inpainting_files import Item, read_items, read_rows
-from datamodules.lazy import ImageCache, LazyRow, Reader, Size, read_mask, read_picture
+from datamodules.lazy import ImageCache, LazyRow, Reader, Size, read_mask, read_picture, unreadable
 from lit_rl.errors import ConfigError
 from lit_rl.module import LitRL
 from lit_rl.seeding import generator
@@ -120,6 +120,11 @@ class Inpainting(PromptDataModule):
         return [LazyRow(values | {"id": id_}, images | {"reference": ref}, self._cache) for id_, ref in zip(ids, references)]
 
     # ------------------------------------------------------------------ before any model is read
+    def unreadable(self) -> list[str]:
+        """Of every image file whose pixels cannot be decoded what is wrong. The constructor reads no more than headers and masks."""
+        rows = [row for part in (self.train_prompts, self.held_out, self.to_predict) for row in part]
+        return unreadable([*self._targets, *(reader for row in rows for reader in row.readers())])  # type: ignore[attr-defined]
+
     def setup(self, stage: str) -> None:
         """Compare with the method what it will ask of the data."""
         method = self._trainer().lightning_module

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,28 @@ class LazyRow(Mapping[str, Any]):
     def __repr__(self) -> str:
         return f"LazyRow({self._values}, images={list(self._images)})"
 
+    def readers(self) -> list[Reader]:
+        """Of each of its images."""
+        return list(self._images.values())
+
     def but(self, **values: Any) -> LazyRow:
         """Another row with these values beside the same images."""
         return LazyRow(self._values | values, self._images, self._cache)
+
+
+def unreadable(readers: Iterable[Reader]) -> list[str]:
+    """Reads every image once and says of each that cannot be read what is wrong. Some threads; nothing is kept."""
+
+    def tried(reader: Reader) -> str | None:
+        try:
+            reader()
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    once = {(reader.func, reader.args): reader for reader in readers}
+    with ThreadPoolExecutor() as threads:
+        return [problem for problem in threads.map(tried, once.values()) if problem is not None]
 
 
 def read_picture(path: Path, size: Size | None, box: Box | None, longest: int | None, *, where: str) -> Tensor:

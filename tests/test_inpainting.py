@@ -498,3 +498,14 @@ def test_a_run_on_items(folder: Path) -> None:
     toy_trainer(folder, callbacks=[writer]).predict(toy_method(), source)
     written = [json.loads(line) for line in (folder / "out/prompts.jsonl").read_text().splitlines()]
     assert [(row["id"], row["prompt"], row["file"]) for row in written] == [("i4", "4", "00000-4.png"), ("i5", "5", "00001-5.png")]
+
+
+def test_broken_pixels_are_found_without_training(folder: Path) -> None:
+    """A file cut short has a good header, which is all that the constructor reads of pictures."""
+    whole = (folder / "imgs/other.png").read_bytes()
+    (folder / "imgs/cut.png").write_bytes(whole[: len(whole) // 2])
+    assert data(write(folder, item(id="a"), item(id="b", target="other.png"))).unreadable() == []
+    source = data(write(folder, item(id="a"), item(id="b", target="cut.png"), item(id="c", reference=["other.png", "cut.png"])))
+    problems = source.unreadable()
+    assert len(problems) == 2 and all("cut.png cannot be read" in text for text in problems)
+    assert sum("target" in text for text in problems) == sum("reference" in text for text in problems) == 1

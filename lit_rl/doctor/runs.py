@@ -37,6 +37,8 @@ from lit_rl.rewards.gpus import Gpu
 
 PATH_KEYS = ("pretrained", "encoder", "initial", "model_path")
 """Arguments of policies and rewards that name a folder, a file or a hub id."""
+SHOWN = 10
+"""Of things that are wrong in the same way."""
 BYTES = 4
 """Of a number in a checkpoint."""
 
@@ -152,6 +154,11 @@ class Run:
         if data is not None:
             counts = [f"{len(getattr(data, name))} {what}" for name, what in COUNTED.items() if hasattr(data, name)]
             yield ok("data", f"{type(data).__name__}: {', '.join(counts) or 'can be built'}")
+        if callable(look := getattr(data, "unreadable", None)):  # images, of which training reads each when it needs it
+            broken = look()
+            yield from (problem("data", text) for text in broken[:SHOWN])
+            if len(broken) > SHOWN:
+                yield problem("data", f"{len(broken) - SHOWN} more images cannot be read")
 
     def _rewards(self, callbacks: Sequence[L.Callback]) -> Iterator[Finding]:
         scoring = [callback for callback in callbacks if isinstance(callback, RewardScoring)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,18 @@ def test_one_mistake_hides_no_other(home: Path, tmp_path: Path, capsys: pytest.C
     problems = ("model", "data", "model.policy.style.encoder", "reward server http://127.0.0.1:9")
     assert {by[key] for key in problems} == {"problem"}
     assert f"no such file or folder: {tmp_path / 'nowhere'}" in texts and "clip_low=2.0" in texts and "missing.json" in texts
+
+
+def test_pictures_are_looked_at_whole(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run: dict[str, Any] = yaml.safe_load((home / "run.yaml").read_text())
+    items = Path(run["data"]["init_args"]["train"])
+    shutil.copytree(items.parent, tmp_path / "data")
+    picture = max((tmp_path / "data").rglob("*.png"), key=lambda file: file.stat().st_size)
+    picture.write_bytes(picture.read_bytes()[:-40])
+    run["data"]["init_args"]["train"] = str(tmp_path / "data" / items.name)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    code, by, texts = diagnose(capsys, "--config", str(tmp_path / "run.yaml"), "--trainer.accelerator", "cpu")
+    assert code == 1 and by["data"] == "problem" and f"{picture} cannot be read" in texts
 
 
 def test_room_is_wanted_for_exports_too(
