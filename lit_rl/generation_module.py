@@ -116,6 +116,9 @@ class LitGeneration(LitToken):
     def longest(self) -> float:
         return float(self.sampling.max_new_tokens)
 
+    def longest_sequence(self) -> int:
+        return self.data.max_prompt_length + self.sampling.max_new_tokens  # type: ignore[attr-defined]
+
     # ------------------------------------------------------------------ collect
     def collect(self, prompts: Prompts) -> TokenRollout:
         """Generate, and compute what training needs of the answers while their scores are under way."""

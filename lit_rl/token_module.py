@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -44,6 +45,8 @@ class LitToken(LitPolicy[TokenRollout]):
         prompts_per_update: Prompts in one optimizer step, over all processes; None = all of an iteration. Fewer make several steps of it.
         aggregation: How the losses of tokens become one number, see `lit_rl.losses.aggregation.token_weights`; decided over the whole
             optimizer step, so that micro-batches and processes do not change the gradient.
+        micro_batch_tokens: Tokens, padding among them, that a micro-batch holds at most: `trainer.accumulate_grad_batches` becomes what
+            that takes at the longest sequences that the data and `sampling` allow.
         kwargs: See `LitRL`. `trainer.accumulate_grad_batches` is the number of micro-batches of an optimizer step on each process:
             sequences are sorted by length and cut so that each costs about the same.
     """
@@ -59,9 +62,11 @@ class LitToken(LitPolicy[TokenRollout]):
         *,
         prompts_per_update: int | None = None,
         aggregation: Aggregation = "token-mean",
+        micro_batch_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
+        self.micro_batch_tokens = micro_batch_tokens
         self.prompts_per_update = prompts_per_update or self.prompts_per_iteration
         if self.prompts_per_iteration % self.prompts_per_update:
             raise ConfigError(
@@ -70,6 +75,8 @@ class LitToken(LitPolicy[TokenRollout]):
         self.aggregation: Aggregation = aggregation
 
     def check_geometry(self) -> None:
+        if self.micro_batch_tokens is not None:
+            self.trainer.accumulate_grad_batches = self.micro_batches_within(self.micro_batch_tokens)
         super().check_geometry()
         world, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
         if self.prompts_per_update % world:
@@ -82,6 +89,32 @@ class LitToken(LitPolicy[TokenRollout]):
                 f"trainer.accumulate_grad_batches={accumulate} asks for more micro-batches than there is to share out in an optimizer "
                 f"step on a process ({units}); lower it to at most {units}"
             )
+
+    def micro_batches_within(self, tokens: int) -> int:
+        """How many an optimizer step needs on each process so that the longest sequences there can be fit into so many tokens each."""
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            raise ConfigError(
+                "DeepSpeed is told the number of micro-batches before the data are read: leave out model.micro_batch_tokens and set "
+                "trainer.accumulate_grad_batches"
+            )
+        longest = self.longest_sequence()
+        fit = tokens // longest // self.together * self.together
+        if fit < 1:
+            raise ConfigError(
+                f"model.micro_batch_tokens={tokens} holds no {self.together} of the longest sequences, which have {longest} tokens: set it "
+                f"to at least {longest * self.together}, or allow shorter ones"
+            )
+        needed = -(-self.prompts_per_update // self.trainer.world_size * self.group_size // fit)
+        if self.trainer.accumulate_grad_batches not in (1, needed):
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches} and model.micro_batch_tokens={tokens}, which asks "
+                f"for {needed}, both set the number of micro-batches: leave one out"
+            )
+        return needed
+
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that the options let through."""
+        return self.data.max_length  # type: ignore[attr-defined]
 
     @property
     def units_per_prompt(self) -> int:

@@ -39,6 +39,7 @@ class Digits(PromptDataModule):
         numbers = [f"{number:0{digits}d}" for number in order]
         rows = [MappingProxyType({"prompt": f"{number}=", "answer": "".join(sorted(number))}) for number in numbers]
         super().__init__(rows[:prompts], rows[prompts:], eval_batch_size=16, **kwargs)
+        self.max_prompt_length, self.max_length = digits + 1, 2 * digits + 2
 
     @property
     def tokenizer(self) -> Any:

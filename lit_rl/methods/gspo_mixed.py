@@ -109,6 +109,12 @@ class MixedGSPO(LitPolicyGradient):
         return torch.cat([part[:count] for part, count in zip(rows.split(max(counts)), counts)]) if max(counts) else x
 
     # ------------------------------------------------------------------ rows for a rollout
+    def micro_batches_within(self, tokens: int) -> int:
+        raise ConfigError(
+            "pairs and answers share the micro-batches of MixedGSPO: leave out model.micro_batch_tokens and set "
+            "trainer.accumulate_grad_batches"
+        )
+
     def ask(self, iteration: int) -> Prompts:
         """Of each optimizer step as many rows, and of each kind as many, as the other processes have."""
         info = self.data.prompts(iteration, self.prompts_per_iteration)

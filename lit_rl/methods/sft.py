@@ -34,6 +34,9 @@ class SFT(LitGeneration):
         self._held_out = torch.zeros(2, dtype=torch.float64)  # summed loss and number of tokens of the evaluation under way
 
     # ------------------------------------------------------------------ demonstrations for a rollout
+    def longest_sequence(self) -> int:
+        return self.data.max_length  # type: ignore[attr-defined]
+
     def collect(self, prompts: Prompts) -> TokenRollout:
         return self.demonstrations(prompts)
 

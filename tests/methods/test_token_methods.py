@@ -181,6 +181,36 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(folder: Pa
     assert abs(float(run.callback_metrics["grad_norm"] - mean)) < 1e-3 * float(mean)
 
 
+@pytest.mark.parametrize(("name", "tokens", "parts"), [("grpo", 40, 3), ("grpo", 36, 3), ("grpo", 35, 4), ("dpo", 16, 6), ("sft", 24, 2)])
+def test_a_token_budget_is_kept_and_does_not_change_a_step(name: str, tokens: int, parts: int, folder: Path) -> None:
+    """The longest answer to 4 tokens of prompt has 5: 4 of 9 go into 36 tokens, so 12 make 3 parts. The longest row and pair has 8."""
+    whole = after_one_iteration(lambda: MAKE[name](folder))
+    method, widest = MAKE[name](folder), 0
+    method.micro_batch_tokens = tokens
+    forward = method.policy.logprobs
+
+    def counted(batch: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal widest
+        widest = max(widest, batch.numel())
+        return forward(batch, *args, **kwargs)
+
+    method.policy.logprobs = counted
+    run = trainer(max_epochs=1, check_val_every_n_epoch=100)
+    run.fit(method, datamodule=Digits())
+    assert run.accumulate_grad_batches == parts and 0 < widest <= tokens
+    torch.testing.assert_close(weights(method), whole, rtol=1e-6, atol=1e-6)
+
+
+def test_a_token_budget_that_cannot_be_kept_is_refused(folder: Path) -> None:
+    for settings, message in (
+        ({"micro_batch_tokens": 8}, "at least 9"),
+        ({"micro_batch_tokens": 36}, "both set the number of micro-batches"),
+    ):
+        method = GRPO(policy(folder), prompts_per_iteration=6, group_size=4, sampling=SHORT, **settings)
+        with pytest.raises(ConfigError, match=message):
+            trainer(max_epochs=1, accumulate_grad_batches=2).fit(method, datamodule=Digits())
+
+
 def test_an_on_policy_step_is_reinforce(folder: Path) -> None:
     """At ratio 1 the clipped surrogate's gradient is that of -A log p, whatever the clip range."""
     make = partial(GRPO, prompts_per_iteration=4, group_size=4, optimizer=SGD, sampling=SHORT)
