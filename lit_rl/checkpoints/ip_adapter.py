@@ -9,7 +9,6 @@ python -m lit_rl.checkpoints.ip_adapter ip-adapter.bin calligrapher.bin --format
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -107,7 +106,7 @@ def read_ip_adapter(path: str | Path) -> Weights:
     if not file.is_file():
         raise ConfigError(f"IP-Adapter: no such file {str(path)!r}")
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))  # processes share its pages
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has an error of its own for each way in which a file is not one of tensors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"IP-Adapter: {str(path)!r} is not a file of tensors, or not a whole one ({reason})") from error
