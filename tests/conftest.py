@@ -1,6 +1,7 @@
 """One thread per process, shapes of the pure rooms checked, golden folder."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,16 @@ torch.set_num_threads(1)
 install_import_hook(
     ["lit_rl.samplers", "lit_rl.losses", "lit_rl.advantages", "lit_rl.token_advantages", "lit_rl.packing"], "beartype.beartype"
 )
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What a test does to the environment ends with it: a LOCAL_RANK left behind has the next run wait for processes that nobody starts."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -190,14 +190,14 @@ def test_policy_and_critic_are_clipped_apart(folder: Path) -> None:
     norms: list[tuple[float, float]] = []
 
     class Look(L.Callback):
-        def on_before_zero_grad(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
             grads = [[p.grad for p in part.parameters() if p.grad is not None] for part in (module.policy, module.critic)]
             if all(grads):
                 norms.append(tuple(float(torch.nn.utils.get_total_norm(g)) for g in grads))  # type: ignore[arg-type]
 
     settings: dict[str, Any] = dict(gradient_clip_val=1e-3, callbacks=[RewardScoring({"sorted": Sorted()}), Look()])
     fit(ppo(folder, critic_gradient_clip_val=1e-4), max_epochs=2, **settings)
-    assert len(norms) == 3
+    assert len(norms) == 4
     for of_policy, of_critic in norms:
         assert of_policy == pytest.approx(1e-3, rel=1e-3) and of_critic == pytest.approx(1e-4, rel=1e-3)
 
