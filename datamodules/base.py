@@ -90,7 +90,9 @@ class PromptDataModule(L.LightningDataModule):
         return self._batches(self.held_out)
 
     def predict_dataloader(self) -> Batches:
-        return self._batches(self.to_predict or self.held_out)
+        if not (rows := self.to_predict or self.held_out):
+            raise ConfigError("nothing to predict: set data.predict, or data.val, to prompts that are to be answered")
+        return self._batches(rows)
 
     def _batches(self, info: Sequence[Info]) -> Batches:
         """This rank's batches. All ranks get equally many of equal size: the last are filled up with copies whose group is -1."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lit_rl.advantages import group_metrics, total_reward
+from lit_rl.advantages import group_metrics
 from lit_rl.errors import ConfigError
 from lit_rl.module import gather_to_first
 from lit_rl.policies.base import TokenPolicy
@@ -203,27 +202,7 @@ class LitGeneration(LitToken):
         """Whether `loss` or `credit` looks at the reference's log-probabilities."""
         return False
 
-    # ------------------------------------------------------------------ credit
-    @abstractmethod
-    def advantages(self, rollout: TokenRollout, total: Tensor) -> Tensor:
-        """Float "B S" of the answers here. total: Float64 "B", their weighted rewards, NaN where there is none: the mask is False there."""
-
-    def credit(self, rollout: TokenRollout) -> TokenRollout:
-        """Advantages, and weights so that each optimizer step's loss is the aggregation over all its answers on all processes."""
-        total = self.total(rollout)
-        self.rollout_metrics = self.describe(rollout, total)
-        rollout = self.with_advantages(replace(rollout, mask=rollout.mask & total.isfinite()[:, None]), total)
-        return replace(rollout, weights=self.token_weights(rollout))
-
-    def total(self, rollout: TokenRollout) -> Tensor:
-        """Float64 "B": the weighted rewards, NaN where one is missing."""
-        weights = {name: weight for name, weight in self.scores().weights.items() if weight}
-        return total_reward({name: rollout.rewards[name] for name in weights}, weights).to(self.device)
-
-    def with_advantages(self, rollout: TokenRollout, total: Tensor) -> TokenRollout:
-        """`rollout` with its advantages, 0 where the mask is False."""
-        return replace(rollout, advantages=self.advantages(rollout, total).float().where(rollout.mask, 0.0))
-
+    # ------------------------------------------------------------------ what is told of a rollout
     def describe(self, rollout: TokenRollout, total: Tensor) -> dict[str, float]:
         """Numbers of a rollout over all processes."""
         names = list(rollout.rewards)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import time
@@ -114,8 +113,4 @@ class CLI(LightningCLI):
         elif launcher := self.trainer.strategy.launcher:
             launcher.kill(signal.SIGKILL)
         sys.stderr.write(f"error: {message}\n")
-        if self.trainer.world_size > 1:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)  # a process group whose members are gone may hold up the interpreter's end; loggers are closed already
         raise SystemExit(code)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
+from lit_rl.advantages import total_reward
 from lit_rl.errors import ConfigError
 from lit_rl.generation_module import LitGeneration
 from lit_rl.losses.kl import AdaptiveKL, FixedKL, KLEstimator, kl_estimate
@@ -124,6 +126,27 @@ class LitPolicyGradient(LitGeneration):
     def needs_logprobs(self) -> bool:
         """Also for a divergence in the reward, where the engine's come from a copy of the weights and are rounded otherwise."""
         return super().needs_logprobs() or self.correction is not None or (self.kl_in_reward.coef > 0 and self.engine.has_copy)
+
+    # ------------------------------------------------------------------ credit
+    @abstractmethod
+    def advantages(self, rollout: TokenRollout, total: Tensor) -> Tensor:
+        """Float "B S" of the answers here. total: Float64 "B", their weighted rewards, NaN where there is none: the mask is False there."""
+
+    def credit(self, rollout: TokenRollout) -> TokenRollout:
+        """Advantages, and weights so that each optimizer step's loss is the aggregation over all its answers on all processes."""
+        total = self.total(rollout)
+        self.rollout_metrics = self.describe(rollout, total)
+        rollout = self.with_advantages(replace(rollout, mask=rollout.mask & total.isfinite()[:, None]), total)
+        return replace(rollout, weights=self.token_weights(rollout))
+
+    def total(self, rollout: TokenRollout) -> Tensor:
+        """Float64 "B": the weighted rewards, NaN where one is missing."""
+        weights = {name: weight for name, weight in self.scores().weights.items() if weight}
+        return total_reward({name: rollout.rewards[name] for name in weights}, weights).to(self.device)
+
+    def with_advantages(self, rollout: TokenRollout, total: Tensor) -> TokenRollout:
+        """`rollout` with its advantages, 0 where the mask is False."""
+        return replace(rollout, advantages=self.advantages(rollout, total).float().where(rollout.mask, 0.0))
 
     # ------------------------------------------------------------------ rewards of single tokens
     def token_rewards(self, rollout: TokenRollout, total: Tensor) -> Tensor:

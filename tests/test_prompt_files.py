@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules.prompts import PromptFiles, read_prompts
+from lit_rl.errors import ConfigError
 
 
 def attached(data: PromptFiles, *, rank: int = 0, world: int = 1) -> PromptFiles:
@@ -101,3 +102,9 @@ def test_evaluation_batches_cover_everything_once_in_equal_shares(tmp_path: Path
     assert len({tuple(len(batch) for batch in share) for share in shares}) == 1
     seen = [(int(g), row["prompt"]) for share in shares for b in share for g, row in zip(b.group, b.info) if g >= 0]
     assert seen == [(i, str(i)) for i in range(count)]
+
+
+def test_a_prediction_of_nothing_is_refused(tmp_path: Path) -> None:
+    data = attached(PromptFiles(write(tmp_path / "train.txt", "a")))
+    with pytest.raises(ConfigError, match=r"nothing to predict: set data\.predict, or data\.val"):
+        data.predict_dataloader()

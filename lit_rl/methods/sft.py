@@ -53,9 +53,6 @@ class SFT(LitGeneration):
         self.rollout_metrics = {"tokens": float(tokens)}
         return replace(rollout, weights=self.token_weights(rollout))
 
-    def advantages(self, rollout: TokenRollout, total: Tensor) -> Tensor:
-        raise NotImplementedError("demonstrations have no reward")
-
     # ------------------------------------------------------------------ loss
     def loss(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
         new, _ = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask)
