@@ -15,9 +15,6 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable ".[dev]" --constraint constraints.txt
-	@# the OCR engine asks for opencv-python, which needs X11 libraries; the headless build is the same module without them
-	$(BIN)/python -m pip uninstall --quiet --yes opencv-python opencv-python-headless
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt opencv-python-headless
 	@touch $@
 
 demo: $(READY)
