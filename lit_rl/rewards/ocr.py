@@ -1,11 +1,11 @@
-"""Does the image show the text that the prompt asks for? PP-OCRv4 on the CPU; the models come inside the rapidocr-onnxruntime wheel."""
+"""Does the image show the text that the prompt asks for? PP-OCRv6 on the CPU; the models come inside the rapidocr wheel."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -135,30 +135,45 @@ def _visible(image: np.ndarray, info: Info) -> np.ndarray:
 
 def _recognizer(threads: int) -> Callable[[np.ndarray], Reading]:
     """The recognition model alone; it resizes a line of any height to 48 pixels itself (enlarging before that only loses accuracy)."""
-    import rapidocr_onnxruntime
-    from rapidocr_onnxruntime.ch_ppocr_rec import TextRecognizer
-
-    model = Path(rapidocr_onnxruntime.__file__).parent / "models" / "ch_PP-OCRv4_rec_infer.onnx"
-    options = {"model_path": str(model), "rec_img_shape": [3, 48, 320], "rec_batch_num": 1, "use_cuda": False, "use_dml": False}
-    recognize = TextRecognizer(options | {"intra_op_num_threads": threads, "inter_op_num_threads": threads})
+    engine = _engine(threads, {"Global.use_det": False})
 
     def read(image: np.ndarray) -> Reading:
-        text, confidence = recognize([image])[0][0]
-        return text, float(confidence)
+        line = engine(image)
+        return line.txts[0], float(line.scores[0])
 
+    read(np.zeros((48, 48, 3), np.uint8))  # loads the model
     return read
 
 
 def _detector(side: int, threads: int) -> Callable[[np.ndarray], Reading]:
     """Detection and recognition; lines from top to bottom joined by spaces. No angle classifier: it turns small text upside down."""
-    from rapidocr_onnxruntime import RapidOCR
-
-    engine = RapidOCR(intra_op_num_threads=threads, inter_op_num_threads=threads, det_limit_side_len=side)
+    engine = _engine(threads, {"Det.limit_side_len": side})
 
     def read(image: np.ndarray) -> Reading:
-        lines, _ = engine(image, use_cls=False)
-        if not lines:
+        lines = engine(image)
+        if not lines.txts:
             return "", 0.0
-        return " ".join(line[1] for line in lines), float(np.mean([float(line[2]) for line in lines]))
+        return " ".join(lines.txts), float(np.mean(lines.scores))
 
+    read(np.zeros((48, 48, 3), np.uint8))  # loads the detector; the recogniser follows with the first text
     return read
+
+
+def _engine(threads: int, options: Mapping[str, Any]) -> Callable[[np.ndarray], Any]:
+    """PP-OCRv6 from the files of the wheel: named by path, they are neither looked for elsewhere nor downloaded."""
+    import rapidocr
+
+    models = Path(rapidocr.__file__).parent / "models"
+    return rapidocr.RapidOCR(
+        params={
+            "Global.use_cls": False,
+            "Global.use_preprocess_img": False,
+            "Global.log_level": "error",  # it warns of every picture without text
+            "EngineConfig.onnxruntime.intra_op_num_threads": threads,
+            "EngineConfig.onnxruntime.inter_op_num_threads": threads,
+            "Det.model_path": str(models / "PP-OCRv6_det_small.onnx"),
+            "Rec.model_path": str(models / "PP-OCRv6_rec_small.onnx"),
+            "Rec.rec_batch_num": 1,
+            **options,
+        }
+    )
