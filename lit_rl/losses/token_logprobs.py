@@ -29,6 +29,7 @@ def token_logprobs(
     targets: Int[Tensor, "N"],
     *,
     bias: Float[Tensor, "V"] | None = None,
+    low_rank: tuple[Float[Tensor, "N R"], Float[Tensor, "V R"]] | None = None,
     temperature: float = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
@@ -36,12 +37,13 @@ def token_logprobs(
     details: bool = False,
     chunk: int | None = None,
 ) -> TokenLogprobs:
-    """log_softmax(z)[target], z = softcap tanh(scale (hidden W^T + bias) / softcap) / temperature, with gradients.
+    """log_softmax(z)[target], z = softcap tanh(scale (hidden W^T + bias + low up^T) / softcap) / temperature, with gradients.
 
     Give it the hidden states of scored positions only (those *before* the scored tokens): prompts then cost nothing. Logits are
     made `chunk` tokens at a time and again in backward, so that no more than chunk * V of them exist.
 
     Args:
+        low_rank: (low, up): an adapter of the head, hidden A^T and its B with the scaling in one of them; low in the precision of up.
         temperature: that of sampling; the trainer's log-probabilities must be of the distribution that was sampled from.
         entropy: also the entropy, with its gradient.
         details: also what is only looked at: log_square, mean_logit, top1.
@@ -52,13 +54,15 @@ def token_logprobs(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        low_rank = None if low_rank is None else (low_rank[0].to(dtype), low_rank[1].to(dtype))
     with torch.autocast(device, enabled=False):
         size = chunk or max(CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["other"]) // weight.shape[0], 1)
         if chunk is None and len(targets) <= size:
-            return _plain(hidden, weight, bias, targets, head)
-        learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+            return _plain(hidden, weight, bias, low_rank, targets, head)
+        learns = weight.requires_grad or (bias is not None and bias.requires_grad) or low_rank is not None
         ahead = torch.is_grad_enabled() and hidden.requires_grad and not learns and not entropy and softcap is None
-        return TokenLogprobs(*_Chunked.apply(hidden, weight, bias, targets, head, size, ahead))
+        low, up = low_rank or (None, None)
+        return TokenLogprobs(*_Chunked.apply(hidden, weight, bias, low, up, targets, head, size, ahead))
 
 
 class _Head(NamedTuple):
@@ -70,21 +74,27 @@ class _Head(NamedTuple):
 
     @property
     def slope(self) -> float:
-        """d z / d (hidden W^T + bias), where no cap bends it."""
+        """d z / d (hidden W^T + bias + low up^T), where no cap bends it."""
         return self.scale / self.temperature
 
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def logits(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """z, a new tensor in at least float32, and the tanh of the cap."""
         raw = F.linear(hidden, weight, bias)
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        if low is not None and up is not None:
+            raw = raw + F.linear(low, up)
         if self.softcap is None:
             return (raw if self.slope == 1 else raw * self.slope), None
         bent = torch.tanh(raw * (self.scale / self.softcap))
         return bent * (self.softcap / self.temperature), bent
 
 
-def _plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head) -> TokenLogprobs:
-    z, _ = head.logits(hidden, weight, bias)
+def _plain(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None, targets: Tensor, head: _Head
+) -> TokenLogprobs:
+    z, _ = head.logits(hidden, weight, bias, *(low_rank or (None, None)))
     logp = z.log_softmax(-1)
     picked = logp.gather(-1, targets[:, None])[:, 0]
     entropy = -(logp.exp() * logp).sum(-1) if head.entropy else None
@@ -103,7 +113,16 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head, size: int, ahead: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low: Tensor | None,
+        up: Tensor | None,
+        targets: Tensor,
+        head: _Head,
+        size: int,
+        ahead: bool,
     ) -> tuple[Tensor | None, ...]:
         work = torch.promote_types(hidden.dtype, torch.float32)
         count = len(targets)
@@ -115,7 +134,7 @@ class _Chunked(torch.autograd.Function):
         for start in range(0, count, size):
             rows = slice(start, start + size)
             target = targets[rows, None]
-            z, _ = head.logits(hidden[rows], weight, bias)
+            z, _ = head.logits(hidden[rows], weight, bias, None if low is None else low[rows], up)
             picked, highest = z.gather(1, target), z.amax(1, keepdim=True)
             if mean_logit is not None and top1 is not None:
                 mean_logit[rows] = z.mean(1)
@@ -132,11 +151,11 @@ class _Chunked(torch.autograd.Function):
                 entropy[rows] = log_total[:, 0] - torch.linalg.vecdot(e, z) / total[:, 0]
             if unit is not None:
                 unit[rows] = weight[targets[rows]] - (e / total).to(weight.dtype) @ weight
-        ctx.head, ctx.size, ctx.has_bias = head, size, bias is not None
+        ctx.head, ctx.size = head, size
         if unit is not None:
             ctx.save_for_backward(unit)
         else:
-            ctx.save_for_backward(hidden, weight, targets, normalisers, *(t for t in (bias, entropy) if t is not None))
+            ctx.save_for_backward(hidden, weight, targets, normalisers, bias, low, up, entropy)
         ctx.ahead = ahead
         ctx.mark_non_differentiable(*(t for t in (log_square, mean_logit, top1) if t is not None))
         return logprobs, entropy, log_square, mean_logit, top1
@@ -146,17 +165,17 @@ class _Chunked(torch.autograd.Function):
         head = ctx.head
         if ctx.ahead:
             (unit,) = ctx.saved_tensors
-            return (unit * (g_logprobs * head.slope)[:, None].to(unit.dtype), *[None] * 6)
-        hidden, weight, targets, normalisers, *rest = ctx.saved_tensors
-        bias = rest.pop(0) if ctx.has_bias else None
-        entropy = rest[0] if rest else None
+            return (unit * (g_logprobs * head.slope)[:, None].to(unit.dtype), *[None] * 8)
+        hidden, weight, targets, normalisers, bias, low, up, entropy = ctx.saved_tensors
         work = normalisers.dtype
         g_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         g_weight = torch.zeros_like(weight, dtype=work) if ctx.needs_input_grad[1] else None
         g_bias = torch.zeros_like(bias, dtype=work) if bias is not None and ctx.needs_input_grad[2] else None
+        g_low = torch.empty_like(low) if low is not None and ctx.needs_input_grad[3] else None
+        g_up = torch.zeros_like(up, dtype=work) if up is not None and ctx.needs_input_grad[4] else None
         for start in range(0, len(targets), ctx.size):
             rows = slice(start, start + ctx.size)
-            z, bent = head.logits(hidden[rows], weight, bias)
+            z, bent = head.logits(hidden[rows], weight, bias, None if low is None else low[rows], up)
             z.sub_(normalisers[rows, None])
             g = g_logprobs[rows, None]
             if entropy is None or g_entropy is None:
@@ -171,6 +190,10 @@ class _Chunked(torch.autograd.Function):
                 dz.mul_(head.slope)
             if g_bias is not None:
                 g_bias += dz.sum(0)
+            if g_low is not None:
+                torch.mm(dz.to(up.dtype), up, out=g_low[rows])
+            if g_up is not None:
+                g_up += dz.to(low.dtype).T @ low[rows]
             dz = dz.to(weight.dtype)
             if g_hidden is not None:
                 torch.mm(dz, weight, out=g_hidden[rows])
@@ -178,5 +201,5 @@ class _Chunked(torch.autograd.Function):
                 g_weight.addmm_(dz.T, hidden[rows])
             elif g_weight is not None:
                 g_weight += dz.T @ hidden[rows]
-        cast = [None if g is None else g.to(like) for g, like in ((g_weight, weight), (g_bias, bias))]
+        cast = [None if g is None else g.to(like) for g, like in ((g_weight, weight), (g_bias, bias), (g_low, low), (g_up, up))]
         return (g_hidden, *cast, *[None] * 4)

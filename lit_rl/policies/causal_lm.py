@@ -17,7 +17,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.losses.token_logprobs import token_logprobs
 from lit_rl.policies.base import Message, TokenPolicy
 from lit_rl.policies.chat import PLAIN_TEMPLATE, prompt_ids
-from lit_rl.policies.lora import TRAINED, LoraSettings, adapter_parameters
+from lit_rl.policies.lora import TRAINED, LoraSettings, active_factors, adapter_parameters
 from lit_rl.policies.trained import TrainedPolicy
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,10 @@ class TokenNetwork(nn.Module):
         head = self.lm.get_output_embeddings()
         expect(self, head)
         softcap = getattr(self.lm.config, "final_logit_softcapping", None)
-        found = token_logprobs(hidden, head.weight, targets, bias=head.bias, temperature=temperature, softcap=softcap, entropy=entropy)
+        low_rank = active_factors(head, hidden)
+        found = token_logprobs(
+            hidden, head.weight, targets, bias=head.bias, low_rank=low_rank, temperature=temperature, softcap=softcap, entropy=entropy
+        )
         return found.logprobs, found.entropy
 
 

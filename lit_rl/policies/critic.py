@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_rl.errors import ConfigError
 from lit_rl.policies.causal_lm import Dtype, check_folder, linear_layers, load_adapter, read_lm, repeated_blocks
 from lit_rl.policies.lora import LoraSettings, add_lora
 
@@ -69,6 +70,8 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         self.pretrained = None if pretrained is None else check_folder(pretrained)
+        if lora is not None and "lm_head" in (lora.named or []):
+            raise ConfigError("critic.lora.targets: a critic has a value head in place of lm_head: leave lm_head out of its list")
         self.lora = lora
         self.gradient_checkpointing = gradient_checkpointing
         self.dtype: torch.dtype = getattr(torch, dtype)

@@ -147,6 +147,18 @@ def save_adapter(network: nn.Module, folder: Path, weights: Mapping[str, Tensor]
     pipeline.save_lora_weights(folder, transformer_lora_layers=named, transformer_lora_adapter_metadata=metadata)  # type: ignore[attr-defined]
 
 
+def active_factors(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(low "N R", up "O R"): low up^T is what the adapters that answer in `layer` add to its output for x "N I"; None where none does."""
+    if not hasattr(layer, "base_layer") or layer.disable_adapters:
+        return None
+    layers: Any = layer
+    names = [name for name in layers.active_adapters if name in layers.lora_A]
+    if not names:
+        return None
+    downs = [layers.lora_A[n](layers.lora_dropout[n](x.to(layers.lora_A[n].weight.dtype))) * layers.scaling[n] for n in names]
+    return torch.cat(downs, -1), torch.cat([layers.lora_B[n].weight for n in names], -1)
+
+
 @contextmanager
 def disabled_adapters(network: nn.Module) -> Iterator[None]:
     """Inside it only the base weights answer."""

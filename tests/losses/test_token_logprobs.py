@@ -74,6 +74,22 @@ def test_chunks_give_the_plain_values_and_gradients(options, biased, frozen, chu
             torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("chunk", [None, 1, 4])
+def test_an_adapter_of_the_head_counts_as_its_product_would(options, chunk):
+    """hidden W^T + (hidden A^T) B^T = hidden (W + B A)^T, in value and in every gradient."""
+    hidden, weight, bias, targets = inputs()
+    down, up = torch.randn(3, 8, dtype=torch.float64, requires_grad=True), torch.randn(37, 3, dtype=torch.float64, requires_grad=True)
+    weight, learned = weight.detach(), (hidden, down, up, bias)
+    got = token_logprobs(hidden, weight, targets, bias=bias, low_rank=(hidden @ down.T, up), chunk=chunk, **options)
+    dense = token_logprobs(hidden, weight + up @ down, targets, bias=bias, **options)
+    for a, b in zip((t for t in got if t is not None), (t for t in dense if t is not None), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    losses = [t.logprobs.sin().sum() + (0 if t.entropy is None else t.entropy.cos().sum()) for t in (got, dense)]
+    for a, b in zip(grad(losses[0], learned), grad(losses[1], learned), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_bfloat16_is_normalised_in_float32(frozen):
     hidden, weight, _, targets = inputs(n=40, h=32, v=300, dtype=torch.float32)

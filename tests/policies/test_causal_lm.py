@@ -124,6 +124,24 @@ def test_all_linear_is_the_list_of_a_language_model(make: Make) -> None:
         LoraSettings(targets="all")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_of_the_output_layer_is_trained(make: Make, dtype: str) -> None:
+    policy = make(lora=LoraSettings(rank=2, targets=["q_proj", "lm_head"]), dtype=dtype)
+    with torch.no_grad():
+        for _, p in policy.trainable():
+            p.normal_(0, 0.3)
+    found = policy.logprobs(*batch())[0]
+    expected = plain(policy.network.lm, *batch(), temperature=1.0)[0]
+    tolerance = 2e-6 if dtype == "float32" else 0.4  # the stock forward rounds logits of about 60
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=tolerance)
+    found.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for _, p in policy.trainable())
+    with policy.reference():
+        base = policy.logprobs(*batch())[0]
+    torch.testing.assert_close(base, plain(make(dtype=dtype).network.lm, *batch(), temperature=1.0)[0], rtol=1e-5, atol=tolerance)
+    assert (base - found).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("family", ["llama", "deepseek"])
 def test_stock_libraries_load_what_was_trained(family: Family, make: Make, folders: dict[str, Path], tmp_path: Path) -> None:
     lora, full = make(family, lora=LoraSettings(rank=2)), make(family)
