@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_rl.checkpoints.layout import check_layout
+from lit_rl.checkpoints.restricted import deepspeed_reads_plain_files, load_file, load_shards, stored_shapes
 from lit_rl.errors import ConfigError
 from lit_rl.policies.shards import gathered, reshard, whole
 
@@ -104,34 +105,31 @@ class FSDP2Strategy(ModelParallelStrategy):
     # ------------------------------------------------------------------ loading
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
-        weights_only = True if weights_only is None else weights_only
+        trusted = weights_only is False
         if _is_sharded_checkpoint(path):
-            return self._load_shards(path, weights_only)
+            return self._load_shards(path, trusted)
         if path.is_dir():
             raise ConfigError(f"--ckpt_path {path} is a folder of DeepSpeed's shards: continue with configs/base/deepspeed_*.yaml")
-        return self._load_file(path, weights_only)
+        return self._load_file(path, trusted)
 
-    def _load_shards(self, path: Path, weights_only: bool) -> dict[str, Any]:
-        import torch.distributed.checkpoint as dcp
+    def _load_shards(self, path: Path, trusted: bool) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-        stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        shapes = {name.removeprefix("state_dict."): entry.size for name, entry in stored.items() if name.startswith("state_dict.")}  # type: ignore[union-attr]
-        check_layout(shapes, _litrl(self).checkpoint_shapes())
+        check_layout(stored_shapes(path), _litrl(self).checkpoint_shapes())
         assert self.model is not None
         weights = self._kept_weights()
-        dcp.load({"state_dict": weights}, checkpoint_id=path)
+        load_shards({"state_dict": weights}, path, trusted=trusted)
         self.model.load_state_dict(weights, strict=False)
         for i, optimizer in enumerate(self.optimizers):
             state = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
-            dcp.load(state, checkpoint_id=path)
+            load_shards(state, path, trusted=trusted)
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state[f"optimizer_{i}"])
-        return torch.load(path / _METADATA_FILENAME, weights_only=weights_only)
+        return load_file(path / _METADATA_FILENAME, trusted=trusted)
 
-    def _load_file(self, path: Path, weights_only: bool) -> dict[str, Any]:
+    def _load_file(self, path: Path, trusted: bool) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
-        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        checkpoint = load_file(path, trusted=trusted, mmap=True)
         check_layout({name: weight.shape for name, weight in checkpoint["state_dict"].items()}, _litrl(self).checkpoint_shapes())
         assert self.model is not None
         reshard(self.model)
@@ -204,7 +202,8 @@ class ZeroStrategy(DeepSpeedStrategy):
                 "it was written under"
             )
         check_layout(json.loads((path / LAYOUT_FILE).read_text()), _litrl(self).checkpoint_shapes())
-        checkpoint = super().load_checkpoint(path, weights_only)
+        with nullcontext() if weights_only is False else deepspeed_reads_plain_files():
+            checkpoint = super().load_checkpoint(path, weights_only)
         self._load_frozen(checkpoint.pop("frozen", {}))
         return checkpoint
 

@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lit_rl.checkpoints.restricted import told
 from lit_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,10 +42,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with atomic_file(target) as file:
             torch.save(checkpoint, file)
 
-    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """weights_only: False executes what the file names; None is True, for addresses (http://) too, where Lightning's own is False."""
         if os.path.isdir(path):
             raise ConfigError(f"--ckpt_path {path} is a folder of shards: continue with the configs/base/*.yaml it was written under")
-        return super().load_checkpoint(path, *args, **kwargs)
+        with told(path):
+            return super().load_checkpoint(path, map_location, weights_only is not False)
 
 
 @contextmanager

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,7 @@ from comparing import FULL, LORA, SHARDED, distance, ended
 from pair import Pair
 
 from lit_rl.checkpoints.files import what_is_missing
+from lit_rl.checkpoints.restricted import stored_shapes
 
 pytestmark = pytest.mark.slow
 
@@ -46,10 +50,7 @@ def stored(checkpoint: Path) -> dict[str, list[int]]:
         return {name: list(weight.shape) for name, weight in file["state_dict"].items()}
     if (checkpoint / "weights.json").exists():
         return json.loads((checkpoint / "weights.json").read_text())
-    from torch.distributed.checkpoint import FileSystemReader
-
-    entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    return {name.removeprefix("state_dict."): list(e.size) for name, e in entries.items() if name.startswith("state_dict.")}  # type: ignore[union-attr]
+    return stored_shapes(checkpoint)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
@@ -110,3 +111,35 @@ def test_a_file_is_no_deepspeed_checkpoint(pair: Pair, written: Written, tmp_pat
         assert "is a single file" in message
     for message in pair.run("fails", strategy="fsdp2", ckpt_path=str(written("zero2") / AT), **settings):
         assert "DeepSpeed" in message
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2", "zero3"])
+def test_what_is_stored_cannot_be_made_to_execute(pair: Pair, written: Written, tmp_path: Path, sd3_folder: Path, strategy: str) -> None:
+    """A function named by any of the files that a process reads, in turn: refused by its name before it is called."""
+    settings = dict(method_args=METHOD, sd3=LORA | {"pretrained": str(sd3_folder)}, trainer_args=dict(max_epochs=2))
+    kinds = (".metadata", "meta.pt") if strategy == "fsdp2" else ("checkpoint/*model_states.pt", "checkpoint/*optim_states.pt")
+    for kind in kinds:
+        evil = tmp_path / kind.replace("*", "").replace("/", "-")
+        shutil.copytree(written(strategy) / AT, evil)
+        for file in evil.glob(kind):
+            poison(file, tmp_path / "executed")
+        errors = pair.run("fails", folder=str(tmp_path / "out"), strategy=strategy, ckpt_path=str(evil), **settings)
+        assert all("names posix.mkdir, which would be executed" in error for error in errors), errors
+        assert not (tmp_path / "executed").exists()
+
+
+def poison(file: Path, mark: Path) -> None:
+    """Put a function's name into what the file holds, or in its place."""
+    if file.suffix == ".pt":
+        content = torch.load(file, weights_only=False)
+        torch.save({**content, "bomb": Bomb(mark)}, file)
+    else:
+        file.write_bytes(pickle.dumps(Bomb(mark)))
+
+
+class Bomb:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
