@@ -17,6 +17,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.losses.token_logprobs import token_logprobs
 from lit_rl.policies.base import Message, TokenPolicy
 from lit_rl.policies.chat import PLAIN_TEMPLATE, prompt_ids
+from lit_rl.policies.lm_head import LMHead, body, own_logprobs, picked, recognized
 from lit_rl.policies.lora import TRAINED, LoraSettings, active_factors, adapter_parameters
 from lit_rl.policies.trained import TrainedPolicy
 
@@ -31,9 +32,9 @@ class TokenNetwork(nn.Module):
     One forward, so that a sharding strategy gathers the output layer for it, and no logits but of a chunk of the chosen places.
     """
 
-    def __init__(self, lm: Any) -> None:
+    def __init__(self, lm: Any, head: LMHead) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm, self.head = lm, head
 
     def forward(
         self, tokens: Tensor, places: Tensor, targets: Tensor, *, positions: Tensor | None, temperature: float, entropy: bool
@@ -44,15 +45,20 @@ class TokenNetwork(nn.Module):
         """
         # No attention mask: padding is on the right, where causal attention never looks from a real token. A mask of ones would let the
         # sequences of one row see each other.
-        outputs = self.lm.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
+        if self.head.kind == "whole":
+            logits = self.lm(input_ids=tokens, position_ids=positions, use_cache=False).logits.flatten(0, 1)[places]
+            return picked(logits, targets, temperature=temperature, entropy=entropy)
+        outputs = body(self.lm)(input_ids=tokens, position_ids=positions, use_cache=False)
         hidden = outputs.last_hidden_state.flatten(0, 1)[places]
+        if self.head.kind == "own":
+            return own_logprobs(self.lm, hidden, targets, temperature=temperature, entropy=entropy)
+        return self._affine(hidden, targets, temperature=temperature, entropy=entropy)
+
+    def _affine(self, hidden: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         head = self.lm.get_output_embeddings()
         expect(self, head)
-        softcap = getattr(self.lm.config, "final_logit_softcapping", None)
-        low_rank = active_factors(head, hidden)
-        found = token_logprobs(
-            hidden, head.weight, targets, bias=head.bias, low_rank=low_rank, temperature=temperature, softcap=softcap, entropy=entropy
-        )
+        low_rank, scale, softcap = active_factors(head, hidden), self.head.scale, self.head.softcap
+        found = token_logprobs(hidden, head.weight, targets, bias=head.bias, low_rank=low_rank, scale=scale, softcap=softcap, **options)
         return found.logprobs, found.entropy
 
 
@@ -117,10 +123,11 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         if "network" in self._modules:
             return
         lm = self._read()
+        head = recognized(lm)
         self.adopt(lm, targets=linear_layers(lm), load_initial=lambda lora: load_adapter(lm, lora), frozen=self.dtype)
-        self.network = TokenNetwork(lm)
+        self.network = TokenNetwork(lm, head)
         if self.reference_network is not None:
-            self.reference_network = TokenNetwork(self.reference_network)
+            self.reference_network = TokenNetwork(self.reference_network, head)
         for network in self.networks():
             if self.gradient_checkpointing:
                 network.lm.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator, union-attr]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.causal_lm import Dtype, check_folder, linear_layers, load_adapter, read_lm, repeated_blocks
+from lit_rl.policies.lm_head import body
 from lit_rl.policies.lora import LoraSettings, add_lora
 
 
@@ -38,7 +39,7 @@ class ValueNetwork(nn.Module):
 
     def forward(self, tokens: Tensor, places: Tensor) -> Tensor:
         """Values Float32 "N" at `places`, flat indices into `tokens`. tokens: Int "B T", padded on the right."""
-        return self.head(self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)[places])
+        return self.head(body(self.lm)(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)[places])
 
 
 class Critic(nn.Module):
