@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 
 import lightning as L
 import torch
@@ -70,8 +69,13 @@ class PromptDataModule(L.LightningDataModule):
         return torch.randperm(len(self.train_prompts), generator=generator(self.seed, "prompts", round_)).tolist()
 
     def rows_to_score(self, stage: str) -> Iterator[Info]:
-        """The prompts of a stage whose answers will be scored, for rewards to look at before it starts."""
-        return chain(self.train_prompts if stage == "fit" else (), self.held_out)
+        """The prompts of a stage whose answers will be scored, for rewards to look at before it starts.
+
+        Those from files that know it say where they stand: `place` is file and line.
+        """
+        for rows in (self.train_prompts if stage == "fit" else (), self.held_out):
+            place = getattr(rows, "place", None)
+            yield from rows if place is None else ({**row, "place": place(i)} for i, row in enumerate(rows))
 
     def examples(self, step: int, count: int, part: slice = ALL) -> tuple[Sequence[Info], Tensor]:
         raise ConfigError(f"{type(self).__name__} has no images to imitate: set model.warmup_steps to 0, or use datamodules.rendered_text")

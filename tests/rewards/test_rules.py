@@ -6,9 +6,13 @@ import json
 import logging
 import math as numbers
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -158,7 +162,15 @@ def test_scores_of_rules_and_of_the_model_side_by_side() -> None:
         (row("other", None, "model"), "Give RuleReward a model"),
         ({"prompt": "p"}, "data_source 'None' has no rule and reward_model.style is None"),
         (row("gsm8k", None), "reward_model.ground_truth: rule gsm8k needs a text or number, found None"),
-        (row("gsm8k", ["18"]), r"found \['18'\]"),
+        (row("gsm8k", {"value": "18"}), r"needs a text or number, found \{'value': '18'\}; a list may hold several accepted answers"),
+        (row("math", numbers.nan), "rule math needs a text or number, found nan"),
+        (row("math", "nan"), "found 'nan'"),
+        (row("math", numbers.inf), "found inf"),
+        (row("math", " "), "found ' '"),
+        (row("math", []), r"found \[\]"),
+        (row("math", ["4", None]), r"found \['4', None\]"),
+        (row("gsm8k", "Paris"), "rule gsm8k reads numbers, found 'Paris'; name a rule that reads texts"),
+        (row("maths"), "Did you mean math?"),
     ],
 )
 def test_rows_that_nobody_can_score_are_found_before_training(bad: dict, message: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -170,6 +182,82 @@ def test_rows_that_nobody_can_score_are_found_before_training(bad: dict, message
     with caplog.at_level(logging.INFO):
         reward.check([row("gsm8k"), row("gsm8k"), row("math")])
     assert "2 rows by gsm8k, 1 rows by math" in caplog.text
+
+
+SAYS = {
+    "gsm8k": "so #### {}",
+    "gsm8k_flexible": "it is {} .",
+    "gsm8k_robust": "#### {}",
+    "math": "\\boxed{{{}}}",
+    "math_dapo": "Answer: {}",
+}
+ALIKE = [
+    *[("72", truth) for truth in (72.0, 72, "72.0", " 72 ", "72.", "+72", "7.2e1", "$72$", "\\boxed{72}", "$\\boxed{72}$", "\\(72\\)")],
+    *[
+        ("72", truth)
+        for truth in ("48 + 24 = 72\n#### 72", Decimal("72.00"), np.float32(72), np.int64(72), np.array(72.0), torch.tensor(72.0))
+    ],
+    *[("72", truth) for truth in (["71", "72"], ("72.0",), np.array(["72"]), {72.0}, '["72"]', pa.scalar(72.0), pa.scalar("72"), b"72")],
+    *[("1234", truth) for truth in ("1,234", 1234.0, "$1,234", "\\$1,234", "1{,}234", "1,234.00", 1234)],
+    *[("50", truth) for truth in ("50%", "50\\%", "$50\\%$", 50.0)],
+    *[("18.50", truth) for truth in (18.5, "18.50", Decimal("18.5"), "$18.50")],
+    *[("0.1", truth) for truth in (0.1, np.float32(0.1), float(np.float32(0.1)), ".1", "0.10")],
+    *[("-7", truth) for truth in (-7.0, "-7", "-7.0", -7)],
+    *[("33", truth) for truth in ("033", 33)],
+    ("100000000000000000000000", 1e23),
+    ("0.00001", 1e-05),
+    ("0", -0.0),
+]
+
+
+@pytest.mark.parametrize("rule", SAYS)
+@pytest.mark.parametrize(("said", "truth"), ALIKE, ids=repr)
+def test_a_right_answer_is_right_however_the_file_holds_the_truth(rule: str, said: str, truth: Any) -> None:
+    reward = RuleReward(sources={"mine": rule})
+    scores = reward.score([SAYS[rule].format(said), SAYS[rule].format("6")], [row("mine", truth)] * 2)
+    assert scores["score"].tolist() == [1.0, -1.0 if "dapo" in rule else 0.0] and scores["acc"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("said", "truth", "right"),
+    [
+        ("True", True, True),
+        ("False", np.bool_(False), True),
+        ("False", True, False),
+        ("\\frac{1}{2}", Fraction(1, 2), True),
+        ("1/2", "\\frac12", True),
+        ("1/2", 0.5, True),
+        ("B", ["A", "B"], True),
+        ("12", "1,2", False),
+        ("3", "$3$ or $4$", False),
+        ("72.01", 72.0, False),
+    ],
+)
+def test_texts_and_formulas_as_truth(said: str, truth: Any, right: bool) -> None:
+    assert RuleReward().score([f"\\boxed{{{said}}}"], [row("math", truth)])["acc"].tolist() == [right]
+
+
+NAMES = ["my[v2]", "a*b", "what?", "[!x]", "x[", "]", "plain", "set[12]*"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_source_is_itself_whatever_its_letters(name: str) -> None:
+    reward = RuleReward(sources={"*": "math_dapo", **dict.fromkeys(NAMES, "gsm8k_flexible"), name: "gsm8k_robust"})
+    assert reward.route(row(name)) == "gsm8k_robust"
+    assert RuleReward(sources={name: "math"}).route(row(name)) == "math"
+
+
+def test_which_of_several_patterns() -> None:
+    """The equal name, then the first pattern in the order of the file; the run's own patterns before the known names."""
+    reward = RuleReward(sources={"my[v2]*": "math", "my*": "gsm8k", "*": "gsm8k_robust", "my_own": "math_dapo", "s[12]": "math_dapo"})
+    asked = {"my[v2]-train": "math", "my2": "math", "myth": "gsm8k", "my_own": "math_dapo", "aime24": "gsm8k_robust"}
+    assert {source: reward.route(row(source)) for source in asked} == asked
+    assert RuleReward(sources={"s[12]": "math_dapo"}).route(row("s1")) == "math_dapo"
+
+
+def test_sources_that_no_row_has_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    RuleReward(sources={"my_sett": "math", "x[1]": "math", "g*": "gsm8k"}).check([row("gsm8k"), row("x[1]")])
+    assert "no row has the data_source my_sett that sources names" in caplog.text
 
 
 def test_rules_that_do_not_exist() -> None:

@@ -197,9 +197,11 @@ def test_rewards_look_at_all_rows_before_training(scoring: RewardScoring, tmp_pa
     good, bad = jsonl(tmp_path / "good.jsonl", GOOD), jsonl(tmp_path / "bad.jsonl", GOOD, {"prompt": "p"})
     set_up(scoring, TextPrompts(train=good, val=good))
     for stage in ("fit", "validate"):
-        with pytest.raises(ConfigError, match=r"^1 prompts whose answers nobody can score\n  row bad-1: data_source 'bad' has no rule"):
+        with pytest.raises(
+            ConfigError, match=r"^1 prompts whose answers nobody can score\n  \S*bad.jsonl:2: data_source 'bad' has no rule"
+        ):
             set_up(scoring, TextPrompts(train=good, val=bad), stage)
-    with pytest.raises(ConfigError, match="row bad-1"):
+    with pytest.raises(ConfigError, match="bad.jsonl:2: "):
         set_up(scoring, TextPrompts(train=bad), "fit")
     set_up(scoring, TextPrompts(train=bad, val=good), "validate")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math as numbers
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -15,9 +17,10 @@ from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import RewardError, TextReward
-from lit_rl.rewards.text.gsm8k import gsm8k, gsm8k_robust
+from lit_rl.rewards.text.gsm8k import gsm8k, gsm8k_robust, number
 from lit_rl.rewards.text.math import math
 from lit_rl.rewards.text.math_dapo import math_dapo, math_dapo_boxed
+from lit_rl.rewards.text.truth import accepted_texts, is_number
 from lit_rl.rewards.text.verdict import Verdict
 from lit_rl.types import Info
 
@@ -43,8 +46,10 @@ SOURCES = {
     "math_dapo": "math_dapo",
     "aime*": "math_dapo",
 }
-"""Rule by `data_source`; `*` stands for anything."""
+"""Rule by `data_source`; `*` stands for anything, `?` for one letter."""
 WITH_FORMAT_SCORE = ("gsm8k", "gsm8k_flexible", "gsm8k_robust")
+GSM8K_NUMBER = re.compile(r"-?[.,]*[0-9][0-9.,]*")
+"""Letters of which the gsm8k rules make an answer."""
 MODEL = "model"
 SHOWN = 10
 
@@ -58,8 +63,11 @@ class RuleReward(TextReward):
     Rules: gsm8k (the number after "#### ", letter for letter), gsm8k_flexible (the last number), gsm8k_robust (compared as numbers),
     math (the last \\boxed{}), math_dapo (what follows "Answer:"; -1 for wrong), math_dapo_boxed.
 
+    reward_model.ground_truth is a text, a number, or a list of which any is right: see `accepted_texts`.
+
     Args:
         sources: Rule by `data_source`, in addition to the known names and before them, e.g. {my_set: math, openai/gsm8k: gsm8k_robust}.
+            A name may hold `*` and `?`: the equal name comes first, then the first pattern in the order of the file that fits.
         default: Rule for rows of style `rule` whose data source has none.
         model: Scores rows of style `model`; its first score becomes `score`, `acc` and `parsed` are NaN.
         format_score: Of the gsm8k rules, for a wrong number in the right place.
@@ -75,7 +83,8 @@ class RuleReward(TextReward):
         model: TextReward | None = None,
         format_score: float = 0.0,
     ) -> None:
-        self.sources = (sources or {}) | {name: rule for name, rule in SOURCES.items() if name not in (sources or {})}
+        self.own = sources or {}
+        self.sources = self.own | {name: rule for name, rule in SOURCES.items() if name not in self.own}
         for name, rule in [*self.sources.items(), *([("default", default)] if default else [])]:
             if rule not in RULES:
                 raise ConfigError(f"{name}: there is no rule {rule!r}; choose from {', '.join(RULES)}")
@@ -87,7 +96,7 @@ class RuleReward(TextReward):
     def route(self, row: Info) -> str:
         """Name of the rule that scores a row, or `model`. Raises ConfigError where there is none."""
         source, asked = str(row.get("data_source")), row.get("reward_model") or {}
-        rule = next((rule for name, rule in self.sources.items() if fnmatchcase(source, name)), None)
+        rule = self._rule_of(source)
         style = asked.get("style")
         if rule is None and style == MODEL and self.model is not None:
             return MODEL
@@ -95,6 +104,7 @@ class RuleReward(TextReward):
         if rule is None:
             raise ConfigError(
                 f"data_source {source!r} has no rule and reward_model.style is {style!r}: known sources are {', '.join(self.sources)}. "
+                + "".join(f"Did you mean {name}? " for name in difflib.get_close_matches(source, self.sources, n=1, cutoff=0.8))
                 + (
                     "Give RuleReward a model, e.g. model: {class_path: lit_rl.rewards.text.model.ModelReward, ...}"
                     if style == MODEL
@@ -102,21 +112,35 @@ class RuleReward(TextReward):
                     "lit_rl.rewards.text.function.FunctionReward or lit_rl.rewards.text.model.ModelReward instead"
                 )
             )
-        if not isinstance(asked.get("ground_truth"), str | int | float) or asked["ground_truth"] == "":
-            raise ConfigError(f"reward_model.ground_truth: rule {rule} needs a text or number, found {asked.get('ground_truth')!r}")
+        truths(rule, asked.get("ground_truth"))
         return rule
+
+    def _rule_of(self, source: str) -> str | None:
+        """The rule of a data source: of the run's own names, then of the known ones, the equal name, else the first pattern that fits."""
+        for names in (self.own, SOURCES):
+            if source in names:
+                return names[source]
+            for pattern, rule in names.items():
+                if fits(source, pattern):
+                    return rule
+        return None
 
     def check(self, rows: Iterable[Info]) -> None:
         counts: Counter[str] = Counter()
         problems: list[str] = []
+        unused = set(self.own)
         for row in rows:
+            source = str(row.get("data_source"))
+            unused -= {source} if source in unused else {name for name in unused if fits(source, name)}
             try:
                 counts[self.route(row)] += 1
             except ConfigError as error:
-                problems.append(f"row {row.get('id', '')}: {error}")
+                problems.append(f"{row.get('place') or 'row ' + str(row.get('id', ''))}: {error}")
         if problems:
             more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
             raise ConfigError("\n  ".join([f"{len(problems)} prompts whose answers nobody can score", *problems[:SHOWN], *more]))
+        if unused:
+            log.warning("RuleReward: no row has the data_source %s that sources names", ", ".join(sorted(unused)))
         log.info("RuleReward scores %s", ", ".join(f"{count} rows by {rule}" for rule, count in counts.items()))
 
     # ------------------------------------------------------------------ life
@@ -140,7 +164,7 @@ class RuleReward(TextReward):
         table = torch.full((len(media), 3), numbers.nan, dtype=torch.float64)
         for i, (text, row, rule) in enumerate(zip(media, info, rules, strict=True)):
             if rule != MODEL:
-                verdict = self._apply(rule, text, str(row["reward_model"]["ground_truth"]))
+                verdict = self._apply(rule, text, row["reward_model"]["ground_truth"])
                 table[i] = torch.tensor([verdict.score, verdict.right, verdict.read is not None])
         asked = [i for i, rule in enumerate(rules) if rule == MODEL]
         if asked and self.model is not None:
@@ -149,6 +173,30 @@ class RuleReward(TextReward):
             self.last_error = self.model.last_error
         return dict(zip(self.outputs, table.unbind(1), strict=True))
 
-    def _apply(self, rule: str, text: str, truth: str) -> Verdict:
+    def _apply(self, rule: str, text: str, truth: Any) -> Verdict:
+        """The verdict on the accepted answer that the text gives, else on the first. A number is also compared as one: 18.50 is 18.5."""
         options: dict[str, Any] = {"format_score": self.format_score} if rule in WITH_FORMAT_SCORE else {}
-        return RULES[rule](text, truth, **options)
+        accepted = truths(rule, truth)
+        best = max((RULES[rule](text, form, **options) for form in accepted), key=lambda verdict: verdict.right)
+        if not best.right and best.read is not None and is_number(truth) and number(best.read) == number(accepted[0]):
+            return RULES[rule](text, best.read, **options)
+        return best
+
+
+def fits(source: str, pattern: str) -> bool:
+    """Whether a data source is what a pattern describes: `*` and `?` as in file names, [ ] as they stand or as a choice of letters."""
+    return fnmatchcase(source, pattern) or fnmatchcase(source, pattern.replace("[", "[[]"))
+
+
+def truths(rule: str, value: Any) -> tuple[str, ...]:
+    """The texts that a rule accepts for a ground truth. Raises ConfigError for one that no answer can give."""
+    try:
+        accepted = accepted_texts(value)
+    except ConfigError as error:
+        raise ConfigError(f"reward_model.ground_truth: rule {rule} needs {error}") from None
+    if rule in WITH_FORMAT_SCORE and not any(GSM8K_NUMBER.fullmatch(text) for text in accepted):
+        raise ConfigError(
+            f"reward_model.ground_truth: rule {rule} reads numbers, found {value!r}; name a rule that reads texts for this data_source in "
+            "sources, e.g. math (\\boxed{}) or math_dapo (Answer: ...)"
+        )
+    return accepted
