@@ -7,22 +7,45 @@ import difflib
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 
 import yaml
 
+from lit_rl.cli_options import Option, config_files, named_classes, nearest, options, settings, short
+
 EXPECTATION = re.compile(r"Expected a |Not a valid subclass|Does not validate|a class path|a dict with")
 """How jsonargparse begins what it says of the types that a value might also have had, beside the one whose constructor objected."""
+
+EXAMPLES = {
+    "model": "lit_rl.methods.flow_grpo.FlowGRPO",
+    "data": "datamodules.prompts.PromptFiles",
+    "policy": "lit_rl.policies.sd3.SD3Policy",
+    "optimizer": "torch.optim.AdamW",
+    "lr_scheduler": "torch.optim.lr_scheduler.ConstantLR",
+    "logger": "lightning.pytorch.loggers.TensorBoardLogger",
+    "callbacks": "callbacks.reward_scoring.RewardScoring",
+    "rewards": "lit_rl.rewards.client.HTTPReward",
+}
+"""A class that may stand under a key that takes one."""
+
+REMEDIES = {
+    r"No supported gpu backend": "; torch sees no GPU here: add --config configs/base/cpu.yaml, or --trainer.accelerator cpu",
+    r"invalid strategy name": "; configs/base/*.yaml are the strategies that are tested here, e.g. --config configs/base/ddp.yaml",
+    r"devices.*should be an int": "; trainer.devices is the number of processes on this machine, e.g. 1",
+}
+"""What to do about a report of Lightning's, by a part of it."""
 
 TYPE_NAMES = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a text", "NoneType": "null"}
 
 
 def explain(message: str, argv: Sequence[str]) -> str:
     """One line from the report of a failed parse: its innermost cause, the file and line of the key, the nearest key that exists."""
-    return broken_yaml(argv) or old_option(message) or missing_class(message, argv) or wrong_type(message, argv) or innermost(message, argv)
+    if broken := broken_yaml(argv):
+        return broken
+    known = (old_option, class_wanted, missing_class, wrong_type, required, unknown_option, remedy)
+    return next((sentence for explained in known if (sentence := explained(message, argv))), None) or innermost(message, argv)
 
 
 def broken_yaml(argv: Sequence[str]) -> str | None:
@@ -93,19 +116,85 @@ def innermost(message: str, argv: Sequence[str]) -> str:
     sentence = " ".join(dict.fromkeys(causes)) if "Union subtypes" in message and causes else " ".join(lines)
     sentence = re.sub(r"<class '(?:builtins\.)?([\w.]+)'>", r"\1", sentence)
     sentence = re.sub(r'Parser key "([\w.]+)": ', r"\1: ", sentence)
-    key = re.search(
-        r"(?:Option|Key|key) '([\w.]+)' is not (?:accepted|expected)|does not accept option '([\w.]+)'|No action for key \"([\w.]+)\"",
-        sentence,
-    )
-    if key is None:
-        return _at(re.split(r"[:=]", sentence)[0], sentence, argv)  # `key: what is wrong` or `key=value must ...`
-    parts, known = next(part for part in key.groups() if part).split("."), known_keys(argv)
-    wrong = next((part for part in parts if part not in known), parts[-1])
-    near = difflib.get_close_matches(wrong, known - {wrong}, n=1, cutoff=0.6)
-    return _at(wrong, sentence + (f"; did you mean '{near[0]}'?" if near else ""), argv)
+    return _at(re.split(r"[:=]", sentence)[0], sentence, argv)  # `key: what is wrong` or `key=value must ...`
 
 
-def old_option(message: str) -> str | None:
+def class_wanted(message: str, argv: Sequence[str]) -> str | None:
+    """The sentence for a key that takes a class, or a list of them, and has something else."""
+    for setting in settings(argv):
+        if setting.path == "trainer.callbacks" and setting.place and not setting.value and _names_no_class(setting.path, argv):
+            return f"{setting.place}: trainer.callbacks is a list: begin each one with `- class_path: {EXAMPLES['callbacks']}`"
+    key = re.match(r'\s*Parser key "([\w.]+)":', message)
+    given = re.search(r"(?:Got value|Given value|import path string): (.*?)>?\s*$", message, flags=re.MULTILINE)
+    example = EXAMPLES.get(key[1].split(".")[-1]) if key else None
+    if key is None or example is None or given is None or not re.search(r"import path string|subclass spec", message):
+        return None
+    if re.fullmatch(r"[\w.]*\.\w+", given[1]):
+        return None  # a dotted path that leads nowhere, see `missing_class`
+    return _at(key[1], f"{short(key[1])} is {given[1]!r}; it takes a class: {{class_path: {example}, init_args: {{...}}}}", argv)
+
+
+def required(message: str, argv: Sequence[str]) -> str | None:
+    """The sentence for parameters that a class cannot do without."""
+    given = re.search(r"the following arguments are required: (.*)", message)
+    if given is None:
+        return None
+    names = [short(name) for name in given[1].split(", ")]
+    if top := [name for name in names if name in ("model", "data")]:
+        return f"the run has no `{top[0]}`: add `{top[0]}: {{class_path: {EXAMPLES[top[0]]}, init_args: {{...}}}}` to a --config file"
+    present = {setting.path for setting in settings(argv)}
+    for option in options(argv):
+        if option.path.split(".")[-1] in names and option.required and short(option.path) not in present:
+            owner, wanted = f"{option.owner.__module__}.{option.owner.__qualname__}", ", ".join(names)
+            return _at(owner, f"{owner} needs {wanted}: set {option.path}", argv)
+    return None
+
+
+def unknown_option(message: str, argv: Sequence[str]) -> str | None:
+    """The sentence for an option that no class of the run has: where it stands, who would have to know it, and the nearest that exists."""
+    pattern = r"(?:Option|Key|key) '([\w.]+)' is not (?:accepted|expected)|does not accept option '([\w.]+)'|No action for key \"([\w.]+)\""
+    found = re.search(pattern, message)
+    stray = re.search(r"[Uu]nrecognized arguments: -*([^\s=]+)", message)
+    if found is None and stray is None:
+        return None
+    name = next(part for part in found.groups() if part) if found else stray[1] if stray else ""
+    if stray and not any(word.startswith("--") and name in word for word in argv):
+        return f"{name} is not an option; options begin with --, see python cli.py fit --help"
+    known = options(argv)
+    given, paths = settings(argv), {short(option.path) for option in known}
+    unknown = [setting.path for setting in given if setting.path not in paths and f".{setting.path}".endswith(f".{short(name)}")]
+    whole = unknown[0] if unknown else name
+    parts = [".".join(whole.split(".")[: i + 1]) for i in range(whole.count(".") + 1)]
+    path = next((part for part in parts if part not in paths), whole)
+    if place := next((setting.place for setting in given if setting.path == path and setting.place), None):
+        return f"{place}: {_unknown(path, known)}"
+    word = next((word for word in argv if word.startswith("--") and name in word), f"--{name}").partition("=")[0]
+    if "." in path:
+        return f"{word}: {_unknown(path, known)}"
+    meant = nearest(whole, known)  # the beginning of the path may have been left out
+    return f"there is no option {word}; " + (f"did you mean --{meant}?" if meant else "see python cli.py fit --help")
+
+
+def _unknown(path: str, known: Sequence[Option]) -> str:
+    """The sentence for a key that its class does not have: the nearest of the class's own options, the option of that name elsewhere in the
+    run, or a list of what the class has."""
+    parent, _, wrong = path.rpartition(".")
+    siblings = [option for option in known if short(option.path).rpartition(".")[0] == parent]
+    names = sorted({short(option.path).split(".")[-1] for option in siblings})
+    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
+    owner = f"{siblings[0].owner.__name__} has no option '{wrong}'" if parent and siblings else f"there is no option '{wrong}'"
+    if near:
+        return f"{owner}; did you mean '{near[0]}'?"
+    return f"{owner}; it has {', '.join(names)}" if parent and names else f"{owner}; see python cli.py fit --help"
+
+
+def remedy(message: str, argv: Sequence[str]) -> str | None:
+    """A report of Lightning's with what to do about it."""
+    cure = next((text for pattern, text in REMEDIES.items() if re.search(pattern, message)), None)
+    return None if cure is None else re.split(r" Find a complete list| Example choices", message)[0].strip().rstrip(".!") + cure
+
+
+def old_option(message: str, argv: Sequence[str]) -> str | None:
     """Of an option of the trainers that people come from: where its new name stands."""
     unknown = re.search(r"[Uu]nrecognized arguments: (.*)", message)
     for page in sorted(Path(__file__).parent.parent.glob("docs/migration*.md")) if unknown else ():
@@ -139,45 +228,32 @@ def _at(key: str, sentence: str, argv: Sequence[str], *, value: str = "") -> str
 
 
 def where(key: str, argv: Sequence[str], *, value: str = "") -> str | None:
-    """`file:line` of the only place in the run's YAML files that sets the last part of `key` (to `value`), or names the class `key`.
+    """`file:line` of the only place in the run's YAML files that sets `key` (to `value`), that has `key` as its value, or that names a
+    file which `key` begins with.
 
-    None when an option sets it anew.
+    `key` is a dotted path or its last part. None when an option sets it anew, and where there are several such places.
     """
-    last = re.escape(key.rsplit(".")[-1])
-    if any(re.match(rf"--(?:[\w.]+\.)?{last}(?:=|$)", word) or word.endswith(key) for word in argv):
+    last = short(key).split(".")[-1]
+    given = settings(argv)
+    if any(not setting.place and (setting.path.split(".")[-1] == last or setting.value == key) for setting in given):
         return None
-    pattern = rf"(?:^|[\s{{,]){last}\s*:\s*[\"']?{re.escape(value)}|\b{re.escape(key)}(?![\w.:])"
-    places = [
-        f"{file}:{number}"
-        for file in config_files(argv)
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
-        if re.search(pattern, line.split("#")[0])
-    ]
-    return places[0] if len(places) == 1 else None
+    tests = (
+        lambda s: s.value == key,
+        lambda s: s.path.endswith(short(key)) and s.path.split(".")[-1] == last and value in ("", s.value),
+        lambda s: s.path.split(".")[-1] == last and value in ("", s.value),
+        lambda s: len(s.value) > 3 and key.startswith(s.value),
+    )
+    for fits in tests:
+        places = list(dict.fromkeys(setting.place for setting in given if fits(setting)))
+        if len(places) == 1:
+            return places[0]
+    return None
 
 
-def config_files(argv: Sequence[str]) -> list[Path]:
-    """The files given by --config."""
-    values = [value for flag, value in pairwise(argv) if flag in ("--config", "-c")]
-    values += [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
-    return [Path(value) for value in values if Path(value).is_file()]
-
-
-def known_keys(argv: Sequence[str]) -> set[str]:
-    """Parameters of every class that the run names, and of the Trainer."""
-    text = "\n".join([*(file.read_text(encoding="utf-8") for file in config_files(argv)), *argv])
-    paths = set(re.findall(r"\b(?:\w+\.)+[A-Z]\w+\b", text)) | {"lightning.Trainer"}
-    return {"model", "data", "trainer", "seed_everything", "ckpt_path", "class_path", "init_args"}.union(*map(_parameters, paths))
-
-
-def _parameters(class_path: str) -> Iterable[str]:
-    module, _, name = class_path.rpartition(".")
-    try:
-        cls = getattr(import_module(module), name)
-    except (ImportError, AttributeError):  # not a class path after all, e.g. a file name
-        return set()
-    classes = inspect.getmro(cls) if inspect.isclass(cls) else ()
-    return {p for c in classes if "__init__" in vars(c) for p in inspect.signature(c.__init__).parameters} - {"self", "args", "kwargs"}
+def _names_no_class(path: str, argv: Sequence[str]) -> bool:
+    """A mapping without `class_path` stands under the key."""
+    classes = {short(name) for name in named_classes(argv)}
+    return path not in classes and any(setting.path.startswith(f"{path}.") for setting in settings(argv))
 
 
 def _submodules(package: str) -> list[str]:

@@ -122,6 +122,18 @@ def test_one_seed_reaches_method_and_data(cli: Any, tmp_path: Path) -> None:
         ),
         (["--data", "datamodules.prompts.PromptFiles", "--data.train", "missing.txt"], "missing.txt: no such file or folder"),
         (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
+        (["--trainer.max_epoks", "5"], "--trainer.max_epoks: Trainer has no option 'max_epoks'; did you mean 'max_epochs'?"),
+        (["--max_epochs", "5"], "there is no option --max_epochs; did you mean --trainer.max_epochs?"),
+        (["--group_size", "5"], "there is no option --group_size; did you mean --model.init_args.group_size?"),
+        (["--widht", "5"], "there is no option --widht; did you mean --model.init_args.policy.init_args.width?"),
+        (["--model.policy.lora.rank", "8"], "--model.policy.lora.rank: ToyPolicy has no option 'lora'; it has dropout, seed, width"),
+        (["--model.policy", "lit_rl.policies.sd3.SD3Policy", "--lora.rank", "8"], "mean --model.init_args.policy.init_args.lora.rank?"),
+        (["--model.policy", "lit_rl.policies.sd3.SD3Policy", "--model.policy.lora.rnk", "8"], "has no option 'rnk'; did you mean 'rank'?"),
+        (["--foo"], "there is no option --foo; see python cli.py fit --help"),
+        (["foo"], "foo is not an option"),
+        (["--trainer.accelerator", "gpu"], "torch sees no GPU here: add --config configs/base/cpu.yaml, or --trainer.accelerator cpu"),
+        (["--trainer.strategy", "dpp"], "configs/base/*.yaml are the strategies that are tested here"),
+        (["--model.lr_scheduler", "torch.optim.lr_scheduler.CosineAnnealingLR"], "needs T_max: set model.init_args.lr_scheduler.init_args"),
     ],
 )
 def test_mistakes_get_one_sentence(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
@@ -176,6 +188,37 @@ def changed(text: str, old: str, new: str) -> tuple[str, int]:
         ("toy.ToyData", "toy.ToyDate", 0, "toy has no ToyDate; did you mean toy.ToyData?"),
         ("class_path: toy.Brightness", "class_path: toy.Britness", 0, "toy has no Britness; did you mean toy.Brightness?"),
         ("toy.ToyPolicy", "no_such_package.Policy", 0, "there is no class no_such_package.Policy: no module no_such_package"),
+        (
+            "class_path: toy.ToyData",
+            "class_path: toy.ToyData\n  init_args: {trian: a}",
+            1,
+            "ToyData has no option 'trian'; it has eval_batch",
+        ),
+        ("      lr: 0.01", "      lrr: 0.01", 0, "AdamW has no option 'lrr'; did you mean 'lr'?"),
+        (
+            "logger: false",
+            "logger: tensorbord",
+            0,
+            "trainer.logger is 'tensorbord'; it takes a class: {class_path: lightning.pytorch.loggers",
+        ),
+        (
+            "class_path: torch.optim.AdamW\n      init_args:\n        lr: 0.01",
+            "adamw",
+            -1,
+            "optimizer is 'adamw'; it takes a class: {class_path: torch.optim.AdamW, init_args: {...}}",
+        ),
+        (
+            "optimizer:\n      class_path: torch.optim.AdamW\n      init_args:\n        lr: 0.01",
+            "optimizer:\n    - class_path: torch.optim.AdamW",
+            0,
+            "it takes a class: {class_path: torch.optim.AdamW, init_args: {...}}",
+        ),
+        (
+            "    policy:\n      class_path: toy.ToyPolicy\n",
+            "",
+            -9,
+            "lit_rl.methods.flow_grpo.FlowGRPO needs policy: set model.init_args.policy",
+        ),
     ],
 )
 def test_a_mistake_in_a_file_is_one_sentence_with_its_line(
@@ -191,6 +234,35 @@ def test_a_mistake_in_a_file_is_one_sentence_with_its_line(
     assert done.value.code == 2
     error = capsys.readouterr().err
     assert f"error: {tmp_path}/run.yaml:{line + down}: " in error and message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: run.pop("data"), "the run has no `data`: add `data: {class_path: datamodules.prompts.PromptFiles, init_args: {...}}`"),
+        (lambda run: run.pop("model"), "the run has no `model`: add `model: {class_path: lit_rl.methods"),
+        (lambda run: run.update(model=None), "the run has no `model`"),
+        (lambda run: run["trainer"].update(callbacks={"a": 1}), "trainer.callbacks is a list: begin each one with `- class_path:"),
+    ],
+)
+def test_a_run_that_lacks_a_part_is_told_how_to_add_it(
+    cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, message: str
+) -> None:
+    config = toy_config(tmp_path)
+    change(config)
+    with pytest.raises(SystemExit) as done:
+        cli("fit", config)
+    error = capsys.readouterr().err
+    assert done.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_missing_file_is_told_with_the_line_that_names_it(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = toy_config(tmp_path)
+    config["data"] = {"class_path": "datamodules.prompts.PromptFiles", "init_args": {"train": str(tmp_path / "prompts")}}
+    with pytest.raises(SystemExit):
+        cli("fit", config)
+    line = next(i for i, text in enumerate((tmp_path / "run.yaml").read_text().splitlines(), 1) if "train: " in text)
+    assert f"run.yaml:{line}: {tmp_path}/prompts" in capsys.readouterr().err
 
 
 def test_a_list_of_mistakes_in_the_data_keeps_its_lines(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
