@@ -136,8 +136,9 @@ class LitGeneration(LitToken):
         if answers is None:
             rollout = self.sample(prompts)
         else:
-            self.deliver(answers, prompts.info, show=True, total=len(prompts))
-            rollout = assemble(prompts, self.asked(prompts), answers).to(self.device)
+            asked = self.asked(prompts)
+            self.deliver(answers, asked, prompts.info, show=True, total=len(prompts))
+            rollout = assemble(prompts, asked, answers).to(self.device)
         following = self.iteration + 1
         if self.trainer.max_epochs in (None, -1) or following < self.trainer.max_epochs - self.warmup_epochs:
             prompts = self.ask(following)
@@ -172,13 +173,13 @@ class LitGeneration(LitToken):
         for first in range(0, most, self.rollout_chunk):
             chunk = slice(first, first + self.rollout_chunk)
             samples = self.engine.generate([Request(ids, key) for ids, key in zip(asked[chunk], keys[chunk])], sampling)
-            self.deliver(samples, prompts.info[chunk], show=show, total=len(prompts))
+            self.deliver(samples, asked[chunk], prompts.info[chunk], show=show, total=len(prompts))
             answers += samples
         return asked, answers
 
-    def deliver(self, samples: Sequence[Sample], info: Sequence[Info], *, show: bool, total: int) -> None:
+    def deliver(self, samples: Sequence[Sample], asked: Sequence[Sequence[int]], info: Sequence[Info], *, show: bool, total: int) -> None:
         """Have answers scored and, if `show`, tell the callbacks; `total`: of the rollout."""
-        texts = [self.policy.decode(sample.ids) for sample in samples]
+        texts = [self.policy.reply(sample.ids, prompt_ids=ids, info=row) for sample, ids, row in zip(samples, asked, info, strict=True)]
         if self.scorer is not None and texts:
             self.scorer.submit(texts, info)
         if show and texts:

@@ -19,6 +19,24 @@ ALL = slice(None)
 Info = Mapping[str, Any]
 """One prompt and what its file says about it. Read-only: siblings of a group share the object."""
 
+
+class Answer(str):
+    """What a language model answered, without special tokens; all that most rewards look at.
+
+    opened: The part of it that its prompt holds already, such as the <think> that a chat template writes. written: The text with special
+    tokens, but for those that end it. special: Those that are in it.
+    """
+
+    opened: str
+    written: str
+    special: frozenset[str]
+
+    def __new__(cls, text: str, *, opened: str = "", written: str | None = None, special: frozenset[str] = frozenset()) -> Self:
+        self = super().__new__(cls, text)
+        self.opened, self.written, self.special = opened, text if written is None else written, special
+        return self
+
+
 Cond = dict[str, Tensor]
 """Encoded prompts, one row per unique prompt ("U ..."), or one row for all ("1 ...", e.g. the empty negative prompt)."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
-from lit_rl.types import Cond, Info
+from lit_rl.types import Answer, Cond, Info
 
 
 class Policy(nn.Module, ABC):
@@ -129,6 +129,10 @@ class TokenPolicy(Policy):
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
+
+    def reply(self, ids: Sequence[int], *, prompt_ids: Sequence[int], info: Info) -> Answer:
+        """An answer to a prompt, as rewards see it."""
+        return Answer(self.decode(ids))
 
     @abstractmethod
     def logprobs(

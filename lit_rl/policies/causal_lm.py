@@ -19,7 +19,9 @@ from lit_rl.policies.base import Message, TokenPolicy
 from lit_rl.policies.chat import PLAIN_TEMPLATE, prompt_ids
 from lit_rl.policies.lm_head import LMHead, body, own_logprobs, picked, recognized
 from lit_rl.policies.lora import TRAINED, LoraSettings, active_factors, adapter_parameters
+from lit_rl.policies.reply import reply
 from lit_rl.policies.trained import TrainedPolicy
+from lit_rl.types import Answer, Info
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +179,9 @@ class CausalLM(TrainedPolicy, TokenPolicy):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def reply(self, ids: Sequence[int], *, prompt_ids: Sequence[int], info: Info) -> Answer:
+        return reply(self.tokenizer, ids, prompt_ids=prompt_ids, info=info, stop_ids=self.stop_ids)
 
     # ------------------------------------------------------------------ the network
     def logprobs(

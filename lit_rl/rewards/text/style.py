@@ -11,10 +11,12 @@ from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import TextReward
-from lit_rl.types import Info
+from lit_rl.types import Answer, Info
 
 THINKING = r"<think>(?!.*<think>).*?</think>"
 """Thoughts between one pair of tags, then an answer."""
+TAG = re.compile(r"[<\[◁][^<>\[\]◁▷]+[>\]▷]\s*")
+TAGS = re.compile(f"(?:{TAG.pattern})*")
 
 
 def matches(text: str, pattern: str) -> bool:
@@ -31,8 +33,11 @@ def repetition_penalty(items: Sequence[Hashable], *, n: int, penalty: float) -> 
 class FormatReward(TextReward):
     """`format` = 1 where the answer starts as `pattern` says, else 0.
 
+    A tag that the pattern names counts where the prompt opens it already, as the chat templates of thinking models do, and where it is a
+    special token, which texts are shown without.
+
     Args:
-        pattern: A regular expression; default: thoughts between <think> and </think>, once.
+        pattern: A regular expression; `.` is any character. Default: thoughts between <think> and </think>, once.
     """
 
     outputs = ("format",)
@@ -45,7 +50,27 @@ class FormatReward(TextReward):
         self.pattern = pattern
 
     def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:  # type: ignore[override]
-        return {"format": torch.tensor([float(matches(text, self.pattern)) for text in media])}
+        return {"format": torch.tensor([float(matches(self.whole(text), self.pattern)) for text in media])}
+
+    def whole(self, answer: str) -> str:
+        """An answer with the tags that the pattern names: those that the prompt opened, and those that are special tokens."""
+        if not isinstance(answer, Answer):
+            return answer
+        text: str = answer
+        if any(map(self.names, answer.special)):
+            text = answer.written
+            for token in answer.special:
+                text = text if self.names(token) else text.replace(token, "")
+        tags = TAG.findall(answer.opened) if TAGS.fullmatch(answer.opened) else None
+        if tags is None:
+            return answer.opened + text  # an answer that the prompt began in words
+        first = next((i for i, tag in enumerate(tags) if self.names(tag)), len(tags))
+        return "".join(tags[first:]) + text
+
+    def names(self, tag: str) -> bool:
+        """Whether the pattern says something of a tag, as it stands or by its name: <(think|reason)>."""
+        plain, name = self.pattern.replace("\\", ""), re.sub(r"\W", "", tag)
+        return tag.strip() in plain or (len(name) > 2 and name in plain)
 
 
 class RepetitionReward(TextReward):
