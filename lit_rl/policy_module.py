@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lit_rl.errors import ConfigError
 from lit_rl.module import LitRL, gather_objects
 from lit_rl.policies.base import Policy
+from lit_rl.policies.trained import TrainedPolicy
 from lit_rl.strategies import FSDP2Strategy
 from lit_rl.types import Prompts, Rollout
 
@@ -29,6 +31,8 @@ class LitPolicy(LitRL[R]):
     """Base of the methods on one model. Prompts with a `data_source` are also evaluated source by source."""
 
     policy: Policy
+    drops = False
+    """Whether dropout, that of the model's settings and that of adapters, is active while the policy trains."""
 
     def __init__(self, policy: Policy, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -43,6 +47,13 @@ class LitPolicy(LitRL[R]):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.policy.load()
+        if isinstance(self.policy, TrainedPolicy):
+            self.policy.drops = self.drops
+            if self.policy.lora and self.policy.lora.dropout and not self.drops and stage == "fit":
+                rank_zero_info(
+                    f"model.policy.lora.dropout={self.policy.lora.dropout:g} is not active in {type(self).__name__}, as no dropout is: the "
+                    "policy that trains must be the one that its reference and its old log-probabilities are of"
+                )
         self.policy.train()  # from_pretrained leaves it in evaluation mode
 
     def configure_model(self) -> None:

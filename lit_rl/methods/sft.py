@@ -20,13 +20,16 @@ class SFT(LitGeneration):
     """Maximum likelihood of the demonstrated answers; no token of a prompt is learned.
 
     An iteration is `prompts_per_iteration` rows of the data, `prompts_per_update` of them in one optimizer step. Validation logs the
-    loss on the held-out rows and, where the run has rewards, has the policy answer their prompts and scores that.
+    loss on the held-out rows and, where the run has rewards, has the policy answer their prompts and scores that. Dropout is active while
+    it trains, that of the model's config.json and `lora.dropout`; other methods train without any.
 
     Args:
         policy: See `LitGeneration`. The datamodule has `supervised_ids(info) -> (ids, which of them are learned)`.
         loss_kind: `nll`, or `dft`, which weighs each token with its own probability (arXiv 2508.05629).
         kwargs: See `LitGeneration`.
     """
+
+    drops = True
 
     def __init__(self, policy: TokenPolicy, *, loss_kind: Literal["nll", "dft"] = "nll", **kwargs: Any) -> None:
         super().__init__(policy, group_size=1, **kwargs)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lit_rl.errors import ConfigError
 from lit_rl.losses.token_logprobs import token_logprobs
@@ -132,7 +133,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
             self.reference_network = TokenNetwork(self.reference_network, head)
         for network in self.networks():
             if self.gradient_checkpointing:
-                network.lm.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator, union-attr]
+                recompute(self.blocks(network))
             if self.compile_blocks:
                 for block in self.blocks(network):
                     block.compile()
@@ -249,6 +250,16 @@ def repeated_blocks(lm: Any) -> list[nn.Module]:
     """The decoder layers: the longest list of modules below the output layer."""
     lists = [module for module in lm.base_model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=lambda modules: len(list(modules))))
+
+
+def recompute(blocks: Sequence[nn.Module]) -> None:
+    """Have each block keep no activations for the backward pass, in evaluation mode too, where transformers' own switch does nothing."""
+    for block in blocks:
+        block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]  # hooks of sharding stay outside of it
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
 
 
 def linear_layers(lm: Any) -> list[str]:

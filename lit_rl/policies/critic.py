@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
-from lit_rl.policies.causal_lm import Dtype, check_folder, linear_layers, load_adapter, read_lm, repeated_blocks
+from lit_rl.policies.causal_lm import Dtype, check_folder, linear_layers, load_adapter, read_lm, recompute, repeated_blocks
 from lit_rl.policies.lm_head import body
 from lit_rl.policies.lora import LoraSettings, add_lora
 
@@ -93,7 +93,11 @@ class Critic(nn.Module):
             lm.requires_grad_(True)
         self.network = ValueNetwork(lm)
         if self.gradient_checkpointing:
-            lm.activation_checkpointing_enable({"use_reentrant": False})
+            recompute(self.blocks(self.network))
+
+    def train(self, mode: bool = True) -> Self:
+        """Always in evaluation mode: with dropout, new values would differ from those of a moment ago by more than learning moves them."""
+        return super().train(False)
 
     def networks(self) -> Sequence[nn.Module]:
         return [self.network]

@@ -31,9 +31,9 @@ class LoraSettings:
     """W x + (alpha / rank) B A x on every targeted linear layer.
 
     targets: ends of module names; None means the family's list, which for language models is that of `all-linear`. init: "default" draws
-    A uniformly as a linear layer's weight, "gaussian" with std 1 / rank; B starts at 0 either way. dropout: on the adapter's input; above
-    0, rollouts and training see different networks. initial: a LoRA folder as `save` writes it to start from, of the same rank, alpha and
-    targets.
+    A uniformly as a linear layer's weight, "gaussian" with std 1 / rank; B starts at 0 either way. dropout: on the adapter's input,
+    in supervised fine-tuning; other methods train without dropout. initial: a LoRA folder as `save` writes it to start from, of the same
+    rank, alpha and targets.
     """
 
     rank: int = 32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import nn
@@ -33,6 +34,7 @@ class TrainedPolicy(Policy):
         self.reference_network: nn.Module | None = None
         self._reference_answers = False
         self.has_reference = lora is not None or keep_reference
+        self.drops = False
 
     @property
     def full(self) -> bool:
@@ -55,6 +57,18 @@ class TrainedPolicy(Policy):
             network.requires_grad_(True)
             if self.keep_reference and self.full:
                 self.reference_network = copy.deepcopy(network).requires_grad_(False).to(frozen)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode reaches the network only where a method sets `drops`.
+
+        Everything else that depends on the mode (dropout of the model's settings or of adapters, layers left out, noise of routers, batch
+        statistics) would make the policy that trains another one than the policy that sampled, and than its reference.
+        """
+        super().train(mode)
+        if "network" in self._modules:
+            for network in self.networks():
+                network.train(mode and self.drops and network is self.network)
+        return self
 
     def networks(self) -> list[nn.Module]:
         """The trained network, and the frozen copy of it where one is kept: each is sharded on its own."""
