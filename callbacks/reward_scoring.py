@@ -205,11 +205,12 @@ class RewardScoring(Callback, Scorer):
         all_total, all_failed = int(table[:, 0].sum()), int(table[:, 1].sum())
         if all_failed > self.max_failed_fraction * all_total:
             worst = int(table[:, 1].argmax())
-            reasons = "; ".join(f"{label}: {text}" for label, text in self._errors.items()) or "the reward itself answered NaN"
+            told = [f"{label}: {text} ({self._rewards[label].remedy})" for label, text in self._errors.items()]
+            reasons = "; ".join(told) or "the reward itself answered NaN"
             message = (
                 f"{all_failed} of {all_total} samples got no score, more than max_failed_fraction={self.max_failed_fraction} allows. "
-                f"Last reasons on rank {worst}: {reasons}. Look at the reward server's log; raise the reward's deadline_s or timeout_s "
-                "if it is slow, max_failed_fraction if the loss is acceptable; continue with --ckpt_path last"
+                f"Last reasons on rank {worst}: {reasons}. Raise max_failed_fraction if the loss is acceptable; "
+                "continue with --ckpt_path last"
             )
             raise RewardError(self._told_by(worst, message))
 

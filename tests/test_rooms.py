@@ -15,7 +15,7 @@ FORMULAS = [
     "lit_rl.samplers",
     "lit_rl.token_advantages",
 ]
-LOW = ["lit_rl.types", "lit_rl.errors", "lit_rl.seeding"]
+LOW = ["lit_rl.types", "lit_rl.errors", "lit_rl.seeding", "lit_rl.own_code"]
 MIDDLE = ["lit_rl.policies", "lit_rl.rewards", "lit_rl.rollouts", "lit_rl.checkpoints"]
 MODULE = [
     "lit_rl.module",
@@ -29,6 +29,7 @@ MODULE = [
 ]
 MAY_IMPORT = {
     "lit_rl/types.py": [],
+    "lit_rl/own_code": ["lit_rl.errors"],
     **{name.replace(".", "/"): FORMULAS for name in FORMULAS},
     "lit_rl/policies": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.checkpoints.ip_adapter"],
     "lit_rl/rewards": [*LOW, "lit_rl.rewards"],

@@ -31,6 +31,9 @@ class Reward(ABC):
     last_error: str = ""
     """Why samples could last not be scored; becomes part of the message that stops a run."""
 
+    remedy: str = "correct the reward, or raise its deadline_s or timeout_s if it has one and is slow"
+    """What to do when too many samples could not be scored; follows `last_error` in that message."""
+
     def setup(self, *, rank: int, world_size: int, device: str) -> None:  # noqa: B027  (optional by design)
         """Called once per process before the first score, with the place of this process in the run: load models, pick a server."""
 

@@ -58,6 +58,8 @@ class HTTPReward(Reward):
     `last_error`. `target` and `mask` of a prompt go with the image where there are any.
     """
 
+    remedy = "look at the reward server's log; raise HTTPReward's deadline_s or timeout_s if it is slow"
+
     def __init__(
         self,
         urls: str | list[str] | None = None,

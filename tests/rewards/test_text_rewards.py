@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from datamodules.mixed import PromptsAndPairs
 from datamodules.prompts_text import TextPrompts
 from lit_rl.errors import ConfigError
 from lit_rl.policies.tiny_lm import END, build_lm
+from lit_rl.rewards.base import RewardError
 from lit_rl.rewards.text.function import FunctionReward
 from lit_rl.rewards.text.model import ModelReward
 from lit_rl.rewards.text.rules import RuleReward
@@ -71,7 +74,7 @@ def test_what_fails_is_nan_and_counted_and_spoils_nothing_else(source: str) -> N
     torch.testing.assert_close(values, torch.tensor([1, *[math.nan] * 4, 0]).double(), equal_nan=True)
     assert reward.counters() == {"timeouts": 1, "errors": 3}
     reward.score(["raise"], rows(1))
-    assert reward.last_error == "compute_score: KeyError: 'no such word'"
+    assert reward.last_error == f"{source}:4: compute_score: raised KeyError: 'no such word', at line 7, for row 'p'"
     missing = FunctionReward(source, extras=["speed"])
     assert missing.score(["18"], rows(1))["function"].isnan().all() and "without 'speed'" in missing.last_error
 
@@ -83,6 +86,165 @@ def test_asynchronous_functions_wait_together(source: str) -> None:
     assert time.perf_counter() - started < 1.8, "eight waits of 0.2 s, and one that is given up after 1 s"
     torch.testing.assert_close(values, torch.tensor([1] * 6 + [0, math.nan]).double(), equal_nan=True)
     assert reward.counters() == {"timeouts": 1, "errors": 0}
+
+
+def function(folder: Path, source: str, *, name: str = "reward.py", **options: Any) -> FunctionReward:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(source)
+    return FunctionReward(str(folder / name), **options)
+
+
+def verdict(reward: FunctionReward, answer: str = "18") -> float:
+    reward.setup(rank=0, world_size=1, device="cpu")
+    return float(reward.score([answer], [{"prompt": "p", "id": "row-7", "reward_model": {"ground_truth": "18"}}])[reward.name])
+
+
+HEAD = "def compute_score(data_source, solution_str, ground_truth, extra_info=None"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass V:\n    score: float\n"
+        f"{HEAD}):\n    return V(float(ground_truth in solution_str))",
+        f"from typing import NamedTuple\nclass V(NamedTuple):\n    right: bool\n    score: float\n{HEAD}):\n    return V(False, 1.0)",
+        f"from enum import Enum\nclass V(float, Enum):\n    RIGHT = 1.0\n{HEAD}):\n    return V.RIGHT",
+        f"import enum\nclass V(enum.Enum):\n    RIGHT = 1\n{HEAD}):\n    return {{'score': V.RIGHT}}",
+        "from __future__ import annotations\nimport typing\nclass A: ...\n"
+        f"def f(x: A) -> A: ...\nassert typing.get_type_hints(f)['x'] is A\n{HEAD}):\n    return True",
+        f"import pickle\nclass A: ...\n{HEAD}):\n    return type(pickle.loads(pickle.dumps(A()))) is A",
+        f"import sys\nif __name__ == '__main__':\n    sys.exit('run as a script')\n{HEAD}):\n    return 1",
+        f"import numpy as np\n{HEAD}):\n    return np.array([1.0])",
+        f"import torch\n{HEAD}):\n    return torch.tensor(1)",
+        f"from fractions import Fraction\n{HEAD}):\n    return Fraction(1), 'why'",
+        f"import asyncio\nasync def later():\n    await asyncio.sleep(0)\n    return 1\n{HEAD}):\n    return later()",
+        "class Judge:\n    async def __call__(self, solution_str, **row):\n        return 1\ncompute_score = Judge()",
+        f"from functools import partial\n{HEAD}, *, right):\n    return right\ncompute_score = partial(compute_score, right=1)",
+        "def compute_score(**row):\n    return row['ground_truth'] == row['solution_str']",
+    ],
+)
+@pytest.mark.parametrize("name", ["reward.py", "my reward-v1.2.py"])
+def test_files_that_python_can_import_score(tmp_path: Path, source: str, name: str) -> None:
+    assert verdict(function(tmp_path, source, name=name)) == 1
+
+
+def test_what_lies_beside_a_file_can_be_imported(tmp_path: Path) -> None:
+    for folder, score in (("a", 1.0), ("b", 0.5)):
+        (tmp_path / folder / "pkg/inner").mkdir(parents=True)
+        for file in ("pkg/__init__.py", "pkg/inner/__init__.py"):
+            (tmp_path / folder / file).write_text("from .rules_of_mine import right\n" if "inner" not in file else "")
+        for file in (f"beside_{folder}.py", "rules_of_mine.py", "pkg/rules_of_mine.py"):
+            (tmp_path / folder / file).write_text(f"def right(): return {score}\n")
+        for imports, at in [
+            (f"from beside_{folder} import right", "one.py"),
+            ("from .rules_of_mine import right", "two.py"),
+            ("from ..rules_of_mine import right", "pkg/inner/three.py"),
+            ("from .. import right", "pkg/inner/four.py"),
+        ]:
+            file = tmp_path / folder / at
+            assert verdict(function(file.parent, f"{imports}\n{HEAD}):\n    return right()", name=file.name)) == score, (folder, at)
+        (tmp_path / folder / "pkg/__init__.py").write_text(f"from .rules_of_mine import right\n{HEAD}):\n    return right()")
+        assert verdict(FunctionReward(str(tmp_path / folder / "pkg"))) == score
+
+
+def test_a_sibling_is_not_taken_for_another_of_its_name(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same_name.py").write_text(f"right = {float(folder == 'a')}\n")
+    source = f"from same_name import right\n{HEAD}):\n    return right"
+    assert verdict(function(tmp_path / "a", source)) == 1
+    with pytest.raises(
+        ConfigError, match=r"b/reward.py imports same_name, .*b/same_name.py, but .*a/same_name.py was loaded .*from .same_name"
+    ):
+        verdict(function(tmp_path / "b", source))
+    assert verdict(function(tmp_path / "b", source.replace("from s", "from .s"), name="other.py")) == 0
+
+
+def test_a_file_that_changes_is_run_again_and_one_that_does_not_is_not(tmp_path: Path) -> None:
+    source = f"count = []\n{HEAD}):\n    count.append(1)\n    return len(count)"
+    assert [verdict(function(tmp_path, source)), verdict(FunctionReward(str(tmp_path / "reward.py")))] == [1, 2]
+    (tmp_path / "reward.py").write_text(source.replace("len(count)", "-len(count)"))
+    assert verdict(FunctionReward(str(tmp_path / "reward.py"))) == -1
+    assert not list(tmp_path.rglob("__pycache__"))
+
+
+def test_processes_of_a_function_find_what_it_sends_them(tmp_path: Path) -> None:
+    (tmp_path / "rules_for_pool.py").write_text("def judge(a, b): return float(a in b)\n")
+    source = f"""
+import multiprocessing as mp
+from concurrent.futures import ProcessPoolExecutor
+from rules_for_pool import judge
+def mine(a, b): return judge(a, b)
+{HEAD}):
+    with ProcessPoolExecutor(1, mp_context=mp.get_context("spawn")) as pool:
+        return pool.submit(mine, ground_truth, solution_str).result()
+"""
+    assert verdict(function(tmp_path, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("return None", "returned None; expected a number"),
+        ("return []", "returned an empty list"),
+        ("return {'scores': 1}", r"returned \['scores'\] without 'score'"),
+        ("return 'good'", "returned 'good'; expected a number"),
+        ("import numpy; return numpy.zeros(2)", r"returned array\(\[0., 0.\]\); expected a number"),
+        ("raise SystemExit(3)", "raised RuntimeError: SystemExit: 3, at line 2"),
+        ("raise StopIteration", "raised RuntimeError: StopIteration"),
+        ("raise TimeoutError('the judge is slow')", "raised TimeoutError: the judge is slow, at line 2"),
+        ("return 1 / 0", "raised ZeroDivisionError: division by zero, at line 2"),
+        ("import asyncio; raise asyncio.CancelledError", "CancelledError"),
+    ],
+)
+def test_a_failure_names_function_place_row_and_reason(tmp_path: Path, body: str, why: str, scoring: RewardScoring) -> None:
+    reward = function(tmp_path, f"{HEAD}):\n    {body}\n")
+    assert math.isnan(verdict(reward)) and reward.counters() == {"timeouts": 0, "errors": 1}
+    assert re.fullmatch(rf"{tmp_path}/reward.py:1: compute_score: .*{why}.*for row 'row-7'", reward.last_error), reward.last_error
+    scorer = RewardScoring([reward])
+    set_up(scorer, None)
+    scorer.submit(["18"], [{"prompt": "p", "id": "row-7"}])
+    with pytest.raises(RewardError, match=r"FunctionReward: .*reward.py:1: compute_score: .*correct the function") as caught:
+        scorer.gather()
+    assert "server" not in str(caught.value)
+    scorer.close()
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("def compute_score(answer, truth): ...", {}, r"reward.py:1: compute_score\(answer, truth\) cannot be called: missing.*'answer'"),
+        (f"{HEAD}): ...", {"arguments": {"bonus": 1}}, "unexpected keyword argument 'bonus'; it is called with data_source=..., .*bonus"),
+        (
+            "import no_such_module_of_mine",
+            {},
+            "reward.py:1: running it raised ModuleNotFoundError: No module named 'no_such_module_of_mine'",
+        ),
+        ("x = 1\n\n1 / 0", {}, "reward.py:3: running it raised ZeroDivisionError"),
+        ("def f(:", {}, "reward.py:1: running it raised SyntaxError"),
+        ("import sys\nsys.exit(2)", {}, "reward.py:2: running it raised SystemExit: 2"),
+        ("def compute_scores(**row): ...", {}, "defines no function 'compute_score', only compute_scores; did you mean compute_scores?"),
+        ("compute_score = 3", {}, "only none at all"),
+    ],
+)
+def test_files_that_cannot_be_used_are_told_before_training(tmp_path: Path, source: str, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        function(tmp_path, source, **options).setup(rank=0, world_size=1, device="cpu")
+
+
+def test_options_of_functions_that_cannot_be_meant(source: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="arguments: ground_truth is what the row says"):
+        FunctionReward(source, arguments={"ground_truth": 1})
+    with pytest.raises(ConfigError, match="extras: score is the score itself"):
+        FunctionReward(source, extras=["score"])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match="is no file"):
+        FunctionReward(str(tmp_path / "folder"))
+
+
+def test_an_extra_that_is_missing_does_not_take_the_score_with_it(tmp_path: Path) -> None:
+    reward = function(tmp_path, f"{HEAD}):\n    return {{'score': 1, 'speed': None}}", extras=["speed"])
+    assert verdict(reward) == 1 and reward.last_error == ""
 
 
 def test_functions_that_are_not_there(source: str) -> None:
