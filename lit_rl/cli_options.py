@@ -100,7 +100,8 @@ def _keys(file: Path, *, full: bool = False) -> Iterator[tuple[str, str, int]]:
             for key, value in node.value:
                 inner = (*path, str(key.value))
                 text = value.value if isinstance(value, yaml.ScalarNode) else ""
-                yield ".".join(inner) if full else short(".".join(inner)), text, key.start_mark.line + 1
+                if full or key.value != "init_args":
+                    yield ".".join(inner) if full else short(".".join(inner)), text, key.start_mark.line + 1
                 yield from walk(value, inner)
         elif isinstance(node, yaml.SequenceNode):
             for i, value in enumerate(node.value):

@@ -43,6 +43,9 @@ class LitGeneration(LitToken):
         kwargs: See `LitToken`.
     """
 
+    asks: Sequence[str] = ("prompts", "prompt_ids", "max_prompt_length")
+    datamodules = "datamodules.prompts_text.TextPrompts"
+
     def __init__(
         self,
         policy: TokenPolicy,

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LambdaLR, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, SequentialLR
 
 from lit_rl.checkpoints.layout import check_layout
 from lit_rl.errors import ConfigError
@@ -119,6 +119,11 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     samples, actions = "images", "pairs"
     """What people call that of which a rollout has B, and B times S."""
 
+    asks: Sequence[str] = ("prompts",)
+    """Methods and attributes of the datamodule that the method uses."""
+    datamodules: str = "datamodules.prompts.PromptFiles"
+    """A datamodule that has them, for messages."""
+
     # ------------------------------------------------------------------ what a method is
     @abstractmethod
     def collect(self, prompts: Prompts) -> R:
@@ -167,7 +172,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
 
     def scores(self) -> Scorer:
         if self.scorer is None:
-            raise RuntimeError("No rewards: add callbacks.reward_scoring.RewardScoring to trainer.callbacks")
+            raise ConfigError("no rewards: add callbacks.reward_scoring.RewardScoring to trainer.callbacks")
         return self.scorer
 
     # ------------------------------------------------------------------ one iteration, served as an epoch
@@ -314,9 +319,44 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     # ------------------------------------------------------------------ Lightning's other hooks
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer.strategy)
+        self.check_parts(stage)
         if stage == "fit":
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # see ReplayLoader
             self.check_geometry()
+
+    def check_parts(self, stage: str) -> None:
+        """Raise where the run lacks a part that this method works with, before any model is loaded."""
+        missing = [name for name in self.asks if not hasattr(self.data, name)]
+        if missing:
+            raise ConfigError(
+                f"data: {type(self.data).__name__} has no `{missing[0]}`, which {type(self).__name__} asks for: use {self.datamodules}, or "
+                "derive your datamodule from one in datamodules/ (docs/rewards.md shows a run with parts of your own)"
+            )
+        if stage == "fit":
+            self.check_optimizer()
+            if self.scorer is None and self.needs_rewards():
+                raise ConfigError(
+                    f"{type(self).__name__} learns from rewards, and the run has none: add {{class_path: "
+                    "callbacks.reward_scoring.RewardScoring, init_args: {rewards: {...}}} to trainer.callbacks"
+                )
+
+    def needs_rewards(self) -> bool:
+        """Rewards are part of the loss."""
+        return True
+
+    def check_optimizer(self) -> None:
+        """Raise on settings that the optimizer or the schedule refuses, by building them once for a single weight."""
+        try:
+            optimizer = self.optimizer([nn.Parameter(torch.zeros(1, 1))])
+            if self.lr_scheduler is not None:
+                schedule = self.lr_scheduler(optimizer)
+                if isinstance(schedule, ReduceLROnPlateau):
+                    raise ValueError("ReduceLROnPlateau waits for a metric, and schedules are stepped once per optimizer step: use another")
+                optimizer.step()
+                schedule.step()  # some look at their settings only then
+        except (ValueError, TypeError, ArithmeticError) as error:
+            name = "lr_scheduler" if "optimizer" in locals() else "optimizer"
+            raise ConfigError(f"model.{name}: {error}") from error
 
     def check_geometry(self) -> None:
         """Raise on sizes that do not divide, before any model is loaded."""
@@ -390,7 +430,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     def data(self) -> PromptSource:
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is None:
-            raise RuntimeError("No prompts: give a datamodule, e.g. data: {class_path: datamodules.prompts.PromptFiles}")
+            raise ConfigError(f"the run has no data: give a datamodule, e.g. {self.datamodules}")
         return datamodule
 
     def local(self, count: int) -> slice:

@@ -87,11 +87,14 @@ class DiffusionNFT(LitFlow):
         self.kl_coef = kl_coef
         self.old_policy: OldPolicy | None = None  # set by the callback that keeps it
 
-    def on_fit_start(self) -> None:
-        if self.old_policy is None:
+    def check_parts(self, stage: str) -> None:
+        super().check_parts(stage)
+        if stage == "fit" and self.old_policy is None:
             raise ConfigError(
                 f"{type(self).__name__} needs callbacks.old_policy.OldPolicySync in trainer.callbacks; decay: copy is on-policy"
             )
+
+    def on_fit_start(self) -> None:
         if self.timesteps == "schedule":
             _ = self.candidates  # raises before anything is sampled
         super().on_fit_start()

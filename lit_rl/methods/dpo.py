@@ -37,6 +37,8 @@ class DPO(LitToken):
     """
 
     together = 2
+    asks = ("prompts", "pair_ids", "max_length", "train_prompts", "held_out")
+    datamodules = "datamodules.pairs.PreferencePairs"
 
     def __init__(
         self,
@@ -65,6 +67,9 @@ class DPO(LitToken):
         self.beta, self.label_smoothing = beta, label_smoothing
         self.sft_coef, self.ld_alpha = sft_coef, ld_alpha
         self._held_out: list[dict[str, Tensor]] = []
+
+    def needs_rewards(self) -> bool:
+        return False
 
     # ------------------------------------------------------------------ pairs for a rollout
     def collect(self, prompts: Prompts) -> TokenRollout:

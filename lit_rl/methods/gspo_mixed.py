@@ -74,11 +74,14 @@ class MixedGSPO(LitPolicyGradient):
         self._margins: list[Tensor] = []
 
     # ------------------------------------------------------------------ sizes
-    def setup(self, stage: str) -> None:
+    asks = ("prompts", "prompt_ids", "max_prompt_length", "pair_ids", "train_prompts")
+    datamodules = "datamodules.mixed.PromptsAndPairs"
+
+    def check_parts(self, stage: str) -> None:
+        super().check_parts(stage)
         rows = chain(self.held_out_pairs, self.data.train_prompts if stage == "fit" else ())  # type: ignore[attr-defined]
         if stage != "predict" and any(is_pair(row) for row in rows):
             self.policy.check_reference(after_warmup=False)
-        super().setup(stage)
 
     def on_fit_start(self) -> None:
         rank_zero_info(

@@ -30,11 +30,16 @@ class SFT(LitGeneration):
     """
 
     drops = True
+    asks = ("prompts", "supervised_ids", "max_length")
+    datamodules = "datamodules.supervised.SupervisedText"
 
     def __init__(self, policy: TokenPolicy, *, loss_kind: Literal["nll", "dft"] = "nll", **kwargs: Any) -> None:
         super().__init__(policy, group_size=1, **kwargs)
         self.token_loss = {"nll": nll_loss, "dft": dft_loss}[loss_kind]
         self._held_out = torch.zeros(2, dtype=torch.float64)  # summed loss and number of tokens of the evaluation under way
+
+    def needs_rewards(self) -> bool:
+        return False
 
     # ------------------------------------------------------------------ demonstrations for a rollout
     def longest_sequence(self) -> int:
