@@ -225,7 +225,8 @@ def trainable(policy: Any) -> tuple[int, bool]:
     if policy.lora is not None:
         ends = tuple(policy.lora.named or policy.lora_targets)
         targets = rf"(?:^|\.)(?:{'|'.join(map(re.escape, ends))})\.weight$"
-        return sum(policy.lora.rank * sum(s) for name, s in shapes.items() if len(s) == 2 and re.search(targets, name)), style is not None
+        adapted = [shape for name, shape in shapes.items() if len(shape) == 2 and re.search(targets, name)]
+        return policy.lora.new_rank * sum(map(sum, adapted)), style is not None
     if style is None or getattr(policy, "full", False):
         return sum(_product(shape) for shape in shapes.values()), style is not None
     if style.initial:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +16,10 @@ from lit_rl.errors import ConfigError
 from lit_rl.losses.token_logprobs import token_logprobs
 from lit_rl.policies.base import Message, TokenPolicy
 from lit_rl.policies.chat import PLAIN_TEMPLATE, prompt_ids
+from lit_rl.policies.language_lora import add_language_lora, save_adapter
 from lit_rl.policies.lm_head import LMHead, body, own_logprobs, picked, recognized
-from lit_rl.policies.lora import TRAINED, LoraSettings, active_factors, adapter_parameters
+from lit_rl.policies.lora import LoraSettings, active_factors
+from lit_rl.policies.lora_sites import repeated_blocks
 from lit_rl.policies.reply import reply
 from lit_rl.policies.trained import TrainedPolicy
 from lit_rl.types import Answer, Info
@@ -127,7 +127,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
             return
         lm = self._read()
         head = recognized(lm)
-        self.adopt(lm, targets=linear_layers(lm), load_initial=lambda lora: load_adapter(lm, lora), frozen=self.dtype)
+        self.adopt(lm, add=lambda lora: add_language_lora(lm, lora, seed=torch.initial_seed()), frozen=self.dtype)
         self.network = TokenNetwork(lm, head)
         if self.reference_network is not None:
             self.reference_network = TokenNetwork(self.reference_network, head)
@@ -221,14 +221,21 @@ class CausalLM(TrainedPolicy, TokenPolicy):
 
 
 def read_lm(pretrained: str, *, dtype: torch.dtype, attention: str | None, **source: Any) -> Any:
-    """A frozen model of transformers from a folder or hub id."""
-    from transformers import AutoModelForCausalLM
+    """A frozen model of transformers from a folder or hub id, which may read pictures too."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     chosen = {"attn_implementation": attention} if attention else {}
     try:
-        lm = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype, **chosen, **source)
+        config = AutoConfig.from_pretrained(pretrained, **source)
+        text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
+        auto = AutoModelForCausalLM if text else AutoModelForImageTextToText
+        lm = auto.from_pretrained(pretrained, dtype=dtype, **chosen, **source)
     except OSError as error:
         raise ConfigError(f"pretrained: {pretrained!r} is neither a folder nor a hub repository that can be read: {error}") from error
+    if getattr(lm, "peft_config", None):
+        raise ConfigError(
+            f"pretrained: {pretrained!r} is an adapter with its base around it; give the base, and the adapter as lora.initial"
+        )
     return lm.requires_grad_(False)
 
 
@@ -246,12 +253,6 @@ def check_folder(pretrained: str) -> str:
     return str(folder)
 
 
-def repeated_blocks(lm: Any) -> list[nn.Module]:
-    """The decoder layers: the longest list of modules below the output layer."""
-    lists = [module for module in lm.base_model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=lambda modules: len(list(modules))))
-
-
 def recompute(blocks: Sequence[nn.Module]) -> None:
     """Have each block keep no activations for the backward pass, in evaluation mode too, where transformers' own switch does nothing."""
     for block in blocks:
@@ -260,38 +261,3 @@ def recompute(blocks: Sequence[nn.Module]) -> None:
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
-
-
-def linear_layers(lm: Any) -> list[str]:
-    """Last names of the linear layers of the blocks: where LoRA sits by default."""
-    parts = (item for block in repeated_blocks(lm) for item in block.named_modules())
-    return sorted({name.rpartition(".")[2] for name, part in parts if isinstance(part, nn.Linear)})
-
-
-def load_adapter(lm: nn.Module, lora: LoraSettings) -> None:
-    """Copy the PEFT adapter stored in `lora.initial` into the trained one. Raises when it has another rank, alpha or other targets."""
-    from safetensors.torch import load_file
-
-    folder = Path(str(lora.initial)).expanduser()
-    config = json.loads((folder / "adapter_config.json").read_text())
-    stored = {key.removeprefix("base_model.model."): value for key, value in load_file(folder / "adapter_model.safetensors").items()}
-    mine = adapter_parameters(lm, TRAINED)
-    if stored.keys() != mine.keys() or config["lora_alpha"] != lora.alpha or any(stored[k].shape != mine[k].shape for k in mine):
-        raise ConfigError(
-            f"lora.initial: {lora.initial!r} holds {len(stored)} tensors of rank {config['r']} and alpha {config['lora_alpha']}, the "
-            f"settings ask for {len(mine)} of rank {lora.rank} and alpha {lora.alpha}; set lora.rank, alpha and targets to the folder's"
-        )
-    with torch.no_grad():
-        for key, parameter in mine.items():
-            parameter.copy_(stored[key])
-
-
-def save_adapter(lm: Any, folder: Path, weights: Mapping[str, Tensor], *, base: str) -> None:
-    """adapter_model.safetensors and adapter_config.json, as PEFT names and reads them."""
-    from safetensors.torch import save_file
-
-    config = copy.copy(lm.peft_config[TRAINED])
-    config.base_model_name_or_path, config.task_type, config.inference_mode = base, "CAUSAL_LM", True
-    config.save_pretrained(folder)
-    named = {f"base_model.model.{key.replace(f'.{TRAINED}.', '.')}": tensor for key, tensor in weights.items()}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})

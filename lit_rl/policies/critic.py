@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
-from lit_rl.policies.causal_lm import Dtype, check_folder, linear_layers, load_adapter, read_lm, recompute, repeated_blocks
+from lit_rl.policies.causal_lm import Dtype, check_folder, read_lm, recompute
+from lit_rl.policies.language_lora import add_language_lora
 from lit_rl.policies.lm_head import body
-from lit_rl.policies.lora import LoraSettings, add_lora
+from lit_rl.policies.lora import LoraSettings
+from lit_rl.policies.lora_sites import repeated_blocks
 
 
 class ValueHead(nn.Linear):
@@ -86,9 +88,7 @@ class Critic(nn.Module):
         folder, source = (self.pretrained, self.source) if self.pretrained else (beside.pretrained, beside.source)
         lm = read_lm(folder, dtype=self.dtype if self.lora else torch.float32, attention=self.attention, **source)
         if self.lora:
-            add_lora(lm, self.lora, targets=self.lora.named or linear_layers(lm), seed=torch.initial_seed())
-            if self.lora.initial:
-                load_adapter(lm, self.lora)
+            add_language_lora(lm, self.lora, seed=torch.initial_seed())
         else:
             lm.requires_grad_(True)
         self.network = ValueNetwork(lm)

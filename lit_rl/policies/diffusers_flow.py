@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import FlowPolicy
-from lit_rl.policies.lora import LoraSettings, load_adapter, save_adapter
+from lit_rl.policies.lora import LoraSettings, add_lora, base_name
+from lit_rl.policies.pipeline_lora import load_initial, save_adapter
 from lit_rl.policies.pretrained import check_index, check_pretrained, check_resolution, component_config, vae_factor
 from lit_rl.policies.trained import TrainedPolicy
 from lit_rl.samplers.schedules import flux_mu
@@ -128,18 +129,19 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         self._pipe: Any = pipe  # no nn.Module, so that nobody shards, moves or saves what is frozen in it
         check_resolution(self.resolution, cell=self.vae_factor * self.tokens_side(pipe.transformer.config))
         self._network_class = type(pipe.transformer)
-        self.adopt(
-            pipe.transformer,
-            targets=self.lora_targets,
-            frozen=self.dtype,
-            load_initial=lambda lora: load_adapter(self.network, str(lora.initial), lora, pipeline=type(pipe)),
-        )
+        self.adopt(pipe.transformer, add=self._add_adapter, frozen=self.dtype)
         for network in self.networks():
             if self.gradient_checkpointing:
                 network.enable_gradient_checkpointing()  # type: ignore[operator]
             if self.compile_blocks:
                 for block in self.blocks(network):
                     block.compile()
+
+    def _add_adapter(self, lora: LoraSettings) -> None:
+        if lora.initial:
+            load_initial(self._pipe, lora)
+        else:
+            add_lora(self.network, lora, targets=lora.named or self.lora_targets, seed=torch.initial_seed())
 
     def _read_pipeline(self) -> Any:
         import diffusers
@@ -265,7 +267,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         named = {name.removeprefix("network."): tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         if self.lora:
-            save_adapter(self.network, folder, named, pipeline=type(self._pipe))
+            save_adapter(self.network, folder, named, pipeline=type(self._pipe), base=base_name(self.folder or self.pretrained))
         else:
             self._save_pipeline(folder, named)
 

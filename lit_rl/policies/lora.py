@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,32 +21,43 @@ from lit_rl.errors import ConfigError
 from lit_rl.policies.shards import local
 
 if TYPE_CHECKING:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft import LoraConfig
 
 TRAINED = "default"
+PLACES = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "exclude_modules", "target_parameters"} | {
+    "layers_to_transform", "layers_pattern", "fan_in_fan_out"
+}  # fmt: skip
+"""Fields of PEFT's configuration that say where a plain adapter sits and how strong it is: PEFT computes with them."""
+NOTES = {"base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_type", "auto_mapping", "peft_version"} | {
+    "lora_dropout", "init_lora_weights", "runtime_config", "megatron_config", "megatron_core", "loftq_config", "eva_config"
+}  # fmt: skip
+"""Fields that say nothing about what a finished adapter computes."""
+INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Those that leave the base weights as they are."""
 
 
 @dataclass(kw_only=True)
 class LoraSettings:
     """W x + (alpha / rank) B A x on every targeted linear layer.
 
-    targets: ends of module names; None means the family's list, which for language models is that of `all-linear`. init: "default" draws
-    A uniformly as a linear layer's weight, "gaussian" with std 1 / rank; B starts at 0 either way. dropout: on the adapter's input,
-    in supervised fine-tuning; other methods train without dropout. initial: a LoRA folder as `save` writes it to start from, of the same
-    rank, alpha and targets.
+    rank, alpha: None means those of `initial`, or 32 and 64 without it. targets: ends of module names; None means those of `initial`, or
+    the family's list, which for language models is that of `all-linear`. init: "default" draws A uniformly as a linear layer's weight,
+    "gaussian" with std 1 / rank; B starts at 0 either way. dropout: on the adapter's input, in supervised fine-tuning; other methods train
+    without dropout. initial: a LoRA folder (or file, for image models) to start from, as stock PEFT or diffusers reads it: its strength,
+    ranks by layer and layers are kept. The reference is then the policy that starts, not the base without it.
     """
 
-    rank: int = 32
-    alpha: float = 64.0
+    rank: int | None = None
+    alpha: float | None = None
     targets: list[str] | Literal["all-linear"] | None = None
     init: Literal["gaussian", "default"] = "gaussian"
     dropout: float = 0.0
     initial: str | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
+        if self.rank is not None and self.rank < 1:
             raise ConfigError(f"lora.rank: must be at least 1, got {self.rank}")
-        if self.alpha <= 0:
+        if self.alpha is not None and self.alpha <= 0:
             raise ConfigError(f"lora.alpha: must be positive, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout: must be in [0, 1), got {self.dropout}")
@@ -54,7 +65,7 @@ class LoraSettings:
             raise ConfigError("lora.targets: the list is empty; name at least one module, or leave it out for the family's list")
         if self.targets not in (None, "all-linear") and isinstance(self.targets, str):
             raise ConfigError(f"lora.targets: {self.targets!r} must be a list of module names, or all-linear")
-        if self.initial is not None and not Path(self.initial).expanduser().is_dir():
+        if self.initial is not None and not Path(self.initial).expanduser().exists():
             raise ConfigError(f"lora.initial: no such folder {self.initial!r}")
 
     @property
@@ -62,28 +73,46 @@ class LoraSettings:
         """The targets that are named one by one."""
         return None if isinstance(self.targets, str) else self.targets
 
+    @property
+    def new_rank(self) -> int:
+        """The rank of an adapter that is drawn."""
+        return 32 if self.rank is None else self.rank
 
-def add_lora(network: nn.Module, settings: LoraSettings, *, targets: list[str], name: str = TRAINED, seed: int = 0) -> None:
-    """Freeze `network` and add a trainable adapter in float32, drawn from `seed` alone. Raises when a target names no module."""
-    from peft import LoraConfig
+    def new_config(self, **targets: list[str]) -> LoraConfig:
+        """Of an adapter that is drawn. targets: `target_modules`, `target_parameters` of PEFT."""
+        from peft import LoraConfig
 
-    names = [n for n, module in network.named_modules() if isinstance(module, nn.Linear)]
-    missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
+        return LoraConfig(
+            r=self.new_rank,
+            lora_alpha=64.0 if self.alpha is None else self.alpha,  # type: ignore[arg-type]  # peft computes with it, whole or not
+            lora_dropout=self.dropout,
+            init_lora_weights="gaussian" if self.init == "gaussian" else True,
+            **targets,  # type: ignore[arg-type]
+        )
+
+
+def add_lora(network: nn.Module, settings: LoraSettings, *, targets: list[str], seed: int = 0) -> None:
+    """Freeze `network` and add a new trainable adapter in float32, drawn from `seed` alone. Raises when a target names no module."""
+    missing = [t for t in targets if not linear_names(network, [t])]
     if missing:
-        there = sorted({n.split(".0.", 1)[1] for n in names if ".0." in n})
+        there = sorted({n.split(".0.", 1)[1] for n in linear_names(network) if ".0." in n})
         raise ConfigError(f"lora.targets: no linear layer ends in {', '.join(missing)}; a block has {', '.join(there)}")
+    inject(network, settings.new_config(target_modules=list(targets)), seed=seed)
+
+
+def linear_names(network: nn.Module, targets: list[str] | None = None) -> list[str]:
+    """Names of the linear layers, of those that end in one of `targets` where given."""
+    names = [n for n, module in network.named_modules() if isinstance(module, nn.Linear) and ".lora_" not in n]
+    return names if targets is None else [n for n in names if any(n == t or n.endswith("." + t) for t in targets)]
+
+
+def inject(network: nn.Module, config: LoraConfig, *, name: str = TRAINED, seed: int = 0) -> None:
+    """Freeze `network` and add a trainable adapter of this config in float32."""
     network.requires_grad_(False)
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft computes with it, whole or not
-        target_modules=list(targets),
-        lora_dropout=settings.dropout,
-        init_lora_weights="gaussian" if settings.init == "gaussian" else True,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network.add_adapter(config, adapter_name=name)  # type: ignore[operator]
-    _to_float32(network, name)
+    to_float32(network, name)
 
 
 def add_frozen_copy(network: nn.Module, name: str) -> None:
@@ -95,11 +124,11 @@ def add_frozen_copy(network: nn.Module, name: str) -> None:
     for adapter, trained in ((name, False), (TRAINED, True)):
         for parameter in adapter_parameters(network, adapter).values():
             parameter.requires_grad_(trained)
-    _to_float32(network, name)
+    to_float32(network, name)
     copy_adapter(network, source=TRAINED, target=name)
 
 
-def _to_float32(network: nn.Module, name: str) -> None:
+def to_float32(network: nn.Module, name: str) -> None:
     # peft gives a new adapter the precision of its base layer; in bfloat16 an optimizer's small steps would round to nothing.
     for parameter in adapter_parameters(network, name).values():
         parameter.data = parameter.data.float()
@@ -118,33 +147,51 @@ def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]
     return {key.replace(f".{name}.", "."): p for key, p in network.named_parameters() if f".{name}." in key and ".lora_" in key}
 
 
-@torch.no_grad()
-def load_adapter(network: nn.Module, folder: str, settings: LoraSettings, *, pipeline: type) -> None:
-    """Copy the adapter stored in `folder` into the trained one. Raises when it has another rank, alpha or other targets."""
-    stored, metadata = pipeline.lora_state_dict(str(Path(folder).expanduser()), return_lora_metadata=True)  # type: ignore[attr-defined]
-    weights = {key.removeprefix("transformer."): value for key, value in stored.items()}
-    alpha = (metadata or {}).get("transformer.lora_alpha", settings.alpha)
-    targets = adapter_parameters(network, TRAINED)
-    if weights.keys() != targets.keys() or alpha != settings.alpha or any(weights[key].shape != targets[key].shape for key in targets):
-        rank = next(value.shape[0] for key, value in weights.items() if ".lora_A." in key)
-        raise ConfigError(
-            f"lora.initial: {folder!r} holds {len(weights)} tensors of rank {rank} and alpha {alpha}, the settings ask for {len(targets)} "
-            f"of rank {settings.rank} and alpha {settings.alpha}; set lora.rank, lora.alpha and lora.targets to those of the folder"
-        )
-    for key, parameter in targets.items():
-        parameter.copy_(weights[key])
+def geometry(network: nn.Module) -> dict[str, Any]:
+    """What a checkpoint keeps of the trained adapter beside its weights: rank, alpha, and (rank, scaling) by layer."""
+    config: Any = network.peft_config[TRAINED]  # type: ignore[union-attr, index]
+    layers = {
+        name: [int(layer.r[TRAINED]), float(layer.scaling[TRAINED])] for name, layer in named_tuner_layers(network) if TRAINED in layer.r
+    }
+    return {"rank": int(config.r), "alpha": float(config.lora_alpha), "use_rslora": bool(config.use_rslora), "layers": layers}
 
 
-def save_adapter(network: nn.Module, folder: Path, weights: Mapping[str, Tensor], *, pipeline: type) -> None:
-    """Write `weights`, named as the trained adapter's parameters in `network`, as stock `pipe.load_lora_weights(folder)` reads them."""
-    named = {key.replace(f".{TRAINED}.", "."): tensor for key, tensor in weights.items()}
-    expected = adapter_parameters(network, TRAINED).keys()
-    if named.keys() != expected:
+def check_initial(network: nn.Module, settings: LoraSettings, *, layers: Collection[str] | None) -> None:
+    """Raise ConfigError where the settings name another rank, alpha or other layers than the adapter that was read from `initial` has.
+
+    layers: names of what the settings' targets stand for; None where they name none.
+    """
+    found = geometry(network)
+    same = settings.rank in (None, found["rank"]) and settings.alpha in (None, found["alpha"])
+    there = {adapted_name(name, layer) for name, layer in named_tuner_layers(network)}
+    if same and (layers is None or there == set(layers)):
+        return
+    count = len(there)
+    asked = f"{'as many' if layers is None else len(layers)} of rank {settings.rank or 'any'} and alpha {settings.alpha or 'any'}"
+    raise ConfigError(
+        f"lora.initial: {settings.initial!r} holds adapters of {count} layers of rank {found['rank']} and alpha {found['alpha']:g}, the "
+        f"settings ask for {asked}; set lora.rank, lora.alpha and lora.targets to those of the folder, or leave them out"
+    )
+
+
+def check_plain(fields: Mapping[str, Any], *, where: str) -> None:
+    """Raise ConfigError unless an adapter with this configuration of PEFT computes low-rank matrices alone, naming the field."""
+    from peft import LoraConfig
+
+    if (kind := fields.get("peft_type", "LORA")) != "LORA":
+        raise ConfigError(f"lora.initial: {where} holds a {kind} adapter, and only LORA can be trained here")
+    plain = LoraConfig().to_dict()
+    for field, value in fields.items():
+        if field not in PLACES | NOTES and value != plain.get(field) and value:
+            raise ConfigError(
+                f"lora.initial: {where} is no plain LoRA: its configuration has {field}={value!r}, whose effect is not that of low-rank "
+                "matrices alone; merge it into its base with the library that made it, and start from that"
+            )
+    if (drawn := fields.get("init_lora_weights", True)) not in INITIALIZATIONS:
         raise ConfigError(
-            f"save: the adapter has {len(expected)} tensors, got {len(named)}, {len(named.keys() & expected)} of them its own"
+            f"lora.initial: {where} was drawn by init_lora_weights={drawn!r}, which changes the base weights too; convert it with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...) first"
         )
-    metadata = network.peft_config[TRAINED].to_dict()  # type: ignore[union-attr, index]  # without it alpha would be read as the rank
-    pipeline.save_lora_weights(folder, transformer_lora_layers=named, transformer_lora_adapter_metadata=metadata)  # type: ignore[attr-defined]
 
 
 def active_factors(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -187,7 +234,25 @@ def _switched(network: nn.Module, attribute: str, value: Any) -> Iterator[None]:
             setattr(layer, attribute, old)
 
 
-def tuner_layers(network: nn.Module) -> list[BaseTunerLayer]:
+def adapted_name(name: str, layer: Any) -> str:
+    """The linear layer, or the parameter, that the adapter in a module of this name is for."""
+    parameter = getattr(layer, "parameter_name", "weight")
+    module = name.replace(".base_layer", "")  # wrappers of several parameters of a module lie in each other
+    return module if parameter == "weight" else f"{module}.{parameter}"
+
+
+def tuner_layers(network: nn.Module) -> list[Any]:
+    return [layer for _, layer in named_tuner_layers(network)]
+
+
+def named_tuner_layers(network: nn.Module) -> list[tuple[str, Any]]:
+    """Names and modules of PEFT's layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def base_name(pretrained: str | Path) -> str:
+    """The name of a base model in an adapter's file: a folder as an absolute path, a hub id as it is."""
+    path = Path(pretrained).expanduser()
+    return str(path.absolute()) if path.exists() else str(pretrained)

@@ -12,7 +12,7 @@ from torch import nn
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Policy
-from lit_rl.policies.lora import TRAINED, LoraSettings, add_frozen_copy, add_lora, copy_adapter, disabled_adapters, using_adapter
+from lit_rl.policies.lora import TRAINED, LoraSettings, add_frozen_copy, copy_adapter, disabled_adapters, using_adapter
 from lit_rl.policies.shards import copy_weights, reshard
 
 REFERENCE = "reference"
@@ -24,13 +24,14 @@ class TrainedPolicy(Policy):
     Args:
         lora: Train low-rank adapters; None trains every weight of the network, which is then kept in float32.
         keep_reference: Keep a frozen copy that `reference()` answers with and `refresh_reference()` overwrites: of the whole network in a
-            full fine-tune, of the adapter with LoRA (whose reference is the base network otherwise).
+            full fine-tune, of the adapter with LoRA. Without it the reference of LoRA is the base network; with `lora.initial`, whose
+            adapter is part of the policy that starts, a copy is always kept.
     """
 
     def __init__(self, *, lora: LoraSettings | None, keep_reference: bool) -> None:
         super().__init__()
         self.lora = lora
-        self.keep_reference = keep_reference
+        self.keep_reference = keep_reference or (lora is not None and lora.initial is not None)
         self.reference_network: nn.Module | None = None
         self._reference_answers = False
         self.has_reference = lora is not None or keep_reference
@@ -41,16 +42,14 @@ class TrainedPolicy(Policy):
         """Whether every weight of the network is trained."""
         return self.lora is None
 
-    def adopt(self, network: nn.Module, *, targets: list[str], load_initial: Callable[[LoraSettings], None], frozen: torch.dtype) -> None:
+    def adopt(self, network: nn.Module, *, add: Callable[[LoraSettings], None], frozen: torch.dtype) -> None:
         """Take `network` as the one that is trained.
 
-        targets: of LoRA where the settings name none. load_initial: reads `lora.initial`. frozen: precision of a reference network.
+        add: freezes it and adds the trained adapter, a new one or that of `lora.initial`. frozen: precision of a reference network.
         """
         self.network = network
         if self.lora:
-            add_lora(network, self.lora, targets=self.lora.named or targets, seed=torch.initial_seed())
-            if self.lora.initial:
-                load_initial(self.lora)
+            add(self.lora)
             if self.keep_reference:
                 add_frozen_copy(network, REFERENCE)
         else:

@@ -1,12 +1,17 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import diffusers
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_rl.errors import ConfigError
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
 from lit_rl.policies.lora import LoraSettings, adapter_parameters, add_frozen_copy, disabled_adapters, using_adapter
 
@@ -150,6 +155,87 @@ def test_training_goes_on_from_a_saved_adapter(make_policy: MakePolicy, make_inp
     for other in ({"rank": 3, "alpha": 12.0}, {"rank": 2, "alpha": 4.0}, settings | {"targets": ["attn.to_q"]}):
         with pytest.raises(ValueError, match=r"lora\.initial: .* of rank 2 and alpha 12"):
             make_policy("sd3", lora=LoraSettings(**other, initial=str(tmp_path)))
+
+
+def rewritten(kind: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The same matrices in files of other programs, or with another configuration."""
+    if kind == "no metadata":
+        return tensors, None
+    if kind == "ranks by layer":
+        cut = {k: (v[:1] if "lora_A" in k else v[:, :1]).clone() if "attn.to_q" in k else v for k, v in tensors.items()}
+        return cut, None
+    if kind == "kohya":
+        found: dict[str, Tensor] = {}
+        for i, (key, value) in enumerate(sorted(tensors.items())):
+            name = "lora_transformer_" + key.removeprefix("transformer.").rsplit(".lora_", 1)[0].replace(".", "_")
+            found[f"{name}.{'lora_down' if 'lora_A' in key else 'lora_up'}.weight"] = value
+            found.setdefault(f"{name}.alpha", torch.tensor(1.0 + i % 3))
+        return found, None
+    changes: dict[str, Any] = (
+        {"use_rslora": True} if kind == "root of the rank" else {"alpha_pattern": {"transformer_blocks.0.attn.to_q": 1}}
+    )
+    return tensors, metadata | {f"transformer.{key}": value for key, value in changes.items()}
+
+
+KINDS = ["no metadata", "ranks by layer", "kohya", "root of the rank", "alpha by layer"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*(("flux", kind) for kind in KINDS), *(("sd3", kind) for kind in KINDS if kind != "kohya")])
+def test_an_initial_adapter_is_as_strong_as_in_stock_diffusers(
+    name: str, kind: str, make_policy: MakePolicy, make_inputs: MakeInputs, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    policy = make_policy(name, lora=LoraSettings(rank=2, alpha=12.0, targets=["attn.to_q", "attn.to_v"]))
+    batch = make_inputs(policy)
+    plain = velocity(policy, batch)
+    policy.save(tmp_path, {key: torch.randn(p.shape) * 0.3 for key, p in policy.trainable()})
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as stored:
+        tensors, metadata = {k: stored.get_tensor(k) for k in stored.keys()}, json.loads(stored.metadata()["lora_adapter_metadata"])  # noqa: SIM118
+    tensors, metadata = rewritten(kind, tensors, metadata)
+    save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps(metadata)} if metadata else {"format": "pt"})
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folders[name])
+    pipe.load_lora_weights(str(tmp_path))
+    policy.network = pipe.transformer
+    stock = velocity(policy, batch)
+    assert (stock - plain).norm() / plain.norm() > 0.01
+    again = make_policy(name, lora=LoraSettings(initial=str(file)))
+    assert torch.equal(velocity(again, batch), stock)
+    with again.reference():
+        assert torch.equal(velocity(again, batch), stock)
+    assert {p.dtype for _, p in again.trainable()} == {torch.float32} and all(".lora_" in key for key, _ in again.trainable())
+    again.save(tmp_path / "export", dict(again.trainable()))
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folders[name])
+    pipe.load_lora_weights(str(tmp_path / "export"))
+    again.network = pipe.transformer
+    torch.testing.assert_close(velocity(again, batch), stock)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"transformer.transformer_blocks.0.attn.to_q.dora_scale": torch.ones(1)}, "more than low-rank matrices .*dora_scale"),
+        (
+            {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 16)},
+            "more than low-rank .*text_encoder",
+        ),
+        (
+            {"transformer.transformer_blocks.0.attn.to_q.alpha": torch.tensor(3.0)},
+            "not read by diffusers for this Stable",
+        ),
+        ({"transformer.transformer_blocks.9.attn.to_q.lora_A.weight": torch.ones(2, 32)}, "blocks.9.attn.to_q.lora_A"),
+    ],
+)
+def test_an_initial_file_that_holds_more_is_refused(
+    extra: dict[str, Tensor], message: str, make_policy: MakePolicy, tmp_path: Path
+) -> None:
+    policy = make_policy("sd3", lora=LoraSettings(rank=2, targets=["attn.to_q"]))
+    policy.save(tmp_path, dict(policy.trainable()))
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as stored:
+        tensors, metadata = {k: stored.get_tensor(k) for k in stored.keys()}, stored.metadata()  # noqa: SIM118
+    save_file(tensors | extra, file, metadata=metadata)
+    with pytest.raises(ConfigError, match=message):
+        make_policy("sd3", lora=LoraSettings(initial=str(tmp_path)))
 
 
 def test_a_target_that_names_nothing_is_refused(make_policy: MakePolicy) -> None:
