@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 import os
@@ -30,12 +31,15 @@ DEBUG_VARIABLE = "DISABLE_RL_REWARD_MODEL"
 class RewardScoring(Callback, Scorer):
     """Owns the rewards: chunks are submitted while the next one is sampled, `gather` waits for what is still under way.
 
-    rewards: by label, or a list (labelled by class name). A label only names the reward in logs and errors; scores keep the names that
-    the reward gives them. weights: of named scores in the total; scores without one are computed and logged with weight 0; may be left
-    out when there is exactly one score. max_failed_fraction: in [0, 1]; when more of the samples of one `gather`, over all ranks, lack a
-    score that has a weight, it raises RewardError on every rank. Fewer are NaN.
-
     With DISABLE_RL_REWARD_MODEL=true in the environment no reward is asked: every score is a hash of prompt and pixels.
+
+    Args:
+        rewards: By label, or a list (labelled by class name). A label only names the reward in logs and errors; scores keep the names that
+            the reward gives them.
+        weights: Of named scores in the total; scores without one are computed and logged with weight 0. May be left out when there is one
+            reward: its main score, `score` or else the first that it names, then has weight 1.
+        max_failed_fraction: In [0, 1]. When more of the samples of an iteration, over all ranks, lack a score that has a weight, the run
+            stops on every rank. Fewer are left out of the loss.
     """
 
     def __init__(
@@ -72,6 +76,8 @@ class RewardScoring(Callback, Scorer):
             self._use(_pseudo(self.rewards, self._given_weights))
         else:
             self._use(self.rewards)
+        if self._given_weights is None and len(self._weights) > 1:
+            log.info("RewardScoring has no weights, so these hold: %s", self._weights)
         problem: Exception | None = None
         try:
             rows = getattr(getattr(trainer, "datamodule", None), "rows_to_score", None)
@@ -245,10 +251,10 @@ class _Chunk:
 
 
 def resolve_weights(names: Mapping[str, Sequence[str]], given: Mapping[str, float] | None, *, complete: bool) -> dict[str, float]:
-    """Weight of every named score: the given one, else 0; 1 when nothing is given and there is one score.
+    """Weight of every named score: the given one, else 0. Where nothing is given and there is one reward, 1 for its main score.
 
     names: by label of the reward; complete: these are all. Raises ConfigError when two rewards share a name, a weight has no score,
-    or several scores have no weights.
+    or several rewards have no weights.
     """
     owner: dict[str, str] = {}
     for label, outputs in names.items():
@@ -261,13 +267,21 @@ def resolve_weights(names: Mapping[str, Sequence[str]], given: Mapping[str, floa
             owner[name] = label
     if not complete:
         return dict(given or {})
-    if given is None and len(owner) > 1:
+    mains = {main_score(outputs): 1.0 for outputs in names.values() if outputs}
+    if given is None and len(mains) > 1:
         raise ConfigError(
-            f"the rewards give {len(owner)} scores, {sorted(owner)}; set weights to say which of them count, e.g. {{{min(owner)}: 1.0}}"
+            f"{len(names)} rewards give {len(owner)} scores, {sorted(owner)}; set weights to say how much each counts, e.g. {mains}"
         )
     if unknown := sorted(set(given or {}) - set(owner)):
-        raise ConfigError(f"weights name {unknown}, but the rewards give {sorted(owner)}")
-    return {name: (given or {name: 1.0}).get(name, 0.0) for name in owner}
+        near = [match for name in unknown for match in difflib.get_close_matches(name, owner, n=1)]
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"weights name {unknown}, but the rewards give {sorted(owner)}{meant}")
+    return {name: (mains if given is None else given).get(name, 0.0) for name in owner}
+
+
+def main_score(outputs: Sequence[str]) -> str:
+    """The score of a reward that counts where a run gives no weights: `score`, else the first."""
+    return "score" if "score" in outputs else outputs[0]
 
 
 def _labelled(rewards: Sequence[Reward]) -> dict[str, Reward]:

@@ -23,7 +23,10 @@ class Reward(ABC):
     """
 
     outputs: Sequence[str] = ()
-    """Names of the scores, where they are known before the first call; weights are then checked before any model is loaded."""
+    """Names of the scores, where they are known before the first call; weights are then checked before any model is loaded.
+
+    The main one, which counts where a run gives no weights, is `score`, else the first.
+    """
 
     medium: ClassVar[Literal["images", "texts"] | None] = "images"
     """What it scores; None for a reward that takes both."""

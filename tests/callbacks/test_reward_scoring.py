@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +27,10 @@ from callbacks.reward_scoring import RewardScoring, resolve_weights
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import Reward, RewardError, TextReward
 from lit_rl.rewards.client import HTTPReward
+from lit_rl.rewards.ocr import OCRReward
 from lit_rl.rewards.pseudo import PseudoReward
+from lit_rl.rewards.text.function import FunctionReward
+from lit_rl.rewards.text.rules import RuleReward
 from lit_rl.types import Info
 
 
@@ -171,13 +174,42 @@ def test_weights() -> None:
     assert resolve_weights({"r": ["x"]}, None, complete=True) == {"x": 1.0}
     assert resolve_weights({"r": ["x", "y"]}, {"y": 0.5}, complete=True) == {"x": 0.0, "y": 0.5}
     assert resolve_weights({}, {"y": 0.5}, complete=False) == {"y": 0.5}
+    assert resolve_weights({"r": ["x", "y"]}, None, complete=True) == {"x": 1.0, "y": 0.0}
+    assert resolve_weights({"r": ["acc", "score", "parsed"]}, None, complete=True) == {"acc": 0.0, "score": 1.0, "parsed": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("reward", "main", "extras"),
+    [
+        (lambda path: FunctionReward(path, extras=["acc", "digits"]), "function", ["acc", "digits"]),
+        (lambda path: FunctionReward(path, name="right", extras=["acc"]), "right", ["acc"]),
+        (lambda path: RuleReward(), "score", ["acc", "parsed"]),
+        (lambda path: Two(), "similarity", ["confidence"]),
+        (lambda path: OCRReward(), "ocr_similarity", ["ocr_confidence"]),
+        (lambda path: HTTPReward("127.0.0.1:1", ["vlm_score", "ocr_similarity"]), "vlm_score", ["ocr_similarity"]),
+        (lambda path: HTTPReward("127.0.0.1:1", {"clip": "clip_score", "text": "ocr_similarity"}), "clip", ["text"]),
+    ],
+)
+def test_without_weights_the_main_score_of_a_reward_counts(reward: Callable, main: str, extras: list[str], tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text("def compute_score(**row): return 1")
+    assert RewardScoring([reward(str(tmp_path / "f.py"))]).weights == {main: 1.0} | dict.fromkeys(extras, 0.0)
+
+
+def test_the_main_score_of_a_reward_that_declares_nothing_is_the_first_that_it_answers(scoring: list) -> None:
+    class Undeclared(Two):
+        outputs = ()
+
+    scoring.append(scorer := RewardScoring([Undeclared()]))
+    scorer.submit(red_images([3]), info(1))
+    assert scorer.gather()["similarity"].tolist() == [3] and scorer.weights == {"similarity": 1.0, "confidence": 0.0}
 
 
 @pytest.mark.parametrize(
     ("rewards", "options", "message"),
     [
         ({"ocr": Red(), "vlm": Red()}, {}, "rewards ocr and vlm both give a score named red"),
-        ([Two()], {}, r"2 scores, \['confidence', 'similarity'\]; set weights"),
+        ([Two(), Red()], {}, r"2 rewards give 3 scores, .*; set weights .*e.g. {'similarity': 1.0, 'red': 1.0}"),
+        ([Two()], {"weights": {"similarty": 1.0}}, r"weights name \['similarty'\].*; did you mean similarity\?"),
         ([Red()], {"weights": {"blue": 1.0}}, r"weights name \['blue'\], but the rewards give \['red'\]"),
         ([Red()], {"weights": {"red": 0.0}}, "not all zero"),
         ([Red()], {"weights": {"red": math.nan}}, "finite"),
