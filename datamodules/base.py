@@ -31,7 +31,9 @@ class PromptDataModule(L.LightningDataModule):
     """Training prompts in seeded order, and held-out prompts in file order.
 
     Args:
-        train_prompts, held_out, to_predict: The prompts of fit, validate/test and predict; each a read-only mapping with at least `prompt`.
+        train_prompts: The prompts of fit, each a read-only mapping with at least `prompt`.
+        held_out: Those of validate and test.
+        to_predict: Those of predict; default: the held-out ones.
         eval_batch_size: Held-out prompts per batch and process.
         shuffle: Draw training prompts in a new random order each time all have been used; otherwise in file order.
         seed: Of that order. The CLI sets it to `seed_everything`.

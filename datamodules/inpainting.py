@@ -44,7 +44,8 @@ class Inpainting(PromptDataModule):
         resolution: Side of the images in pixels, or (height, width), as the policy's; sources, masks and targets are stretched to it.
         template: Prompt of the items that have none; {text} is the wanted text.
         style_dropout: Share of the warm-up examples without style tokens, in [0, 1).
-        max_train, max_val: Use only so many prompts, from the start.
+        max_train: Train on only so many prompts, from the start.
+        max_val: Evaluate on only so many prompts, from the start.
         eval_batch_size, shuffle, seed: See `PromptDataModule`.
 
     A `weight` w says how often an item comes in a round: w times on average, the fraction spread evenly over rounds (0.5: in every second

@@ -19,7 +19,9 @@ class PreferencePairs(TextData):
     Without a prompt, two conversations must begin alike: what they share is the prompt. `chosen` and `rejected` may repeat the prompt.
 
     Args:
-        prompt_key, chosen_key, rejected_key: Fields that hold them.
+        prompt_key: Field that holds the prompt.
+        chosen_key: Field that holds the answer that was preferred.
+        rejected_key: Field that holds the other answer.
         max_length: Tokens of prompt and answer together.
         truncation: What becomes of longer rows: they stop the run before training (`error`), lose the end of their answers (`right`), or
             the beginning of the prompt and, where one answer alone is longer, its end (`left`). Rows left without an answer are dropped

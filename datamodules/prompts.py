@@ -21,7 +21,8 @@ class PromptFiles(PromptDataModule):
         val: Held-out prompts, likewise; with a folder as `train`, its `test.*` or `val.*` unless given.
         predict: What `predict` renders; default: the held-out prompts.
         prompt_key: Name of the prompt in `.jsonl` files.
-        max_train, max_val: Use only so many, from the start.
+        max_train: Train on only so many prompts, from the start.
+        max_val: Evaluate on only so many prompts, from the start.
         eval_batch_size, shuffle, seed: See `PromptDataModule`.
     """
 

@@ -26,7 +26,8 @@ class RenderedText(PromptDataModule):
     """Prompts such as `a sign that says "47"` with black-on-white renderings for the warm-up; held-out numbers are never trained on.
 
     Args:
-        height, width: Of the images in pixels.
+        height: Of the images in pixels.
+        width: Of the images in pixels.
         digits: Length of the numbers; there are 10^digits.
         held_out_share: Share of the numbers kept for evaluation.
         eval_repeats: Evaluation images of each held-out number, each from its own noise.

@@ -20,7 +20,8 @@ class SupervisedText(TextData):
 
     Args:
         messages_key: Field that holds a conversation.
-        prompt_key, response_key: Fields that hold a prompt and its answer; both, or none to look for them as said above.
+        prompt_key: Field that holds a prompt; with `response_key`, or none of both to look for them as said above.
+        response_key: Field that holds the answer to it.
         max_length: Tokens of a row; longer ones lose their end. Rows left without a supervised token are dropped and counted.
         kwargs: See `TextData`.
     """

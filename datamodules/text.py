@@ -29,7 +29,8 @@ class TextData(PromptDataModule):
             named after splits only those of training are taken.
         val: Held-out rows, likewise; default: those of the folder that `train` names, if any file there is named val, dev or test.
         predict: Rows that `predict` answers; default: the held-out ones.
-        max_train, max_val: Use only so many rows, from the start.
+        max_train: Train on only so many rows, from the start.
+        max_val: Evaluate on only so many rows, from the start.
         data_source: For rows that name none: by it scores are reported and rule rewards chosen. Default: the file's name without suffix.
         chat: A prompt that is a string is what a user says and goes through the chat template; otherwise it is taken as it is.
         kwargs: See `PromptDataModule`.

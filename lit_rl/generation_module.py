@@ -29,7 +29,7 @@ class LitGeneration(LitToken):
     """Base of the methods on a language model's answers. The datamodule is one of texts: it has `prompt_ids(info) -> list[int]`.
 
     Args:
-        policy: See `LitToken`.
+        policy: The language model that is trained. See `LitToken`.
         engine: Who generates; default: in this process, over the training weights.
         sampling: Of rollouts.
         eval_sampling: Of evaluation and prediction; default: the likeliest tokens, as long answers as in rollouts.

@@ -33,8 +33,11 @@ class Correction:
 
     For samplers that compute a little differently than the trainer, such as an inference server.
 
-    level: whose ratio, the token's, the product of the row, or its geometric mean. low, high: its bounds. outside: what becomes of ratios
-    beyond them: `clamp`, or `zero`, which takes the token (or row) out of the loss.
+    Args:
+        level: Whose ratio: the token's, the product of the row, or its geometric mean.
+        low: The ratio's lower bound; None = none.
+        high: Its upper bound.
+        outside: What becomes of ratios beyond them: `clamp`, or `zero`, which takes the token (or row) out of the loss.
     """
 
     level: Level = "token"
@@ -47,11 +50,12 @@ class LitPolicyGradient(LitGeneration):
     """Clipped policy gradient on every token; a method adds the advantages.
 
     Args:
-        policy: See `LitGeneration`, as for `engine`, `sampling`, `prompts_per_update`, ...
+        policy: The language model that is trained. See `LitGeneration`, as for `engine`, `sampling`, `prompts_per_update`, ...
         surrogate: `clip`: the clipped ratio of PPO; `gspo`: that of the whole sequence (arXiv 2507.18071); `cispo`: clipped weights that
             keep every token's gradient (arXiv 2506.13585); `sapo`: soft clipping (arXiv 2511.20347); `gmpo`: the geometric mean of the
             tokens' clipped ratios (arXiv 2507.20673); `reinforce`: none.
-        clip_low, clip_high: The ratio is clipped to [1 - clip_low, 1 + clip_high].
+        clip_low: The ratio is clipped from below at 1 - clip_low.
+        clip_high: The ratio is clipped from above at 1 + clip_high.
         dual_clip: Bound of the ratio for negative advantages (arXiv 1912.09729); None = none.
         kl_coef: Weight in the loss of the divergence from the reference; 0 spends no forward on it.
         kl_kind: Its estimate, see `lit_rl.losses.kl.kl_estimate`; verl's low_var_kl is k3.
@@ -63,6 +67,7 @@ class LitPolicyGradient(LitGeneration):
         correction: Of samplers that are not the trainer.
         overlong_buffer: Tokens before `sampling.max_new_tokens` within which a reward falls linearly, by `overlong_factor` at the limit
             (DAPO, eq. 13); 0 = off.
+        overlong_factor: How much lower the reward of an answer is that reaches the limit.
         kwargs: See `LitGeneration`.
     """
 

@@ -42,7 +42,7 @@ class DiffusionNFT(LitFlow):
     dropout, under the same mask). Guidance is the policy's; published with `guidance_scale: 1`, which halves the cost.
 
     Args:
-        policy: See `LitFlow`, as for `num_steps`, `rollout_micro_batch`, `train_micro_batch`, ...
+        policy: The model that is trained. See `LitFlow`, as for `num_steps`, `rollout_micro_batch`, `train_micro_batch`, ...
         solver: Of the rollouts, see `lit_rl.samplers.solvers`.
         eta: Share of fresh noise in each step of solver ddim.
         beta: How far the compared policies are from the old one: 1 (GenEval), 0.1 (OCR, several rewards).
@@ -204,8 +204,10 @@ class AWM(DiffusionNFT):
     """Advantage-weighted matching: a clipped policy gradient whose log-probability is minus the matching error (arXiv 2509.25050).
 
     Args:
-        matching_weight, power: What that log-probability is, see `lit_rl.losses.nft.matching_logprob`.
-        clip_low, clip_high: The ratio to the old policy is clipped to [1 - clip_low, 1 + clip_high].
+        matching_weight: How the matching error of a time counts in that log-probability, see `lit_rl.losses.nft.matching_logprob`.
+        power: Exponent of that weight, likewise.
+        clip_low: The ratio to the old policy is clipped from below at 1 - clip_low.
+        clip_high: The ratio to the old policy is clipped from above at 1 + clip_high.
         kwargs: See `DiffusionNFT`; `beta` and `adv_mode` have no part in it.
     """
 

@@ -25,8 +25,8 @@ class DPO(LitToken):
     An iteration is `prompts_per_iteration` pairs, `prompts_per_update` of them in one optimizer step.
 
     Args:
-        policy: See `LitToken`. The datamodule has `pair_ids(info) -> (prompt, chosen, rejected)`, token ids of each.
-        loss_kind: See `lit_rl.losses.preference.preference_loss`.
+        policy: The language model that is trained. The datamodule has `pair_ids(info) -> (prompt, chosen, rejected)`, token ids of each.
+        loss_kind: Form of the loss, see `lit_rl.losses.preference.preference_loss`.
         beta: How far the policy may leave the reference, 0.01 ... 0.5: the smaller, the farther.
         label_smoothing: Share of the pairs that are taken to be labelled the wrong way round, in [0, 0.5).
         sft_coef: Weight of the chosen answer's mean negative log-likelihood beside it (RPO, MPO).

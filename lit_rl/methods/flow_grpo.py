@@ -39,12 +39,13 @@ class FlowGRPO(LitFlow):
     """Clipped policy gradient on every step of a stochastic sampler, advantages relative to the group of the same prompt.
 
     Args:
-        policy: See `LitFlow`, as for `num_steps`, `rollout_micro_batch`, `train_micro_batch`, ...
+        policy: The model that is trained. See `LitFlow`, as for `num_steps`, `rollout_micro_batch`, `train_micro_batch`, ...
         dynamics: Stochastic sampler. With `cps` images stay clean at any noise level; its log-probabilities are smaller, so clip less.
         noise_level: a of the sampler (flow_sde 0.7, FLUX 0.9; cps 0.8, in [0, 1]; dance_sde 0.3).
         timestep_fraction: Trained share of the steps, from the start; 0.99 leaves out the last one.
-        clip_low, clip_high: The ratio is clipped to [1 - clip_low, 1 + clip_high]. Log-probabilities are means over latent elements, so
-            1e-4 here is like 0.2 for tokens.
+        clip_low: The ratio is clipped from below at 1 - clip_low. Log-probabilities are means over latent elements, so 1e-4 here is like
+            0.2 for tokens.
+        clip_high: The ratio is clipped from above at 1 + clip_high.
         kl_coef: Weight of the divergence from the reference; 0 spends no forward on it.
         kl_kind: Which of the published expressions that is, see `lit_rl.losses.flow.gaussian_kl`.
         same_latent: Siblings start from the same noise, and share what is deterministic before the window.

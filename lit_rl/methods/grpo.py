@@ -27,7 +27,7 @@ class GRPO(LitPolicyGradient):
     """Clipped policy gradient on every token; an answer's advantage is its reward relative to its group's (arXiv 2402.03300).
 
     Args:
-        policy: See `LitPolicyGradient`, as for `surrogate`, `clip_low`, `kl_coef`, ...
+        policy: The language model that is trained. See `LitPolicyGradient`, as for `surrogate`, `clip_low`, `kl_coef`, ...
         estimator: `group`: reward - mean of the group, over its standard deviation if `std`; `leave_one_out`: reward - mean of the others
             (RLOO); `length_weighted`: the same with longer answers counting more (OPO, arXiv 2505.23585); `pass_at_k`: the lead of the
             best answer, 0 for the others (arXiv 2503.19595); `returns`: rewards from a token on, whitened over all tokens (REINFORCE++);
@@ -124,14 +124,14 @@ class DAPO(GRPO):
     limit lose reward.
 
     Args:
-        policy: See `GRPO`.
+        policy: The language model that is trained. See `GRPO`.
         prompts_per_generation: Prompts that are answered at a time, over all processes; default: `prompts_per_iteration`. What is left over
             when the batch is full is thrown away.
         filter_metric: The score that must differ within a group; default: the total reward, without what its length costs.
         max_generations: So often at most in an iteration.
         on_limit: What becomes of an iteration whose batch is not full then: it stops the run (`error`), trains on the groups that there are
             (`train_partial`), or leaves all weights as they are (`skip_step`).
-        overlong_buffer: See `LitPolicyGradient`; default: a fifth of the longest answer.
+        overlong_buffer: Tokens before the length limit within which a reward falls; default: a fifth of the longest answer.
         kwargs: See `GRPO`.
     """
 

@@ -33,7 +33,7 @@ class MixedGSPO(LitPolicyGradient):
     terms see the policy at `sampling.temperature`. An iteration is `prompts_per_iteration` rows of either kind.
 
     Args:
-        policy: See `LitPolicyGradient`. Of the datamodule see `prompt_ids` in `LitGeneration` and, for pairs, `pair_ids` in `DPO`.
+        policy: The language model that is trained. Of the datamodule see `LitGeneration` and, for pairs, `DPO`.
         self_play: What an answer earns: its `score`, or its `winrate`, the mean chance sigmoid(own score - other's) to beat another answer
             to the same prompt, for scores that are a reward model's.
         std: Divide by the group's standard deviation (unbiased) + 1e-6.

@@ -29,7 +29,7 @@ class PPO(LitPolicyGradient):
     them, while rewards are under way.
 
     Args:
-        policy: See `LitPolicyGradient`, as for `clip_low`, `kl_in_reward`, `kl_target`, `overlong_buffer`, ...
+        policy: The language model that is trained. See `LitPolicyGradient`, as for `clip_low`, `kl_in_reward`, `kl_target`, ...
         critic: Default: one of the policy's own size, trained whole, from the policy's initial weights.
         critic_lr: Peak learning rate of the critic; the optimizer's other settings and the scheduler are those of the policy.
         critic_gradient_clip_val: Largest gradient norm of the critic; default: trainer.gradient_clip_val, which is that of the policy.

@@ -24,7 +24,7 @@ class SFT(LitGeneration):
     it trains, that of the model's config.json and `lora.dropout`; other methods train without any.
 
     Args:
-        policy: See `LitGeneration`. The datamodule has `supervised_ids(info) -> (ids, which of them are learned)`.
+        policy: The language model that is trained. The datamodule has `supervised_ids(info) -> (ids, which of them are learned)`.
         loss_kind: `nll`, or `dft`, which weighs each token with its own probability (arXiv 2508.05629).
         kwargs: See `LitGeneration`.
     """

@@ -47,7 +47,8 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         offload_vae: Likewise for the VAE.
         vae_slice: Images decoded (or encoded) at once.
         cache_prompts: Encoded prompts remembered in CPU memory, the least recently used one leaving first (SD3: 2 to 5 MB each).
-        revision: Of a hub repository. variant: Of the weight files, e.g. "fp16".
+        revision: Of a hub repository.
+        variant: Of the weight files, e.g. "fp16".
 
     Raises ValueError for what can be seen to be wrong before any weight is read.
     """

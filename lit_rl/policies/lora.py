@@ -40,11 +40,15 @@ INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 class LoraSettings:
     """W x + (alpha / rank) B A x on every targeted linear layer.
 
-    rank, alpha: None means those of `initial`, or 32 and 64 without it. targets: ends of module names; None means those of `initial`, or
-    the family's list, which for language models is that of `all-linear`. init: "default" draws A uniformly as a linear layer's weight,
-    "gaussian" with std 1 / rank; B starts at 0 either way. dropout: on the adapter's input, in supervised fine-tuning; other methods train
-    without dropout. initial: a LoRA folder (or file, for image models) to start from, as stock PEFT or diffusers reads it: its strength,
-    ranks by layer and layers are kept. The reference is then the policy that starts, not the base without it.
+    Args:
+        rank: Rows of A and columns of B; None means that of `initial`, or 32 without it.
+        alpha: The adapter's output is multiplied by alpha / rank; None means that of `initial`, or 64 without it.
+        targets: Ends of module names; None means those of `initial`, or the family's list, which for language models is that of
+            `all-linear`.
+        init: "default" draws A uniformly as a linear layer's weight, "gaussian" with std 1 / rank; B starts at 0 either way.
+        dropout: On the adapter's input, in supervised fine-tuning; other methods train without dropout.
+        initial: A LoRA folder (or file, for image models) to start from, as stock PEFT or diffusers reads it: its strength, ranks by layer
+            and layers are kept. The reference is then the policy that starts, not the base without it.
     """
 
     rank: int | None = None

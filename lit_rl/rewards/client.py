@@ -46,16 +46,27 @@ PASSING = OUTAGE | {408, 429}
 class HTTPReward(Reward):
     """Scores from reward servers: `POST /v1/score_batch` with raw uint8, or `POST /score` (route: single) with one PNG per request.
 
-    urls: `http://host:port`, bare `host:port`, or a range of ports `host:8000-8003`; None: what the environment says, see
-    `urls_from_environment`. outputs: names of the scores to use, or
-    {name here: name at the server}. mapping: see `servers_of_rank`; with `spill` a rank whose servers are down asks the others'.
-    concurrency: requests in flight per server. timeout_s: of one try. deadline_s: of one request with all its retries, counted from
-    its first try or, if earlier, from when its server was given up as down. After `breaker_after` failures in a row a server is asked
-    only for `/health`, every `probe_s`, until it answers. token_env: environment variable with a bearer token; unset = none.
-
     Retried until the deadline: connection errors, timeouts, 408, 429 (waiting as Retry-After says), 502-504. A body that is no answer
     is retried twice, 500 once, other statuses never. What remains without a score is NaN, counted in `counters()`, and explained in
-    `last_error`. `target` and `mask` of a prompt go with the image where there are any.
+    `last_error`. `target` and `mask` of a prompt go with the image where there are any. docs/rewards.md has the protocol.
+
+    Args:
+        urls: `http://host:port`, bare `host:port`, or a range of ports `host:8000-8003`, several in a list or after commas. Default: what
+            the environment says: $REWARD_SERVER_URLS, else one port per process from $REWARD_SERVER_HOST:$REWARD_SERVER_PORT on
+            (127.0.0.1:8000).
+        outputs: Names of the scores to use, or {name here: name at the server}. The first counts where the run gives no weights.
+        mapping: Which servers a process asks. `rank`: process i server i, fewer servers are shared evenly; `round_robin`: all of them,
+            starting at its own; `auto`: as `rank`, and with more servers than processes every n-th.
+        route: `batch` sends raw uint8 to /v1/score_batch, `single` one PNG per request to /score.
+        images_per_request: Images in one request of route batch.
+        concurrency: Requests in flight per server.
+        timeout_s: Seconds of one try.
+        deadline_s: Seconds of one request with all its retries, counted from its first try or, if earlier, from when its server was given
+            up as down.
+        breaker_after: After so many failures in a row a server is asked only for /health until it answers.
+        probe_s: Seconds between two such questions.
+        spill: A process whose servers are down asks the others'.
+        token_env: Environment variable with a bearer token; unset = none.
     """
 
     remedy = "look at the reward server's log; raise HTTPReward's deadline_s or timeout_s if it is slow"

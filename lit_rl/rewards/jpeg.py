@@ -15,7 +15,9 @@ from lit_rl.types import Info
 class JPEGSizeReward(Reward):
     """`jpeg_size` = scale * size in kB of the JPEG at the given quality (DDPO, arXiv 2305.13301, section 5.1).
 
-    The default scale rewards compressible images as Flow-GRPO scales it (-1/500); `scale=1.0` is DDPO's incompressibility.
+    Args:
+        scale: The default rewards compressible images as Flow-GRPO scales it; 1.0 is DDPO's incompressibility.
+        quality: Of the JPEG, 1 to 95.
     """
 
     outputs = ("jpeg_size",)

@@ -13,7 +13,11 @@ from lit_rl.types import Info
 
 
 class PseudoReward(Reward):
-    """`pseudo` in [0, 1), uniform over samples: a hash of the seed, the prompt and the whole image or text. The same on any machine."""
+    """`pseudo` in [0, 1), uniform over samples: a hash of the seed, the prompt and the whole image or text. The same on any machine.
+
+    Args:
+        seed: Another one gives other numbers.
+    """
 
     outputs = ("pseudo",)
     medium = None

@@ -21,9 +21,13 @@ class RolloutError(RuntimeError):
 class Sampling:
     """How tokens are drawn from softmax(logits / temperature).
 
-    max_new_tokens: An answer is cut off after so many. temperature: 0 takes the likeliest token. top_p: Draw from the likeliest tokens
-    that hold this share of the probability. top_k: Draw from so many likeliest tokens; 0 from all. The reported log-probabilities are
-    those of the whole distribution at `temperature` (at 1 where that is 0), as a trainer computes them.
+    The reported log-probabilities are those of the whole distribution at `temperature` (at 1 where that is 0), as a trainer computes them.
+
+    Args:
+        max_new_tokens: An answer is cut off after so many.
+        temperature: Logits are divided by it; 0 takes the likeliest token.
+        top_p: Draw from the likeliest tokens that hold this share of the probability.
+        top_k: Draw from so many likeliest tokens; 0 from all.
     """
 
     max_new_tokens: int = 1024
