@@ -33,7 +33,7 @@ MAY_IMPORT = {
     **{name.replace(".", "/"): FORMULAS for name in FORMULAS},
     "lit_rl/policies": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.checkpoints.ip_adapter"],
     "lit_rl/rewards": [*LOW, "lit_rl.rewards"],
-    "lit_rl/rollouts": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.rollouts", "lit_rl.rewards.addresses"],
+    "lit_rl/rollouts": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.rollouts", "lit_rl.rewards.addresses", "lit_rl.rewards.answers"],
     "lit_rl/checkpoints": [*LOW, "lit_rl.checkpoints"],
     "lit_rl/module.py": [*LOW, *FORMULAS, *MIDDLE, "lit_rl.strategies"],
     "lit_rl/policy_module.py": [*LOW, *MIDDLE, "lit_rl.module", "lit_rl.strategies"],

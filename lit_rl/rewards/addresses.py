@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import http.client
 import json
 import logging
 import os
 import re
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,11 +70,7 @@ def servers_of_rank(urls: Sequence[str], *, rank: int, world_size: int, mapping:
 
 def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> Mapping[str, Any]:
     """What the server at `url` says of itself once it has loaded; {} without `/health`. Raises ConfigError when nobody answers."""
-    import http.client
-    import urllib.error
-    import urllib.request
-
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _StayHere())
     until, status, body = time.monotonic() + patience_s, 0, b""
     while status != 200:
         try:
@@ -103,6 +102,13 @@ def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> 
     except ValueError:  # a server with a /health of its own kind
         return {}
     return answer if isinstance(answer, dict) else {}
+
+
+class _StayHere(urllib.request.HTTPRedirectHandler):
+    """Takes a redirect for an answer: followed, it would carry the token to whoever it names."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
 
 
 def check_outputs(url: str, wanted: Sequence[str], health: Mapping[str, Any]) -> None:

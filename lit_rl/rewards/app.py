@@ -67,9 +67,11 @@ class RewardApp:
     async def score(self, request: web.Request) -> web.Response:
         check_content_type(request, "application/json")
         deadline = _deadline(request)
-        with self.batcher.admit(1, self._size(request)):
-            body = await self._body(request)
-            image, info = await self._decode(partial(_decode_single, body, max_pixels=self.limits.max_pixels))
+        with self.batcher.admit(1, request.content_length or 0) as hold:
+            body = await self._body(request, hold)
+            hold(1, 0)
+            image, info = await self._decode(partial(_decode_single, body, max_pixels=self.limits.max_pixels), deadline)
+            hold(0, image.nbytes + (info["mask"].nbytes if "mask" in info else 0))
             row = (await self.batcher.submit([image], [info], deadline=deadline))[0]
         if isinstance(row, ImageError):
             raise ApiError(500, row.code, str(row))
@@ -79,13 +81,12 @@ class RewardApp:
         check_content_type(request, "application/octet-stream", "application/x-safetensors")
         deadline = _deadline(request)
         announced = whole_number(request, "X-Batch-Size", highest=1 << 20)
-        with self.batcher.admit(announced or 1, self._size(request)) as grow:
-            body = await self._body(request)
-            batch = await self._decode(partial(decode_batch, body))
+        with self.batcher.admit(announced or 1, request.content_length or 0) as hold:
+            body = await self._body(request, hold)
+            batch = await self._decode(partial(decode_batch, body), deadline)
             if announced is not None and announced != len(batch.images):
                 raise ApiError(422, "bad_batch", f"X-Batch-Size is {announced}, the body holds {len(batch.images)} images")
-            if announced is None and len(batch.images) > 1:
-                grow(len(batch.images) - 1)
+            hold(len(batch.images), 0)
             rows = await self._score(batch, deadline)
         errors = {str(i): {"code": row.code, "message": str(row)} for i, row in enumerate(rows) if isinstance(row, ImageError)}
         scores = [None if isinstance(row, ImageError) else _finite(row) for row in rows]
@@ -115,18 +116,17 @@ class RewardApp:
     async def prometheus(self, request: web.Request) -> web.Response:
         return web.Response(body=self.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
-    async def _body(self, request: web.Request) -> bytearray:
-        return await read_body(request, limit=self.limits.max_body_bytes, seconds=self.limits.body_seconds)
+    async def _body(self, request: web.Request, hold: Callable[[int, int], None]) -> bytearray:
+        limits = self.limits
+        return await read_body(request, limit=limits.max_body_bytes, seconds=limits.body_seconds, reserve=partial(hold, 0))
 
-    def _size(self, request: web.Request) -> int:
-        """Bytes to reserve: what is announced, or the most a chunked body may have."""
-        announced = request.content_length
-        return self.limits.max_body_bytes if announced is None else min(announced, self.limits.max_body_bytes)
-
-    async def _decode(self, work: Callable[[], T]) -> T:
+    async def _decode(self, work: Callable[[], T], deadline: float | None) -> T:
         start = time.perf_counter()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+            async with asyncio.timeout_at(deadline):
+                return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+        except TimeoutError as error:
+            raise ApiError(504, "deadline", "not decoded before X-Deadline-Ms ran out") from error
         except ImageError as error:
             raise ApiError(413 if error.code == "too_many_pixels" else 422, error.code, str(error)) from error
         except WireError as error:

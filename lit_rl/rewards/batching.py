@@ -37,8 +37,8 @@ class Batcher:
 
     Args:
         max_batch: images per call of the model.
-        max_queue_images: images admitted and not yet answered, those still uploading included; more are refused with 429.
-        max_bytes: bodies held in memory at one time; more are refused with 429.
+        max_queue_images: images received and not yet answered; more are refused with 429.
+        max_bytes: bodies and decoded images held in memory at one time; more are refused with 429.
     """
 
     def __init__(self, metrics: Metrics, *, max_batch: int, max_queue_images: int, max_bytes: int) -> None:
@@ -50,6 +50,7 @@ class Batcher:
         self._max_batch = max_batch
         self._max_bytes = max_bytes
         self._bytes = 0
+        self._requests = 0  # admitted and not yet answered, those still uploading included
         self._queue: deque[_Item] = deque()
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -63,40 +64,42 @@ class Batcher:
         self._task = asyncio.create_task(self._run(model))
 
     @contextmanager
-    def admit(self, images: int, size: int) -> Iterator[Callable[[int], None]]:
-        """Hold places for `images` and `size` bytes while the block runs; the yielded function asks for more places.
+    def admit(self, images: int, size: int) -> Iterator[Callable[[int, int], None]]:
+        """Let a request in that announces `images` and `size` bytes, and give back what it held when the block ends.
 
-        Raises ApiError 429 (full), 503 (loading, draining) or 413 (would never fit).
+        What is announced must fit now, but only what has arrived is held: the block calls the yielded function with images and bytes as
+        they come. An upload that sends nothing so keeps no other out. Raises ApiError 429 (full), 503 (loading, draining) or 413 (would
+        never fit), as the yielded function does.
         """
         if self.state != "ready":
             self._metrics.shed.labels(self.state).inc()
             raise ApiError(503, self.state, f"the server is {self.state}", retry_after=5)
-        held = 0
+        held_images = held_bytes = 0
 
-        def grow(more: int) -> None:
-            nonlocal held
-            self._reserve(more, 0)
-            held += more
+        def hold(images: int, size: int) -> None:
+            nonlocal held_images, held_bytes
+            self._check_room(held_images + images, images, size)
+            held_images, held_bytes = held_images + images, held_bytes + size
+            self.images, self._bytes = self.images + images, self._bytes + size
 
-        self._reserve(images, size)
-        held += images
+        self._check_room(images, images, size)
+        self._requests += 1
         try:
-            yield grow
+            yield hold
         finally:
-            self.images -= held
-            self._bytes -= size
+            self._requests -= 1
+            self.images, self._bytes = self.images - held_images, self._bytes - held_bytes
 
-    def _reserve(self, images: int, size: int) -> None:
-        if images > self.max_queue_images:
+    def _check_room(self, in_request: int, images: int, size: int) -> None:
+        """Raise unless `images` and `size` bytes more fit; the request has `in_request` images with them."""
+        if in_request > self.max_queue_images:
             raise ApiError(
-                413, "too_large", f"{images} images in one request; the queue holds {self.max_queue_images} (--max-queue-images)"
+                413, "too_large", f"{in_request} images in one request; the queue holds {self.max_queue_images} (--max-queue-images)"
             )
         if self.images + images > self.max_queue_images or self._bytes + size > self._max_bytes:
             self._metrics.shed.labels("full").inc()
             text = f"{self.images} of {self.max_queue_images} places are taken; {images} more do not fit now"
             raise ApiError(429, "queue_full", text, retry_after=self.retry_after())
-        self.images += images
-        self._bytes += size
 
     def retry_after(self) -> int:
         """Seconds until what is queued now is done, from the measured rate; 1 to 60."""
@@ -124,9 +127,9 @@ class Batcher:
         """Refuse what is new, finish what was admitted. False when that took longer than `seconds`."""
         self.state = "draining"
         end = time.monotonic() + seconds
-        while self.images and time.monotonic() < end:
+        while self._requests and time.monotonic() < end:
             await asyncio.sleep(0.01)
-        return not self.images
+        return not self._requests
 
     def close(self) -> None:
         if self._task is not None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.addresses import check_health, check_outputs, parse_urls, servers_of_rank, urls_from_environment
+from lit_rl.rewards.answers import TooMuch, read_answer, retry_after
 from lit_rl.rewards.base import Reward, RewardError
 from lit_rl.rewards.breaker import Breaker, ServerDown
 from lit_rl.rewards.masks import mask_of
@@ -41,6 +42,9 @@ OUTAGE = {502, 503, 504}
 """Statuses that say nobody sensible is there."""
 PASSING = OUTAGE | {408, 429}
 """Statuses worth the same request again until the deadline."""
+MAX_ANSWER = 1 << 20
+"""Bytes of an answer beside `MAX_ROW` for each image; a server that says more is not believed."""
+MAX_ROW = 1 << 16
 
 
 class HTTPReward(Reward):
@@ -105,7 +109,7 @@ class HTTPReward(Reward):
         self.images_per_request = images_per_request if route == "batch" else 1
         self.concurrency, self.timeout_s, self.deadline_s = concurrency, timeout_s, deadline_s
         self.breaker_after, self.probe_s, self.spill, self.token_env = breaker_after, probe_s, spill, token_env
-        self.last_error = ""
+        self.last_error = self._last_failure = ""
         self._pool: _Pool | None = None
         self._counts = Counter(requests=0, retries=0, failures=0, breaker_opened=0)
         self.own = servers_of_rank(self.urls, rank=0, world_size=1, mapping="auto")
@@ -178,7 +182,9 @@ class HTTPReward(Reward):
             self._pool = _Pool(
                 pid=os.getpid(),
                 loop=loop,
-                session=aiohttp.ClientSession(connector=connector, headers=self._headers()),
+                session=aiohttp.ClientSession(
+                    connector=connector, headers=self._headers() | {"Accept-Encoding": "identity"}, auto_decompress=False
+                ),
                 gate=asyncio.Semaphore(self.concurrency * len(self.own)),
                 breakers={url: Breaker(limit=self.breaker_after, probe_s=self.probe_s) for url in dict.fromkeys(urls)},
                 own=self.own,
@@ -231,7 +237,7 @@ class HTTPReward(Reward):
         try:
             await breaker.admit(lambda: _is_alive(pool.session, url), patience_s=self.deadline_s, until=until)
         except ServerDown as down:
-            raise _NoAnswer(f"reward server {url} is {down}; last: {self.last_error}", tries=0) from down
+            raise _NoAnswer(f"reward server {url} is {down}; last: {self._last_failure}", tries=0) from down
         self._counts["requests"] += 1
         alive = False
         try:
@@ -240,7 +246,7 @@ class HTTPReward(Reward):
             return answer
         except _NoAnswer as error:
             alive = error.alive
-            self.last_error = str(error)
+            self.last_error = self._last_failure = str(error)
             raise
         finally:
             was_closed = breaker.closed
@@ -257,13 +263,15 @@ class HTTPReward(Reward):
         body = io.BytesIO(request.body)  # bytes would be written in one go, blocking the loop
         try:
             async with session.post(url + ROUTES[self.route], data=body, headers=headers, timeout=limit, allow_redirects=False) as response:
-                status, text = response.status, await response.read()
-                retry_after = response.headers.get("Retry-After")
+                status, text = response.status, await read_answer(response, MAX_ANSWER + MAX_ROW * request.count)
+                wait = retry_after(response.headers.get("Retry-After"))
+        except TooMuch as error:
+            raise _NoAnswer(f"reward server {url}: {error}", tries=3) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             why = f"no answer in timeout_s={seconds:.3g}" if isinstance(error, TimeoutError) else f"{type(error).__name__} {error}"
             raise _NoAnswer(f"reward server {url}: {why}") from error
         if status != 200:
-            raise _refusal(url, self.route, status, text, retry_after)
+            raise _refusal(url, self.route, status, text, wait)
         try:
             rows, reasons = decode_answer(request.unwrap(text), request.count)
         except WireError as error:
@@ -322,16 +330,12 @@ class _Pool:
         return next((url for url in candidates if self.breakers[url].closed), turns[0])
 
 
-def _refusal(url: str, route: str, status: int, body: bytes, retry_after: str | None) -> _NoAnswer:
+def _refusal(url: str, route: str, status: int, body: bytes, wait: float) -> _NoAnswer:
     tries = math.inf if status in PASSING else 2 if status == 500 else 1
-    try:
-        seconds = max(float(retry_after or 0), 0.0)
-    except ValueError:  # an HTTP date: the back-off decides
-        seconds = 0.0
     message = f"reward server {url}: status {status} {body[:300].decode(errors='replace')}"
     if status in (404, 405) and route == "batch":
         message += f"; one that has no {ROUTES[route]} but {ROUTES['single']} is asked with HTTPReward's route: single"
-    return _NoAnswer(message, tries=tries, retry_after_s=seconds, alive=status not in OUTAGE)
+    return _NoAnswer(message, tries=tries, retry_after_s=wait, alive=status not in OUTAGE)
 
 
 async def _is_alive(session: aiohttp.ClientSession, url: str) -> bool:
@@ -339,7 +343,7 @@ async def _is_alive(session: aiohttp.ClientSession, url: str) -> bool:
     import aiohttp
 
     try:
-        async with session.get(f"{url}/health", timeout=aiohttp.ClientTimeout(total=5.0)) as response:
+        async with session.get(f"{url}/health", timeout=aiohttp.ClientTimeout(total=5.0), allow_redirects=False) as response:
             return response.status in (200, 404, 405)
     except (aiohttp.ClientError, TimeoutError, OSError):
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -49,6 +50,19 @@ def _figure(cell: str) -> float:
         return float(cell)
     except ValueError:
         return 0.0
+
+
+def chosen_ids(text: str, found: Sequence[Gpu], *, option: str) -> list[str]:
+    """The ids that a comma list names: numbers, `GPU-...` or `MIG-...` UUIDs, or `all` of `found`. Raises ValueError."""
+    if text.strip() == "all":
+        if not found:
+            raise ValueError(f"{option} all: this machine has no NVIDIA GPU; give numbers, which then only name the logs")
+        return [str(gpu.index) for gpu in found]
+    ids = [part.strip() for part in text.removesuffix(",").split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,4}|(GPU|MIG)-[0-9A-Za-z/-]+", i) for i in ids) or len(set(ids)) != len(ids):
+        raise ValueError(f"{option} is {text!r}; expected different ids with commas between them, e.g. 4,5,6,7, or UUIDs, or all")
+    check_ids(ids, found, option=option)
+    return ids
 
 
 def check_ids(ids: Sequence[str], found: Sequence[Gpu], *, option: str) -> None:

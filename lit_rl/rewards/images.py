@@ -9,6 +9,11 @@ from typing import Any
 import numpy as np
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_ASPECT = 64
+"""Longer side over shorter side of an image that is scored. A reader of text scales a line to a fixed height: one of 1 x 3000 pixels
+becomes 144,000 wide and costs gigabytes."""
+MAX_SCANS = 64
+"""Scans of a progressive JPEG; encoders write about ten. Each costs a pass over all pixels, and an empty one takes a few bytes."""
 
 
 class ImageError(ValueError):
@@ -21,9 +26,11 @@ class ImageError(ValueError):
 
 def pixel_error(height: int, width: int, *, max_pixels: int) -> ImageError | None:
     """The reason not to score an image of this size, if there is one."""
-    if height * width <= max_pixels:
-        return None
-    return ImageError("too_many_pixels", f"the image is {width} x {height}; at most {max_pixels} pixels are scored (--max-pixels)")
+    if height * width > max_pixels:
+        return ImageError("too_many_pixels", f"the image is {width} x {height}; at most {max_pixels} pixels are scored (--max-pixels)")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        return ImageError("too_thin", f"the image is {width} x {height}; one side may be at most {MAX_ASPECT} times the other")
+    return None
 
 
 def mask_problem(mask: Any, height: int, width: int) -> str | None:
@@ -61,6 +68,8 @@ def decode_image(data: bytes, *, max_pixels: int, under: str = "white") -> np.nd
     with image:
         if (too_large := pixel_error(image.height, image.width, max_pixels=max_pixels)) is not None:
             raise too_large
+        if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+            raise ImageError("bad_image", f"the JPEG has more than {MAX_SCANS} scans; encode it again")
         if getattr(image, "n_frames", 1) != 1:
             raise ImageError("bad_image", "the image is animated; send one frame")
         if image.mode not in ("RGB", "RGBA", "L", "LA") or (image.format == "PNG" and data[24:25] != b"\x08"):

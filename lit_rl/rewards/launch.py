@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import fcntl
 import http.client
 import os
 import signal
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_rl.rewards import server as reward_server
-from lit_rl.rewards.gpus import check_ids
+from lit_rl.rewards.gpus import chosen_ids
 from lit_rl.rewards.gpus import gpus as installed_gpus
 
 RESTARTS = 3
@@ -43,6 +44,7 @@ class Server:
     port: int
     options: Sequence[str]
     log: Path
+    token: str | None = None
     process: subprocess.Popen[bytes] | None = None
     restarts: int = 0
     start_at: float = 0.0
@@ -61,10 +63,15 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": self.gpu, "PYTHONUNBUFFERED": "1"},
+                env=self.environment(),
                 start_new_session=True,  # Ctrl+C reaches the launcher alone, which then stops the servers in order
                 preexec_fn=die_with_parent(),
             )
+
+    def environment(self) -> dict[str, str]:
+        """This process's, with the server's GPU and token."""
+        own = {"CUDA_VISIBLE_DEVICES": self.gpu, "PYTHONUNBUFFERED": "1"} | ({"REWARD_TOKEN": self.token} if self.token else {})
+        return dict(os.environ) | own
 
     def healthy(self) -> bool:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
@@ -108,7 +115,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--port", type=int, default=8000, help="of the first server; the others take the next ones (default: %(default)s)")
     p.add_argument(
-        "--gpu-ids", default="4,5,6,7", help="one server each; on a machine without GPUs the ids only name the logs (default: %(default)s)"
+        "--gpu-ids",
+        default="4,5,6,7",
+        help="numbers, UUIDs or all, one server each; on a machine without GPUs the ids only name the logs (default: %(default)s)",
     )
     p.add_argument("--log-dir", type=Path, default=Path("logs"), help="default: %(default)s")
     p.add_argument("--ready-timeout", type=float, default=900.0, help="seconds in which the models must load (default: %(default)s)")
@@ -117,20 +126,41 @@ def parser() -> argparse.ArgumentParser:
 
 def plan(args: argparse.Namespace, extra: Sequence[str]) -> list[Server]:
     """The servers to start. Raises ValueError for whatever can be known to be wrong before the first one is."""
-    gpus = [gpu.strip() for gpu in args.gpu_ids.split(",")]
-    if not all(gpu.isalnum() for gpu in gpus) or len(set(gpus)) != len(gpus):
-        raise ValueError(f"--gpu-ids is {args.gpu_ids!r}; expected different ids with commas between them, e.g. 4,5,6,7")
-    check_ids(gpus, installed_gpus(), option="--gpu-ids")
+    gpus = chosen_ids(args.gpu_ids, installed_gpus(), option="--gpu-ids")
     if not 1 <= args.port <= 65536 - len(gpus):
         raise ValueError(f"--port is {args.port}; {len(gpus)} servers need ports from 1 to 65535")
-    options = [*(["--vlm-model-path", args.vlm_model_path] if args.vlm_model_path else []), *extra]
-    reward_server.check_arguments(reward_server.parser().parse_args(["--host", args.host, "--port", str(args.port), *options]))
-    logs = [args.log_dir / f"reward_server_gpu_{gpu}.log" for gpu in gpus]
-    servers = [Server(gpu, args.host, args.port + i, options, log) for i, (gpu, log) in enumerate(zip(gpus, logs))]
+    options, token = _server_options(args, extra)
+    logs = [args.log_dir / f"reward_server_gpu_{gpu.replace('/', '_')}.log" for gpu in gpus]
+    if folder := next((log for log in logs if log.is_dir()), None):
+        raise ValueError(f"--log-dir {args.log_dir}: {folder} is a folder, and would be the log of a server; move it away")
+    servers = [Server(gpu, args.host, args.port + i, options, log, token=token) for i, (gpu, log) in enumerate(zip(gpus, logs))]
     with ExitStack() as taken:  # all ports at once, then free them for the servers
         for server in servers:
             taken.enter_context(reward_server.bind(server.host, server.port))
     return servers
+
+
+def _server_options(args: argparse.Namespace, extra: Sequence[str]) -> tuple[list[str], str | None]:
+    """The command-line options of every server, and its token, which goes through the environment: `ps` shows options to everybody."""
+    options = [*(["--vlm-model-path", args.vlm_model_path] if args.vlm_model_path else []), *extra]
+    for option in ("--host", "--port", "--ready-file"):
+        if any(word.partition("=")[0] == option for word in extra):
+            raise ValueError(f"{option} stands after `--`, where every server would get it; give --host and --port before `--`")
+    parsed = reward_server.parser().parse_args(["--host", args.host, "--port", str(args.port), *options])
+    reward_server.check_arguments(parsed)
+    shown = [i for i, word in enumerate(options) if word.partition("=")[0] == "--token"]
+    hidden = {i for i in shown} | {i + 1 for i in shown if "=" not in options[i]}
+    return [word for i, word in enumerate(options) if i not in hidden], parsed.token
+
+
+def hold_logs(servers: Sequence[Server], held: ExitStack) -> None:
+    """Lock the servers' logs for this launcher. Raises ValueError where another one writes them."""
+    for server in servers:
+        file = held.enter_context(server.log.open("ab"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{server.log} is the log of another launcher that is running; give this one another --log-dir") from error
 
 
 def wait_ready(servers: Sequence[Server], *, timeout: float, stopped: Callable[[], bool]) -> None:
@@ -212,19 +242,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     args = parser().parse_args(words[:cut])
-    try:
-        servers = plan(args, words[cut + 1 :])
-        if not installed_gpus():
-            print(f"This machine has no NVIDIA GPU: the servers compute on the CPU, --gpu-ids {args.gpu_ids} only names their logs.")
-        args.log_dir.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        run(servers, timeout=args.ready_timeout)
-    except LaunchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with ExitStack() as held:
+        try:
+            servers = plan(args, words[cut + 1 :])
+            if not installed_gpus():
+                print(f"This machine has no NVIDIA GPU: the servers compute on the CPU, --gpu-ids {args.gpu_ids} only names their logs.")
+            args.log_dir.mkdir(parents=True, exist_ok=True)
+            hold_logs(servers, held)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        try:
+            run(servers, timeout=args.ready_timeout)
+        except LaunchError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     print("All servers are stopped.", flush=True)
     return 0
 

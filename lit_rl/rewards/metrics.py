@@ -20,7 +20,7 @@ class Metrics:
         self.registry = r = CollectorRegistry()
         self.requests = Counter("reward_requests", "Requests answered", ["route", "status"], registry=r)
         self.request_seconds = Histogram("reward_request_seconds", "Time to the answer", ["route"], buckets=_SECONDS, registry=r)
-        self.queue_images = Gauge("reward_queue_images", "Images admitted and not yet answered, those still uploading included", registry=r)
+        self.queue_images = Gauge("reward_queue_images", "Images received and not yet answered", registry=r)
         self.batch_size = Histogram(
             "reward_batch_size", "Images per call of the scorers", buckets=(1, 2, 4, 8, 16, 32, 64, 128), registry=r
         )

@@ -42,7 +42,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-body-mb", type=int, default=64, help="largest request in MiB (default: %(default)s)")
     p.add_argument("--max-pixels", type=int, default=2048**2, help="largest image (default: %(default)s)")
     p.add_argument("--body-seconds", type=float, default=10.0, help="time in which a body must arrive (default: %(default)s)")
-    p.add_argument("--token", default=os.environ.get("REWARD_TOKEN"), help="wanted as `Authorization: Bearer` (default: $REWARD_TOKEN)")
+    p.add_argument(
+        "--token",
+        default=os.environ.get("REWARD_TOKEN"),
+        help="wanted as `Authorization: Bearer` (default: $REWARD_TOKEN, which `ps` does not show to others)",
+    )
     p.add_argument("--no-auth", action="store_true", help="listen beyond loopback without a token")
     p.add_argument("--ready-file", type=Path, help="file that receives the server's URL once it is ready")
     return p

@@ -69,7 +69,8 @@ def guard(metrics: Metrics, *, token: str | None) -> Any:
 
 def _check_token(request: web.Request, token: str) -> None:
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), token.encode()):
+    sent = given.encode("utf-8", "surrogateescape")  # header bytes above 127 arrive as lone surrogates
+    if scheme.lower() != "bearer" or not hmac.compare_digest(sent, token.encode()):
         raise ApiError(401, "unauthorized", "send `Authorization: Bearer <token>` with the token this server was started with")
 
 
@@ -83,8 +84,11 @@ def _envelope(request: web.Request, error: ApiError) -> web.Response:
     return response
 
 
-async def read_body(request: web.Request, *, limit: int, seconds: float) -> bytearray:
-    """The body, copied once. 413 above `limit` bytes (before reading when the length is announced), 408 when `seconds` run out."""
+async def read_body(request: web.Request, *, limit: int, seconds: float, reserve: Callable[[int], None]) -> bytearray:
+    """The body, copied once. 413 above `limit` bytes (before reading when the length is announced), 408 when `seconds` run out.
+
+    reserve: told of the bytes of each piece as it arrives, and raises where there is no room for them.
+    """
     announced = request.content_length
     too_large = ApiError(413, "too_large", f"the body is larger than {limit} bytes; send fewer images per request")
     if announced is not None and announced > limit:
@@ -95,6 +99,7 @@ async def read_body(request: web.Request, *, limit: int, seconds: float) -> byte
             async for chunk in request.content.iter_any():
                 if end + len(chunk) > limit:
                     raise too_large
+                reserve(len(chunk))
                 body[end : end + len(chunk)] = chunk
                 end += len(chunk)
     except TimeoutError as error:

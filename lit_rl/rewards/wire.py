@@ -93,7 +93,7 @@ def decode_answer(body: bytes | str, count: int) -> tuple[list[dict[str, float] 
     Raises WireError unless it is JSON of the documented shape with `count` entries.
     """
     try:
-        answer = json.loads(body)
+        answer = json.loads(body, parse_int=float)  # Python refuses to read a whole number of thousands of digits
         scores, errors = answer["scores"], answer["errors"]
         rows = [None if row is None else {k: _number(v) for k, v in row.items() if not isinstance(v, str)} for row in scores]
         reasons = {int(i): f"{e['code']}: {e['message']}" for i, e in errors.items()}
@@ -114,9 +114,9 @@ def is_text(value: Any) -> bool:
 def _number(value: Any) -> float:
     if value is None:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not isinstance(value, float):
         raise TypeError(f"a score must be a number or null, got {value!r}")
-    return float(value)
+    return value if math.isfinite(value) else math.nan
 
 
 def _stack(name: str, rows: np.ndarray | Sequence[np.ndarray], *, dims: int) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from lit_rl.rewards.answers import TooMuch, read_answer, retry_after
 from lit_rl.rollouts.base import RolloutError
 from lit_rl.rollouts.dialects import Unreadable, Unusable
 
@@ -22,6 +23,8 @@ T = TypeVar("T")
 
 PASSING = {408, 429, 502, 503, 504}
 """Statuses worth the same request again until the deadline."""
+MAX_ANSWER = 256 << 20
+"""Bytes of one answer: a million tokens with their log-probabilities have about 100 MiB."""
 
 
 class Again(Exception):
@@ -66,8 +69,8 @@ class Connection:
         import aiohttp
 
         token = os.environ.get(self.token_env)
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=self.concurrency), headers=headers)
+        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=self.concurrency), headers=headers, auto_decompress=False)
 
     async def _all(self, calls: Sequence[Call[T]]) -> list[T]:
         gate = asyncio.Semaphore(self.concurrency)  # a deadline counts from when a request may go out
@@ -149,7 +152,10 @@ async def _send(session: aiohttp.ClientSession, url: str, call: Call[T], seconds
     method = "GET" if call.body is None else "POST"
     try:
         async with session.request(method, url + call.route, json=call.body, timeout=limit, allow_redirects=False) as response:
-            status, text, after = response.status, await response.read(), response.headers.get("Retry-After")
+            status, text = response.status, await read_answer(response, MAX_ANSWER)
+            wait = retry_after(response.headers.get("Retry-After"))
+    except TooMuch as error:
+        raise _NoAnswer(f"{where}: {error}", tries=3) from error
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         why = f"no answer in engine.timeout_s={seconds:.3g}" if isinstance(error, TimeoutError) else f"{type(error).__name__} {error}"
         raise _NoAnswer(f"{where}: {why}") from error
@@ -160,7 +166,7 @@ async def _send(session: aiohttp.ClientSession, url: str, call: Call[T], seconds
         raise _NoAnswer(
             f"{where}: status {status} {said}",
             tries=math.inf if status in PASSING else 2 if status == 500 else 1,
-            retry_after_s=float(after) if after and re.fullmatch(r"\d+(\.\d+)?", after) else 0.0,  # of a date the back-off takes care
+            retry_after_s=wait,
         )
     try:
         return call.read(_parsed(text))
@@ -185,7 +191,7 @@ async def _health(session: aiohttp.ClientSession, url: str) -> str:
     import aiohttp
 
     try:
-        async with session.get(f"{url}/health", timeout=aiohttp.ClientTimeout(total=5.0)) as response:
+        async with session.get(f"{url}/health", timeout=aiohttp.ClientTimeout(total=5.0), allow_redirects=False) as response:
             return "" if response.status == 200 else f"status {response.status}"
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         return f"{type(error).__name__} {error}"

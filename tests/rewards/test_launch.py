@@ -131,6 +131,11 @@ def test_one_taken_port_starts_nothing(tmp_path: Path) -> None:
         (["--vlm-model-path", "/nowhere/qwen"], [], "does not exist: /nowhere/qwen"),
         (["--host", "0.0.0.0"], [], "REWARD_TOKEN"),
         ([], ["--scorers", "orc"], "no scorer 'orc'"),
+        (["--gpu-ids", "abc"], [], "--gpu-ids is 'abc'; expected different ids"),
+        (["--gpu-ids", "all"], [], "no NVIDIA GPU"),
+        ([], ["--port", "9000"], "--port stands after `--`"),
+        ([], ["--port=9000"], "--port stands after `--`"),
+        ([], ["--host", "::1"], "--host stands after `--`"),
     ],
 )
 def test_wrong_arguments_are_one_sentence_before_anything_starts(
@@ -149,6 +154,36 @@ def test_gpus_that_are_not_there_are_refused_before_anything_starts(monkeypatch:
     with pytest.raises(ValueError, match="--gpu-ids 1,4,5: this machine has no GPU 4, 5, it has 0, 1, 2; give --gpu-ids 0,1,2"):
         plan(parser().parse_args(["--gpu-ids", "1,4,5"]), [])
     assert len(plan(parser().parse_args(["--port", str(free_ports(2)), "--gpu-ids", "1,2"]), [])) == 2
+
+
+def test_gpus_are_named_by_number_by_uuid_or_all_together() -> None:
+    found = [Gpu(0, "a", 1, 0, 9.0), Gpu(1, "b", 1, 0, 9.0)]
+    assert chosen_ids("all", found, option="--gpu-ids") == ["0", "1"]
+    uuids = "GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77,MIG-GPU-5d5ba0d6/1/0"
+    assert chosen_ids(uuids, found, option="--gpu-ids") == uuids.split(",")
+    assert chosen_ids("1, 0,", found, option="--gpu-ids") == ["1", "0"]
+
+
+@pytest.mark.parametrize("options", [["--token", "secret"], ["--token=secret"]])
+def test_a_token_reaches_the_servers_unseen(options: list[str]) -> None:
+    args = parser().parse_args(["--port", str(free_ports(1)), "--gpu-ids", "0", "--host", "0.0.0.0"])
+    server = plan(args, ["--scorers", "jpeg", *options])[0]
+    assert server.options == ["--scorers", "jpeg"] and server.environment()["REWARD_TOKEN"] == "secret"
+
+
+def test_a_log_that_is_a_folder_or_another_launchers_is_refused(tmp_path: Path) -> None:
+    args = parser().parse_args(["--port", str(free_ports(1)), "--gpu-ids", "0", "--log-dir", str(tmp_path)])
+    servers = plan(args, [])
+    with ExitStack() as first, ExitStack() as second:
+        hold_logs(servers, first)
+        with pytest.raises(ValueError, match="another --log-dir"):
+            hold_logs(servers, second)
+    with ExitStack() as third:
+        hold_logs(servers, third)
+    (tmp_path / "reward_server_gpu_0.log").unlink()
+    (tmp_path / "reward_server_gpu_0.log").mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        plan(args, [])
 
 
 def test_the_documented_line_on_all_interfaces() -> None:
