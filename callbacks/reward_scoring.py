@@ -80,10 +80,8 @@ class RewardScoring(Callback, Scorer):
             log.info("RewardScoring has no weights, so these hold: %s", self._weights)
         problem: Exception | None = None
         try:
-            rows = getattr(getattr(trainer, "datamodule", None), "rows_to_score", None)
+            self.check(getattr(trainer, "datamodule", None), stage)
             for reward in self._rewards.values():
-                if rows is not None and type(reward).check is not Reward.check:  # reading all rows takes time
-                    reward.check(rows(stage))
                 reward.setup(rank=trainer.global_rank, world_size=trainer.world_size, device=str(trainer.strategy.root_device))
         except Exception as error:  # re-raised below, after the other ranks know
             problem = error
@@ -91,6 +89,14 @@ class RewardScoring(Callback, Scorer):
         if failed.any():
             message = self._told_by(int(failed.argmax()), str(problem))
             raise problem or ConfigError(message)
+
+    def check(self, datamodule: Any, stage: str) -> None:
+        """Have the rewards look at the rows that they will score. Raises ConfigError; scores that count nothing may be missing."""
+        rows = getattr(datamodule, "rows_to_score", None)
+        for label, reward in self._rewards.items():
+            counts = any(self._weights.get(name, 1) for name in self._names.get(label, [""]))
+            if rows is not None and counts and type(reward).check is not Reward.check:  # reading all rows takes time
+                reward.check(rows(stage))
 
     def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Any) -> None:
         """Have the module log `metrics`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
 
@@ -43,22 +44,33 @@ class PromptFiles(PromptDataModule):
             folder = Path(train)
             train = str(_split_file(folder, "train"))
             val = val or str(_split_file(folder, "test", "val"))
-        splits = [read_prompts(Path(p), prompt_key=prompt_key) if p else [] for p in (train, val, predict)]
-        super().__init__(splits[0][:max_train], splits[1][:max_val], splits[2], eval_batch_size=eval_batch_size, shuffle=shuffle, seed=seed)
+        splits = [_placed_prompts(Path(p), prompt_key=prompt_key) if p else {} for p in (train, val, predict)]
+        rows = [list(split.values()) for split in splits]
+        super().__init__(rows[0][:max_train], rows[1][:max_val], rows[2], eval_batch_size=eval_batch_size, shuffle=shuffle, seed=seed)
+        self._places = [list(split) for split in splits[:2]]
+
+    def rows_to_score(self, stage: str) -> Iterator[Info]:
+        """As of the parent, each row with its file and line as `where`."""
+        for places, rows in zip(self._places, (self.train_prompts if stage == "fit" else (), self.held_out), strict=True):
+            yield from ({**row, "where": place} for place, row in zip(places, rows, strict=False))  # max_train cuts the rows
 
 
 def read_prompts(path: Path, *, prompt_key: str = "prompt") -> list[Info]:
     """The prompts of a .txt or .jsonl file, in order; raises ValueError with file and line for the first row that is not one."""
+    return list(_placed_prompts(path, prompt_key=prompt_key).values())
+
+
+def _placed_prompts(path: Path, *, prompt_key: str) -> dict[str, Info]:
+    """The same by file and line."""
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder")
     if path.suffix not in SUFFIXES or path.is_dir():
         raise ConfigError(f"{path}: prompts are read from {' or '.join(SUFFIXES)} files")
-    rows: list[Info] = []
+    rows: dict[str, Info] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):  # splitlines() would cut at U+2028
         if line.strip():
-            rows.append(
-                _row(line, f"{path}:{number}", prompt_key) if path.suffix == ".jsonl" else MappingProxyType({"prompt": line.strip()})
-            )
+            where = f"{path}:{number}"
+            rows[where] = _row(line, where, prompt_key) if path.suffix == ".jsonl" else MappingProxyType({"prompt": line.strip()})
     if not rows:
         raise ConfigError(f"{path}: holds no prompts")
     return rows

@@ -78,6 +78,15 @@ def test_folder_with_both_splits(tmp_path: Path) -> None:
         PromptFiles(str(tmp_path))
 
 
+def test_rows_to_score_say_where_they_stand(tmp_path: Path) -> None:
+    train, val = write(tmp_path / "train.txt", "a", "", "b", "c"), write(tmp_path / "val.jsonl", '{"prompt": "d", "target": "D"}')
+    data = PromptFiles(train, val, max_train=2)
+    rows = [{"prompt": "a", "where": f"{train}:1"}, {"prompt": "b", "where": f"{train}:3"}]
+    held_out = [{"prompt": "d", "target": "D", "where": f"{val}:1"}]
+    assert list(data.rows_to_score("fit")) == rows + held_out and list(data.rows_to_score("validate")) == held_out
+    assert "where" not in data.train_prompts[0]
+
+
 @given(n=st.integers(1, 9), count=st.integers(1, 7), seed=st.integers(0, 3))
 def test_every_prompt_comes_once_before_any_comes_again(tmp_path_factory: Any, n: int, count: int, seed: int) -> None:
     path = tmp_path_factory.mktemp("prompts") / "p.txt"

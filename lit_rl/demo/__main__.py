@@ -34,6 +34,9 @@ QUIET = {  # two processes on two cores, one thread each; no bars for the files 
     "PYTHONWARNINGS": "ignore",
 }
 
+LINES = ("--scorers", "ocr", "--scorer-args", '{"ocr": {"detect": false}}')
+"""The pictures are one line of text each."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -85,7 +88,7 @@ def say(message: str) -> None:
 def reward_server(folder: Path) -> Iterator[str]:
     """The URL of an OCR server of its own process on a free port; it is stopped when the block ends, however it ends."""
     ready, log = folder / "reward_server.url", folder / "reward_server.log"
-    command = [sys.executable, "-m", "lit_rl.rewards.server", "--scorers", "ocr", "--port", "0", "--ready-file", str(ready)]
+    command = [sys.executable, "-m", "lit_rl.rewards.server", "--port", "0", "--ready-file", str(ready), *LINES]
     with open(log, "wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:

@@ -129,13 +129,15 @@ class Run:
         for key, path in self._paths().items():
             if path not in told:
                 yield from models.check_path(key, path)
-        yield from self._data()
+        data, problems = self._try("data", L.LightningDataModule, self.config.data)
+        yield from problems
+        yield from _data(data)
         callbacks: list[L.Callback] = []
         for number, value in enumerate(self.config.trainer.callbacks or []):
             callback, problems = self._try(f"trainer.callbacks[{number}]", L.Callback, value)
             callbacks += [callback] if callback is not None else []
             yield from problems
-        yield from self._rewards(callbacks)
+        yield from self._rewards(callbacks, data)
         yield from self._outputs(method, callbacks)
 
     def _try(self, about: str, kind: type, value: Namespace) -> tuple[Any, list[Finding]]:
@@ -148,24 +150,17 @@ class Run:
         callbacks = [value.as_dict() for value in self.config.trainer.callbacks or []]
         return dict(paths(self.config.model.as_dict(), "model")) | dict(paths(callbacks, "trainer.callbacks"))
 
-    def _data(self) -> Iterator[Finding]:
-        data, problems = self._try("data", L.LightningDataModule, self.config.data)
-        yield from problems
-        if data is not None:
-            counts = [f"{len(getattr(data, name))} {what}" for name, what in COUNTED.items() if hasattr(data, name)]
-            yield ok("data", f"{type(data).__name__}: {', '.join(counts) or 'can be built'}")
-        if callable(look := getattr(data, "unreadable", None)):  # images, of which training reads each when it needs it
-            broken = look()
-            yield from (problem("data", text) for text in broken[:SHOWN])
-            if len(broken) > SHOWN:
-                yield problem("data", f"{len(broken) - SHOWN} more images cannot be read")
-
-    def _rewards(self, callbacks: Sequence[L.Callback]) -> Iterator[Finding]:
+    def _rewards(self, callbacks: Sequence[L.Callback], data: L.LightningDataModule | None) -> Iterator[Finding]:
         scoring = [callback for callback in callbacks if isinstance(callback, RewardScoring)]
         over_http = {label: r for callback in scoring for label, r in callback.rewards.items() if isinstance(r, HTTPReward)}
         if os.environ.get(DEBUG_VARIABLE, "").lower() in ("1", "true", "yes", "on"):
             yield warning("rewards", f"{DEBUG_VARIABLE} is set: no reward is asked, scores are pseudo-random; unset it for a real run")
             return
+        for callback in scoring:
+            try:
+                callback.check(data, "fit")
+            except ConfigError as error:
+                yield problem("rewards", str(error))
         for label, reward in over_http.items():
             yield from servers.of_reward(reward, label, processes=self.processes())
 
@@ -195,6 +190,17 @@ class Run:
         """How often it writes."""
         every = writer.every_n_epochs if isinstance(writer, Export) else writer._every_n_epochs
         return max(1, (self.config.trainer.max_epochs or 0) // max(1, every or 1))
+
+
+def _data(data: L.LightningDataModule | None) -> Iterator[Finding]:
+    if data is not None:
+        counts = [f"{len(getattr(data, name))} {what}" for name, what in COUNTED.items() if hasattr(data, name)]
+        yield ok("data", f"{type(data).__name__}: {', '.join(counts) or 'can be built'}")
+    if callable(look := getattr(data, "unreadable", None)):  # images, of which training reads each when it needs it
+        broken = look()
+        yield from (problem("data", text) for text in broken[:SHOWN])
+        if len(broken) > SHOWN:
+            yield problem("data", f"{len(broken) - SHOWN} more images cannot be read")
 
 
 COUNTED = {"train_prompts": "prompts to train on", "held_out": "held out"}

@@ -21,18 +21,21 @@ from lit_rl.rewards.server import bind
 if TYPE_CHECKING:
     from lit_rl.rewards.client import HTTPReward
 
-WORD, SIDE = "HELLO", 256
+WORD, SIDE = "HELLO", 512
 INFO = {"prompt": f'The text is "{WORD}".', "target": WORD}
 LOADING_SECONDS, SCORE_SECONDS = 2.0, 60.0
 NAMES = ("REWARD_SERVER_URLS", "REWARD_SERVER_HOST", "REWARD_SERVER_PORT")
 
 
 def picture() -> Any:
-    """The word in black on white."""
+    """The word on a sign in a scene, where OCR finds it only if it looks for lines of text."""
     from PIL import Image, ImageDraw, ImageFont
 
-    image = Image.new("RGB", (SIDE, SIDE), "white")
-    ImageDraw.Draw(image).text((SIDE // 2, SIDE // 2), WORD, fill="black", font=ImageFont.load_default(56), anchor="mm")
+    image = Image.linear_gradient("L").rotate(180).resize((SIDE, SIDE)).convert("RGB")
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((360, 30, 480, 150), fill=(200, 40, 40))
+    draw.rectangle((60, 280, 320, 380), fill="white", outline="black", width=4)
+    draw.text((190, 330), WORD, fill="black", font=ImageFont.load_default(56), anchor="mm")
     return image
 
 
@@ -132,7 +135,8 @@ def _judge(url: str, scores: dict[str, float], *, why: str = "") -> Finding:
     if missing or not scores:
         return problem(about, f"gave no {' and no '.join(missing) or 'score'} for a picture of {WORD!r}: {why or 'see its log'}")
     if scores.get("ocr_similarity", 1.0) < 0.5:
-        return warning(about, f"{said} for a clear picture of {WORD!r}: its OCR does not read; see its log")
+        cure = "with `detect: false` it reads pictures and masks of one line only, which is right for nothing else; or see its log"
+        return warning(about, f"{said} for a sign with {WORD!r} in a scene, which its OCR does not find: {cure}")
     return ok(about, f"{said} for a picture of {WORD!r}")
 
 

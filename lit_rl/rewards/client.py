@@ -12,7 +12,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,7 @@ from lit_rl.rewards.answers import TooMuch, read_answer, retry_after
 from lit_rl.rewards.base import Reward, RewardError
 from lit_rl.rewards.breaker import Breaker, ServerDown
 from lit_rl.rewards.masks import mask_of
+from lit_rl.rewards.quotes import check_targets, find_target
 from lit_rl.rewards.wire import CONTENT_TYPE, WireError, decode_answer, encode_batch
 from lit_rl.types import Info
 
@@ -52,7 +53,8 @@ class HTTPReward(Reward):
 
     Retried until the deadline: connection errors, timeouts, 408, 429 (waiting as Retry-After says), 502-504. A body that is no answer
     is retried twice, 500 once, other statuses never. What remains without a score is NaN, counted in `counters()`, and explained in
-    `last_error`. `target` and `mask` of a prompt go with the image where there are any. docs/rewards.md has the protocol.
+    `last_error`. The wanted text (`quotes.find_target`) and `mask` of a
+    prompt go with the image where there are any. docs/rewards.md has the protocol.
 
     Args:
         urls: `http://host:port`, bare `host:port`, or a range of ports `host:8000-8003`, several in a list or after commas. Default: what
@@ -115,6 +117,10 @@ class HTTPReward(Reward):
         self.own = servers_of_rank(self.urls, rank=0, world_size=1, mapping="auto")
 
     # -- the trainer's side
+
+    def check(self, rows: Iterable[Info]) -> None:
+        if "ocr_similarity" in self.fields.values():
+            check_targets(rows)
 
     def setup(self, *, rank: int, world_size: int, device: str) -> None:
         """Pick this rank's servers and wait until they are ready. Raises ConfigError naming one that does not, or lacks `outputs`."""
@@ -280,7 +286,7 @@ class HTTPReward(Reward):
 
     async def _encode(self, images: np.ndarray, info: Sequence[Info]) -> _Request:
         prompts = [str(row["prompt"]) for row in info]
-        targets = [row.get("target") for row in info]
+        targets = [find_target(row) for row in info]
         masks = await asyncio.to_thread(_masks, images, info)
         if self.route == "single":
             extra = {"target": targets[0]} if targets[0] is not None else {}

@@ -1,56 +1,26 @@
-"""Does the image show the text that the prompt asks for? PP-OCRv6 on the CPU; the models come inside the rapidocr wheel."""
+"""Does the image show the text that the prompt asks for?"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import Reward
+from lit_rl.rewards.lettering import How, normalize, similarity
 from lit_rl.rewards.masks import look_through, mask_of
+from lit_rl.rewards.ocr_engine import Reading, line_reader, scene_reader
+from lit_rl.rewards.quotes import check_targets, find_target
 from lit_rl.types import Info
 
-Reading = tuple[str, float]
-"""What was read, and the mean confidence in [0, 1] ("" and 0.0 on a blank image)."""
+__all__ = ["OCRReward", "Reading", "find_target", "normalize", "similarity", "trim"]
 
-_DOUBLE = re.compile(r'["“]([^"“”]*)["”]')
-_SINGLE = re.compile(r"(?<!\w)'(.+?)'(?!\w)")
-
-
-def find_target(info: Info) -> str | None:
-    """The text to show: `info["target"]`, else in the prompt's first double quotes, else in its first single ones, else `info["text"]`.
-
-    An apostrophe is not a quote: `The text is 'don't panic'` gives `don't panic`. None when there is no text, or only white space.
-    """
-    if str(info.get("target") or "").strip():
-        return str(info["target"])
-    prompt = str(info["prompt"])
-    quoted = _DOUBLE.search(prompt) or _SINGLE.search(prompt)
-    text = quoted.group(1) if quoted else info.get("text")
-    return str(text) if text and str(text).strip() else None
-
-
-def normalize(text: str, how: Literal["compact", "exact"]) -> str:
-    """`compact`: lower case without white space, as Flow-GRPO compares; `exact`: only surrounding white space is dropped."""
-    return "".join(text.lower().split()) if how == "compact" else text.strip()
-
-
-def similarity(read: str, target: str, *, how: Literal["compact", "exact"] = "compact", anywhere: bool = False) -> float:
-    """max(0, 1 - Levenshtein(read, target) / len(target)), in [0, 1] (Flow-GRPO, arXiv 2505.05470, section 4).
-
-    anywhere: a reading that contains the target counts 1, as in the authors' code. Off by default: it pays for writing more.
-    """
-    from rapidfuzz.distance import Levenshtein
-
-    got, want = normalize(read, how), normalize(target, how)
-    if anywhere and want in got:
-        return 1.0
-    return max(0.0, 1.0 - Levenshtein.distance(got, want) / len(want))
+LINE_HEIGHT = 32
+"""Pixels of the shorter side below which `detect: auto` takes a picture, or what a mask shows of it, as one line."""
 
 
 def trim(image: np.ndarray, *, threshold: int = 48, margin: int = 2) -> np.ndarray:
@@ -66,17 +36,17 @@ class OCRReward(Reward):
     """`ocr_similarity` in [0, 1] (NaN when the prompt names no text) and `ocr_confidence` in [0, 1].
 
     Args:
-        detect: find the lines of text first (0.15-0.5 s an image). Off: what is read is taken as one line (20-50 ms), which is right for
-            rendered words and for inpainting.
-        trim: without `detect`, crop to the ink before reading. Words of 2-5 letters in three fonts, canvases 16-64 pixels high: all
-            clean or blurred ones were read (without: 56-100 %); no difference under heavy noise.
-        compare: `compact` ignores case and white space, `exact` does not.
+        detect: `true` finds the lines of text first and reads them from top to bottom and from left to right, as pictures need it.
+            `false` reads the whole as one line, twenty times as fast: for miniatures, and for masks that hold one line. `auto` is `false`
+            for what is less than 32 pixels high or wide, `true` otherwise.
+        trim: where nothing is detected, crop to the ink before reading; small letters on a large canvas are lost otherwise.
+        compare: `compact` ignores case and white space, `exact` does not; see `lettering.fold` for what neither distinguishes.
         anywhere: a reading that contains the target counts as exact.
-        detect_side: shorter side in pixels to which `detect` enlarges an image.
+        detect_side: shorter side in pixels to which detection enlarges an image.
         threads: of ONNX Runtime. One per process is the fastest choice beside a training run.
 
     With `info["mask"]`, Tensor or array "H W", only the part of the image where it is above 0 is read; what stands elsewhere does not
-    count. Images are read one by one, so a score does not depend on its batch. Text is read reliably from a cap height of 7 pixels on.
+    count. Images are read one by one, so a score does not depend on its batch.
     """
 
     outputs = ("ocr_similarity", "ocr_confidence")
@@ -84,32 +54,45 @@ class OCRReward(Reward):
     def __init__(
         self,
         *,
-        detect: bool = False,
+        detect: bool | Literal["auto"] = "auto",
         trim: bool = True,
-        compare: Literal["compact", "exact"] = "compact",
+        compare: How = "compact",
         anywhere: bool = False,
         detect_side: int = 512,
         threads: int = 1,
     ) -> None:
         if compare not in ("compact", "exact"):
-            raise ValueError(f"compare={compare!r}; choose `compact` or `exact`")
-        self.detect = detect
+            raise ConfigError(f"compare={compare!r}; choose `compact` or `exact`")
+        if detect not in (True, False, "auto"):
+            raise ConfigError(f"detect={detect!r}; choose true, false or `auto`")
+        self.detect: bool | Literal["auto"] = detect
         self.trim = trim
-        self.compare: Literal["compact", "exact"] = compare
+        self.compare: How = compare
         self.anywhere = anywhere
         self.detect_side = detect_side
         self.threads = threads
-        self._engine: Callable[[np.ndarray], Reading] | None = None
+        self._line: Callable[[np.ndarray], Reading] | None = None
+        self._scene: Callable[[np.ndarray], Reading] | None = None
+
+    def check(self, rows: Iterable[Info]) -> None:
+        check_targets(rows)
 
     def setup(self, *, rank: int = 0, world_size: int = 1, device: str = "cpu") -> None:
-        if self._engine is None:
-            self._engine = _detector(self.detect_side, self.threads) if self.detect else _recognizer(self.threads)
+        if self.detect is not True and self._line is None:
+            self._line = line_reader(self.threads)
+        if self.detect is not False and self._scene is None:
+            self._scene = scene_reader(self.detect_side, self.threads)
 
     def read(self, images: Sequence[np.ndarray]) -> list[Reading]:
         """RGB images uint8 [H, W, 3] of any sizes -> text and confidence of each."""
         self.setup()
-        assert self._engine is not None
-        return [self._engine(np.ascontiguousarray((trim(i) if self.trim and not self.detect else i)[..., ::-1])) for i in images]
+        return [self._read(image) for image in images]
+
+    def _read(self, image: np.ndarray) -> Reading:
+        if self._scene is not None and (self._line is None or min(image.shape[:2]) >= LINE_HEIGHT):
+            return self._scene(image)
+        assert self._line is not None
+        return self._line(trim(image) if self.trim else image)
 
     def grade(self, readings: Sequence[Reading], info: Sequence[Info]) -> dict[str, Tensor]:
         """Compare what was read with what each prompt asks for."""
@@ -131,49 +114,3 @@ class OCRReward(Reward):
 def _visible(image: np.ndarray, info: Info) -> np.ndarray:
     mask = mask_of(info, *image.shape[:2])
     return image if mask is None else look_through(image, mask)
-
-
-def _recognizer(threads: int) -> Callable[[np.ndarray], Reading]:
-    """The recognition model alone; it resizes a line of any height to 48 pixels itself (enlarging before that only loses accuracy)."""
-    engine = _engine(threads, {"Global.use_det": False})
-
-    def read(image: np.ndarray) -> Reading:
-        line = engine(image)
-        return line.txts[0], float(line.scores[0])
-
-    read(np.zeros((48, 48, 3), np.uint8))  # loads the model
-    return read
-
-
-def _detector(side: int, threads: int) -> Callable[[np.ndarray], Reading]:
-    """Detection and recognition; lines from top to bottom joined by spaces. No angle classifier: it turns small text upside down."""
-    engine = _engine(threads, {"Det.limit_side_len": side})
-
-    def read(image: np.ndarray) -> Reading:
-        lines = engine(image)
-        if not lines.txts:
-            return "", 0.0
-        return " ".join(lines.txts), float(np.mean(lines.scores))
-
-    read(np.zeros((48, 48, 3), np.uint8))  # loads the detector; the recogniser follows with the first text
-    return read
-
-
-def _engine(threads: int, options: Mapping[str, Any]) -> Callable[[np.ndarray], Any]:
-    """PP-OCRv6 from the files of the wheel: named by path, they are neither looked for elsewhere nor downloaded."""
-    import rapidocr
-
-    models = Path(rapidocr.__file__).parent / "models"
-    return rapidocr.RapidOCR(
-        params={
-            "Global.use_cls": False,
-            "Global.use_preprocess_img": False,
-            "Global.log_level": "error",  # it warns of every picture without text
-            "EngineConfig.onnxruntime.intra_op_num_threads": threads,
-            "EngineConfig.onnxruntime.inter_op_num_threads": threads,
-            "Det.model_path": str(models / "PP-OCRv6_det_small.onnx"),
-            "Rec.model_path": str(models / "PP-OCRv6_rec_small.onnx"),
-            "Rec.rec_batch_num": 1,
-            **options,
-        }
-    )

@@ -35,7 +35,12 @@ def parser() -> argparse.ArgumentParser:
         "--scorers", help="comma list of ocr, vlm, clip, pickscore, jpeg, pseudo, or dotted paths (default: ocr; with a VLM: ocr,vlm)"
     )
     p.add_argument("--vlm-model-path", help="folder of a Qwen2.5-VL model")
-    p.add_argument("--scorer-args", type=json.loads, default={}, help="""JSON of constructor options, e.g. '{"ocr": {"detect": true}}'""")
+    p.add_argument(
+        "--scorer-args",
+        type=json.loads,
+        default={},
+        help="""JSON of constructor options, e.g. '{"ocr": {"detect": false}}' for pictures or masks that hold one line of text (faster)""",
+    )
     p.add_argument("--device", help="where models run (default: cuda if there is one, else cpu)")
     p.add_argument("--max-batch", type=int, default=32, help="images per call of the scorers (default: %(default)s)")
     p.add_argument("--max-queue-images", type=int, default=256, help="images waiting before 429 is answered (default: %(default)s)")
@@ -66,7 +71,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--host {args.host} lets other machines in; give --token or set REWARD_TOKEN, or say --no-auth if the network is private"
         )
     if not isinstance(args.scorer_args, dict) or not all(isinstance(v, dict) for v in args.scorer_args.values()):
-        raise ValueError("""--scorer-args must map scorers to options, e.g. '{"ocr": {"detect": true}}'""")
+        raise ValueError("""--scorer-args must map scorers to options, e.g. '{"ocr": {"detect": false}}'""")
     default = "ocr,vlm" if args.vlm_model_path else "ocr"
     args.scorers = [name for name in (args.scorers or default).split(",") if name]
     if args.vlm_model_path:

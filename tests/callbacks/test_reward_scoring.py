@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +29,7 @@ from lit_rl.rewards.base import Reward, RewardError, TextReward
 from lit_rl.rewards.client import HTTPReward
 from lit_rl.rewards.ocr import OCRReward
 from lit_rl.rewards.pseudo import PseudoReward
+from lit_rl.rewards.quotes import check_targets
 from lit_rl.rewards.text.function import FunctionReward
 from lit_rl.rewards.text.rules import RuleReward
 from lit_rl.types import Info
@@ -657,3 +658,24 @@ def test_two_ranks_share_counts_and_stop_together() -> None:
     assert said[0][2] == said[1][2] and "2 of 4 samples got no score" in said[0][2]
     assert "rank 1: Red: RuntimeError: no such glyph" in said[0][2]
     assert said[0][3] == said[1][3] == "no judge for rank 0"
+
+
+class Choosy(Two):
+    """Refuses rows without a text."""
+
+    def check(self, rows: Iterable[Info]) -> None:
+        check_targets(rows)
+
+
+def test_rewards_that_count_look_at_the_rows_before_they_start() -> None:
+    rows = [{"prompt": "a cat", "where": "test.txt:3"}]
+    trainer = fake_trainer()
+    trainer.datamodule = SimpleNamespace(rows_to_score=lambda stage: iter(rows if stage == "fit" else ()))
+    choosy = Choosy()
+    scorer = RewardScoring({"red": Red(), "choosy": choosy}, weights={"similarity": 1.0})
+    with pytest.raises(ConfigError, match=r"1 prompt does not say which text.*\n.*test\.txt:3: 'a cat'"):
+        scorer.setup(trainer, SimpleNamespace(), "fit")
+    assert not choosy.places
+    scorer.setup(trainer, SimpleNamespace(), "validate")
+    RewardScoring({"red": Red(), "choosy": choosy}, weights={"red": 1.0}).setup(trainer, SimpleNamespace(), "fit")  # logged, no more
+    assert len(choosy.places) == 2

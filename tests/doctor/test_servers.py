@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import socket
 
+import numpy as np
 import pytest
+import torch
 from rewards.fault_proxy import FaultProxy, RedServer
 from rewards.test_launch import free_ports
 
@@ -14,6 +16,7 @@ from lit_rl.doctor.report import Finding
 from lit_rl.doctor.servers import of_environment, of_reward, ports, shared
 from lit_rl.rewards.client import HTTPReward
 from lit_rl.rewards.gpus import Gpu
+from lit_rl.rewards.ocr import OCRReward
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +100,11 @@ def test_ports_are_free_taken_or_served() -> None:
 )
 def test_training_and_servers_keep_off_each_other(train: str, launch: str, gpus: int, expected: list[str]) -> None:
     assert statuses(list(shared(list(train), list(launch), found=[Gpu(i, "", 1, 0, 9.0) for i in range(gpus)]))) == expected
+
+
+def test_the_picture_tells_a_server_that_reads_single_lines_from_one_that_finds_them() -> None:
+    image, rows = torch.from_numpy(np.array(servers.picture())).permute(2, 0, 1)[None], [servers.INFO]
+    assert OCRReward().score(image, rows)["ocr_similarity"].item() == 1.0
+    lines = OCRReward(detect=False).score(image, rows)
+    assert (finding := servers._judge("http://a", {name: value.item() for name, value in lines.items()})).status == "warning"
+    assert "`detect: false`" in finding.text

@@ -198,11 +198,11 @@ async def test_targets_and_masks_reach_the_scorer() -> None:
             assert r.status == 200
         drawn = np.zeros((8, 8, 4), np.uint8)
         drawn[2:4] = (255, 0, 0, 255)  # red on a transparent layer
-        for shape, target in ((mask, "y"), (drawn, "z")):
+        for shape, target in ((mask, "y"), (drawn, 42)):
             one = {**single(png(picture())), "mask": single(png(shape))["image"], "target": target}
             async with session.post("/score", json=one) as r:
                 assert r.status == 200
-    assert [i.get("target") for i in seen] == ["x", None, "y", "z"]
+    assert [i.get("target") for i in seen] == ["x", None, "y", "42"]
     for info in seen:
         np.testing.assert_array_equal(info["mask"], mask)
 

@@ -176,6 +176,21 @@ def test_outputs_can_be_renamed_and_targets_travel(server: RedServer) -> None:
     assert server.targets[-1] == ["HELLO", None]
 
 
+def test_the_wanted_text_travels_wherever_the_row_names_it(server: RedServer) -> None:
+    """`text` and numbers too; what the prompt quotes goes along, so that older servers need not know the quotes."""
+    info = [{"prompt": "a", "target": 42}, {"prompt": "b", "text": "meow"}, {"prompt": "„Halt“ bitte"}, {"prompt": "c", "target": ""}]
+    HTTPReward(server.url, ["red"]).score(red_images([1, 2, 3, 4]), info)
+    assert server.targets[-1] == ["42", "meow", "Halt", None]
+    assert HTTPReward(server.url, ["red"], route="single").score(red_images([255]), info[:1])["red"].tolist() == [1.0]
+
+
+def test_rows_without_a_text_stop_a_run_that_asks_for_ocr() -> None:
+    rows = [{"prompt": '"A"'}, {"prompt": "a cat", "where": "train.txt:7"}]
+    with pytest.raises(ConfigError, match=r"1 prompt does not say which text.*\n.*train\.txt:7: 'a cat'"):
+        HTTPReward("127.0.0.1:1", {"reading": "ocr_similarity"}).check(rows)
+    HTTPReward("127.0.0.1:1", ["vlm_score"]).check(rows)
+
+
 @pytest.mark.parametrize("route", ["batch", "single"])
 def test_masks_travel(server: RedServer, route: Literal["batch", "single"]) -> None:
     """255 where the prompt's mask is above 0; with others in a batch, a prompt without one shows everything; alone it sends none."""

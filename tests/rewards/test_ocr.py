@@ -1,18 +1,22 @@
 """The OCR reward reads what PIL wrote, and its arithmetic."""
 
 import math
+import time
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+import rapidocr
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
+from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import RewardError
 from lit_rl.rewards.ocr import OCRReward, find_target, normalize, similarity, trim
+from lit_rl.rewards.ocr_engine import reading_order
 
 FONT = Path(matplotlib.__file__).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"
 
@@ -26,7 +30,9 @@ def rendered(text: str, *, width: int, height: int, size: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def reward() -> OCRReward:
-    return OCRReward()
+    reward = OCRReward()
+    reward.setup()
+    return reward
 
 
 def test_two_digits_on_32_by_16_pixels_are_read(reward: OCRReward) -> None:
@@ -47,6 +53,91 @@ def test_score_does_not_depend_on_the_batch(reward: OCRReward) -> None:
         alone = reward.score(media[order], [info[i] for i in order])
         for name, values in alone.items():
             torch.testing.assert_close(values, together[name][order], rtol=0, atol=0)
+
+
+def scene(*texts: tuple[tuple[int, int], int, str], side: int = 512, ink: str = "black", paper: str | None = "white") -> torch.Tensor:
+    """Signs on a wall that gets lighter upwards, uint8 "3 side side"; texts: place of the top left corner, size in pixels, text."""
+    image = Image.linear_gradient("L").rotate(180).resize((side, side)).convert("RGB")
+    draw = ImageDraw.Draw(image)
+    draw.polygon([(side * 0.7, side * 0.25), (side * 0.8, side * 0.05), (side * 0.9, side * 0.25)], fill=(200, 40, 40))
+    fonts = [ImageFont.truetype(str(FONT), size) for _, size, _ in texts]
+    for (place, size, text), font in zip(texts, fonts):
+        box = draw.textbbox(place, text, font=font)
+        if paper:
+            draw.rectangle((box[0] - size, box[1] - size // 2, box[2] + size, box[3] + size // 2), fill=paper)
+    for (place, _, text), font in zip(texts, fonts):
+        draw.text(place, text, font=font, fill=ink)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("media", "text"),
+    [
+        (scene(((90, 220), 44, "OPEN 24 HOURS")), "OPEN 24 HOURS"),
+        (scene(((90, 300), 12, "Mind the gap")), "Mind the gap"),
+        (scene(((90, 220), 44, "No Parking"), ink="white", paper="black"), "No Parking"),
+        (scene(((90, 220), 44, "Hot Chili"), ink="#c00000", paper="#ffe000"), "Hot Chili"),
+        (scene(((60, 30), 44, "Bare wall"), ink="#002060", paper=None), "Bare wall"),
+        (scene(((90, 200), 40, "Grand"), ((90, 240), 40, "Opening"), ((90, 280), 40, "Today")), "Grand Opening Today"),
+        (scene(((30, 220), 70, "one"), ((200, 220), 70, "TWO"), ((390, 240), 40, "three")), "one TWO three"),
+        (scene(((200, 500), 60, "Wide Open"), side=768), "Wide Open"),
+    ],
+    ids=["sign", "small", "dark", "coloured", "wall", "lines", "row", "larger"],
+)
+def test_full_size_pictures_are_read_without_options(reward: OCRReward, media: torch.Tensor, text: str) -> None:
+    scores, texts = reward.explain(media[None], [{"prompt": f'a street with a sign that reads "{text}"'}])
+    assert scores["ocr_similarity"].item() == 1.0, texts
+
+
+def test_slanted_lines_are_read_from_top_to_bottom(reward: OCRReward) -> None:
+    flat = scene(((130, 200), 44, "FIRST"), ((310, 200), 44, "second"), ((130, 270), 44, "third"), ((310, 270), 44, "LAST"))
+    image = Image.fromarray(flat.permute(1, 2, 0).numpy())
+    for angle in (-12, 0, 12):
+        turned = np.asarray(image.rotate(angle, fillcolor="white", resample=Image.Resampling.BICUBIC))
+        assert normalize(reward.read([turned])[0][0], "exact") == "FIRST second third LAST"
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.3, -0.3])
+def test_order_of_reading(angle: float) -> None:
+    """Two rows of boxes of several heights; the lower corners of the first row are below the upper ones of the second where it slants."""
+    corners = [(0, 0, 80, 20), (100, -12, 160, 26), (180, 3, 400, 18), (0, 34, 200, 50), (210, 30, 390, 52)]
+    boxes = np.array([[(x, y), (u, y), (u, v), (x, v)] for x, y, u, v in corners], dtype=np.float32)
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=np.float32)
+    shuffled = [3, 1, 4, 0, 2]
+    order = reading_order((boxes @ turn.T)[shuffled] + 500)
+    assert [shuffled[i] for i in order] == [0, 1, 2, 3, 4]
+    assert reading_order(boxes[:1]) == [0]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3000), (3000, 1), (2, 400_000), (400_000, 2), (33, 6000)])
+def test_no_shape_costs_more_than_a_large_picture(reward: OCRReward, shape: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    assert reward._line is not None and reward._scene is not None
+    for read in (reward._line, reward._scene):
+        started = time.process_time()
+        text, confidence = read(noise)
+        assert isinstance(text, str) and 0 <= confidence <= 1
+        assert time.process_time() - started < 5
+
+
+def test_a_long_banner_is_read_and_a_mask_may_hold_two_lines(reward: OCRReward) -> None:
+    banner = rendered("a banner that is many times as long as it is high", width=1300, height=60, size=40)
+    assert reward.read([banner.permute(1, 2, 0).numpy()])[0][0].replace(" ", "") == "abannerthatismanytimesaslongasitishigh"
+    media, mask = (
+        scene(((90, 200), 30, "Fresh Bread"), ((90, 240), 30, "and Coffee"), ((90, 400), 30, "CLOSED")),
+        np.zeros((512, 512), np.uint8),
+    )
+    mask[190:290, 60:330] = 255
+    scores, texts = reward.explain(media[None], [{"prompt": 'a shop "Fresh Bread and Coffee"', "mask": mask}])
+    assert scores["ocr_similarity"].item() == 1.0, texts
+
+
+def test_nothing_is_written_and_nothing_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = Path(rapidocr.__file__).parent / "models"
+    before = sorted(models.iterdir())
+    OCRReward().read([np.full((64, 64, 3), 255, np.uint8), np.full((16, 32, 3), 255, np.uint8)])
+    assert sorted(models.iterdir()) == before and not list(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
 
 
 def test_detection_finds_two_lines_in_a_large_image() -> None:
@@ -105,7 +196,7 @@ def test_a_mask_that_does_not_fit_stops_the_run(reward: OCRReward, mask: object,
 def test_trim_reads_small_text_on_a_large_canvas() -> None:
     media = torch.stack([rendered(f"{i:02d}", width=128, height=64, size=30) for i in (0, 15, 45, 90)])
     info = [{"prompt": f'"{i:02d}"'} for i in (0, 15, 45, 90)]
-    assert OCRReward().score(media, info)["ocr_similarity"].tolist() == [1.0] * 4
+    assert OCRReward(detect=False).score(media, info)["ocr_similarity"].tolist() == [1.0] * 4
 
 
 def test_a_blank_image_is_zero_and_a_prompt_without_text_is_nan(reward: OCRReward) -> None:
@@ -171,5 +262,7 @@ def test_trim_keeps_the_ink_and_leaves_blank_images_alone() -> None:
 
 
 def test_an_unknown_comparison_is_refused() -> None:
-    with pytest.raises(ValueError, match="compact"):
+    with pytest.raises(ConfigError, match="compact"):
         OCRReward(compare="fuzzy")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"detect='yes'.*`auto`"):
+        OCRReward(detect="yes")  # type: ignore[arg-type]
