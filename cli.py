@@ -51,6 +51,9 @@ def main() -> None:
         return
     if command and args[1:] == ["--help", "all"]:
         sys.argv[-1:] = []
+    from lit_rl.own_code import use_working_folder
+
+    use_working_folder()
     from lit_rl.lightning_cli import CLI
 
     CLI()

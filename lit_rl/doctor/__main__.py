@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from lit_rl.doctor import machine, servers
 from lit_rl.doctor.report import Finding, as_json, count, problem, show
 from lit_rl.errors import ConfigError
+from lit_rl.own_code import use_working_folder
 from lit_rl.rewards.gpus import gpus
 
 
@@ -65,6 +66,7 @@ def findings(args: argparse.Namespace, rest: Sequence[str]) -> Iterator[Finding]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    use_working_folder()
     args, rest = parser().parse_known_args(argv)
     if rest and not args.config:
         parser().error(f"{' '.join(rest)} is of no use without --config")

@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_rl.own_code import use_working_folder
+
 if TYPE_CHECKING:
     from lit_rl.rewards.app import RewardApp
 
@@ -194,6 +196,7 @@ def _announce(args: argparse.Namespace, sock: socket.socket) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    use_working_folder()
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
