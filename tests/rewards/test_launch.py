@@ -8,15 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 from lit_rl.rewards import launch
-from lit_rl.rewards.gpus import Gpu, parse
-from lit_rl.rewards.launch import LaunchError, Server, keep_alive, parser, plan, wait_ready
+from lit_rl.rewards.gpus import Gpu, chosen_ids, parse
+from lit_rl.rewards.launch import LaunchError, Server, hold_logs, keep_alive, parser, plan, wait_ready
 
 ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": ""}
