@@ -92,4 +92,4 @@ class SampleTexts(L.Callback):
 
 def said(prompt: str | Sequence[Mapping[str, str]]) -> str:
     """A prompt as one text: of a conversation who said what."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn.get('content', '')}" for turn in prompt)

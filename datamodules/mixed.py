@@ -11,6 +11,7 @@ from datamodules.prompts_text import TextPrompts
 from datamodules.text_files import Fields, Rows
 from datamodules.text_rows import pair_fields, row_kind
 from lit_rl.errors import ConfigError
+from lit_rl.policies.chat import AnswerIds
 from lit_rl.types import Info
 
 
@@ -44,9 +45,9 @@ class PromptsAndPairs(TextPrompts):
         if info["kind"] == "self_play":
             return super().unusable(info)
         _, chosen, rejected = self.pair_ids(info)
-        return None if chosen and rejected else f"no answer within data.max_length={self.max_length} tokens"
+        return None if any(chosen.learned) and any(rejected.learned) else f"no answer within data.max_length={self.max_length} tokens"
 
-    def pair_ids(self, info: Info) -> tuple[list[int], list[int], list[int]]:
+    def pair_ids(self, info: Info) -> tuple[list[int], AnswerIds, AnswerIds]:
         """Token ids of the prompt, of the answer that was preferred and of the other one, each answer with its end."""
         return pair_ids(self.policy, info, limit=self.max_length, how=self.pair_truncation, keys=("max_length", "pair_truncation"))
 

@@ -8,6 +8,7 @@ from datamodules.text import TextData, answer_ids, truncated
 from datamodules.text_files import Fields, InvalidRow
 from datamodules.text_rows import pair_fields
 from lit_rl.errors import ConfigError
+from lit_rl.policies.chat import AnswerIds
 from lit_rl.types import Info
 
 PairTruncation = Literal["error", "left", "right"]
@@ -52,23 +53,26 @@ class PreferencePairs(TextData):
 
     def unusable(self, info: Info) -> str | None:
         _, chosen, rejected = self.pair_ids(info)
-        return None if chosen and rejected else f"no answer within data.max_length={self.max_length} tokens"
+        return None if any(chosen.learned) and any(rejected.learned) else f"no answer within data.max_length={self.max_length} tokens"
 
-    def pair_ids(self, info: Info) -> tuple[list[int], list[int], list[int]]:
+    def pair_ids(self, info: Info) -> tuple[list[int], AnswerIds, AnswerIds]:
         """Token ids of the prompt, of the answer that was preferred and of the other one, each answer with its end."""
         return pair_ids(self.policy, info, limit=self.max_length, how=self.truncation)
 
 
 def pair_ids(
     policy: Any, info: Info, *, limit: int, how: PairTruncation, keys: tuple[str, str] = ("max_length", "truncation")
-) -> tuple[list[int], list[int], list[int]]:
+) -> tuple[list[int], AnswerIds, AnswerIds]:
     """Ids of the prompt and of two answers, at most `limit` together with either. Where the answers begin is the same for both."""
-    asked, chosen = answer_ids(policy, info["prompt"], info["chosen"])
-    other, rejected = answer_ids(policy, info["prompt"], info["rejected"])
+    asked, chosen = answer_ids(policy, info, info["chosen"])
+    other, rejected = answer_ids(policy, info, info["rejected"])
     start = min(len(asked), len(other))
-    if asked[:start] != other[:start]:  # only where the prompt's first token reaches into an answer
+    border = asked[:start] == other[:start]  # otherwise the two go on with different words of somebody else's
+    if not border:
+        start = next(i for i, (a, b) in enumerate(zip(asked, other)) if a != b)
+    if not start:  # only where the prompt's first token reaches into an answer
         raise InvalidRow("prompt: its first token changes with the answer, so the two share no beginning: set data.chat to true")
-    chosen, rejected = asked[start:] + chosen, other[start:] + rejected
+    chosen, rejected = _longer(asked[start:], border, chosen), _longer(other[start:], border, rejected)
     prompt, longest = asked[:start], max(len(chosen), len(rejected))
     if how == "error":
         truncated([*prompt, *range(longest)], limit=limit, how="error", keys=keys)
@@ -76,3 +80,8 @@ def pair_ids(
         prompt = prompt[-max(1, limit - longest) :]
     room = max(0, limit - len(prompt))
     return prompt, chosen[:room], rejected[:room]
+
+
+def _longer(ids: list[int], learned: bool, answer: AnswerIds) -> AnswerIds:
+    """The answer with these ids before it."""
+    return AnswerIds([*ids, *answer], [learned] * len(ids) + answer.learned)

@@ -48,7 +48,7 @@ class TextPrompts(TextData):
 
     def unusable(self, info: Info) -> str | None:
         try:
-            ids = self.policy.encode(info["prompt"])
+            ids = super().prompt_ids(info)
         except Exception as error:  # templates are programs: they refuse roles and orders of turns in their own ways
             if self.filter_overlong_prompts:
                 return "cannot be tokenized"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from datamodules.text import TextData, answer_ids
+from datamodules.text import TextData, answer_ids, template_of
 from datamodules.text_files import Fields
 from datamodules.text_rows import supervised_fields
 from lit_rl.errors import ConfigError
@@ -49,13 +49,20 @@ class SupervisedText(TextData):
         return supervised_fields(row, messages_key=self.messages_key, keys=self.keys, chat=self.chat)
 
     def unusable(self, info: Info) -> str | None:
-        return None if any(self.supervised_ids(info)[1]) else f"no supervised token within data.max_length={self.max_length}"
+        _, mask = self._whole(info)
+        if any(mask[: self.max_length]):
+            return None
+        return f"no supervised token within data.max_length={self.max_length}" if any(mask) else "no message of the assistant is learned"
 
     def supervised_ids(self, info: Info) -> tuple[list[int], list[bool]]:
         """Token ids, and which of them are supervised."""
-        if "messages" in info:
-            ids, mask = conversation_ids(self.policy.tokenizer, info["messages"], **self.policy.chat_template_kwargs)
-        else:
-            prompt, answer = answer_ids(self.policy, info["prompt"], info["response"])
-            ids, mask = prompt + answer, [False] * len(prompt) + [True] * len(answer)
+        ids, mask = self._whole(info)
         return ids[: self.max_length], mask[: self.max_length]
+
+    def _whole(self, info: Info) -> tuple[list[int], list[bool]]:
+        policy = self.policy
+        if "messages" in info:
+            template = {**policy.chat_template_kwargs, **template_of(info)}
+            return conversation_ids(policy.tokenizer, info["messages"], stop_ids=policy.stop_ids, **template)
+        prompt, answer = answer_ids(policy, info, info.get("completion", info["response"]))
+        return prompt + answer, [False] * len(prompt) + answer.learned

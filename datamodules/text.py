@@ -13,7 +13,8 @@ from datamodules.base import PromptDataModule
 from datamodules.text_files import Fields, InvalidRow, Paths, Rows, complain, find_files, read_rows, split_files
 from datamodules.text_rows import Text, as_turn
 from lit_rl.errors import ConfigError
-from lit_rl.policies.chat import completion_ids
+from lit_rl.policies.chat import AnswerIds, completion_ids
+from lit_rl.policies.chat import answer_ids as turns_ids
 from lit_rl.types import Info
 
 Truncation = Literal["error", "left", "right", "middle"]
@@ -131,7 +132,12 @@ class TextData(PromptDataModule):
 
     def prompt_ids(self, info: Info) -> list[int]:
         """Token ids of a prompt, ready for an answer."""
-        return self.policy.encode(info["prompt"])
+        return self.policy.encode(info["prompt"], **template_of(info))
+
+
+def template_of(info: Info) -> dict[str, Any]:
+    """What a row gives to the chat template beside its messages."""
+    return {"tools": info["tools"]} if "tools" in info and not isinstance(info["prompt"], str) else {}
 
 
 def truncated(ids: list[int], *, limit: int, how: Truncation, keys: tuple[str, str] = ("max_prompt_length", "truncation")) -> list[int]:
@@ -144,25 +150,17 @@ def truncated(ids: list[int], *, limit: int, how: Truncation, keys: tuple[str, s
     return {"left": ids[-limit:], "right": ids[:limit], "middle": [*ids[:half], *ids[len(ids) - (limit - half) :]]}[how]
 
 
-def answer_ids(policy: Any, prompt: Text, answer: Text) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of an answer to it, with the token that ends it.
+def answer_ids(policy: Any, info: Info, answer: Text) -> tuple[list[int], AnswerIds]:
+    """Token ids of a row's prompt and of an answer to it, with the token that ends it.
 
     Both are tokenized together, and the answer starts where that differs from the prompt alone: tokens may reach over the border. The
     first token is the prompt's in any case, for nothing predicts it.
     """
+    prompt = info["prompt"]
     if isinstance(prompt, str) and isinstance(answer, str):
         ids, mask = completion_ids(policy.tokenizer, prompt, answer)
         start = max(1, mask.index(True))
-        return ids[:start], ids[start:]
-    tokenizer, template = policy.tokenizer, policy.chat_template_kwargs
-    turns = [*as_turn(prompt, "user"), *as_turn(answer, "assistant")]
-    before = tokenizer.apply_chat_template(as_turn(prompt, "user"), add_generation_prompt=True, tokenize=False, **template)
-    text = tokenizer.apply_chat_template(turns, tokenize=False, **template).rstrip("\n ")  # some end a turn by a new line behind its end
-    if not text.startswith(before):
-        raise InvalidRow(
-            "the chat template writes a prompt differently when its answer follows, so where the answer starts is unknown: "
-            "set model.policy.chat_template to one that does not, or its options by model.policy.chat_template_kwargs"
-        )
-    asked, ids = (list(tokenizer(part, add_special_tokens=False).input_ids) for part in (before, text))
-    start = max(1, next((i for i, (a, b) in enumerate(zip(asked, ids)) if a != b), min(len(asked), len(ids))))
-    return ids[:start], ids[start:]
+        return ids[:start], AnswerIds(ids[start:], mask[start:])
+    template = {**policy.chat_template_kwargs, **template_of({**info, "prompt": []})}
+    turns = as_turn(prompt, "user"), as_turn(answer, "assistant")
+    return turns_ids(policy.tokenizer, *turns, stop_ids=policy.stop_ids, **template)

@@ -205,6 +205,36 @@ def _lines(path: Path, text: str, problems: list[str]) -> Iterator[tuple[int, An
                 problems.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); each line must be one object")
 
 
+CONVERSED = ("tools", "role")
+"""A column of this name, or of messages, which have this field, goes to a chat template."""
+
+
+def without_union(value: Any, kind: Any) -> Any:
+    """A value of a table's column without the keys that only other rows have.
+
+    A column of objects holds every key that any row has, null where a row has none. A null that is a row's own looks the same: it is kept
+    where nothing else is missing from the object and no row has another value for it. kind: The column's type of pyarrow; what is kept
+    as JSON text has no such keys.
+    """
+    import pyarrow.types as types
+
+    if isinstance(value, list) and (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
+        return [without_union(item, kind.value_type) for item in value]
+    if not isinstance(value, dict) or not types.is_struct(kind):
+        return value
+    parts = {field.name: field.type for field in kind}
+    known = {name: item for name, item in value.items() if item is not None}
+    own = all(item is not None or types.is_null(parts.get(name)) for name, item in value.items()) and bool(known)
+    return {name: without_union(item, parts[name]) for name, item in (value if own else known).items()}
+
+
+def _conversed(name: str, kind: Any) -> bool:
+    import pyarrow.types as types
+
+    inner = kind.value_type if types.is_list(kind) or types.is_large_list(kind) else kind
+    return name == CONVERSED[0] or (types.is_struct(inner) and inner is not kind and inner.get_field_index(CONVERSED[1]) >= 0)
+
+
 class _Parquet(Sequence[Any]):
     """Rows of a table; in order they are read `CHUNK` at a time, which is many times as fast."""
 
@@ -216,17 +246,22 @@ class _Parquet(Sequence[Any]):
         from datasets import Dataset
 
         try:
-            self.table = Dataset(pyarrow.parquet.read_table(path, memory_map=True))
+            table = pyarrow.parquet.read_table(path, memory_map=True)
+            self.table = Dataset(table)
         except pyarrow.ArrowInvalid as error:
             raise ConfigError(f"{path}: not a Parquet file: {error}") from error
+        self.unions = {field.name: field.type for field in table.schema if _conversed(field.name, field.type)}
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, i: Any) -> Any:
-        return self.table[i]
+        return self._own(self.table[i])
+
+    def _own(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {name: without_union(value, self.unions[name]) if name in self.unions else value for name, value in row.items()}
 
     def __iter__(self) -> Iterator[Any]:
         for first in range(0, len(self), self.CHUNK):
             columns = self.table[first : first + self.CHUNK]
-            yield from (dict(zip(columns, values)) for values in zip(*columns.values()))
+            yield from (self._own(dict(zip(columns, values))) for values in zip(*columns.values()))

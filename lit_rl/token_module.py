@@ -15,6 +15,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.losses.aggregation import Aggregation, token_weights
 from lit_rl.partition import balanced_parts
 from lit_rl.policies.base import TokenPolicy
+from lit_rl.policies.chat import AnswerIds
 from lit_rl.policy_module import LitPolicy
 from lit_rl.types import Minibatch, Prompts, TokenRollout
 
@@ -229,12 +230,14 @@ def sequences(prompts: Prompts, ids: Sequence[Sequence[int]], chosen: Sequence[S
 
 
 def pair_sequences(prompts: Prompts, pair_ids: Callable[[Any], tuple[Sequence[int], Sequence[int], Sequence[int]]]) -> TokenRollout:
-    """Chosen, rejected, chosen, rejected, ...: each row of the data stands twice in `prompts`."""
+    """Chosen, rejected, chosen, rejected, ...: each row of the data stands twice in `prompts`. Of an `AnswerIds` its learned tokens count,
+    of any other all."""
     ids, chosen = [], []
     for i, row in enumerate(prompts.info):
         prompt, *answers = pair_ids(row)
         ids.append([*prompt, *answers[i % 2]])
-        chosen.append([False] * len(prompt) + [True] * len(answers[i % 2]))
+        answer = answers[i % 2]
+        chosen.append([False] * len(prompt) + (answer.learned if isinstance(answer, AnswerIds) else [True] * len(answer)))
     return sequences(prompts, ids, chosen)
 
 

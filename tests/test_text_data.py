@@ -1,7 +1,8 @@
 """What a policy's tokenizer makes of rows: lengths, loss masks, pairs. A miniature's tokenizer has one token per character."""
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 from golden_numbers import load_llm
 from hypothesis import given
 from hypothesis import strategies as st
-from text_rows import attached, jsonl
+from text_rows import attached, jsonl, parquet
 
 from datamodules.mixed import PromptsAndPairs
 from datamodules.pairs import PreferencePairs
@@ -20,6 +21,8 @@ from datamodules.text import truncated
 from lit_rl.errors import ConfigError
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.tiny_lm import END, build_lm
+from lit_rl.token_module import pair_sequences
+from lit_rl.types import Prompts
 
 QWEN = (  # as Qwen2.5 writes turns: no generation marks, a new line behind the token that ends them
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token + '\n' }}{% endfor %}"
@@ -143,12 +146,78 @@ def test_what_nobody_learns_from_is_dropped_and_counted(policy: CausalLM, tmp_pa
     assert "1 of 2 rows left out: no supervised token within data.max_length=5" in caplog.text
 
 
-def test_a_template_that_rewrites_earlier_turns_stops_the_run(folder: Path, tmp_path: Path) -> None:
+def test_of_a_template_that_drops_earlier_turns_the_last_is_learned(folder: Path, tmp_path: Path) -> None:
     policy = CausalLM(str(folder), chat_template=FORGETFUL)
     row = {"messages": [*user("a"), *assistant("b"), *user("c"), *assistant("d")]}
-    with pytest.raises(ConfigError, match=r"x.jsonl:1: the chat template changes earlier turns"):
-        supervised(policy, tmp_path, row)
+    assert supervised(policy, tmp_path, row)[1] == f"d{END}"
     assert supervised(policy, tmp_path, {"messages": row["messages"][:2]})[1] == f"b{END}"
+
+
+def test_a_template_that_refuses_a_row_is_told_with_its_place(folder: Path, tmp_path: Path) -> None:
+    polite = "{% if messages[0].role != 'system' %}{{ raise_exception('No system prompt!') }}{% endif %}" + QWEN
+    policy = CausalLM(str(folder), chat_template=polite)
+    pairs = {"prompt": user("a"), "chosen": assistant("b"), "rejected": assistant("c")}
+    for make, row in [(SupervisedText, {"messages": [*user("a"), *assistant("b")]}), (TextPrompts, pairs), (PreferencePairs, pairs)]:
+        with pytest.raises(ConfigError, match=r"x.jsonl:1: .*the chat template refuses .*: No system prompt!"):
+            attached(make(train=jsonl(tmp_path / "x.jsonl", row)), policy)
+    with pytest.raises(ConfigError, match="the chat template is not one, line 1"):
+        CausalLM(str(folder), chat_template="{% for m in messages %}").tokenizer  # noqa: B018
+
+
+@pytest.mark.parametrize("switch", [{"weight": 0}, {"train": False}, {"train_on_turn": False}, {"training": False}, {"loss": 0.0}])
+def test_messages_that_are_not_to_be_learned(policy: CausalLM, tmp_path: Path, switch: dict, caplog: pytest.LogCaptureFixture) -> None:
+    (name,) = switch
+    first, last = {**assistant("B")[0], **switch}, {**assistant("D")[0], name: 1}
+    assert supervised(policy, tmp_path, {"messages": [*user("a"), first, *user("c"), last]})[1] == f"D{END}"
+    assert supervised(policy, tmp_path, {"prompt": user("a"), "response": [first, *user("c"), last]})[1] == f"D{END}"
+    assert supervised(policy, tmp_path, {"messages": [*user("a"), {**first, name: None}]})[1] == f"B{END}"
+    with caplog.at_level(logging.INFO), pytest.raises(ConfigError, match="all 1 rows are left out: no message of the assistant is learned"):
+        supervised(policy, tmp_path, {"messages": [*user("a"), first]})
+    with pytest.raises(ConfigError, match=rf"messages\[1\].{name}: expected 0 or 1, true or false, found 0.5"):
+        supervised(policy, tmp_path, {"messages": [*user("a"), {**first, name: 0.5}]})
+
+
+TOOLS = (
+    "{% if tools %}<|system|>{{ tools | tojson }}{% endif %}{% for m in messages %}"
+    "{{ '<|' + ('user' if m.role == 'tool' else m.role) + '|>' }}{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("write", [jsonl, parquet])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_and_their_calls_reach_the_template(folder: Path, tmp_path: Path, write: Callable[..., str], as_text: bool) -> None:
+    """As objects or as JSON text; in a table that holds every key that any row has."""
+    policy = CausalLM(str(folder), chat_template=TOOLS)
+    tools = [[{"type": "function", "function": {"name": name, "parameters": {name: 1}}}] for name in ("w", "t")]
+    arguments: list[dict] = [{"city": "P"}, {"zone": {"h": 2}}]
+    rows = []
+    for i in range(2):
+        call = {"name": "wt"[i], "arguments": json.dumps(arguments[i]) if as_text else arguments[i]}
+        said = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]}
+        talk = [*user("a"), said, {"role": "tool", "content": "sun"}, *assistant("ok")]
+        rows.append({"messages": talk, "prompt": user("a"), "tools": json.dumps(tools[i]) if as_text else tools[i]})
+    data = attached(SupervisedText(train=write(tmp_path / "x.parquet" if write is parquet else tmp_path / "x.jsonl", *rows)), policy)
+    prompts = attached(TextPrompts(train=str(tmp_path / ("x.parquet" if write is parquet else "x.jsonl"))), policy)
+    for i, row in enumerate(data.train_prompts):
+        ids, mask = data.supervised_ids(row)
+        called = json.dumps({"name": "wt"[i], "arguments": arguments[i]})
+        assert text(policy, [t for t, m in zip(ids, mask) if m]) == f"{called}{END}ok{END}"
+        asked = f"<|system|>{json.dumps(tools[i])}<|user|>a{END}"
+        assert text(policy, ids).startswith(asked)
+        assert text(policy, prompts.prompt_ids(prompts.train_prompts[i])) == asked + "<|assistant|>"
+
+
+def test_a_prompt_that_the_assistant_has_begun_is_continued(folder: Path, tmp_path: Path) -> None:
+    policy = CausalLM(str(folder), chat_template=QWEN)
+    begun = [*user("2+2?"), *assistant("<think>")]
+    data = attached(TextPrompts(train=jsonl(tmp_path / "p.jsonl", {"prompt": begun})), policy)
+    asked = f"<|user|>2+2?{END}\n<|assistant|><think>"
+    assert text(policy, data.prompt_ids(data.train_prompts[0])) == asked
+    assert supervised(policy, tmp_path, {"prompt": begun, "response": "4"}) == (f"{asked}4{END}", f"4{END}")
+    row = {"prompt": begun, "chosen": "4", "rejected": [*user("2+2?"), *assistant("<think>5")]}
+    assert pair(policy, tmp_path, row) == (asked, f"4{END}", f"5{END}")
 
 
 # ---------------------------------------------------------------------- pairs
@@ -183,6 +252,28 @@ def test_tokens_that_reach_over_the_border_belong_to_the_answers(tmp_path: Path)
     assert data.pair_ids(data.train_prompts[0]) == ([1], [5, 4, 0], [2, 4, 0])
     with pytest.raises(ConfigError, match="share no beginning"):
         attached(PreferencePairs(train=jsonl(tmp_path / "y.jsonl", {"prompt": "b", "chosen": "c", "rejected": "d"})), policy)
+
+
+def test_of_several_turns_the_assistants_count(folder: Path, tmp_path: Path) -> None:
+    """Also where the two conversations part at a user's message; in a rollout the mask says so."""
+    policy = CausalLM(str(folder), chat_template=QWEN)
+    shared = [*user("a"), *assistant("B")]
+    rows = [
+        {
+            "prompt": user("a"),
+            "chosen": [*assistant("B"), *user("c"), *assistant("D")],
+            "rejected": [*assistant("B"), *user("c"), *assistant("E")],
+        },
+        {"chosen": [*shared, *user("c"), *assistant("D")], "rejected": [*shared, *user("d"), *assistant("E")]},
+    ]
+    for row, expected in zip(rows, [(f"B{END}D{END}", f"B{END}E{END}"), (f"D{END}", f"E{END}")]):
+        data = attached(PreferencePairs(train=jsonl(tmp_path / "x.jsonl", row), max_length=99), policy)
+        info = data.train_prompts[0]
+        rollout = pair_sequences(Prompts(group=torch.zeros(2, dtype=torch.long), info=[info, info]), data.pair_ids)
+        assert tuple(text(policy, rollout.tokens[i, 1:][rollout.mask[i]].tolist()) for i in range(2)) == expected
+        for i, key in enumerate(("chosen", "rejected")):
+            whole = policy.tokenizer.apply_chat_template([*info["prompt"], *info[key]], tokenize=False).rstrip()
+            assert text(policy, rollout.tokens[i, : rollout.lengths[i]].tolist()) == whole
 
 
 @pytest.mark.parametrize(

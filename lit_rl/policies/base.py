@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +113,8 @@ class FlowPolicy(Policy):
         """The diffusers pipeline's own schedule, Float64 "N+1", from 1 to 0."""
 
 
-Message = Mapping[str, str]
-"""{"role": "system" | "user" | "assistant" | ..., "content": text}."""
+Message = Mapping[str, Any]
+"""{"role": "system" | "user" | "assistant" | "tool" | ..., "content": text}, and tool_calls or reasoning_content where it has some."""
 
 
 class TokenPolicy(Policy):
@@ -123,12 +124,15 @@ class TokenPolicy(Policy):
     """Tokens that end an answer (end of text, end of turn); the first one is what a supervised answer is ended with."""
 
     @abstractmethod
-    def encode(self, prompt: str | Sequence[Message]) -> list[int]:
-        """Token ids of a prompt, ready for an answer: a conversation through the chat template, a string as it is."""
+    def encode(self, prompt: str | Sequence[Message], **template: Any) -> list[int]:
+        """Token ids of a prompt, ready for an answer: a conversation through the chat template, a string as it is.
+
+        template: What this prompt gives to the chat template beside its messages, e.g. tools.
+        """
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
+        """The text of token ids, without special tokens and without what ends a turn."""
 
     def reply(self, ids: Sequence[int], *, prompt_ids: Sequence[int], info: Info) -> Answer:
         """An answer to a prompt, as rewards see it."""

@@ -16,6 +16,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.losses.token_logprobs import token_logprobs
 from lit_rl.policies.base import Message, TokenPolicy
 from lit_rl.policies.chat import PLAIN_TEMPLATE, prompt_ids
+from lit_rl.policies.chat_template import check_template, stored_stop_ids, turn_ends
 from lit_rl.policies.language_lora import add_language_lora, save_adapter
 from lit_rl.policies.lm_head import LMHead, body, own_logprobs, picked, recognized
 from lit_rl.policies.lora import LoraSettings, active_factors
@@ -127,6 +128,8 @@ class CausalLM(TrainedPolicy, TokenPolicy):
             return
         lm = self._read()
         head = recognized(lm)
+        stops = self.stop_ids  # what this run learns as ends, the export says too
+        lm.config.eos_token_id = lm.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
         self.adopt(lm, add=lambda lora: add_language_lora(lm, lora, seed=torch.initial_seed()), frozen=self.dtype)
         self.network = TokenNetwork(lm, head)
         if self.reference_network is not None:
@@ -156,33 +159,32 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         elif tokenizer.chat_template is None:
             log.info("%s has no chat template: conversations are written out as `user: ...`, `assistant: ...`", self.pretrained)
             tokenizer.chat_template = PLAIN_TEMPLATE
+        check_template(tokenizer)
         return tokenizer
 
     @cached_property
     def stop_ids(self) -> list[int]:  # type: ignore[override]
-        """The tokenizer's end of text, then what the model's generation_config names."""
-        from transformers import GenerationConfig
-
-        try:
-            named = GenerationConfig.from_pretrained(self.pretrained, revision=str(self.source["revision"] or "main")).eos_token_id
-        except OSError:  # it has none
-            named = None
-        ids = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-        found = list(dict.fromkeys(i for i in ids if i is not None))
+        """The tokenizer's end of text, what the model's generation_config and config name, and what ends a turn of the chat template."""
+        tokens = turn_ends(self.tokenizer, **self.chat_template_kwargs).stops
+        ids = [self.tokenizer.eos_token_id, *stored_stop_ids(self.pretrained, str(self.source["revision"] or "main"))]
+        found = list(dict.fromkeys(i for i in [*ids, *self.tokenizer.convert_tokens_to_ids(list(tokens))] if i is not None))
         if not found:
             raise ConfigError(
-                f"pretrained: {self.pretrained!r} names no end-of-text token, neither its tokenizer nor generation_config.json"
+                f"pretrained: {self.pretrained!r} names no end-of-text token, neither its tokenizer nor generation_config.json, "
+                "config.json or the chat template"
             )
         return found
 
-    def encode(self, prompt: str | Sequence[Message]) -> list[int]:
-        return prompt_ids(self.tokenizer, prompt, **self.chat_template_kwargs)
+    def encode(self, prompt: str | Sequence[Message], **template: Any) -> list[int]:
+        return prompt_ids(self.tokenizer, prompt, **{**self.chat_template_kwargs, **template})
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        ended = bool(ids) and ids[-1] in self.stop_ids  # not all tokens that end a turn are special ones
+        text = self.tokenizer.decode(list(ids[:-1] if ended else ids), skip_special_tokens=True)
+        return text.removesuffix(turn_ends(self.tokenizer, **self.chat_template_kwargs).text) if ended else text
 
     def reply(self, ids: Sequence[int], *, prompt_ids: Sequence[int], info: Info) -> Answer:
-        return reply(self.tokenizer, ids, prompt_ids=prompt_ids, info=info, stop_ids=self.stop_ids)
+        return reply(self.tokenizer, ids, text=self.decode(ids), prompt_ids=prompt_ids, info=info, stop_ids=self.stop_ids)
 
     # ------------------------------------------------------------------ the network
     def logprobs(

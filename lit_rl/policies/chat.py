@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Message
+from lit_rl.policies.chat_template import render, source
+from lit_rl.policies.chat_turns import Conversation, Turn
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: "
@@ -15,55 +18,155 @@ PLAIN_TEMPLATE = (
 )
 """For base models, whose tokenizer has none: "user: ...", a new line, "assistant: ", the answer and the end of text."""
 
+SWITCHES = ("weight", "train", "train_on_turn", "training", "loss")
+"""Fields by which data say that a message of the assistant is learned, or is not (OpenAI; axolotl; ms-swift)."""
+
+
+class AnswerIds(list[int]):
+    """Token ids of an answer, and which of them are learned: in an answer of several turns not what others say in between."""
+
+    def __init__(self, ids: Sequence[int], learned: Sequence[bool]) -> None:
+        super().__init__(ids)
+        self.learned = list(learned)
+
+    def __getitem__(self, key: Any) -> Any:
+        return AnswerIds(super().__getitem__(key), self.learned[key]) if isinstance(key, slice) else super().__getitem__(key)
+
+
+# ---------------------------------------------------------------------- texts as they are
+
 
 def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], **template: Any) -> list[int]:
     """Token ids of a prompt, ready for an answer: a conversation through the chat template, a string as it is.
 
-    A template writes the begin-of-text token itself where the model wants one; a string gets it from the tokenizer. An end of text that
-    a tokenizer adds to strings is taken off.
+    A template writes the begin-of-text token itself where the model wants one; a string that does not hold it gets it from the tokenizer.
+    An end of text that a tokenizer adds to strings is left out, one that the string holds stays. A conversation that ends in a message
+    of the assistant's is continued there.
     """
     if isinstance(prompt, str):
-        ids = list(tokenizer(prompt).input_ids)
-        return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-    text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False, **template)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+        own, whole = (list(tokenizer(prompt, add_special_tokens=special).input_ids) for special in (False, True))
+        before = next((n for n in range(len(whole) - len(own) + 1) if whole[n : n + len(own)] == own), 0) if own else 0
+        return own if own[:before] == whole[:before] else whole[:before] + own
+    return list(tokenizer(prompt_text(tokenizer, prompt, **template), add_special_tokens=False).input_ids)
 
 
-def completion_ids(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[bool]]:
+def prompt_text(tokenizer: Any, messages: Sequence[Message], **template: Any) -> str:
+    """What `prompt_ids` tokenizes of a conversation."""
+    last = messages[-1]
+    if last["role"] != "assistant":
+        return render(tokenizer, messages, add_generation_prompt=True, **template)
+    if not last.get("content") or last.get("tool_calls"):
+        raise ConfigError("ends in a message of the assistant's without a text that could be continued: end it in another one")
+    return render(tokenizer, messages, continue_final_message=True, **template)
+
+
+def completion_ids(tokenizer: Any, prompt: str, answer: str, *, end: int | None = None) -> tuple[list[int], list[bool]]:
     """Ids of prompt, answer and end of text, and which of them are the answer's, its end included.
 
     Both are tokenized together, and the answer starts where that differs from the prompt alone: tokens may reach over the border.
+    end: The token that ends it, default the tokenizer's end of text; an answer that is written with it gets no second one.
     """
+    end = tokenizer.eos_token_id if end is None else end
+    if end is None:
+        raise ConfigError("the tokenizer has no end-of-text token, so nothing ends an answer: set its eos_token")
     start, ids = prompt_ids(tokenizer, prompt), prompt_ids(tokenizer, prompt + answer)
     common = next((i for i, (a, b) in enumerate(zip(start, ids)) if a != b), min(len(start), len(ids)))
-    return [*ids, tokenizer.eos_token_id], [i >= common for i in range(len(ids) + 1)]
+    ids = ids if ids[common:] and ids[-1] == end else [*ids, end]
+    return ids, [i >= common for i in range(len(ids))]
 
 
-def conversation_ids(tokenizer: Any, messages: Sequence[Message], **template: Any) -> tuple[list[int], list[bool]]:
-    """Ids of a conversation, and which of them the assistant wrote: each of its turns with the token that ends it.
+# ---------------------------------------------------------------------- conversations
 
-    A template that marks them by `{% generation %}` is believed. Otherwise a turn is what the template adds to the conversation before it,
-    and a ConfigError says so when it changes earlier turns instead (as those do that drop earlier thoughts).
+
+def conversation_ids(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    first: int = 0,
+    prefill: int = 0,
+    stop_ids: Collection[int] = (),
+    **template: Any,
+) -> tuple[list[int], list[bool]]:
+    """Ids of a conversation as the chat template writes it, and which of them are learned: what the assistant says in each of its turns,
+    from behind the generation prompt to the token that ends the turn.
+
+    A turn is learned as it stands in the whole conversation: thoughts that a template drops from earlier turns are not. Of a template that
+    marks what is learned by `{% generation %}` nothing beside the marks is, but the end of a marked turn. Messages that say so
+    (`weight: 0`, `train: false`) are not learned. Where a template ends the last turn by no token, the end of text is appended.
+
+    first: Messages before this one are not learned. prefill: Characters of message `first` that the prompt already holds. stop_ids: Tokens
+    that end answers beside those of the template. Raises ConfigError where the template refuses the conversation.
     """
-    messages = list(messages)
-    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-        marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **template)
-        return list(marked["input_ids"]), [bool(m) for m in marked["assistant_masks"]]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **template)
+    stops = {tokenizer.convert_ids_to_tokens(i) for i in stop_ids}
+    talk = Conversation(tokenizer, messages, template, stops, (first, prefill) if prefill else (-1, 0))
+    said = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first]
+    turns = [turn for i in said if is_learned(messages[i]) and (turn := talk.turn(i)) is not None]
+    text, open_end = talk.text, bool(turns) and turns[-1].message == len(messages) - 1 and turns[-1].end == turns[-1].stop
+    if open_end:
+        text = text[: turns[-1].stop]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    spans = [_span(tokenizer, messages, i, text, template) for i, m in enumerate(messages) if m["role"] == "assistant"]
-    return list(encoded.input_ids), [
-        any(a <= start and end <= b and start < end for a, b in spans) for start, end in encoded.offset_mapping
-    ]
+    ids, places = list(encoded.input_ids), encoded.offset_mapping
+    mask = [_inside(place, [(turn.start, turn.stop) for turn in turns]) for place in places]
+    marks = _marks(tokenizer, talk.messages, template)
+    if marks is not None:
+        mask = [m and (marked or end) for m, marked, end in zip(mask, marks, _ends_of_marked(places, marks, turns))]
+    if open_end:
+        ids, mask = [*ids, _end_id(tokenizer, talk)], [*mask, True]
+    return ids, mask
 
 
-def _span(tokenizer: Any, messages: list[Message], turn: int, text: str, template: dict[str, Any]) -> tuple[int, int]:
-    """Characters of one assistant turn in the whole text, from behind the generation prompt to its end token."""
-    before = tokenizer.apply_chat_template(messages[:turn], add_generation_prompt=True, tokenize=False, **template) if turn else ""
-    through = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False, **template)
-    if not (text.startswith(through) and through.startswith(before)):
-        raise ConfigError(
-            f"the chat template changes earlier turns when turn {turn + 1} is added, so it cannot be told what the assistant wrote: "
-            "supervise single answers (prompt and response), or set policy.chat_template to one with {% generation %} marks"
-        )
-    return len(before), len(through.rstrip("\n "))
+def _end_id(tokenizer: Any, talk: Conversation) -> int:
+    own = talk.ends.all
+    end = tokenizer.convert_tokens_to_ids(own[0]) if own else tokenizer.eos_token_id
+    if end is None:
+        raise ConfigError("the chat template ends an answer by no token and the tokenizer has no end of text: set its eos_token")
+    return int(end)
+
+
+def _inside(place: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
+    """A token that reaches over a border is learned: the policy has to say it."""
+    return any(place[0] < stop and place[1] > start for start, stop in spans) and place[0] < place[1]
+
+
+def _marks(tokenizer: Any, messages: list[Message], template: dict[str, Any]) -> list[bool] | None:
+    """By token, what a template marks as the assistant's; None where it marks nothing."""
+    if not re.search(r"{%-?\s*generation\s*-?%}", source(tokenizer, **template)):
+        return None
+    marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **template)
+    return [bool(m) for m in marked["assistant_masks"]]
+
+
+def _ends_of_marked(places: Sequence[tuple[int, int]], marks: Sequence[bool], turns: Sequence[Turn]) -> list[bool]:
+    """By token, the end of a turn of which something is marked."""
+    seen = [turn for turn in turns if any(m and _inside(place, [(turn.start, turn.end)]) for m, place in zip(marks, places))]
+    return [_inside(place, [(turn.end, turn.stop) for turn in seen]) for place in places]
+
+
+def is_learned(message: Message) -> bool:
+    """Whether nothing in a message says that it is not."""
+    return all(message.get(name) is None or bool(message[name]) for name in SWITCHES)
+
+
+def joined(prompt: Sequence[Message], answer: Sequence[Message]) -> tuple[list[Message], int, int]:
+    """A prompt and its answer as one conversation, the number of the first message that is the answer's, and how many characters of that
+    one are the prompt's: an answer to a prompt that ends in the assistant's own words continues them."""
+    if prompt and answer and prompt[-1]["role"] == answer[0]["role"] == "assistant":
+        begun = str(prompt[-1].get("content") or "")
+        whole = {**prompt[-1], **answer[0], "content": begun + str(answer[0].get("content") or "")}
+        return [*prompt[:-1], whole, *answer[1:]], len(prompt) - 1, len(begun)
+    return [*prompt, *answer], len(prompt), 0
+
+
+def answer_ids(
+    tokenizer: Any, prompt: Sequence[Message], answer: Sequence[Message], *, stop_ids: Collection[int] = (), **template: Any
+) -> tuple[list[int], AnswerIds]:
+    """Ids of a prompt and of the turns that answer it, up to the end of the last one that is learned.
+
+    The answer starts at its first learned token, and not before the second of all, for nothing predicts the first.
+    """
+    messages, first, prefill = joined(prompt, answer)
+    ids, mask = conversation_ids(tokenizer, messages, first=first, prefill=prefill, stop_ids=stop_ids, **template)
+    if True not in mask:
+        return ids, AnswerIds([], [])
+    start, stop = max(1, mask.index(True)), len(mask) - mask[::-1].index(True)
+    return ids[:start], AnswerIds(ids[start:stop], mask[start:stop])

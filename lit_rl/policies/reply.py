@@ -14,9 +14,12 @@ LOOKED_AT = 64
 """Tokens at the end of a prompt."""
 
 
-def reply(tokenizer: Any, ids: Sequence[int], *, prompt_ids: Sequence[int], info: Info, stop_ids: Sequence[int]) -> Answer:
-    """An answer's text without special tokens; `written` has them, but for those that end it; `opened` is what the prompt began of it."""
-    text = tokenizer.decode(list(ids), skip_special_tokens=True)
+def reply(
+    tokenizer: Any, ids: Sequence[int], *, prompt_ids: Sequence[int], info: Info, stop_ids: Sequence[int], text: str | None = None
+) -> Answer:
+    """An answer's text without special tokens (default: as the tokenizer has it); `written` has them, but for those that end it; `opened`
+    is what the prompt began of it."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=True) if text is None else text
     end = len(ids)
     while end and ids[end - 1] in stop_ids:
         end -= 1
