@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, SequentialLR
 
-from lit_rl.checkpoints.layout import check_layout
+from lit_rl.checkpoints.layout import check_adapters, check_layout
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import Scorer
 from lit_rl.seeding import generator
@@ -390,9 +390,14 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         keys, tensors = self.checkpoint_keys(), [*self.named_parameters(), *self.named_buffers()]
         return {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors if name in keys}
 
+    def adapters(self) -> dict[str, dict[str, Any]]:
+        """Layers and strengths of the trained adapters by model, see `lit_rl.checkpoints.layout.check_adapters`."""
+        return {name: part.adapter for name, part in self.named_children() if getattr(part, "adapter", None)}  # type: ignore[misc]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keys = self.checkpoint_keys()
         checkpoint["state_dict"] = {name: weight for name, weight in checkpoint["state_dict"].items() if name in keys}
+        checkpoint["adapters"] = self.adapters()
         inside = 0 < self.minibatches_done() < self.minibatches_per_epoch() if self.trainer.fit_loop._combined_loader is not None else False
         if inside and self.rollout is not None:
             place = {"iteration": self.rollout_iteration, "metrics": self.rollout_metrics, "world_size": self.trainer.world_size}
@@ -401,6 +406,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "state_dict" in checkpoint:  # otherwise the strategy has looked at the weights and loaded them
             check_layout({name: weight.shape for name, weight in checkpoint["state_dict"].items()}, self.checkpoint_shapes())
+        check_adapters(checkpoint.get("adapters", {}), self.adapters())
         self._close_finished_epoch(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"])
         saved = checkpoint.get("rollout")
         if saved is None or self.trainer.state.fn != "fit":

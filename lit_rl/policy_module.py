@@ -70,6 +70,14 @@ class LitPolicy(LitRL[R]):
 
     def check_geometry(self) -> None:
         super().check_geometry()
+        precision = str(self.trainer.precision)
+        if precision in ("16-true", "bf16-true") or precision.startswith("transformer-engine"):
+            half = "float16" if precision == "16-true" else "bfloat16"
+            raise ConfigError(
+                f"trainer.precision={precision} keeps what is trained in 16 bits, where an optimizer's small steps round to nothing: set "
+                f"it to {'bf16' if half == 'bfloat16' else '16'}-mixed, which computes in 16 bits, and model.policy.dtype to {half} for "
+                "frozen weights in 16 bits"
+            )
         half, dtype = str(self.trainer.precision).removesuffix("-mixed"), getattr(self.policy, "dtype", torch.float32)
         if {"16": torch.bfloat16, "bf16": torch.float16}.get(half) == dtype:
             raise ConfigError(

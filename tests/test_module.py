@@ -292,6 +292,12 @@ def test_two_16_bit_formats_are_refused(tmp_path: Path) -> None:
         run(tmp_path, method, precision="bf16-mixed")
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_training_in_16_bits_is_refused(tmp_path: Path, precision: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"precision={precision} keeps what is trained in 16 bits, .* set it to b?f?16-mixed"):
+        run(tmp_path, toy_method(), precision=precision)
+
+
 def test_max_steps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="set trainer.max_epochs"):
         run(tmp_path, toy_method(), max_steps=3)

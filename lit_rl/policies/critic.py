@@ -12,7 +12,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.policies.causal_lm import Dtype, check_folder, read_lm, recompute
 from lit_rl.policies.language_lora import add_language_lora
 from lit_rl.policies.lm_head import body
-from lit_rl.policies.lora import LoraSettings
+from lit_rl.policies.lora import LoraSettings, geometry
 from lit_rl.policies.lora_sites import repeated_blocks
 
 
@@ -76,6 +76,7 @@ class Critic(nn.Module):
         if lora is not None and "lm_head" in (lora.named or []):
             raise ConfigError("critic.lora.targets: a critic has a value head in place of lm_head: leave lm_head out of its list")
         self.lora = lora
+        self.adapter: dict[str, Any] | None = None  # layers and strengths of the trained adapter, for checkpoints
         self.gradient_checkpointing = gradient_checkpointing
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.attention = attention
@@ -89,6 +90,7 @@ class Critic(nn.Module):
         lm = read_lm(folder, dtype=self.dtype if self.lora else torch.float32, attention=self.attention, **source)
         if self.lora:
             add_language_lora(lm, self.lora, seed=torch.initial_seed())
+            self.adapter = geometry(lm)
         else:
             lm.requires_grad_(True)
         self.network = ValueNetwork(lm)

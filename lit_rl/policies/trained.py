@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Policy
-from lit_rl.policies.lora import TRAINED, LoraSettings, add_frozen_copy, copy_adapter, disabled_adapters, using_adapter
+from lit_rl.policies.lora import TRAINED, LoraSettings, add_frozen_copy, copy_adapter, disabled_adapters, geometry, using_adapter
 from lit_rl.policies.shards import copy_weights, reshard
 
 REFERENCE = "reference"
@@ -33,6 +33,7 @@ class TrainedPolicy(Policy):
         self.lora = lora
         self.keep_reference = keep_reference or (lora is not None and lora.initial is not None)
         self.reference_network: nn.Module | None = None
+        self.adapter: dict[str, Any] | None = None  # layers and strengths of the trained adapter, for checkpoints
         self._reference_answers = False
         self.has_reference = lora is not None or keep_reference
         self.drops = False
@@ -50,6 +51,7 @@ class TrainedPolicy(Policy):
         self.network = network
         if self.lora:
             add(self.lora)
+            self.adapter = geometry(network)
             if self.keep_reference:
                 add_frozen_copy(network, REFERENCE)
         else:

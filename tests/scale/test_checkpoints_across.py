@@ -101,6 +101,12 @@ def test_weights_of_another_model_are_refused(pair: Pair, written: Written, tmp_
     rank8 = LORA | {"pretrained": str(sd3_folder), "lora": LORA["lora"] | {"rank": 8}}
     for message in pair.run("fails", sd3=rank8, **settings):
         assert "lora_A.default.weight is [4, 32] there and [8, 32] here" in message and "lora.rank" in message
+    alpha1 = LORA | {"pretrained": str(sd3_folder), "lora": LORA["lora"] | {"alpha": 1.0}}
+    for message in pair.run("fails", sd3=alpha1, **settings):
+        assert "lora.alpha: the checkpoint's adapter was trained with" in message and "this run has 1, another strength" in message
+    fewer = LORA | {"pretrained": str(sd3_folder), "lora": LORA["lora"] | {"targets": ["attn.to_q"]}}
+    for message in pair.run("fails", sd3=fewer, **settings):
+        assert "weights of adapters or of a reference that this run would drop" in message and "lora.targets" in message
     for message in pair.run("fails", sd3=FULL | {"pretrained": str(sd3_folder)}, **settings):
         assert "lacks" in message and "policy.network.pos_embed.proj.weight" in message
 
