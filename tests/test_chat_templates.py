@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from chat_templates import FAMILIES, model_of, tokenizer_of
 
 from lit_rl.errors import ConfigError
@@ -18,6 +19,10 @@ from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.chat import answer_ids, completion_ids, conversation_ids, prompt_ids
 from lit_rl.policies.chat_template import _turn_ends, turn_ends
 from lit_rl.policies.chat_turns import warn_of_opening
+from lit_rl.policies.lora import LoraSettings
+from lit_rl.rollouts.base import Request, RolloutEngine, Sampling
+from lit_rl.rollouts.hf import HFEngine
+from lit_rl.rollouts.native import NativeEngine
 
 CALL = [{"id": "abcdefghi", "type": "function", "function": {"name": "w", "arguments": {"city": "P"}}}]
 
@@ -66,6 +71,33 @@ def test_a_policy_stops_where_its_template_ends_a_turn_and_says_so_in_its_export
         assert stored == (policy.stop_ids if len(policy.stop_ids) > 1 else end), file
     assert CausalLM(str(tmp_path / "out")).stop_ids == policy.stop_ids
     assert policy.decode([*policy.tokenizer("4").input_ids[-1:], end]) == "4"
+
+
+def test_an_adapter_says_beside_its_base_where_its_answers_end(tmp_path: Path) -> None:
+    policy = CausalLM(str(model_of("qwen2.5", tmp_path / "m")), lora=LoraSettings(rank=2))
+    policy.load()
+    (tmp_path / "out").mkdir()
+    policy.save(tmp_path / "out", dict(policy.trainable()))
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == policy.stop_ids
+    assert len(policy.stop_ids) == 2
+
+
+@pytest.mark.parametrize("engine", [NativeEngine(), HFEngine()])
+def test_engines_stop_at_the_end_of_a_turn(tmp_path: Path, engine: RolloutEngine) -> None:
+    """Every token is as likely as any other, so that answers of 400 tokens meet both ends."""
+    policy = CausalLM(str(model_of("gemma", tmp_path)))
+    policy.load()
+    policy.eval()
+    with torch.no_grad():
+        policy.network.lm.get_output_embeddings().weight.zero_()  # type: ignore[operator, union-attr]
+    engine.setup(policy, rank=0, world_size=1)
+    requests = [Request(policy.encode([user("a")]), (i,)) for i in range(8)]
+    samples = engine.generate(requests, Sampling(max_new_tokens=400, temperature=1.0))
+    end = policy.tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert end in {sample.ids[-1] for sample in samples}
+    for sample in samples:
+        assert sample.ids.index(end) == len(sample.ids) - 1 if end in sample.ids else True
+        assert sample.finish == ("stop" if sample.ids[-1] in policy.stop_ids else "length")
 
 
 def test_ends_of_calls_and_of_turns_inside_a_conversation() -> None:

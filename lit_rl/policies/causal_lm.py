@@ -215,6 +215,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         named = {name.removeprefix("network.lm."): tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         if self.lora:
             save_adapter(lm, folder, named, base=self.pretrained)
+            lm.generation_config.save_pretrained(folder)  # type: ignore[operator, union-attr]  # what ends an answer now
             return
         buffers = dict(lm.named_buffers())  # type: ignore[union-attr]
         named |= {key: value.detach().cpu() for key, value in lm.state_dict().items() if key in buffers}  # type: ignore[union-attr]

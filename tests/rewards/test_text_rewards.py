@@ -289,17 +289,19 @@ def by_hand(folder: Path, text: str, label: int = 0) -> float:
 
 
 CONVERSATION = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "why"}]
+BEGUN = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "be"}]
 
 
 def test_a_reward_model_reads_the_whole_conversation_whatever_the_batch(classifier: Callable[..., Path]) -> None:
     folder = classifier()
-    info = [{"prompt": "p"}, {"prompt": CONVERSATION}, {"prompt": "p"}, {"prompt": "longer"}]
-    answers = ["a", "because", "abc", ""]
+    info = [{"prompt": "p"}, {"prompt": CONVERSATION}, {"prompt": "p"}, {"prompt": "longer"}, {"prompt": BEGUN}]
+    answers = ["a", "because", "abc", "", "cause"]
     expected = [
         f"<|user|>p<|assistant|>a{END}",
         f"<|user|>hi<|assistant|>yes?{END}<|user|>why<|assistant|>because{END}",
         f"<|user|>p<|assistant|>abc{END}",
         f"<|user|>longer<|assistant|>{END}",
+        f"<|user|>why<|assistant|>because{END}",
     ]
     wanted = torch.tensor([by_hand(folder, text) for text in expected])
     for size in (1, 3, 16):

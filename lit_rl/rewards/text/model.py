@@ -100,11 +100,12 @@ class ModelReward(TextReward):
 
     def _ids(self, prompt: str | Sequence[Mapping[str, str]], answer: str) -> list[int]:
         if self._tokenizer.chat_template is None:
-            asked = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+            asked = prompt if isinstance(prompt, str) else "\n".join(message.get("content", "") for message in prompt)
             ids = list(self._tokenizer(asked + answer).input_ids)
         else:
             asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)  # type: ignore[assignment]
-            turns = [*asked, {"role": "assistant", "content": answer}]
+            begun = asked.pop().get("content", "") if asked[-1]["role"] == "assistant" else ""  # type: ignore[union-attr]
+            turns = [*asked, {"role": "assistant", "content": begun + answer}]
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, **self.chat_template_kwargs)
             ids = list(self._tokenizer(text, add_special_tokens=False).input_ids)
         self._cut += len(ids) > self._limit
