@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ from lit_rl.demo.curves import Curve, Known, images_seen, over_images
 
 BLUE, GREEN, GREY = "#1f6feb", "#2da44e", "#9aa5b1"
 LABELS = {"held_out_accuracy": "held-out prompts read exactly right", "held_out_ink_similarity": "likeness of the ink to the reference's"}
+LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+"""Of the first seeds of a method: style and marker."""
+DPI = 150
+COLUMNS = "columns"
+"""Key in a picture's `info`: places from its left edge, and what is written above them."""
 STAGES = {"after_warmup": "after the warm-up", "after_rl": "after RL"}
 
 
@@ -22,26 +28,30 @@ def draw(path: Path, title: str, curves: Mapping[str, Curve], scores: Mapping[st
     left.plot(images_seen(curves)[1:], curves["reward_mean"].values, color=GREY, label="training reward (mean of the iteration)")
     for (name, tag), colour in zip(scores.items(), (BLUE, GREEN)):
         left.plot(*over_images(curves, tag), color=colour, marker="o", label=LABELS[name])
-    left.set(xlabel="images of reinforcement learning", ylim=(0, 1), title=f"{title} against a live OCR server")
+    left.set(xlabel="images of reinforcement learning", ylim=(0, 1.03), title=f"{title} against a live OCR server")
     left.grid(alpha=0.3)
     left.legend(loc="lower right")
     for axis, (words, picture) in zip(others, panels):
         axis.imshow(picture, interpolation="nearest")
         axis.set_title(words)
-        axis.axis("off")
-    figure.savefig(path, dpi=110)
+        axis.spines[:].set_visible(False)
+        named = picture.info.get(COLUMNS, [])
+        axis.set_xticks([x for x, _ in named], [name for _, name in named], fontsize=8)
+        axis.set_yticks([])
+        axis.tick_params(length=0, labelbottom=False, labeltop=True, pad=0)
+    figure.savefig(path, dpi=DPI)
 
 
 def compare(path: Path, known: Known) -> None:
-    """One PNG: held-out accuracy over the images trained on, a colour for each method and a line for each seed."""
+    """One PNG: held-out accuracy over the images trained on, a colour for each method and a kind of line for each seed."""
     figure, axis = _plt().subplots(figsize=(6.5, 4), layout="constrained")
     for i, (method, seeds) in enumerate(sorted(known.items())):
-        for j, (images, accuracy) in enumerate(seeds.values()):
-            axis.plot(images, accuracy, color=f"C{i}", marker="o", label=None if j else f"{method}, seed {', '.join(seeds)}")
-    axis.set(xlabel="images of reinforcement learning", ylabel=LABELS["held_out_accuracy"], ylim=(0, 1))
+        for (seed, (images, accuracy)), (line, marker) in zip(sorted(seeds.items(), key=lambda run: int(run[0])), cycle(LINES)):
+            axis.plot(images, accuracy, line, color=f"C{i}", marker=marker, markersize=5, label=f"{method}, seed {seed}")
+    axis.set(xlabel="images of reinforcement learning", ylabel=LABELS["held_out_accuracy"], ylim=(0, 1.03))
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=DPI)
 
 
 def _plt() -> Any:
@@ -77,30 +87,35 @@ def contact_sheet(folder: Path, samples: int, *, columns: int = 5, zoom: int = 3
     return sheet
 
 
-def filled_signs(out: Path, summary: Mapping[str, Any], *, samples: int = 24) -> list[tuple[str, Any]]:
+def filled_signs(out: Path, summary: Mapping[str, Any], *, samples: int = 14) -> list[tuple[str, Any]]:
     """One sheet: of each held-out item what is given (number, picture with its hole, reference) and what was made of it."""
     accuracy, items = summary["held_out_accuracy"], json.loads((out / "items.json").read_text())
     held_out = [item for item in items["items"] if item["split"] == "val"][:samples]
     sheet = sign_sheet(out / items["root"], held_out, [out / "images" / stage for stage in STAGES])
     right = ", ".join(f"{title} ({accuracy[stage]:.0%} right)" for stage, title in STAGES.items())
-    return [(f"wanted, hole, reference, {right}", sheet)]
+    return [(right, sheet)]
 
 
-def sign_sheet(images: Path, items: Sequence[Mapping[str, str]], stages: Sequence[Path], *, columns: int = 3, zoom: int = 3) -> Any:
-    """A tile per item: its number, its source with the masked part hatched, its reference, and its picture of each stage."""
+def sign_sheet(images: Path, items: Sequence[Mapping[str, str]], stages: Sequence[Path], *, columns: int = 2, zoom: int = 3) -> Any:
+    """A tile per item: its number, its source with the masked part hatched, its reference, and its picture of each stage.
+
+    `info` of the sheet says where these columns are.
+    """
     from PIL import Image
 
-    tiles = []
+    tiles: list[Any] = []
+    centres: list[float] = []
+    label, gap = 32, 4
     predictions = [[folder / row["file"] for row in predicted(folder)] for folder in stages]
     for i, item in enumerate(items):
         source, mask, reference = (Image.open(images / item[field]) for field in ("source", "mask", "reference"))
         parts = [_with_hole(_enlarged(source, zoom), _enlarged(mask, zoom)), _enlarged(reference, zoom)]
         parts += [_enlarged(Image.open(files[i]), zoom) for files in predictions]
-        label, gap = 32, 4
         tile = Image.new("RGB", (label + sum(part.width + gap for part in parts), parts[0].height + gap), "white")
         _label(tile, item["text"], 2, parts[0].height // 4, size=20)
-        x = label
+        x, centres = label, []
         for part in parts:
+            centres.append(x + part.width / 2)
             tile.paste(part, (x, (parts[0].height - part.height) // 2))
             x += part.width + gap
         tiles.append(tile)
@@ -108,6 +123,8 @@ def sign_sheet(images: Path, items: Sequence[Mapping[str, str]], stages: Sequenc
     sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (i % columns * width, i // columns * height))
+    names = [(label / 2, "wanted"), *zip(centres, ("hole", "reference", "warm-up", "RL"))]
+    sheet.info[COLUMNS] = [(column * width + x, name) for column in range(columns) for x, name in names]
     return sheet
 
 
