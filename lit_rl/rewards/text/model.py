@@ -103,9 +103,9 @@ class ModelReward(TextReward):
             asked = prompt if isinstance(prompt, str) else "\n".join(message.get("content", "") for message in prompt)
             ids = list(self._tokenizer(asked + answer).input_ids)
         else:
-            asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)  # type: ignore[assignment]
-            begun = asked.pop().get("content", "") if asked[-1]["role"] == "assistant" else ""  # type: ignore[union-attr]
-            turns = [*asked, {"role": "assistant", "content": begun + answer}]
+            given: list[Mapping[str, str]] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            begun = given.pop().get("content", "") if given[-1]["role"] == "assistant" else ""
+            turns = [*given, {"role": "assistant", "content": begun + answer}]
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, **self.chat_template_kwargs)
             ids = list(self._tokenizer(text, add_special_tokens=False).input_ids)
         self._cut += len(ids) > self._limit
