@@ -17,14 +17,21 @@ class RngState(L.Callback):
     """Python's, NumPy's, torch's and CUDA's generator of each process: saved with every checkpoint, restored when training starts.
 
     Rollouts, prompts, minibatches and evaluation do not need it: their draws are functions of (seed, purpose, iteration, ...). What is
-    left is dropout. Restored in `on_train_start` because loaders are built and sanity checks run after a checkpoint is read.
+    left is dropout. Restored in `on_train_start` because loaders are built and sanity checks run after a checkpoint is read. A checkpoint
+    in the middle of an optimizer step, whose minibatches come again, has the streams of its beginning.
     """
 
     def __init__(self) -> None:
         self._restored: list[dict[str, Any]] | None = None
+        self._begun: tuple[int, dict[str, Any]] = (-1, {})  # an optimizer step, and the streams when the next one began
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._begun = trainer.global_step, streams()
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rng"] = gather_objects(streams())
+        step, begun = self._begun
+        checkpoint["rng"] = gather_objects(begun if step == trainer.global_step else streams())
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._restored = checkpoint.get("rng")

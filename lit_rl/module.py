@@ -14,11 +14,13 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, SequentialLR
 
 from lit_rl.checkpoints.layout import check_adapters, check_layout
+from lit_rl.checkpoints.progress import Place, continue_at, log_again, logged, place_of, remember_saved, saved_at, set_counters
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import Scorer
 from lit_rl.seeding import generator
@@ -54,10 +56,11 @@ class ReplayLoader:
 
     def __iter__(self) -> Iterator[Minibatch]:
         start, self.start = self.start, 0
-        yield from self.module.replay(range(start, len(self)))
+        if start < len(self):
+            yield from self.module.replay(range(start, len(self)))
 
     def state_dict(self) -> dict[str, int]:
-        return {"start": self.module.minibatches_done() % len(self)}  # after the last minibatch: the next epoch from its first
+        return {"start": self.module.minibatches_done()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.start = state["start"]
@@ -115,6 +118,9 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         self.rollout_metrics: dict[str, float] = {}
         self._metrics_logged = False
         self._plan: list[Tensor] = []
+        self._place: Place | None = None  # where a restored run continues
+        self._before: dict[str, Any] = {}  # what had been logged, and when who had saved, until then
+        self._logged: tuple[int, dict[str, Any]] = (-1, {})  # an optimizer step, and what had been logged when the next one began
 
     samples, actions = "images", "pairs"
     """What people call that of which a rollout has B, and B times S."""
@@ -307,6 +313,8 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._logged = self.trainer.global_step, logged(self.trainer)
         if self.warmup_steps and self.trainer.global_step == self.warmup_steps and not self.warming_up and batch_idx == 0:
             self.finish_warmup()
 
@@ -398,18 +406,25 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         keys = self.checkpoint_keys()
         checkpoint["state_dict"] = {name: weight for name, weight in checkpoint["state_dict"].items() if name in keys}
         checkpoint["adapters"] = self.adapters()
-        inside = 0 < self.minibatches_done() < self.minibatches_per_epoch() if self.trainer.fit_loop._combined_loader is not None else False
-        if inside and self.rollout is not None:
-            place = {"iteration": self.rollout_iteration, "metrics": self.rollout_metrics, "world_size": self.trainer.world_size}
-            checkpoint["rollout"] = place | {"ranks": gather_to_first(_plain(self.rollout.to("cpu")))}
+        place = self._place_in(checkpoint)
+        step, before = self._logged
+        now = before if step == self.trainer.global_step else logged(self.trainer)
+        checkpoint["logged"] = {"ranks": gather_objects(_on_cpu(now)), "saved_at": saved_at(self.trainer)}
+        if self.rollout is not None and not place.ended and self.rollout_iteration == place.epochs - self.warmup_epochs:
+            about = {"iteration": self.rollout_iteration, "metrics": self.rollout_metrics, "world_size": self.trainer.world_size}
+            checkpoint["rollout"] = about | {"ranks": gather_to_first(_plain(self.rollout.to("cpu")))}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "state_dict" in checkpoint:  # otherwise the strategy has looked at the weights and loaded them
             check_layout({name: weight.shape for name, weight in checkpoint["state_dict"].items()}, self.checkpoint_shapes())
         check_adapters(checkpoint.get("adapters", {}), self.adapters())
-        self._close_finished_epoch(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"])
+        if self.trainer.state.fn != "fit":
+            return
+        self._place = self._place_in(checkpoint)
+        set_counters(checkpoint["loops"]["fit_loop"], self._place)
+        self._before = checkpoint.get("logged", {})
         saved = checkpoint.get("rollout")
-        if saved is None or self.trainer.state.fn != "fit":
+        if saved is None:
             return
         if saved["world_size"] != self.trainer.world_size:
             raise ConfigError(
@@ -419,13 +434,18 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         self.rollout = self.restore_rollout(saved["ranks"][self.global_rank])
         self.rollout_iteration, self.rollout_metrics = saved["iteration"], saved["metrics"]
 
-    def _close_finished_epoch(self, progress: dict[str, Any]) -> None:
-        """Make Lightning see that a checkpoint on the last minibatch ends its epoch: it compares with the *next* epoch's length, and the
-        epoch after the warm-up may be longer."""
-        current = progress["current"]
-        if progress["is_last_batch"] and current["completed"] < current["processed"]:
-            length = max(current["processed"], self.inner_epochs * self.minibatches_per_pass())
-            current |= {"ready": length, "started": length, "processed": length, "completed": length - 1}
+    def _place_in(self, checkpoint: dict[str, Any]) -> Place:
+        return place_of(checkpoint["loops"]["fit_loop"], accumulate=self.trainer.accumulate_grad_batches)
+
+    def on_train_start(self) -> None:
+        place, before, self._place, self._before = self._place, self._before, None, {}
+        if place is None:
+            return
+        continue_at(self.trainer, place)
+        remember_saved(self.trainer, before.get("saved_at", {}))
+        if len(before.get("ranks", ())) == self.trainer.world_size:
+            log_again(self.trainer, before["ranks"][self.global_rank], inside=place.minibatches > 0)
+            self._metrics_logged = place.minibatches > 0
 
     @abstractmethod
     def restore_rollout(self, fields: dict[str, Any]) -> R:
@@ -501,6 +521,10 @@ def gather_to_first(value: Any) -> dict[int, Any]:
 def cpu_group() -> Any:
     """All processes, connected by gloo: rollouts are gigabytes, which NCCL would copy to the GPUs first."""
     return torch.distributed.new_group(backend="gloo")
+
+
+def _on_cpu(value: Any) -> Any:
+    return apply_to_collection(value, Tensor, lambda tensor: tensor.cpu())
 
 
 def _plain(rollout: Rollout) -> dict[str, Any]:

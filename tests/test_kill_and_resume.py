@@ -11,12 +11,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
 from test_cli import ROOT, toy_config
 
 EPOCHS = 30
+
+
+class Die(L.Callback):
+    """SIGKILL before the first minibatch after optimizer step $DIE."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == int(os.environ.get("DIE", -1)):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def config(folder: Path) -> dict[str, Any]:
@@ -27,6 +36,7 @@ def config(folder: Path) -> dict[str, Any]:
     checkpoint = {"dirpath": str(folder / "checkpoints"), "filename": "{step}", "save_top_k": 3, "monitor": "step", "mode": "max"}
     run["trainer"]["callbacks"][1:] = [
         {"class_path": "callbacks.ema.EMA", "init_args": {"decay": 0.9}},
+        {"class_path": "test_kill_and_resume.Die"},
         {
             "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
             "init_args": checkpoint | {"save_last": True, "every_n_train_steps": 1},
@@ -35,10 +45,10 @@ def config(folder: Path) -> dict[str, Any]:
     return run
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, *options: str, die: int = -1) -> subprocess.Popen[bytes]:
     folder.mkdir(exist_ok=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(config(folder)))
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"DIE": str(die), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "cli.py"), "fit", "--config", str(folder / "run.yaml"), *options]
     return subprocess.Popen(command, env=environment, cwd=folder, stdout=(folder / "log").open("ab"), stderr=subprocess.STDOUT)
 
@@ -61,22 +71,19 @@ def differences(a: Any, b: Any, at: str = "") -> list[str]:
 @pytest.mark.slow
 def test_killed_run_ends_as_the_unbroken_one(tmp_path: Path) -> None:
     unbroken = start(tmp_path / "unbroken")
-    folder = tmp_path / "killed"
-    killed, kills = start(folder), 0
-    moment = random.Random(time.time_ns())
-    seen: dict[str, float] = {}
-    while kills < 2 and killed.poll() is None:  # once early, once later, each at no particular moment
-        checkpoints = len(list((folder / "checkpoints").glob("step=*.ckpt")))
-        if checkpoints and "since" not in seen:
-            seen["since"], seen["wait"] = time.monotonic(), moment.uniform(0.0, 1.5)
-        if "since" in seen and time.monotonic() > seen["since"] + seen["wait"]:
-            killed.send_signal(signal.SIGKILL)
-            killed.wait()
-            kills, seen = kills + 1, {}
-            killed = start(folder, "--ckpt_path", "last")
-            time.sleep(3)  # it needs longer than that to get going
+    folder, moment = tmp_path / "killed", random.Random(time.time_ns())
+    last = 4 + EPOCHS // 2  # of an iteration, of the warm-up, or inside of one; each start goes on from the one before
+    first, second = sorted(moment.sample(range(1, last), 2))
+    for options, step in (((), first), (("--ckpt_path", "last"), second)):
+        assert start(folder, *options, die=step).wait(timeout=200) == -signal.SIGKILL, (folder / "log").read_text()[-3000:]
+    killed = start(folder, "--ckpt_path", "last")
+    there = time.monotonic() + 200
+    while killed.poll() is None and not (folder / "checkpoints" / f"step={second + 2}.ckpt").exists() and time.monotonic() < there:
         time.sleep(0.005)
-    assert kills >= 1, "the run was over before it could be killed; raise EPOCHS"
+    time.sleep(moment.uniform(0.0, 0.5))  # at no particular moment, while a file is written perhaps
+    killed.kill()
+    killed.wait()
+    killed = start(folder, "--ckpt_path", "last")
     a, b = finish(unbroken, tmp_path / "unbroken"), finish(killed, folder)
     parts = [
         part
@@ -84,5 +91,5 @@ def test_killed_run_ends_as_the_unbroken_one(tmp_path: Path) -> None:
         if part in a
     ]
     assert {"state_dict", "optimizer_states", "ema", "prompt_history", "rng", "global_step"} <= set(parts)
-    assert [d for part in parts for d in differences(a[part], b[part], part)] == []
+    assert [d for part in parts for d in differences(a[part], b[part], part)] == [], (first, second)
     assert a["epoch"] == EPOCHS - 1

@@ -1,0 +1,240 @@
+"""A run that is stopped again and again, anywhere, ends as the one that is left alone: weights, optimizer, counters, metrics, callbacks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_kill_and_resume import differences
+from toy import ToyData, ToyPolicy, toy_method, toy_trainer
+from toy_text import Digits, Sorted, model_folder, policy, trainer
+
+from callbacks.ema import EMA
+from callbacks.graceful_stop import GracefulStop
+from callbacks.old_policy import EMAOldPolicy, OldPolicySync
+from callbacks.reward_scoring import RewardScoring
+from callbacks.rng_state import RngState
+from lit_rl.credit import Advantage
+from lit_rl.methods.diffusion_nft import DiffusionNFT
+from lit_rl.methods.dpo import DPO
+from lit_rl.methods.grpo import DAPO, GRPO
+from lit_rl.methods.ppo import PPO
+from lit_rl.methods.sft import SFT
+from lit_rl.rollouts.base import Sampling
+
+
+class Stopped(Exception):
+    """The process is gone."""
+
+
+class Watch(L.Callback):
+    """Counts the moments at which a process can die, and dies at number `at`. Its state is what every epoch logged."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.moments = at, 0
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": dict(self.rows)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows = dict(state["rows"])
+
+    def moment(self, *_: Any) -> None:
+        self.moments += 1
+        if self.moments == self.at:
+            raise Stopped
+
+    on_train_epoch_start = on_train_batch_start = on_validation_start = moment  # type: ignore[assignment]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.rows[trainer.current_epoch] = {k: float(v) for k, v in trainer.callback_metrics.items() if "seconds" not in k}
+        self.moment()
+
+
+Run = Callable[[Path, list[L.Callback], "str | None"], None]
+EVERY_STEP: dict[str, Any] = dict(every_n_train_steps=1, save_top_k=-1)
+
+
+def checkpoints(folder: Path, kinds: Sequence[dict[str, Any]]) -> list[ModelCheckpoint]:
+    return [ModelCheckpoint(dirpath=folder / str(i), filename="{epoch}-{step}", save_last=True, **kind) for i, kind in enumerate(kinds)]
+
+
+def newest(folder: Path) -> str | None:
+    files = list(folder.glob("*/last*.ckpt"))
+    return str(max(files, key=lambda file: file.stat().st_mtime_ns)) if files else None
+
+
+def play(folder: Path, run: Run, kinds: Sequence[dict[str, Any]] = (EVERY_STEP,), stops: Sequence[int] = ()) -> dict[str, Any]:
+    """Start, die at the given moments, continue from the newest file: what the last one holds, and the last start's moments."""
+    for at in (*stops, None):
+        watch = Watch(at)
+        try:
+            run(folder, [RngState(), watch, *checkpoints(folder, kinds)], newest(folder))
+            break
+        except Stopped:
+            pass
+    path = newest(folder)
+    assert path is not None
+    return torch.load(path, weights_only=True) | {"metrics": watch.rows, "moments": watch.moments, "folder": str(folder)}
+
+
+def odd(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """What differs between the ends of two runs, but for their folders and the place in a last epoch."""
+
+    def told(run: dict[str, Any]) -> dict[str, Any]:
+        callbacks = {k: str(v).replace(run["folder"], "") for k, v in run["callbacks"].items()}
+        streams = [{k: v for k, v in rank.items() if k != "python"} for rank in run["rng"]]  # beartype draws from Python's, in tests
+        run.get("rollout", {"metrics": {}})["metrics"].pop("reward/wait_seconds", None)
+        return {k: v for k, v in run.items() if k not in ("moments", "folder", "logged")} | {"callbacks": callbacks, "rng": streams}
+
+    return differences(told(a), told(b))
+
+
+# ---------------------------------------------------------------------- flow models
+def flow(*, old: Callable[[], OldPolicySync] | None = None, callbacks: Callable[[], list[L.Callback]] = list, **changes: Any) -> Run:
+    """8 minibatches in an iteration (2 passes x 4), an optimizer step every 2; dropout, moving average, statistics by prompt."""
+    settings: dict[str, Any] = dict(max_epochs=4, accumulate_grad_batches=2, enable_checkpointing=True, gradient_clip_val=1.0)
+    settings |= changes.pop("trainer", {})
+    model: dict[str, Any] = dict(train_micro_batch=12, inner_epochs=2, kl_coef=0.1)
+    schedule = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=16)
+
+    def run(folder: Path, after: list[L.Callback], path: str | None) -> None:
+        L.seed_everything(0, verbose=False)
+        given = model | dict(lr_scheduler=schedule, advantage=Advantage(kind="history")) | changes
+        if old is None:
+            method: Any = toy_method(dropout=0.1, **given)
+        else:
+            adam = partial(torch.optim.AdamW, lr=1e-2)
+            sizes: dict[str, Any] = dict(prompts_per_iteration=4, group_size=4, num_steps=4, eval_num_steps=4, warmup_batch_size=24)
+            method = DiffusionNFT(ToyPolicy(dropout=0.1), optimizer=adam, **sizes, **given)
+        first = [old()] if old else []
+        toy_trainer(folder, callbacks=[*first, EMA(0.9), *callbacks(), *after], **settings).fit(method, ToyData(), ckpt_path=path)
+
+    return run
+
+
+VALIDATE: dict[str, Any] = dict(limit_val_batches=1.0)
+WARMUP: dict[str, Any] = dict(warmup_steps=3, warmup_lr=1e-3)
+BEST: dict[str, Any] = dict(monitor="val/brightness", mode="max", save_top_k=2)
+PLANS: dict[str, tuple[dict[str, Any], Sequence[dict[str, Any]]]] = {
+    "every step": ({}, [EVERY_STEP]),
+    "warm-up": (WARMUP, [EVERY_STEP]),
+    "no accumulation": ({"trainer": {"accumulate_grad_batches": 1}}, [EVERY_STEP]),
+    "old policy": ({"old": partial(OldPolicySync, {"value": 0.3, "end": 0.3}), **WARMUP}, [EVERY_STEP]),
+    "old policy by steps": ({"old": EMAOldPolicy}, [EVERY_STEP]),
+    "validation": ({"trainer": VALIDATE}, [EVERY_STEP]),
+    "validation inside": ({"trainer": VALIDATE | {"val_check_interval": 0.5}}, [EVERY_STEP]),
+    "validation by batches": ({"trainer": VALIDATE | {"val_check_interval": 3, "check_val_every_n_epoch": None}}, [EVERY_STEP]),
+    "every second step": ({**WARMUP, "trainer": VALIDATE}, [dict(every_n_train_steps=2, save_top_k=-1)]),
+    "epoch ends": ({"trainer": VALIDATE}, [dict(every_n_epochs=1, save_on_train_epoch_end=True)]),
+    "ends of validation": ({"trainer": VALIDATE | {"val_check_interval": 0.5}}, [dict(every_n_epochs=1)]),
+    "best and newest": ({**WARMUP, "trainer": VALIDATE}, [BEST, EVERY_STEP]),
+    "any minibatch": ({}, [dict(train_time_interval=timedelta(0), save_top_k=-1)]),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_flow_models(tmp_path: Path, name: str) -> None:
+    changes, kinds = PLANS[name]
+    run = flow(**changes)
+    whole = play(tmp_path / "whole", run, kinds)
+    draw = random.Random(name)
+    for i, count in enumerate((2, 3)):
+        stops = [draw.randrange(2, whole["moments"] * 2 // 3) for _ in range(count)]
+        assert odd(whole, play(tmp_path / str(i), run, kinds, stops)) == [], stops
+
+
+@pytest.mark.slow
+def test_every_first_of_two_stops(tmp_path: Path) -> None:
+    """The first one anywhere in the first two epochs, the second one wherever it is from there."""
+    changes, kinds = PLANS["best and newest"]
+    run = flow(**changes)
+    whole = play(tmp_path / "whole", run, kinds)
+    for first in range(2, whole["moments"] // 2):
+        second = 2 + (5 * first) % (whole["moments"] // 2)
+        assert odd(whole, play(tmp_path / str(first), run, kinds, [first, second])) == [], (first, second)
+
+
+def test_a_checkpoint_of_the_last_minibatch_then_a_stop_inside_the_next_epoch(tmp_path: Path) -> None:
+    """4 steps an epoch and 16 in all; the first stop before the 5th, the second before the 7th."""
+    run = flow(inner_epochs=1, train_micro_batch=12, trainer={"accumulate_grad_batches": 1})
+    whole = play(tmp_path / "whole", run)
+    twice = play(tmp_path / "twice", run, stops=[7, 4])
+    assert whole["global_step"] == twice["global_step"] == 16
+    assert odd(whole, twice) == []
+
+
+def test_the_rest_of_an_epoch_that_ran_out_of_time(tmp_path: Path) -> None:
+    """`trainer.should_stop` (max_time, early stopping) leaves an epoch where it is; the next start goes on there."""
+
+    class OutOfTime(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == self.at
+
+    def run(folder: Path, after: list[L.Callback], path: str | None) -> None:
+        limit = OutOfTime()
+        limit.at = {None: 3}.get(path, 10 if folder.name == "stopped" else 99)  # type: ignore[attr-defined]
+        limit.at = limit.at if folder.name == "stopped" else 99  # type: ignore[attr-defined]
+        flow(callbacks=lambda: [limit, GracefulStop()])(folder, after, path)
+
+    kinds = [dict(every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1)]
+    whole = play(tmp_path / "whole", run, kinds)
+    play(tmp_path / "stopped", run, kinds)
+    play(tmp_path / "stopped", run, kinds)
+    stopped = play(tmp_path / "stopped", flow(callbacks=lambda: [GracefulStop()]), kinds)
+    assert stopped["global_step"] == 16
+    assert (
+        differences([whole[k] for k in ("state_dict", "optimizer_states")], [stopped[k] for k in ("state_dict", "optimizer_states")]) == []
+    )
+
+
+# ---------------------------------------------------------------------- language models
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("lm"))
+
+
+SHORT = Sampling(max_new_tokens=5)
+ADAM = partial(torch.optim.AdamW, lr=1e-3)
+SIZES: dict[str, Any] = dict(prompts_per_iteration=8, prompts_per_update=4, optimizer=ADAM)
+ACTING: dict[str, Any] = SIZES | dict(group_size=2, sampling=SHORT, inner_epochs=2)
+TEXT: dict[str, Callable[[Path], Any]] = {
+    "SFT": lambda f: SFT(policy(f), **SIZES),
+    "DPO": lambda f: DPO(policy(f, keep_reference=True), **SIZES),
+    "DPO, precomputed": lambda f: DPO(policy(f, keep_reference=False), reference="precomputed", **SIZES),
+    "GRPO": lambda f: GRPO(policy(f, keep_reference=True), kl_coef=0.1, **ACTING),
+    "DAPO": lambda f: DAPO(policy(f), prompts_per_generation=6, max_generations=30, **ACTING),
+    "PPO": lambda f: PPO(
+        policy(f, keep_reference=True), critic_lr=1e-3, critic_warmup=1, kl_in_reward=0.05, kl_target=0.01, kl_horizon=50, **ACTING
+    ),
+}
+
+
+class Length(Sorted):
+    """Most groups teach, whatever the model has learned."""
+
+    def score(self, media: Sequence[str], info: Any) -> Any:
+        return {"exact": torch.tensor([float(sum(map(ord, text)) % 7) for text in media])}
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_language_models(folder: Path, tmp_path: Path, name: str) -> None:
+    def run(at: Path, after: list[L.Callback], path: str | None) -> None:
+        L.seed_everything(0, verbose=False)
+        settings: dict[str, Any] = dict(max_epochs=4, accumulate_grad_batches=2, enable_checkpointing=True, limit_val_batches=1)
+        callbacks = [RewardScoring({"sorted": Length()}), EMA(0.9), *after]
+        trainer(callbacks=callbacks, default_root_dir=at, **settings).fit(TEXT[name](folder), datamodule=Digits(), ckpt_path=path)
+
+    whole = play(tmp_path / "whole", run)
+    draw = random.Random(name)
+    stops = [draw.randrange(2, whole["moments"] * 2 // 3) for _ in range(3)]
+    assert odd(whole, play(tmp_path / "stopped", run, stops=stops)) == [], stops
