@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import Reward
-from lit_rl.rewards.lettering import How, normalize, similarity
+from lit_rl.rewards.lettering import How, fold, normalize, similarity
 from lit_rl.rewards.masks import look_through, mask_of
-from lit_rl.rewards.ocr_engine import Reading, line_reader, scene_reader
-from lit_rl.rewards.quotes import check_targets, find_target
+from lit_rl.rewards.ocr_engine import Reading, alphabet, line_reader, scene_reader
+from lit_rl.rewards.quotes import SHOWN, check_targets, find_target
 from lit_rl.types import Info
 
 __all__ = ["OCRReward", "Reading", "find_target", "normalize", "similarity", "trim"]
@@ -33,7 +33,7 @@ def trim(image: np.ndarray, *, threshold: int = 48, margin: int = 2) -> np.ndarr
 
 
 class OCRReward(Reward):
-    """`ocr_similarity` in [0, 1] (NaN when the prompt names no text) and `ocr_confidence` in [0, 1].
+    """`ocr_similarity` (NaN when the prompt names no text, or none that the engine has letters for) and `ocr_confidence`, in [0, 1].
 
     Args:
         detect: `true` finds the lines of text first and reads them from top to bottom and from left to right, as pictures need it.
@@ -75,7 +75,15 @@ class OCRReward(Reward):
         self._scene: Callable[[np.ndarray], Reading] | None = None
 
     def check(self, rows: Iterable[Info]) -> None:
-        check_targets(rows)
+        check_targets(rows := list(rows))
+        unread = [row for row in rows if not _can_read(str(find_target(row)))]
+        if unread:
+            shown = [f"{row.get('where') or row.get('id') or 'prompt'}: {find_target(row)!r}" for row in unread[:SHOWN]]
+            raise ConfigError(
+                "\n  ".join(
+                    [f"{len(unread)} of {len(rows)} wanted texts are in a script that PP-OCRv6 does not read; leave them out", *shown]
+                )
+            )
 
     def setup(self, *, rank: int = 0, world_size: int = 1, device: str = "cpu") -> None:
         if self.detect is not True and self._line is None:
@@ -97,7 +105,9 @@ class OCRReward(Reward):
     def grade(self, readings: Sequence[Reading], info: Sequence[Info]) -> dict[str, Tensor]:
         """Compare what was read with what each prompt asks for."""
         similar = [
-            float("nan") if (target := find_target(row)) is None else similarity(text, target, how=self.compare, anywhere=self.anywhere)
+            similarity(text, target, how=self.compare, anywhere=self.anywhere)
+            if (target := find_target(row)) is not None and _can_read(target)
+            else float("nan")
             for (text, _), row in zip(readings, info, strict=True)
         ]
         return {"ocr_similarity": torch.tensor(similar), "ocr_confidence": torch.tensor([conf for _, conf in readings])}
@@ -109,6 +119,11 @@ class OCRReward(Reward):
         images = media.permute(0, 2, 3, 1).cpu().numpy()
         readings = self.read([_visible(image, row) for image, row in zip(images, info, strict=True)])
         return self.grade(readings, info), {"ocr_text": [text for text, _ in readings]}
+
+
+def _can_read(text: str) -> bool:
+    """True if the engine knows any letter of it."""
+    return not alphabet().isdisjoint(fold(text).replace(" ", ""))
 
 
 def _visible(image: np.ndarray, info: Info) -> np.ndarray:

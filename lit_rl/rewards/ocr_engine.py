@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 Reading = tuple[str, float]
 """What was read, and the mean confidence in [0, 1] ("" and 0.0 on a blank image)."""
 
+DETECTION, RECOGNITION = "PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx"
 LONGEST_LINE = 64
 """Width over height from which a line is squeezed: its time and memory grow with that ratio."""
 LONGEST_SIDE = 2048
@@ -52,6 +54,15 @@ def scene_reader(side: int, threads: int) -> Callable[[np.ndarray], Reading]:
 
     read(np.zeros((side, side, 3), np.uint8))  # loads the detector; its recogniser follows with the first text
     return read
+
+
+@cache
+def alphabet() -> frozenset[str]:
+    """The characters that the recognition model knows."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(_models() / RECOGNITION), providers=["CPUExecutionProvider"])
+    return frozenset(session.get_modelmeta().custom_metadata_map["character"].splitlines())
 
 
 def reading_order(boxes: np.ndarray) -> list[int]:
@@ -101,7 +112,6 @@ def _engine(threads: int, options: Mapping[str, Any]) -> Callable[[np.ndarray], 
     """rapidocr with the files of the wheel: named by path, they are neither looked for elsewhere nor downloaded."""
     import rapidocr
 
-    models = Path(rapidocr.__file__).parent / "models"
     return rapidocr.RapidOCR(
         params={
             "Global.use_cls": False,
@@ -109,9 +119,15 @@ def _engine(threads: int, options: Mapping[str, Any]) -> Callable[[np.ndarray], 
             "Global.log_level": "error",  # it warns of every picture without text
             "EngineConfig.onnxruntime.intra_op_num_threads": threads,
             "EngineConfig.onnxruntime.inter_op_num_threads": threads,
-            "Det.model_path": str(models / "PP-OCRv6_det_small.onnx"),
-            "Rec.model_path": str(models / "PP-OCRv6_rec_small.onnx"),
+            "Det.model_path": str(_models() / DETECTION),
+            "Rec.model_path": str(_models() / RECOGNITION),
             "Rec.rec_batch_num": 1,
             **options,
         }
     )
+
+
+def _models() -> Path:
+    import rapidocr
+
+    return Path(rapidocr.__file__).parent / "models"

@@ -261,6 +261,16 @@ def test_trim_keeps_the_ink_and_leaves_blank_images_alone() -> None:
     assert trim(image).shape == (10 + 2, 17 + 2, 3)
 
 
+def test_scripts_that_the_engine_has_no_letters_for_have_no_score(reward: OCRReward) -> None:
+    """Not 0, which would be trained on; Latin with accents, Greek, Chinese and Japanese it reads."""
+    known, unknown = ["Žižkov", "ΑΒΓ", "停车", "ひらがな", "ạ la carte", "42", "½"], ["Привет", "สวัสดี", "سلام", "안녕", "🙂"]
+    reward.check({"prompt": "x", "target": text} for text in known)
+    scores = reward.grade([("x", 1.0)] * 12, [{"prompt": "x", "target": text} for text in known + unknown])["ocr_similarity"]
+    assert not scores[:7].isnan().any() and scores[7:].isnan().all()
+    with pytest.raises(ConfigError, match=r"1 of 2 wanted texts.*script.*\n  a\.txt:1: 'Привет'"):
+        reward.check([{"prompt": '"Привет"', "where": "a.txt:1"}, {"prompt": '"OK"'}])
+
+
 def test_an_unknown_comparison_is_refused() -> None:
     with pytest.raises(ConfigError, match="compact"):
         OCRReward(compare="fuzzy")  # type: ignore[arg-type]
