@@ -15,9 +15,12 @@ from lit_rl.advantages import group_metrics
 from lit_rl.errors import ConfigError
 from lit_rl.module import gather_to_first
 from lit_rl.policies.base import TokenPolicy
+from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.rollouts.ahead import Ahead
 from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
+from lit_rl.rollouts.hf import HFEngine
 from lit_rl.rollouts.native import NativeEngine
+from lit_rl.rollouts.start_check import check_sampler
 from lit_rl.seeding import Key
 from lit_rl.token_module import LitToken, sequences
 from lit_rl.types import Info, Prompts, TokenRollout
@@ -102,13 +105,23 @@ class LitGeneration(LitToken):
         self.engine.close()
 
     def on_fit_start(self) -> None:
-        """Say what the numbers of the YAML multiply to."""
+        """Compare sampler and trainer, and say what the numbers of the YAML multiply to."""
+        super().on_fit_start()
+        self.check_sampler()
         answers, parts = self.prompts_per_iteration * self.group_size, self.trainer.accumulate_grad_batches
         rank_zero_info(
             f"An iteration: {self.prompts_per_iteration} prompts x {self.group_size} samples = {answers} answers; optimizer steps: "
             f"{self.inner_epochs * self.updates}, each of {answers // self.updates} answers in {parts} micro-batches on each of "
             f"{self.trainer.world_size} processes"
         )
+
+    def check_sampler(self) -> None:
+        """Raise ConfigError unless an engine of ours over the training weights samples with the log-probabilities that train."""
+        answers = self.scorer is not None or self.trainer.predicting
+        if isinstance(self.policy, CausalLM) and isinstance(self.engine, NativeEngine | HFEngine) and answers:
+            mixed = "mixed" in str(self.trainer.precision)
+            autocast = self.trainer.precision_plugin.forward_context() if mixed else None
+            check_sampler(self.policy, self.engine, self.sampling, world_size=self.trainer.world_size, autocast=autocast)
 
     @property
     def on_policy(self) -> bool:
@@ -248,6 +261,8 @@ class LitGeneration(LitToken):
         return [self.policy.decode(sample.ids) for sample in samples]
 
     def on_validation_start(self) -> None:
+        if self.trainer.state.fn != "fit":
+            self.check_sampler()
         if self.ahead is not None:
             self.ahead.answers.result()  # they are drawn with the weights that the engine has now
         self.engine.update_weights(self.iteration)

@@ -15,8 +15,10 @@ from lit_rl.errors import ConfigError
 from lit_rl.losses.aggregation import Aggregation, token_weights
 from lit_rl.partition import balanced_parts
 from lit_rl.policies.base import TokenPolicy
+from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.chat import AnswerIds
 from lit_rl.policy_module import LitPolicy
+from lit_rl.rollouts.start_check import check_logprobs
 from lit_rl.types import Minibatch, Prompts, TokenRollout
 
 STREAMS = ("mask", "advantages", "weights", "logprobs", "behaviour", "reference", "values", "returns")
@@ -74,6 +76,11 @@ class LitToken(LitPolicy[TokenRollout]):
                 f"model.prompts_per_update={prompts_per_update} must divide model.prompts_per_iteration={self.prompts_per_iteration}"
             )
         self.aggregation: Aggregation = aggregation
+
+    def on_fit_start(self) -> None:
+        if isinstance(self.policy, CausalLM):
+            coarsest = getattr(self.trainer.strategy, "gather_dtype", None)
+            check_logprobs(self.policy, world_size=self.trainer.world_size, coarsest=coarsest)
 
     def check_geometry(self) -> None:
         if self.micro_batch_tokens is not None:

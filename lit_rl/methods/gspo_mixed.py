@@ -21,7 +21,7 @@ from lit_rl.losses.surrogates import is_clipped
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policy_gradient_module import LitPolicyGradient, Surrogate
 from lit_rl.token_advantages import spread, win_rates
-from lit_rl.token_module import TokenBatch, joined, pair_sequences, select
+from lit_rl.token_module import LitToken, TokenBatch, joined, pair_sequences, select
 from lit_rl.types import Info, Minibatch, Prompts, TokenRollout
 
 
@@ -84,6 +84,8 @@ class MixedGSPO(LitPolicyGradient):
             self.policy.check_reference(after_warmup=False)
 
     def on_fit_start(self) -> None:
+        LitToken.on_fit_start(self)
+        self.check_sampler()
         rank_zero_info(
             f"An iteration: {self.prompts_per_iteration} rows, each a pair or {self.group_size} answers; optimizer steps: "
             f"{self.inner_epochs * self.updates}, each of {self.prompts_per_update} rows in {self.trainer.accumulate_grad_batches} "

@@ -41,16 +41,26 @@ class TokenNetwork(nn.Module):
         self.lm, self.head = lm, head
 
     def forward(
-        self, tokens: Tensor, places: Tensor, targets: Tensor, *, positions: Tensor | None, temperature: float, entropy: bool
+        self,
+        tokens: Tensor,
+        places: Tensor,
+        targets: Tensor,
+        *,
+        positions: Tensor | None,
+        temperature: float,
+        entropy: bool,
+        plain: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """log p Float32 "N" of `targets`, and the entropies. tokens: Int "B T"; places: Int "N", flat indices of the tokens before them.
 
         positions: Int "1 T" of sequences side by side in one row: where they start again at 0, attention does not look back further.
+        plain: Of the logits that the model's forward gives, all of them at once.
         """
         # No attention mask: padding is on the right, where causal attention never looks from a real token. A mask of ones would let the
         # sequences of one row see each other.
-        if self.head.kind == "whole":
-            logits = self.lm(input_ids=tokens, position_ids=positions, use_cache=False).logits.flatten(0, 1)[places]
+        if plain or self.head.kind == "whole":
+            placed = {} if positions is None else {"position_ids": positions}
+            logits = self.lm(input_ids=tokens, use_cache=False, **placed).logits.flatten(0, 1)[places]
             return picked(logits, targets, temperature=temperature, entropy=entropy)
         outputs = body(self.lm)(input_ids=tokens, position_ids=positions, use_cache=False)
         hidden = outputs.last_hidden_state.flatten(0, 1)[places]
@@ -207,6 +217,11 @@ class CausalLM(TrainedPolicy, TokenPolicy):
             return nn.functional.pad(flat.view(chosen.shape), (0, mask.shape[1] - chosen.shape[1]))
 
         return spread(new), None if entropies is None else spread(entropies)
+
+    def plain_logprobs(self, ids: Tensor) -> Tensor:
+        """Float32 "T-1" of one sequence Int "T", from the logits of the model's plain forward."""
+        places = torch.arange(len(ids) - 1, device=ids.device)
+        return self.answering()(ids[None], places, ids[1:], positions=None, temperature=1.0, entropy=False, plain=True)[0]
 
     # ------------------------------------------------------------------ saving
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:

@@ -29,6 +29,7 @@ class HFEngine(RolloutEngine):
 
     def __init__(self, batch: int = 32) -> None:
         self.batch = batch
+        self.one_length = False  # whether only prompts of the same length are answered together: for models that do not see past padding
 
     def setup(self, policy: TokenPolicy, *, rank: int, world_size: int) -> None:
         super().setup(policy, rank=rank, world_size=world_size)
@@ -44,12 +45,22 @@ class HFEngine(RolloutEngine):
                 f"HFEngine cannot generate from {type(lm).__name__} under FSDP2: train with DDP or DeepSpeed, e.g. by "
                 "--config configs/base/deepspeed_zero2.yaml before the run's own, or set model.engine to lit_rl.rollouts.http.HTTPEngine"
             )
-        batches = [requests[first : first + self.batch] for first in range(0, len(requests), self.batch)]
+        batches = self.batches(requests)
         most = max(everywhere(len(batches), self.world_size)) if _waits(lm) else len(batches)
-        samples = [sample for batch in batches for sample in self._generate(batch, sampling)]
+        found: dict[int, Sample] = {}
+        for batch in batches:
+            found |= zip(batch, self._generate([requests[i] for i in batch], sampling))
+        samples = [found[i] for i in range(len(requests))]
         for _ in range(most - len(batches)):  # the others wait for this one's forwards
             self._generate([Request(self.policy.stop_ids[:1], (0,))], replace(sampling, max_new_tokens=1))
         return samples
+
+    def batches(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Which requests are answered together."""
+        kinds: dict[int, list[int]] = {}
+        for i, request in enumerate(requests):
+            kinds.setdefault(len(request.prompt) if self.one_length else 0, []).append(i)
+        return [rows[first : first + self.batch] for rows in kinds.values() for first in range(0, len(rows), self.batch)]
 
     def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
         from transformers import GenerationConfig, LogitsProcessorList
