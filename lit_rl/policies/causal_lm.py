@@ -96,7 +96,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         compile: `torch.compile` each block; pays on a GPU only.
         dtype: Of the frozen weights: with LoRA those of the base, else those of a kept reference. What is trained is float32.
         padding_free: Put the sequences of a micro-batch side by side in one row, without padding. Pays with "flash_attention_2"; on a CPU
-            padding costs less than the block-diagonal mask. Models that do not keep sequences apart there (with states, convolutions, ALiBi,
+            padding costs less than the block-diagonal mask. Models that do not keep sequences apart there (with states, convolutions,
             positions of their own) are refused when training starts.
         attention: Implementation, as transformers names it ("sdpa", "flash_attention_2", "eager"); None = its own choice.
         chat_template: Jinja text, or a file that holds it, instead of the tokenizer's own.
