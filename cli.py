@@ -29,6 +29,7 @@ every key of the YAML is also an option, for example
 
 what a class takes
   --model.help lit_rl.methods.flow_grpo.FlowGRPO            any method, by its dotted path
+  --config run.yaml --model.policy.help                     the class that the run names there
   --data.help datamodules.prompts.PromptFiles               any datamodule
   --trainer.callbacks.help callbacks.reward_scoring.RewardScoring
   --help all                                                every option of the trainer (takes some seconds)
@@ -54,7 +55,10 @@ def main() -> None:
     from lit_rl.own_code import use_working_folder
 
     use_working_folder()
+    from lit_rl.cli_options import with_help_classes
     from lit_rl.lightning_cli import CLI
+
+    sys.argv[1:] = with_help_classes(sys.argv[1:])
 
     CLI()
 

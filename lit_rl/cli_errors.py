@@ -44,7 +44,7 @@ def explain(message: str, argv: Sequence[str]) -> str:
     """One line from the report of a failed parse: its innermost cause, the file and line of the key, the nearest key that exists."""
     if broken := broken_yaml(argv):
         return broken
-    known = (old_option, class_wanted, missing_class, wrong_type, required, unknown_option, remedy)
+    known = (help_wanted, old_option, class_wanted, missing_class, wrong_type, required, unknown_option, remedy)
     return next((sentence for explained in known if (sentence := explained(message, argv))), None) or innermost(message, argv)
 
 
@@ -186,6 +186,17 @@ def _unknown(path: str, known: Sequence[Option]) -> str:
     if near:
         return f"{owner}; did you mean '{near[0]}'?"
     return f"{owner}; it has {', '.join(names)}" if parent and names else f"{owner}; see python cli.py fit --help"
+
+
+def help_wanted(message: str, argv: Sequence[str]) -> str | None:
+    """The sentence for `--model.policy.help` without a class."""
+    word = next((word for word in argv if word.startswith("--") and word.endswith(".help")), None)
+    if word is None or not re.search(r"expected one argument|NestedArg\(key='[\w.]*help'", message):
+        return None
+    path = short(word[2:].removesuffix(".help"))
+    example = EXAMPLES.get(path.split(".")[-1], EXAMPLES["model"])
+    inside = f", beside a --config or --{path.split('.')[0]} that names the class around it" if "." in path else ""
+    return f"{word} shows what a class takes: name one, e.g. --{path}.help {example}{inside}"
 
 
 def remedy(message: str, argv: Sequence[str]) -> str | None:

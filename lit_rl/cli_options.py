@@ -75,6 +75,17 @@ def named_classes(argv: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def with_help_classes(argv: Sequence[str]) -> list[str]:
+    """The words of a command line, `--model.policy.help` being followed by the class that the run names there."""
+    completed: list[str] = []
+    for word, following in pairwise([*argv, "--"]):
+        completed.append(word)
+        if word.startswith("--") and word.endswith(".help") and following.startswith("--"):
+            named = {short(path): class_path for path, class_path in named_classes(argv).items()}
+            completed += [named[path]] if (path := short(word[2:].removesuffix(".help"))) in named else []
+    return completed
+
+
 def nearest(name: str, known: Sequence[Option]) -> str | None:
     """The full path of the option that was probably meant by the dotted `name`: the same last words, else the most similar last word."""
     words = short(name).split(".")

@@ -14,6 +14,7 @@ import torch
 import yaml
 from toy import Brightness
 
+from lit_rl.cli_options import with_help_classes
 from lit_rl.types import Info
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +100,26 @@ def test_options_of_the_help_page_exist(cli: Any, tmp_path: Path, capsys: pytest
     assert done.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["model"]["init_args"]["group_size"] == 8 and len(printed["trainer"]["callbacks"]) == 3
+
+
+def test_help_of_a_class_that_the_run_names(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(toy_config(tmp_path)))
+    words = ["fit", "--config", str(tmp_path / "run.yaml")]
+    assert with_help_classes([*words, "--model.policy.help"]) == [*words, "--model.policy.help", "toy.ToyPolicy"]
+    assert with_help_classes([*words, "--model.init_args.optimizer.help"])[-1] == "torch.optim.AdamW"
+    assert with_help_classes([*words, "--model.policy", "lit_rl.policies.sd3.SD3Policy", "--model.policy.help"])[-1].endswith("SD3Policy")
+    assert with_help_classes([*words, "--data.help", "toy.ToyData"]) == [*words, "--data.help", "toy.ToyData"]
+    assert with_help_classes(["fit", "--model.policy.help"]) == ["fit", "--model.policy.help"]
+
+
+@pytest.mark.parametrize("option", ["--model.policy.help", "--model.init_args.reward.help"])
+def test_help_without_a_class_says_how(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    from lit_rl.lightning_cli import CLI
+
+    monkeypatch.setattr(sys, "argv", ["cli.py", "fit", option])
+    with pytest.raises(SystemExit):
+        CLI()
+    assert f"error: {option} shows what a class takes: name one, e.g. --model" in capsys.readouterr().err
 
 
 def test_one_seed_reaches_method_and_data(cli: Any, tmp_path: Path) -> None:
