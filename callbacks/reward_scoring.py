@@ -110,6 +110,10 @@ class RewardScoring(Callback, Scorer):
 
     # -- Scorer
 
+    @property
+    def highest(self) -> Mapping[str, float]:
+        return {name: value for reward in self._rewards.values() for name, value in reward.highest.items()}
+
     def submit(self, media: Tensor | Sequence[str], info: Sequence[Info]) -> None:
         if isinstance(media, Tensor) and (media.dtype != torch.uint8 or media.ndim != 4 or media.shape[1] != 3):
             raise ValueError(f"submit takes uint8 B 3 H W; got {media.dtype} {tuple(media.shape)}")

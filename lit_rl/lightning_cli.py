@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.graceful_stop import GracefulStop
 from callbacks.image_writer import ImageWriter
@@ -26,7 +27,12 @@ from lit_rl.rollouts.base import RolloutError
 
 # A notice of Lightning's own use of torch, and an advertisement, in every run.
 warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
-logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
+# Frozen parts are in evaluation mode on purpose.
+warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+ADVERTISED = ("litlogger", "litmodels")
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: not any(word in r.getMessage() for word in ADVERTISED))
+# The image processors without torchvision are those that are meant.
+logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
 
 SECONDS_TO_BE_ENDED = 3.0
 
@@ -55,7 +61,7 @@ class CLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [RngState(), GracefulStop()]},
+            trainer_defaults={"callbacks": [RngState(), GracefulStop()], "enable_model_summary": False, "log_every_n_steps": 1},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -89,6 +95,9 @@ class CLI(LightningCLI):
         try:
             if subcommand == "fit" and not kwargs.get("ckpt_path"):
                 check_unused(folders)
+            elif not kwargs.get("ckpt_path"):
+                doing = {"predict": "what follows is made by", "validate": "what follows scores", "test": "what follows scores"}
+                rank_zero_warn(f"without --ckpt_path {doing[subcommand]} the model as `pretrained` has it, not as this run trained it")
             elif kwargs.get("ckpt_path"):
                 found = resolve_checkpoint(kwargs["ckpt_path"], folders)
                 if found is None and subcommand != "fit":

@@ -55,6 +55,9 @@ class LitPolicy(LitRL[R]):
                     "policy that trains must be the one that its reference and its old log-probabilities are of"
                 )
         self.policy.train()  # from_pretrained leaves it in evaluation mode
+        if stage == "fit":
+            trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
+            rank_zero_info(f"Trained: {trained:,} of {sum(p.numel() for p in self.policy.parameters()):,} parameters of the policy")
 
     def configure_model(self) -> None:
         """FSDP2: shard each block, then the network. Other strategies need nothing here."""

@@ -396,6 +396,12 @@ def test_last_must_be_there_for_what_only_uses_it(cli: Any, tmp_path: Path, caps
     assert done.value.code == 2 and "there is no checkpoint yet" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("command", "does"), [("validate", "scores"), ("predict", "is made by")])
+def test_without_a_checkpoint_the_untrained_model_is_announced(cli: Any, tmp_path: Path, command: str, does: str) -> None:
+    with pytest.warns(UserWarning, match=f"what follows {does} the model as `pretrained` has it, not as this run trained it"):
+        cli(command, toy_config(tmp_path), "--images.output_dir", str(tmp_path / "images"))
+
+
 def test_last_starts_from_scratch_when_there_is_nothing_yet(cli: Any, tmp_path: Path) -> None:
     assert cli("fit", toy_config(tmp_path), "--ckpt_path", "last").trainer.current_epoch == 2
 

@@ -21,6 +21,7 @@ from lit_rl.policies.language_lora import add_language_lora, save_adapter
 from lit_rl.policies.lm_head import LMHead, body, own_logprobs, picked, recognized
 from lit_rl.policies.lora import LoraSettings, active_factors
 from lit_rl.policies.lora_sites import repeated_blocks
+from lit_rl.policies.pretrained import without_bars
 from lit_rl.policies.reply import reply
 from lit_rl.policies.trained import TrainedPolicy
 from lit_rl.types import Answer, Info
@@ -243,6 +244,7 @@ def read_lm(pretrained: str, *, dtype: torch.dtype, attention: str | None, **sou
     """A frozen model of transformers from a folder or hub id, which may read pictures too."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    without_bars()
     chosen = {"attn_implementation": attention} if attention else {}
     try:
         config = AutoConfig.from_pretrained(pretrained, **source)

@@ -16,7 +16,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.lora import LoraSettings, add_lora, base_name
 from lit_rl.policies.pipeline_lora import load_initial, save_adapter
-from lit_rl.policies.pretrained import check_index, check_pretrained, check_resolution, component_config, vae_factor
+from lit_rl.policies.pretrained import check_index, check_pretrained, check_resolution, component_config, vae_factor, without_bars
 from lit_rl.policies.trained import TrainedPolicy
 from lit_rl.samplers.schedules import flux_mu
 from lit_rl.types import Cond, Info
@@ -161,6 +161,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         absent = {name: None for name, part in index.items() if isinstance(part, list | tuple) and part[0] is None}
         network_dtype = torch.float32 if self.full else self.dtype
         dtypes = {"transformer": network_dtype, "vae": self.vae_dtype, "default": self.dtype}
+        without_bars()
         pipe = pipeline.from_pretrained(where, dtype=dtypes, **self.source, **absent)
         for part in pipe.components.values():
             if isinstance(part, nn.Module):

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from lit_rl.errors import ConfigError
+
+
+def without_bars() -> None:
+    """Have transformers and diffusers load without a progress bar for each part of a model."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if "diffusers" in sys.modules:
+        from diffusers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def check_pretrained(pretrained: str, *, pipeline: str, policies: dict[str, str]) -> Path | None:

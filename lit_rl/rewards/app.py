@@ -53,6 +53,8 @@ class RewardApp:
         self.metrics = Metrics()
         self.outputs: list[str] | None = None
         """Names of the scores, once the scorers are loaded and if all of them declare theirs."""
+        self.highest: dict[str, float] = {}
+        """The highest value of each score that has one."""
         self.batcher = Batcher(
             self.metrics, max_batch=limits.max_batch, max_queue_images=limits.max_queue_images, max_bytes=limits.max_held_bytes
         )
@@ -110,6 +112,7 @@ class RewardApp:
             "max_queue_images": batcher.max_queue_images,
             "images_per_s": batcher.rate,
             "outputs": self.outputs,
+            "highest": self.highest,
         }
         return web.json_response(body, status=200 if batcher.state == "ready" else 503)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -27,6 +28,9 @@ class Reward(ABC):
 
     The main one, which counts where a run gives no weights, is `score`, else the first.
     """
+
+    highest: Mapping[str, float] = MappingProxyType({})
+    """The highest value of each score that has one; an evaluation then also logs the share of samples that reach it."""
 
     medium: ClassVar[Literal["images", "texts"] | None] = "images"
     """What it scores; None for a reward that takes both."""
@@ -88,6 +92,11 @@ class Scorer(ABC):
 
         Collective: raises on every rank alike when too many samples failed on any of them.
         """
+
+    @property
+    def highest(self) -> Mapping[str, float]:
+        """The highest value of each score that has one."""
+        return {}
 
     @property
     @abstractmethod

@@ -132,6 +132,8 @@ class HTTPReward(Reward):
         for url in self.own:
             health = check_health(url, headers=self._headers(), patience_s=self.deadline_s)
             check_outputs(url, list(self.fields.values()), health)
+            told = health.get("highest")
+            self.highest = {n: float(told[f]) for n, f in self.fields.items() if f in told} if isinstance(told, dict) else {}
 
     def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
         """As `score_async`, from code without a loop: connects, scores, disconnects."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ class InkReward(Reward):
     """
 
     outputs = ("ink_similarity",)
+    highest = MappingProxyType({"ink_similarity": 1.0})
 
     def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
         images = media.permute(0, 2, 3, 1).cpu().numpy()

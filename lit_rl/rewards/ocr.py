@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -50,6 +51,7 @@ class OCRReward(Reward):
     """
 
     outputs = ("ocr_similarity", "ocr_confidence")
+    highest = MappingProxyType({"ocr_similarity": 1.0})
 
     def __init__(
         self,

@@ -174,6 +174,7 @@ async def _load(args: argparse.Namespace, app: RewardApp, stop: asyncio.Event) -
         print(f"The scorers {', '.join(args.scorers)} could not be loaded: {error}", file=sys.stderr)
         return False
     rewards = loaded.result()
+    app.highest = {name: value for reward in rewards for name, value in reward.highest.items()}
     app.outputs = [name for reward in rewards for name in reward.outputs] if all(reward.outputs for reward in rewards) else None
     app.batcher.start(partial(scorers.score_images, rewards))
     return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class VLMReward(Reward):
     """
 
     outputs = ("vlm_score",)
+    highest = MappingProxyType({"vlm_score": 1.0})
 
     def __init__(
         self,

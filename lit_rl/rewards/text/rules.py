@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ class RuleReward(TextReward):
     """
 
     outputs = ("score", "acc", "parsed")
+    highest = MappingProxyType({"score": 1.0, "acc": 1.0})
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -41,6 +42,7 @@ class FormatReward(TextReward):
     """
 
     outputs = ("format",)
+    highest = MappingProxyType({"format": 1.0})
 
     def __init__(self, pattern: str = THINKING) -> None:
         try:
