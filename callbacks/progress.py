@@ -120,7 +120,7 @@ class Progress(TQDMProgressBar):
 
     def _step(self, trainer: L.Trainer, module: Any) -> str:
         """Metrics of the iteration under the names of training logs, then the bar's of an evaluation under their own."""
-        each = module.minibatches_per_epoch() // trainer.accumulate_grad_batches
+        each = module.inner_epochs * module.updates
         last = trainer.global_step + ((trainer.max_epochs or 0) - trainer.current_epoch - 1) * each
         known = trainer.callback_metrics
         kl = next((name for name in ("kl_divergence", "kl") if name in known), "")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from callbacks.image_writer import to_image
 from lit_rl.errors import ConfigError
+from lit_rl.module import logged_step
 from lit_rl.types import Info, Prompts
 
 PICTURE = 160
@@ -54,7 +55,7 @@ class SampleGallery(L.Callback):
             self._kept += [(row, image.clone(), prompt) for row, image, prompt in zip(rows, media, info) if row in wanted]
 
     def on_rollout_end(self, trainer: L.Trainer, module: Any, rollout: Any) -> None:
-        self._show(trainer, "samples/rollout", f"rollout-{module.iteration + 1:05d}", rollout.rewards)
+        self._show(trainer, module, "samples/rollout", f"rollout-{module.iteration + 1:05d}", rollout.rewards)
 
     # ------------------------------------------------------------------ evaluation samples
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -71,11 +72,12 @@ class SampleGallery(L.Callback):
 
     def on_evaluation_end(self, trainer: L.Trainer, module: Any, prompts: Prompts, rewards: Mapping[str, Tensor]) -> None:
         if not trainer.sanity_checking:
-            self._show(trainer, "samples/evaluation", f"evaluation-{trainer.global_step:06d}", rewards)
+            self._show(trainer, module, "samples/evaluation", f"evaluation-{trainer.global_step:06d}", rewards)
 
     # ------------------------------------------------------------------ to people
-    def _show(self, trainer: L.Trainer, key: str, name: str, rewards: Mapping[str, Tensor]) -> None:
-        kept, self._kept = self._kept, []
+    def _show(self, trainer: L.Trainer, module: Any, key: str, name: str, rewards: Mapping[str, Tensor]) -> None:
+        """Under the step of the numbers that belong to the pictures."""
+        kept, self._kept, step = self._kept, [], logged_step(trainer, module)
         if not kept:
             return
         images = [image for _, image, _ in kept]
@@ -87,10 +89,10 @@ class SampleGallery(L.Callback):
         for logger in trainer.loggers:
             experiment: Any = getattr(logger, "experiment", None)
             if hasattr(logger, "log_image"):
-                logger.log_image(key=key, images=[to_image(image) for image in images], step=trainer.global_step, caption=captions)
+                logger.log_image(key=key, images=[to_image(image) for image in images], step=step, caption=captions)
             elif hasattr(experiment, "add_image"):
                 pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).view(sheet.height, sheet.width, 3)
-                experiment.add_image(key, pixels, trainer.global_step, dataformats="HWC")
+                experiment.add_image(key, pixels, step, dataformats="HWC")
 
 
 def spread(total: int, count: int) -> set[int]:

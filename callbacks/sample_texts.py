@@ -9,6 +9,7 @@ import lightning as L
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
+from lit_rl.module import logged_step
 from lit_rl.types import Info, Prompts, TokenRollout
 
 
@@ -51,7 +52,7 @@ class SampleTexts(L.Callback):
 
     def on_rollout_end(self, trainer: L.Trainer, module: Any, rollout: Any) -> None:
         rows = self._take(rollout.rewards)
-        self._show(trainer, "samples/rollout", rows)
+        self._show(trainer, module, "samples/rollout", rows)
         if self.console:
             for prompt, text, scores in rows:
                 trainer.print(f"  {prompt!r} -> {text!r}  {scores}")
@@ -68,7 +69,7 @@ class SampleTexts(L.Callback):
 
     def on_evaluation_end(self, trainer: L.Trainer, module: Any, prompts: Prompts, rewards: Mapping[str, Tensor]) -> None:
         if not trainer.sanity_checking:
-            self._show(trainer, "samples/evaluation", self._take(rewards))
+            self._show(trainer, module, "samples/evaluation", self._take(rewards))
 
     # ------------------------------------------------------------------ to people
     def _take(self, rewards: Mapping[str, Tensor]) -> list[tuple[str, str, str]]:
@@ -77,13 +78,13 @@ class SampleTexts(L.Callback):
         scores = ("  ".join(f"{name} {float(values[i]):.3g}" for name, values in rewards.items()) for i in range(len(kept)))
         return [(self._short(said(info["prompt"])), self._short(text), score) for (text, info), score in zip(kept, scores)]
 
-    def _show(self, trainer: L.Trainer, key: str, rows: Sequence[tuple[str, str, str]]) -> None:
+    def _show(self, trainer: L.Trainer, module: Any, key: str, rows: Sequence[tuple[str, str, str]]) -> None:
         table = "| prompt | answer | scores |\n| --- | --- | --- |\n"
         table += "".join(f"| {' | '.join(cell.replace('|', '&#124;').replace(chr(10), '<br>') for cell in row)} |\n" for row in rows)
         for logger in trainer.loggers if rows else ():
             board = getattr(logger, "experiment", None)
             if callable(add := getattr(board, "add_text", None)):
-                add(key, table, trainer.global_step)
+                add(key, table, logged_step(trainer, module))  # as the numbers that belong to them
 
     def _short(self, text: str) -> str:
         half = self.max_characters // 2

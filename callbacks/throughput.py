@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args
 import lightning as L
 import torch
 
+from lit_rl.module import gather_objects
+
 Phase = Literal["rollout", "score", "train", "validation", "other"]
 
 
@@ -66,14 +68,16 @@ class Throughput(L.Callback):
 
     # ------------------------------------------------------------------ the sums
     def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
-        seconds, samples, actions = self._clock.restart(), self._samples, self._actions
+        everyone = gather_objects((dict(self._clock.restart()), self._samples, self._actions))
         self._samples = self._actions = 0
-        row = {f"time/{phase}_s": seconds[phase] for phase in get_args(Phase) if phase != "validation" or seconds[phase]}
+        mean = {phase: sum(seconds.get(phase, 0.0) for seconds, _, _ in everyone) / len(everyone) for phase in get_args(Phase)}
+        row = {f"time/{phase}_s": seconds for phase, seconds in mean.items() if phase != "validation" or seconds}
+        samples, actions = (sum(counts[i] for _, *counts in everyone) for i in range(2))
         if samples:
-            row[f"throughput/{module.samples}_per_s"] = samples * trainer.world_size / sum(seconds.values())
+            row[f"throughput/{module.samples}_per_s"] = samples / sum(mean.values())
         if actions:
-            row[f"throughput/{module.actions}_per_s"] = actions * trainer.world_size / seconds["train"]
-        module.log_dict(row, sync_dist=True)
+            row[f"throughput/{module.actions}_per_s"] = actions / mean["train"]
+        module.report(row)
 
 
 class Clock:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
@@ -35,7 +36,11 @@ class LitFlow(LitPolicy[FlowRollout]):
         eval_num_steps: Denoising steps of evaluation and prediction, which use the deterministic Euler sampler.
         eval_seed: Of the initial noise in evaluation and prediction; image i of the evaluation set always starts from the same noise.
         rollout_micro_batch: Images denoised and decoded together; each finished batch is scored while the next one is sampled.
-        train_micro_batch: (sample, step) pairs in one forward; None = all that one optimizer step and process has.
+        updates_per_iteration: Optimizer steps of an iteration, over all its `inner_epochs` passes; None = one of each pass. Each takes an
+            equal share of the pairs of its pass, the same ones whatever the number of processes and the size of micro-batches.
+        train_micro_batch: (sample, step) pairs in one forward on one process, at most; a memory setting: `trainer.accumulate_grad_batches`
+            becomes the number of micro-batches that an optimizer step needs. Warm-up examples count like pairs. None = that number is the
+            trainer's, 1 if it says nothing.
         storage_dtype: Of the latents kept between rollout and training. A step is rounded through it before its log-probability.
         schedule: Sigmas of rollouts and evaluation: the diffusers `pipeline`'s own, or equal steps from 1 to 0 that are `shifted` as
             DanceGRPO, MixGRPO and Flow-Factory do, or `linear` as they are.
@@ -55,6 +60,7 @@ class LitFlow(LitPolicy[FlowRollout]):
         eval_num_steps: int = 40,
         eval_seed: int = 0,
         rollout_micro_batch: int = 8,
+        updates_per_iteration: int | None = None,
         train_micro_batch: int | None = None,
         storage_dtype: StorageDtype = "float32",
         schedule: Literal["pipeline", "shifted", "linear"] = "pipeline",
@@ -64,10 +70,21 @@ class LitFlow(LitPolicy[FlowRollout]):
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
-        sizes = {"num_steps": num_steps, "eval_num_steps": eval_num_steps, "rollout_micro_batch": rollout_micro_batch}
-        for name, value in (sizes | {"train_micro_batch": 1 if train_micro_batch is None else train_micro_batch}).items():
-            if value < 1:
+        sizes: dict[str, int | None] = {
+            "num_steps": num_steps,
+            "eval_num_steps": eval_num_steps,
+            "rollout_micro_batch": rollout_micro_batch,
+        }
+        sizes |= {"updates_per_iteration": updates_per_iteration, "train_micro_batch": train_micro_batch}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
                 raise ConfigError(f"model.{name}={value} must be at least 1")
+        self.updates_per_iteration = updates_per_iteration or self.inner_epochs
+        if self.updates_per_iteration % self.inner_epochs:
+            raise ConfigError(
+                f"model.updates_per_iteration={updates_per_iteration} must be a multiple of model.inner_epochs={self.inner_epochs}, as "
+                "each pass over a rollout has as many as the others"
+            )
         self.num_steps = num_steps
         self.eval_num_steps = eval_num_steps
         self.eval_seed = eval_seed
@@ -88,13 +105,13 @@ class LitFlow(LitPolicy[FlowRollout]):
 
     def on_fit_start(self) -> None:
         """Say what the numbers of the YAML multiply to."""
-        steps, accumulate, world = self.trained_steps(), self.trainer.accumulate_grad_batches, self.trainer.world_size
+        steps = self.trained_steps()
         rank_zero_info(f"Sigmas of a rollout: {[round(sigma, 4) for sigma in self.sigmas(self.num_steps).tolist()]}")
-        images, minibatches = self.prompts_per_iteration * self.group_size, self.minibatches_per_pass()
+        images, size = self.prompts_per_iteration * self.group_size, -(-self.pairs_of_update() // self.micro_batches_per_update)
         rank_zero_info(
             f"An iteration: {self.prompts_per_iteration} prompts x {self.group_size} samples = {images} images, x {steps} trained steps = "
-            f"{images * steps} pairs; optimizer steps: {self.inner_epochs * minibatches // accumulate}, each of {accumulate} micro-batches "
-            f"of up to {-(-images * steps // (world * minibatches))} pairs; processes: {world}"
+            f"{images * steps} pairs; optimizer steps: {self.updates_per_iteration}, each of {self.micro_batches_per_update} micro-batches "
+            f"of up to {size} pairs; processes: {self.trainer.world_size}"
         )
 
     # ------------------------------------------------------------------ sampling
@@ -182,12 +199,40 @@ class LitFlow(LitPolicy[FlowRollout]):
 
     def check_geometry(self) -> None:
         super().check_geometry()
-        pairs = self.prompts_per_iteration // self.trainer.world_size * self.group_size * self.trained_steps()
-        if pairs < self.minibatches_per_pass():
+        total = self.prompts_per_iteration * self.group_size * self.most_trained_steps()
+        if total < self.updates:
             raise ConfigError(
-                f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches} asks for more minibatches than there are "
+                f"model.updates_per_iteration={self.updates_per_iteration} asks for {self.updates} optimizer steps of a pass that has "
+                f"{total} (sample, step) pairs; lower it to at most {total * self.inner_epochs}"
+            )
+        if self.train_micro_batch is not None:
+            self.set_micro_batches(self.train_micro_batch)
+        if (pairs := self.pairs_of_update()) < self.micro_batches_per_update:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={self.micro_batches_per_update} asks for more micro-batches than an optimizer step has "
                 f"(sample, step) pairs on a process ({pairs}); lower it to at most {pairs}"
             )
+
+    def set_micro_batches(self, size: int) -> None:
+        """As many as keep each within `size` pairs (in the warm-up: examples), or what `accumulate_grad_batches` asks for beyond."""
+        asked, needed = self.trainer.accumulate_grad_batches, -(-self.pairs_of_update() // size)
+        if 1 < asked < needed:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={asked} micro-batches of model.train_micro_batch={size} hold {asked * size} of the "
+                f"{self.pairs_of_update()} (sample, step) pairs that each of the {self.updates_per_iteration} optimizer steps of an "
+                f"iteration has on a process: leave out trainer.accumulate_grad_batches, which becomes {needed}; if more optimizer steps "
+                "are meant, set model.updates_per_iteration"
+            )
+        self.micro_batches_per_update = max(asked, needed)
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # accumulates as many throughout a run
+            self.micro_batches_per_warmup_step = self.micro_batches_per_update
+        else:
+            self.micro_batches_per_warmup_step = -(-self.warmup_batch_size // (self.trainer.world_size * size))
+
+    def pairs_of_update(self) -> int:
+        """(sample, step) pairs of an optimizer step on a process, at most."""
+        pairs = self.prompts_per_iteration // self.trainer.world_size * self.group_size * self.most_trained_steps()
+        return -(-pairs // self.updates)
 
     # ------------------------------------------------------------------ credit
     def check_kl(self, kl_coef: float) -> None:
@@ -216,48 +261,49 @@ class LitFlow(LitPolicy[FlowRollout]):
         mine = slice(self.global_rank * len(rollout), (self.global_rank + 1) * len(rollout))
         use = total[mine].isfinite() & ((values[mine] != 0) | (not self.credit_rule.drop_zero))
         mask = self.chosen(rollout) & use[:, None].to(self.device)
-        updates = self.minibatches_per_pass() // self.trainer.accumulate_grad_batches
         count = self.all_ranks(mask.sum()[None]).sum()
         self.rollout_metrics = group_metrics(total, group)
         self.rollout_metrics |= {f"reward/{name}": float(r.nanmean()) for name, r in rewards.items()}
         self.rollout_metrics["images"] = float(len(group))
         self.rollout_metrics["trained_share"] = float(count / (mask.numel() * self.trainer.world_size))
         advantages = values[mine, None].float().expand(mask.shape).to(self.device)
-        return replace(rollout, mask=mask, advantages=advantages, weights=mask.float() * updates / count.clamp(min=1))
+        return replace(rollout, mask=mask, advantages=advantages, weights=mask.float() * self.updates / count.clamp(min=1))
 
     # ------------------------------------------------------------------ minibatches of (sample, step) pairs
     @abstractmethod
     def trained_steps(self) -> int:
         """Trained steps of each trajectory in the current iteration (S)."""
 
-    def minibatches_per_pass(self) -> int:
-        """As many as keep each within `train_micro_batch` pairs, rounded up to whole optimizer steps."""
-        accumulate = self.trainer.accumulate_grad_batches
-        if self.train_micro_batch is None:
-            return accumulate
-        pairs = self.prompts_per_iteration // self.trainer.world_size * self.group_size * self.trained_steps()
-        return -(-pairs // (self.train_micro_batch * accumulate)) * accumulate
+    def most_trained_steps(self) -> int:
+        """The largest number that `trained_steps` can be in any iteration."""
+        return self.trained_steps()
+
+    @property
+    def updates(self) -> int:
+        return self.updates_per_iteration // self.inner_epochs
 
     def split(self, rollout: FlowRollout, inner_epoch: int) -> list[Tensor]:
         """Minibatches of one pass: each optimizer step gets a share of the pairs of *every* group, by a permutation of the group's own.
 
         So an optimizer step sees the same pairs whatever the number of processes and the size of micro-batches, and every prompt
-        weighs alike in it. Pairs without weight are left out. Rows are flat indices b * S + s.
+        weighs alike in it. Pairs without weight are left out. Rows are flat indices b * S + s; a row r < 0 is pair ~r without its weight,
+        for forwards that other processes wait for where this one has nothing to train.
         """
         assert rollout.weights is not None
-        used = (rollout.weights != 0).flatten().cpu()
-        accumulate, steps = self.trainer.accumulate_grad_batches, rollout.mask.shape[1]
-        shares: list[list[Tensor]] = [[] for _ in range(self.minibatches_per_pass() // accumulate)]
+        used, steps = (rollout.weights != 0).flatten().cpu(), rollout.mask.shape[1]
+        filler = ~(used.nonzero()[:1, 0] if used.any() else torch.zeros(1, dtype=torch.long))
+        shares: list[list[Tensor]] = [[] for _ in range(self.updates)]
         for first in range(0, len(rollout), self.group_size):
             group = int(rollout.group[first])
             pairs = self.permutation(self.group_size * steps, "split", self.iteration, inner_epoch, group) + first * steps
-            for i, part in enumerate(pairs.tensor_split(len(shares))):
-                shares[(i + group) % len(shares)].append(part)  # rotated, so that remainders spread evenly
+            turn = group * (len(pairs) % self.updates)  # what is over goes where the last group's ended, so that steps have equally many
+            for i, part in enumerate(pairs.tensor_split(self.updates)):
+                shares[(i + turn) % self.updates].append(part)
         minibatches: list[Tensor] = []
         for share in shares:
-            pairs = torch.cat(share)
-            kept, filler = pairs[used[pairs]], pairs[~used[pairs]]  # every rank needs `accumulate` forwards, even of weight 0
-            minibatches += torch.cat([kept, filler[: max(0, accumulate - len(kept))]]).tensor_split(accumulate)
+            pairs, parts = torch.cat(share), self.micro_batches_per_update
+            kept = pairs[used[pairs]]
+            minibatches += torch.cat([kept, filler.expand(max(0, parts - len(kept)))]).tensor_split(parts)
         return minibatches
 
     # ------------------------------------------------------------------ checkpoints
@@ -273,3 +319,15 @@ class LitFlow(LitPolicy[FlowRollout]):
 
     def restore_rollout(self, fields: dict[str, Any]) -> FlowRollout:
         return FlowRollout(**fields)
+
+
+def places(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs that the rows of a minibatch name, and Bool "N": those that keep their weight, see `LitFlow.split`."""
+    return torch.where(rows < 0, ~rows, rows), rows >= 0
+
+
+def harmless(values: Tensor, used: Tensor) -> Tensor:
+    """`values` "N ...", in the rows that are not used with 0 for what is not finite: 0 x NaN would be NaN, and so would its gradient."""
+    if not values.is_floating_point() or values.stride(0) == 0:  # what all rows share is finite where any row is
+        return values
+    return torch.where(used.view(-1, *[1] * (values.ndim - 1)), values, values.nan_to_num(0.0, 0.0, 0.0))

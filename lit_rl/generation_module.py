@@ -108,7 +108,7 @@ class LitGeneration(LitToken):
         """Compare sampler and trainer, and say what the numbers of the YAML multiply to."""
         super().on_fit_start()
         self.check_sampler()
-        answers, parts = self.prompts_per_iteration * self.group_size, self.trainer.accumulate_grad_batches
+        answers, parts = self.prompts_per_iteration * self.group_size, self.micro_batches_per_update
         rank_zero_info(
             f"An iteration: {self.prompts_per_iteration} prompts x {self.group_size} samples = {answers} answers; optimizer steps: "
             f"{self.inner_epochs * self.updates}, each of {answers // self.updates} answers in {parts} micro-batches on each of "

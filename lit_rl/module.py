@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -22,6 +23,8 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, SequentialLR
 from lit_rl.checkpoints.layout import check_adapters, check_layout
 from lit_rl.checkpoints.progress import Place, continue_at, log_again, logged, place_of, remember_saved, saved_at, set_counters
 from lit_rl.errors import ConfigError
+from lit_rl.losses.masked import weighted_sum
+from lit_rl.meters import Meters
 from lit_rl.rewards.base import Scorer
 from lit_rl.seeding import generator
 from lit_rl.strategies import check_strategy
@@ -78,7 +81,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         group_size: Samples of each prompt (G).
         inner_epochs: Passes over a rollout.
         warmup_steps: Optimizer steps of supervised learning on `data`'s examples before the first rollout (epoch 0).
-        warmup_batch_size: Examples per warm-up step, over all processes.
+        warmup_batch_size: Examples per warm-up step, over all processes. Micro-batches and processes share them as evenly as they go.
         warmup_lr: Peak learning rate of the warm-up, see `warmup_factor`; None = the optimizer's own.
         optimizer: E.g. `{class_path: torch.optim.AdamW, init_args: {lr: 3e-4}}`; its state restarts after the warm-up.
         lr_scheduler: Stepped once per optimizer step, counted from the end of the warm-up.
@@ -113,10 +116,12 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         self.lr_scheduler = lr_scheduler
         self.seed = seed
         self.scorer: Scorer | None = None  # set by the callback that owns the rewards
+        self.micro_batches_per_update = self.micro_batches_per_warmup_step = 1  # of an optimizer step on each process; set by `setup`
         self.rollout: R | None = None
         self.rollout_iteration = -1
         self.rollout_metrics: dict[str, float] = {}
-        self._metrics_logged = False
+        self.meters = Meters()  # what is said of an epoch
+        self.step_meters = Meters()  # and of a single step
         self._plan: list[Tensor] = []
         self._place: Place | None = None  # where a restored run continues
         self._before: dict[str, Any] = {}  # what had been logged, and when who had saved, until then
@@ -139,9 +144,10 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     def credit(self, rollout: R) -> R:
         """`rollout.rewards` -> advantages "B S" and weights "B S"."""
 
+    @property
     @abstractmethod
-    def minibatches_per_pass(self) -> int:
-        """Minibatches that one pass over a rollout is cut into, on each process."""
+    def updates(self) -> int:
+        """Optimizer steps of one pass over a rollout."""
 
     @abstractmethod
     def split(self, rollout: R, inner_epoch: int) -> Sequence[Tensor]:
@@ -197,17 +203,27 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
 
     def train_loader(self) -> ReplayLoader:
         """What the datamodule's `train_dataloader` returns."""
+        self.accumulate()
         return ReplayLoader(self)
+
+    def accumulate(self) -> None:
+        """Have Lightning accumulate the gradients of as many micro-batches as an optimizer step of the current epoch has."""
+        self.trainer.accumulate_grad_batches = self.micro_batches_per_warmup_step if self.warming_up else self.micro_batches_per_update
+
+    def minibatches_per_pass(self) -> int:
+        """Minibatches that one pass over a rollout is cut into, on each process."""
+        return self.updates * self.micro_batches_per_update
 
     def minibatches_per_epoch(self) -> int:
         if self.warming_up:
-            return self.warmup_steps * self.trainer.accumulate_grad_batches
+            return self.warmup_steps * self.micro_batches_per_warmup_step
         return self.inner_epochs * self.minibatches_per_pass()
 
     def minibatches_done(self) -> int:
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
 
     def replay(self, indices: range) -> Iterator[Minibatch]:
+        self.accumulate()
         if self.warming_up:
             for index in indices:
                 yield self.supervised_minibatch(index)
@@ -229,7 +245,6 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         rollout = self.scored()
         self.train(was_training)
         rollout = self.credit(rollout)
-        self._metrics_logged = False
         self.notify("on_rollout_end", rollout)
         return rollout
 
@@ -246,29 +261,49 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             yield
 
     def supervised_minibatch(self, index: int) -> Examples:
-        accumulate = self.trainer.accumulate_grad_batches
-        step, part = divmod(index, accumulate)
-        size = self.warmup_batch_size // (accumulate * self.trainer.world_size)
-        first = (part * self.trainer.world_size + self.global_rank) * size
-        info, images = self.data.examples(step, self.warmup_batch_size, slice(first, first + size))
-        return Examples(info=info, images=images, step=step, first=first).to(self.device)
+        """This process's part of a warm-up step; where there are more parts than examples, an example of share 0."""
+        step, part = divmod(index, self.micro_batches_per_warmup_step)
+        parts = self.micro_batches_per_warmup_step * self.trainer.world_size
+        rows = torch.arange(self.warmup_batch_size).tensor_split(parts)[part * self.trainer.world_size + self.global_rank]
+        first, share = int(rows[0]) if len(rows) else 0, len(rows) * parts / self.warmup_batch_size
+        info, images = self.data.examples(step, self.warmup_batch_size, slice(first, first + max(1, len(rows))))
+        return Examples(info=info, images=images, step=step, first=first, share=share).to(self.device)
 
     # ------------------------------------------------------------------ loss
     def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
         if isinstance(batch, Examples):
-            loss = self.supervised_loss(batch).mean()
-            self.log("warmup/loss", loss, prog_bar=True)
+            loss = self.supervised_loss(batch).mean() * batch.share
+            self.step_meters.mean({"warmup/loss": loss})
             return loss
         losses, weights = self.loss(batch)
-        loss = (losses * weights).sum() * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        self.log("loss", loss.detach(), on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
-        if not self._metrics_logged:  # once per rollout: each call costs a millisecond
-            self._metrics_logged = True
-            for name, value in self.rollout_metrics.items():
-                bar = name == "reward_mean"
-                # Equal on all processes; without sync_dist Lightning warns of each.
-                self.log(name, value, on_step=False, on_epoch=True, prog_bar=bar, batch_size=1, sync_dist=True)
+        # What has no weight must not matter: 0 x NaN is NaN.
+        loss = weighted_sum(losses, weights) * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        self.meters.mean({"loss": loss})
         return loss
+
+    # ------------------------------------------------------------------ what is logged
+    def report(self, values: Mapping[str, float], *, bar: Collection[str] = ()) -> None:
+        """Log numbers of an epoch that are equal on all processes.
+
+        They are not reduced again: Lightning would do that when a number is first read, which progress bars and other callbacks do on one
+        process alone. `sync_dist` only keeps Lightning from asking for it, `rank_zero_only` takes its effect away.
+        """
+        for name, value in values.items():
+            self.log(
+                name, value, on_step=False, on_epoch=True, prog_bar=name in bar, batch_size=1, sync_dist=True, rank_zero_only=True
+            )  # fmt: skip
+
+    def report_step(self) -> None:
+        """Log what there is to say of this optimizer step and, if it is the last one, of the epoch. Collective."""
+        if self.step_meters:
+            for name, value in self.step_meters.read(gather_objects).items():
+                self.log(name, value, on_step=True, on_epoch=False, prog_bar=True)
+        if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # before any callback looks
+            self.report(self.meters.read(gather_objects) | self.rollout_metrics, bar=("reward_mean",))
+
+    def on_train_epoch_end(self) -> None:
+        if self.meters:  # the iteration was cut short
+            self.report(self.meters.read(gather_objects) | self.rollout_metrics, bar=("reward_mean",))
 
     def count_actions(self, batch: Minibatch) -> int:
         """Actions that a minibatch trains."""
@@ -298,15 +333,18 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         Of DeepSpeed, which keeps gradients to itself, nothing is known here.
         """
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if not gradients:
-            return
-        norm = nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if gradients:
+            norm = nn.utils.get_total_norm(gradients)
+            self.check_gradient(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        self.report_step()
+
+    def check_gradient(self, norm: Tensor) -> None:
+        """Leave out the optimizer step of a gradient with this norm if it is not finite."""
         if norm.isfinite():
-            self.log("grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
+            self.meters.mean({"grad_norm": norm})
             return
         self.zero_grad()
-        self.log("skipped_steps", 1.0, on_step=False, on_epoch=True, reduce_fx="sum", batch_size=1)
+        self.meters.count("skipped_steps")
         rank_zero_warn(
             f"Optimizer step {self.trainer.global_step + 1} is left out: its gradient is not finite. If that goes on, lower the learning "
             "rate, and look at the last answers and rewards"
@@ -314,7 +352,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._logged = self.trainer.global_step, logged(self.trainer)
+            self._logged = self.trainer.global_step, self._said()
         if self.warmup_steps and self.trainer.global_step == self.warmup_steps and not self.warming_up and batch_idx == 0:
             self.finish_warmup()
 
@@ -328,9 +366,20 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer.strategy)
         self.check_parts(stage)
+        self.micro_batches_per_update = self.micro_batches_per_warmup_step = self.trainer.accumulate_grad_batches
         if stage == "fit":
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # see ReplayLoader
+            self.check_accumulation()
             self.check_geometry()
+            self.accumulate()
+
+    def check_accumulation(self) -> None:
+        """Raise where something else than this class decides how many micro-batches an optimizer step has."""
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise ConfigError(
+                "GradientAccumulationScheduler would change how many micro-batches make an optimizer step, which a rollout is cut by: take "
+                "it out of trainer.callbacks"
+            )
 
     def check_parts(self, stage: str) -> None:
         """Raise where the run lacks a part that this method works with, before any model is loaded."""
@@ -368,16 +417,11 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
 
     def check_geometry(self) -> None:
         """Raise on sizes that do not divide, before any model is loaded."""
-        world, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        world = self.trainer.world_size
         if self.prompts_per_iteration % world:
             raise ConfigError(
                 f"model.prompts_per_iteration={self.prompts_per_iteration} does not divide among {world} processes; "
                 f"use a multiple of {world}, e.g. {-(-self.prompts_per_iteration // world) * world}"
-            )
-        if self.warmup_steps and self.warmup_batch_size % (world * accumulate):
-            raise ConfigError(
-                f"model.warmup_batch_size={self.warmup_batch_size} does not divide among {world} processes x "
-                f"trainer.accumulate_grad_batches={accumulate}; use a multiple of {world * accumulate}"
             )
         if (self.trainer.gradient_clip_val or 0) < 0:  # Lightning takes it for "do not clip"
             raise ConfigError(f"trainer.gradient_clip_val={self.trainer.gradient_clip_val} must be positive; leave it out to clip nothing")
@@ -403,12 +447,13 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         return {name: part.adapter for name, part in self.named_children() if getattr(part, "adapter", None)}  # type: ignore[misc]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
         keys = self.checkpoint_keys()
         checkpoint["state_dict"] = {name: weight for name, weight in checkpoint["state_dict"].items() if name in keys}
         checkpoint["adapters"] = self.adapters()
         place = self._place_in(checkpoint)
         step, before = self._logged
-        now = before if step == self.trainer.global_step else logged(self.trainer)
+        now = before if step == self.trainer.global_step else self._said()
         checkpoint["logged"] = {"ranks": gather_objects(_on_cpu(now)), "saved_at": saved_at(self.trainer)}
         if self.rollout is not None and not place.ended and self.rollout_iteration == place.epochs - self.warmup_epochs:
             about = {"iteration": self.rollout_iteration, "metrics": self.rollout_metrics, "world_size": self.trainer.world_size}
@@ -435,7 +480,15 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         self.rollout_iteration, self.rollout_metrics = saved["iteration"], saved["metrics"]
 
     def _place_in(self, checkpoint: dict[str, Any]) -> Place:
-        return place_of(checkpoint["loops"]["fit_loop"], accumulate=self.trainer.accumulate_grad_batches)
+        """Counted in the micro-batches of now: a run may go on in smaller or larger ones."""
+        then = checkpoint.get("micro_batches", self.trainer.accumulate_grad_batches)
+        place = place_of(checkpoint["loops"]["fit_loop"], accumulate=then)
+        now = self.micro_batches_per_warmup_step if place.epochs < self.warmup_epochs else self.micro_batches_per_update
+        return replace(place, minibatches=place.minibatches // then * now)
+
+    def _said(self) -> dict[str, Any]:
+        """What has been logged, and what is still summed up, on this process."""
+        return logged(self.trainer) | {"meters": self.meters.state_dict()}
 
     def on_train_start(self) -> None:
         place, before, self._place, self._before = self._place, self._before, None, {}
@@ -445,7 +498,8 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         remember_saved(self.trainer, before.get("saved_at", {}))
         if len(before.get("ranks", ())) == self.trainer.world_size:
             log_again(self.trainer, before["ranks"][self.global_rank], inside=place.minibatches > 0)
-            self._metrics_logged = place.minibatches > 0
+            if place.minibatches:
+                self.meters.load_state_dict(before["ranks"][self.global_rank].get("meters", {}), device=self.device)
 
     @abstractmethod
     def restore_rollout(self, fields: dict[str, Any]) -> R:
@@ -491,6 +545,12 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             yield
         finally:
             self.notify("on_phase_end", name)
+
+
+def logged_step(trainer: L.Trainer, module: LitRL[Any]) -> int:
+    """The step under which loggers get the numbers of this epoch: those of a rollout come at its end, with its last optimizer step."""
+    now = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return now + module.inner_epochs * module.updates - 1 if trainer.training and not module.warming_up else now
 
 
 def warmup_factor(step: int, *, steps: int) -> float:

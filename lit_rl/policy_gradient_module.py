@@ -15,7 +15,7 @@ from lit_rl.advantages import total_reward
 from lit_rl.errors import ConfigError
 from lit_rl.generation_module import LitGeneration
 from lit_rl.losses.kl import AdaptiveKL, FixedKL, KLEstimator, kl_estimate
-from lit_rl.losses.masked import row_mean
+from lit_rl.losses.masked import masked_mean, row_mean, weighted_sum
 from lit_rl.losses.off_policy import Level, importance_weights, mismatch_metrics
 from lit_rl.losses.policy_gradient import clipped_ratio_loss
 from lit_rl.losses.surrogates import cispo_loss, geo_mean_loss, reinforce_loss, sapo_loss, sequence_log_ratio, surrogate_metrics
@@ -220,8 +220,12 @@ class LitPolicyGradient(LitGeneration):
     # ------------------------------------------------------------------ loss
     def loss(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
         losses, metrics = self.policy_loss(*self.forward_policy(batch), batch)
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        self.track(metrics, batch)
         return losses, batch.weights
+
+    def track(self, metrics: dict[str, Tensor], batch: Minibatch) -> None:
+        """Take note of means over the tokens of a minibatch."""
+        self.meters.mean(metrics, weight=batch.mask.sum())
 
     def forward_policy(self, batch: Minibatch) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities Float "N S" as the policy has them now, and the entropies where they are in the loss."""
@@ -237,14 +241,14 @@ class LitPolicyGradient(LitGeneration):
             c = self.correction
             given = {"level": c.level, "low": c.low, "high": c.high, "outside": c.outside}
             losses = losses * importance_weights(batch.logprobs, batch.behaviour, batch.mask, **given)  # type: ignore[arg-type]
-        metrics["policy_loss"] = self.whole_step((losses.detach() * batch.weights).sum())
+        self.meters.mean({"policy_loss": self.whole_step(weighted_sum(losses.detach(), batch.weights))})
         if self.kl_coef:
             assert batch.reference is not None
             kl = kl_estimate(new, batch.reference, kind=self.kl_kind)
-            metrics["kl_divergence"] = (kl.detach() * batch.mask).sum() / batch.mask.sum().clamp(min=1)
+            metrics["kl_divergence"] = masked_mean(kl.detach(), batch.mask)
             losses = losses + self.kl_coef * kl
         if entropy is not None:
-            metrics["entropy"] = (entropy.detach() * batch.mask).sum() / batch.mask.sum().clamp(min=1)
+            metrics["entropy"] = masked_mean(entropy.detach(), batch.mask)
             losses = losses - self.entropy_coef * entropy
         if batch.behaviour is not None:
             metrics["rollout_kl"] = mismatch_metrics(batch.logprobs, batch.behaviour, batch.mask)["kl"]

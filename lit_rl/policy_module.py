@@ -108,5 +108,5 @@ class LitPolicy(LitRL[R]):
     def _log_scores(self, name: str, values: torch.Tensor, *, bar: bool) -> None:
         everywhere = torch.cat(gather_objects(values))
         scored = everywhere[~everywhere.isnan()]
-        self.log(name, float(scored.mean()), prog_bar=bar, sync_dist=True)
-        self.log(f"{name}_perfect", float((scored >= 1 - 1e-6).double().mean()), sync_dist=True)
+        perfect = float((scored >= 1 - 1e-6).double().mean())
+        self.report({name: float(scored.mean()), f"{name}_perfect": perfect}, bar=(name,) if bar else ())

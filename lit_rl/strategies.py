@@ -170,6 +170,8 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def setup(self, trainer: L.Trainer) -> None:
         """Give `lit_rl.policies.shards.reshard` its way in: in stage 3 weights that are used again soon stay gathered between forwards."""
+        self._init_config_if_needed()
+        cast(dict[str, Any], self.config)["gradient_accumulation_steps"] = trainer.accumulate_grad_batches  # the method may have set it
         super().setup(trainer)
         if self.zero_stage_3:
             optimizer = self.deepspeed_engine.optimizer

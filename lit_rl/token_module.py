@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -84,9 +83,9 @@ class LitToken(LitPolicy[TokenRollout]):
 
     def check_geometry(self) -> None:
         if self.micro_batch_tokens is not None:
-            self.trainer.accumulate_grad_batches = self.micro_batches_within(self.micro_batch_tokens)
+            self.micro_batches_per_update = self.micro_batches_within(self.micro_batch_tokens)
         super().check_geometry()
-        world, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        world, accumulate = self.trainer.world_size, self.micro_batches_per_update
         if self.prompts_per_update % world:
             raise ConfigError(
                 f"model.prompts_per_update={self.prompts_per_update} does not divide among {world} processes; use a multiple of {world}"
@@ -100,11 +99,6 @@ class LitToken(LitPolicy[TokenRollout]):
 
     def micro_batches_within(self, tokens: int) -> int:
         """How many an optimizer step needs on each process so that the longest sequences there can be fit into so many tokens each."""
-        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            raise ConfigError(
-                "DeepSpeed is told the number of micro-batches before the data are read: leave out model.micro_batch_tokens and set "
-                "trainer.accumulate_grad_batches"
-            )
         longest = self.longest_sequence()
         fit = tokens // longest // self.together * self.together
         if fit < 1:
@@ -156,12 +150,9 @@ class LitToken(LitPolicy[TokenRollout]):
         return result
 
     # ------------------------------------------------------------------ micro-batches
-    def minibatches_per_pass(self) -> int:
-        return self.updates * self.trainer.accumulate_grad_batches
-
     def split(self, rollout: TokenRollout, inner_epoch: int) -> list[Tensor]:
         """Micro-batches of one pass in order of optimizer steps, without the sequences that have no gradient."""
-        step, useful, parts = self.step_of(rollout).cpu(), self.useful(rollout).cpu(), self.trainer.accumulate_grad_batches
+        step, useful, parts = self.step_of(rollout).cpu(), self.useful(rollout).cpu(), self.micro_batches_per_update
         minibatches: list[Tensor] = []
         for update in range(self.updates):
             rows = (step == update).nonzero()[:, 0]

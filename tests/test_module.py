@@ -54,7 +54,7 @@ def test_size_of_micro_batches_and_accumulation_do_not_change_the_training(tmp_p
 
 
 def test_several_updates_per_rollout_see_every_pair_once_and_every_group_alike(tmp_path: Path) -> None:
-    method = toy_method(train_micro_batch=4, inner_epochs=2)
+    method = toy_method(updates_per_iteration=8, train_micro_batch=4, inner_epochs=2)
     trainer = toy_trainer(tmp_path, max_epochs=1, accumulate_grad_batches=3)
     trainer.fit(method, ToyData())
     assert method.rollout is not None
@@ -80,7 +80,7 @@ def test_first_update_is_on_policy(tmp_path: Path) -> None:
 
 def test_second_update_is_not(tmp_path: Path) -> None:
     metrics = Metrics()
-    run(tmp_path, toy_method(train_micro_batch=24), callbacks=[metrics])
+    run(tmp_path, toy_method(updates_per_iteration=2), callbacks=[metrics])
     assert metrics.rows[-1]["ratio_max_dev"] > 1e-4 and metrics.rows[-1]["ratio_first_update_max_dev"] < 1e-6
 
 
@@ -201,13 +201,13 @@ def test_schedule_is_an_option(tmp_path: Path, schedule: Any, second: float) -> 
 
 def test_images_can_be_rendered_from_a_checkpoint_of_another_number_of_processes(tmp_path: Path) -> None:
     every = checkpointing(tmp_path / "a", every_n_train_steps=1)
-    run(tmp_path, toy_method(train_micro_batch=12), callbacks=[every], max_epochs=1, enable_checkpointing=True)
+    run(tmp_path, toy_method(updates_per_iteration=4), callbacks=[every], max_epochs=1, enable_checkpointing=True)
     path = tmp_path / "a" / "epoch=0-step=1.ckpt"
     saved = torch.load(path, weights_only=True)
     saved["rollout"]["world_size"] = 8
     torch.save(saved, path)
     with pytest.raises(ConfigError, match="written inside an iteration by 8 processes"):
-        run(tmp_path, toy_method(train_micro_batch=12), ckpt_path=str(path))
+        run(tmp_path, toy_method(updates_per_iteration=4), ckpt_path=str(path))
     toy_trainer(tmp_path).predict(toy_method(), ToyData(), ckpt_path=str(path))
 
 
@@ -221,7 +221,13 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(tmp_path: Path, kind: str) -
 
     def method() -> FlowGRPO:
         return toy_method(
-            warmup_steps=3, warmup_lr=1e-3, train_micro_batch=12, inner_epochs=2, kl_coef=0.1, advantage=Advantage(kind="history")
+            warmup_steps=3,
+            warmup_lr=1e-3,
+            updates_per_iteration=4,
+            train_micro_batch=12,
+            inner_epochs=2,
+            kl_coef=0.1,
+            advantage=Advantage(kind="history"),
         )
 
     settings: dict[str, Any] = dict(accumulate_grad_batches=2, max_epochs=4, enable_checkpointing=True)
@@ -274,9 +280,9 @@ def test_moments_of_the_warm_up_are_forgotten(tmp_path: Path) -> None:
 
 
 def test_geometry_that_does_not_divide_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
-    method = toy_method(warmup_steps=1, warmup_batch_size=7)
-    with pytest.raises(ConfigError, match="warmup_batch_size=7 .* use a multiple of 2"):
-        run(tmp_path, method, accumulate_grad_batches=2)
+    method = toy_method(updates_per_iteration=49)
+    with pytest.raises(ConfigError, match="49 optimizer steps of a pass that has 48 .* lower it to at most 48"):
+        run(tmp_path, method)
     assert not hasattr(method.policy, "network")
 
 

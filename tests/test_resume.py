@@ -104,12 +104,13 @@ def flow(*, old: Callable[[], OldPolicySync] | None = None, callbacks: Callable[
     """8 minibatches in an iteration (2 passes x 4), an optimizer step every 2; dropout, moving average, statistics by prompt."""
     settings: dict[str, Any] = dict(max_epochs=4, accumulate_grad_batches=2, enable_checkpointing=True, gradient_clip_val=1.0)
     settings |= changes.pop("trainer", {})
-    model: dict[str, Any] = dict(train_micro_batch=12, inner_epochs=2, kl_coef=0.1)
+    model: dict[str, Any] = dict(inner_epochs=2, kl_coef=0.1)
     schedule = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=16)
 
     def run(folder: Path, after: list[L.Callback], path: str | None) -> None:
         L.seed_everything(0, verbose=False)
         given = model | dict(lr_scheduler=schedule, advantage=Advantage(kind="history")) | changes
+        given["updates_per_iteration"] = 4 * given["inner_epochs"] // settings["accumulate_grad_batches"]
         if old is None:
             method: Any = toy_method(dropout=0.1, **given)
         else:
@@ -166,7 +167,7 @@ def test_every_first_of_two_stops(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_the_last_minibatch_then_a_stop_inside_the_next_epoch(tmp_path: Path) -> None:
     """4 steps an epoch and 16 in all; the first stop before the 5th, the second before the 7th."""
-    run = flow(inner_epochs=1, train_micro_batch=12, trainer={"accumulate_grad_batches": 1})
+    run = flow(inner_epochs=1, trainer={"accumulate_grad_batches": 1})
     whole = play(tmp_path / "whole", run)
     twice = play(tmp_path / "twice", run, stops=[7, 4])
     assert whole["global_step"] == twice["global_step"] == 16

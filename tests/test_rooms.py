@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 FORMULAS = [
     "lit_rl.advantages",
     "lit_rl.decay",
+    "lit_rl.meters",
     "lit_rl.losses",
     "lit_rl.packing",
     "lit_rl.partition",

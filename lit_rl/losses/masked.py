@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -13,6 +15,17 @@ COUNT_EPS = 1e-8
 def masked(x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     """x where the mask is True, 0 elsewhere: 0 * NaN would be NaN, and so would its gradient."""
     return torch.where(mask, x, 0.0)
+
+
+def weighted_sum(x: Float[Tensor, "*S"], weights: Float[Tensor, "*S"]) -> Float[Tensor, ""]:
+    """Sum of x times its weights, where these are not 0."""
+    return torch.where(weights != 0, x * weights, 0.0).sum()
+
+
+def weighted_means(values: Mapping[str, Float[Tensor, "*S"]], weights: Float[Tensor, "*S"]) -> dict[str, Float[Tensor, ""]]:
+    """Of each of the values sum(x w) / sum(w), without a gradient; 0 without any weight."""
+    total = weights.sum()
+    return {name: torch.where(total > 0, weighted_sum(x.detach(), weights) / total, 0.0) for name, x in values.items()}
 
 
 def masked_mean(x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]) -> Float[Tensor, ""]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.flow_module import LitFlow
+from lit_rl.flow_module import LitFlow, harmless, places
 from lit_rl.losses.flow import gaussian_kl
+from lit_rl.losses.masked import weighted_means
 from lit_rl.losses.nft import AdvantageMode, MatchingWeight, matching_logprob, nft_loss, optimality
 from lit_rl.losses.policy_gradient import clipped_surrogate, policy_metrics
 from lit_rl.policies.base import FlowPolicy
@@ -155,19 +156,23 @@ class DiffusionNFT(LitFlow):
     # ------------------------------------------------------------------ loss
     def split(self, rollout: FlowRollout, inner_epoch: int) -> list[Tensor]:
         """As in the base class; rows also say which pass they are of, because each pass draws noises of its own."""
-        return [rows + inner_epoch * rollout.mask.numel() for rows in super().split(rollout, inner_epoch)]
+        before = inner_epoch * rollout.mask.numel()
+        return [torch.where(rows < 0, rows - before, rows + before) for rows in super().split(rollout, inner_epoch)]
 
     def minibatch(self, rollout: FlowRollout, rows: Tensor) -> PointBatch:
         assert rollout.advantages is not None and rollout.weights is not None
+        rows, kept = places(rows)
         inner_epoch, pair = rows // rollout.mask.numel(), rows % rollout.mask.numel()
         row, slot = pair // rollout.mask.shape[1], pair % rollout.mask.shape[1]
         prompts = Prompts(rollout.group.cpu(), rollout.info)  # one copy from a GPU, not one per row
-        places = zip(row.tolist(), slot.tolist(), inner_epoch.tolist())
-        noise = self.noise([(*self.row_key(prompts, b), "forward", s, epoch) for b, s, epoch in places])
+        looked_at = zip(row.tolist(), slot.tolist(), inner_epoch.tolist())
+        noise = self.noise([(*self.row_key(prompts, b), "forward", s, epoch) for b, s, epoch in looked_at])
         b, s = row.to(self.device), slot.to(self.device)
+        weights = rollout.weights[b, s].where(kept.to(self.device), 0.0)
+        used, cond = weights != 0, take_rows(rollout.cond, rollout.cond_row[b])
         return PointBatch(
-            x0=rollout.latents[b, 0].float(), noise=noise, sigma=rollout.times[b, s], advantages=rollout.advantages[b, s],
-            weights=rollout.weights[b, s], cond=take_rows(rollout.cond, rollout.cond_row[b]),
+            x0=harmless(rollout.latents[b, 0].float(), used), noise=noise, sigma=rollout.times[b, s],
+            advantages=rollout.advantages[b, s], weights=weights, cond={name: harmless(value, used) for name, value in cond.items()},
         )  # fmt: skip
 
     def loss(self, minibatch: PointBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -188,9 +193,7 @@ class DiffusionNFT(LitFlow):
                 ref = self.policy.velocity(x, batch.sigma, batch.cond)
             metrics["kl"] = gaussian_kl(new, ref, kind="v")
             losses = losses + self.kl_coef * metrics["kl"]
-        total = batch.weights.sum().clamp(min=1e-12)
-        means = {name: (value.detach() * batch.weights).sum() / total for name, value in metrics.items()}
-        self.log_dict(means, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        self.meters.mean(weighted_means(metrics, batch.weights), weight=batch.weights.sum())
         return losses, batch.weights
 
     def surrogate(self, new: Tensor, old: Tensor, x: Tensor, batch: PointBatch) -> Tensor:
@@ -232,9 +235,9 @@ class AWM(DiffusionNFT):
             matching_logprob(v, batch.x0, batch.noise, sigma=batch.sigma, weight=self.matching_weight, power=self.power) for v in (new, old)
         )
         clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
-        self.log_dict(
-            policy_metrics(logprob, before, weights=batch.weights, **clip), on_step=False, on_epoch=True, batch_size=1, sync_dist=True
-        )
+        metrics = policy_metrics(logprob, before, weights=batch.weights, **clip)
+        self.meters.largest({"ratio_max_dev": metrics.pop("ratio_max_dev")})
+        self.meters.mean(metrics, weight=batch.weights.sum())
         return clipped_surrogate(logprob, before, batch.advantages, **clip)
 
 

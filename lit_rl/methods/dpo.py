@@ -141,7 +141,7 @@ class DPO(LitToken):
     # ------------------------------------------------------------------ loss
     def loss(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
         losses, metrics = self.of_pairs(batch)
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(losses), sync_dist=True)
+        self.meters.mean(metrics, weight=len(losses))
         return losses, batch.weights[::2, 0]
 
     def of_pairs(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -177,8 +177,8 @@ class DPO(LitToken):
         self._held_out = []
         summed = torch.stack(rows).sum(0) if rows else torch.zeros(len(names) + 1, dtype=torch.float64, device=self.device)
         summed = self.all_ranks(summed[None]).sum(0)
-        for name, value in zip(names, (summed[:-1] / summed[-1].clamp(min=1)).tolist()):
-            self.log(f"val/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
+        means = (summed[:-1] / summed[-1].clamp(min=1)).tolist()
+        self.report({f"val/{name}": value for name, value in zip(names, means)}, bar=("val/accuracy",))
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.flow_module import LitFlow
+from lit_rl.flow_module import LitFlow, harmless, places
 from lit_rl.losses.flow import KLKind, gaussian_kl
+from lit_rl.losses.masked import weighted_means
 from lit_rl.losses.policy_gradient import clipped_ratio_loss, guard_logratio, policy_metrics
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.samplers.flow import Dynamics, Step, sde_step
@@ -90,6 +91,9 @@ class FlowGRPO(LitFlow):
     def trained_steps(self) -> int:
         return len(self.window(max(0, self.iteration)))
 
+    def most_trained_steps(self) -> int:
+        return len(self.window(0))  # MixGRPO's last windows are shorter
+
     @cached_property
     def sigma_max(self) -> float:
         """The schedule's second entry, read once: on the device it would cost a synchronisation per step."""
@@ -162,14 +166,17 @@ class FlowGRPO(LitFlow):
 
     # ------------------------------------------------------------------ loss
     def minibatch(self, rollout: FlowRollout, rows: Tensor) -> PairBatch:
-        rows = rows.to(self.device)
-        b, s = rows // rollout.logprobs.shape[1], rows % rollout.logprobs.shape[1]
+        pairs, kept = places(rows.to(self.device))
+        b, s = pairs // rollout.logprobs.shape[1], pairs % rollout.logprobs.shape[1]
         assert rollout.advantages is not None and rollout.weights is not None
+        weights = rollout.weights[b, s].where(kept, 0.0)
+        used, cond = weights != 0, take_rows(rollout.cond, rollout.cond_row[b])
         return PairBatch(
-            x=rollout.latents[b, s].float(), x_next=rollout.latents[b, s + 1],
+            x=harmless(rollout.latents[b, s].float(), used), x_next=harmless(rollout.latents[b, s + 1], used),
             sigma=rollout.times[b, s], sigma_next=rollout.times[b, s + 1],
-            logprobs=rollout.logprobs[b, s], advantages=rollout.advantages[b, s], weights=rollout.weights[b, s],
-            cond=take_rows(rollout.cond, rollout.cond_row[b]), means=None if rollout.means is None else rollout.means[b, s],
+            logprobs=harmless(rollout.logprobs[b, s], used), advantages=rollout.advantages[b, s], weights=weights,
+            cond={name: harmless(value, used) for name, value in cond.items()},
+            means=None if rollout.means is None else harmless(rollout.means[b, s], used),
         )  # fmt: skip
 
     def loss(self, minibatch: PairBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -177,25 +184,23 @@ class FlowGRPO(LitFlow):
         v = self.policy.velocity(minibatch.x, minibatch.sigma, minibatch.cond)
         step = self.replay_step(v, minibatch)
         losses = clipped_ratio_loss(self.log_ratio(step, minibatch), minibatch.advantages, clip_low=self.clip_low, clip_high=self.clip_high)
-        self.log_policy(
-            policy_metrics(step.logprob, minibatch.logprobs, clip_low=self.clip_low, clip_high=self.clip_high, weights=minibatch.weights)
-        )
+        clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
+        self.log_policy(policy_metrics(step.logprob, minibatch.logprobs, **clip, weights=minibatch.weights), minibatch.weights)
         if self.kl_coef:
             with torch.no_grad(), self.policy.reference():
                 ref_v = self.policy.velocity(minibatch.x, minibatch.sigma, minibatch.cond)
             kl = self.kl(v, step, ref_v, minibatch)
-            mean = (kl.detach() * minibatch.weights).sum() / minibatch.weights.sum().clamp(min=1e-12)
-            self.log("kl", mean, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+            self.meters.mean(weighted_means({"kl": kl}, minibatch.weights), weight=minibatch.weights.sum())
             losses = losses + self.kl_coef * kl
         return losses, minibatch.weights
 
-    def log_policy(self, metrics: dict[str, Tensor]) -> None:
+    def log_policy(self, metrics: dict[str, Tensor], weights: Tensor) -> None:
         """Means over the iteration; the largest deviation of the ratio from 1, and that of the first update, where it is an error."""
         deviation = metrics.pop("ratio_max_dev")
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
-        self.log("ratio_max_dev", deviation, on_step=False, on_epoch=True, reduce_fx="max", batch_size=1, sync_dist=True)
+        self.meters.mean(metrics, weight=weights.sum())
+        self.meters.largest({"ratio_max_dev": deviation})
         if self.minibatches_done() < self.trainer.accumulate_grad_batches:
-            self.log("ratio_first_update_max_dev", deviation, on_step=False, on_epoch=True, reduce_fx="max", batch_size=1, sync_dist=True)
+            self.meters.largest({"ratio_first_update_max_dev": deviation})
 
     def replay_step(self, v: Tensor, batch: PairBatch) -> Step:
         """The stored action under today's velocity. Every trained step was drawn at `noise_level`."""

@@ -88,7 +88,7 @@ class MixedGSPO(LitPolicyGradient):
         self.check_sampler()
         rank_zero_info(
             f"An iteration: {self.prompts_per_iteration} rows, each a pair or {self.group_size} answers; optimizer steps: "
-            f"{self.inner_epochs * self.updates}, each of {self.prompts_per_update} rows in {self.trainer.accumulate_grad_batches} "
+            f"{self.inner_epochs * self.updates}, each of {self.prompts_per_update} rows in {self.micro_batches_per_update} "
             f"micro-batches on each of {self.trainer.world_size} processes"
         )
 
@@ -220,7 +220,8 @@ class MixedGSPO(LitPolicyGradient):
         losses, metrics = self.policy_loss(new, entropy, own)
         of_pairs, of_pair_weights, more = self.of_pairs(new, batch)
         ratio = self.of_ratios(new.detach(), own)
-        self.log_dict(metrics | more | ratio, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        self.track(metrics, own)
+        self.meters.mean(more | ratio)
         return torch.cat([losses.flatten(), of_pairs]), torch.cat([own.weights.flatten(), of_pair_weights])
 
     def of_pairs(self, new: Tensor, batch: Minibatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -243,7 +244,7 @@ class MixedGSPO(LitPolicyGradient):
         counts = (advantage != 0) & (batch.weights != 0).any(1)
         clipped = is_clipped(moved, advantage, clip_low=self.clip_low, clip_high=self.clip_high) & counts
         largest = torch.where(counts, moved, -torch.inf).amax().exp()
-        self.log("gspo/seq_ratio_max", largest, on_step=False, on_epoch=True, batch_size=1, sync_dist=True, reduce_fx="max")
+        self.meters.largest({"gspo/seq_ratio_max": largest})
         ratios = {"gspo/seq_ratio_mean": (moved.exp() * counts).sum(), "gspo/clipfrac": clipped.float().sum()}
         return {name: self.share(value, "gspo/answers_that_teach") for name, value in ratios.items()}
 
@@ -268,8 +269,7 @@ class MixedGSPO(LitPolicyGradient):
         margins, self._margins = self._margins, []
         if margins:  # on all processes, or on none
             margin = self.all_ranks(torch.cat(margins)).double()
-            self.log("val/dpo_margin", float(margin.mean()), sync_dist=True)
-            self.log("val/dpo_accuracy", float((margin > 0).double().mean()), sync_dist=True)
+            self.report({"val/dpo_margin": float(margin.mean()), "val/dpo_accuracy": float((margin > 0).double().mean())})
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
-from lit_rl.losses.masked import COUNT_EPS
+from lit_rl.losses.masked import COUNT_EPS, weighted_sum
 from lit_rl.losses.value import value_loss, value_metrics
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.critic import Critic
@@ -143,11 +143,10 @@ class PPO(LitPolicyGradient):
         assert batch.values is not None and batch.returns is not None
         new = self.values(batch)
         of_critic = value_loss(new, batch.values, batch.returns, clip=self.value_clip)
-        metrics = {"value_loss": self.whole_step((of_critic.detach() * batch.weights).sum())}
+        self.meters.mean({"value_loss": self.whole_step(weighted_sum(of_critic.detach(), batch.weights))})
         if self.value_clip is not None:
             found = value_metrics(new, batch.values, batch.returns, batch.mask, clip=self.value_clip)
-            metrics["value_clip_fraction"] = found["value_clip_fraction"]
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+            self.track({"value_clip_fraction": found["value_clip_fraction"]}, batch)
         if self.critic_alone:
             return of_critic + self.untouched(), batch.weights
         losses, weights = super().loss(batch)

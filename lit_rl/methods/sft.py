@@ -79,7 +79,7 @@ class SFT(LitGeneration):
     def on_validation_epoch_end(self) -> None:
         total, tokens = self.all_ranks(self._held_out[None].to(self.device)).sum(0).tolist()
         self._held_out = torch.zeros_like(self._held_out)
-        self.log("val/loss", total / max(tokens, 1), prog_bar=True, sync_dist=True)
+        self.report({"val/loss": total / max(tokens, 1)}, bar=("val/loss",))
         if self.scorer is not None:
             super().on_validation_epoch_end()
 

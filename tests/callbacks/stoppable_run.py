@@ -33,7 +33,7 @@ def main(folder: Path, processes: int, checkpoint: str | None) -> None:
         folder, callbacks=callbacks, max_epochs=3, enable_checkpointing=True, devices=processes, strategy="ddp" if processes > 1 else "auto"
     )
     AtomicCheckpointIO.install(trainer)
-    module = toy_method(train_micro_batch=16 // processes)
+    module = toy_method(updates_per_iteration=3)
     path = resolve_checkpoint(checkpoint, [folder / "checkpoints"]) if checkpoint else None
     trainer.fit(module, ToyData(), ckpt_path=path)
     if trainer.is_global_zero:

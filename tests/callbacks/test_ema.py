@@ -66,10 +66,10 @@ def hand_rolled(watch: Watch, *, decay: float, warmup_steps: int = 10, interval:
 @pytest.mark.parametrize(
     "ema, method",
     [
-        (dict(decay=0.9), dict(train_micro_batch=8)),
-        (dict(decay=0.9, warmup_steps=1), dict(train_micro_batch=16)),
-        (dict(decay=0.5, update_interval=3), dict(train_micro_batch=8)),
-        (dict(decay=0.9), dict(train_micro_batch=8, warmup_steps=4)),
+        (dict(decay=0.9), dict(updates_per_iteration=6)),
+        (dict(decay=0.9, warmup_steps=1), dict(updates_per_iteration=3)),
+        (dict(decay=0.5, update_interval=3), dict(updates_per_iteration=6)),
+        (dict(decay=0.9), dict(updates_per_iteration=6, warmup_steps=4)),
     ],
 )
 def test_equals_the_recursion(tmp_path: Path, ema: dict, method: dict) -> None:
@@ -89,7 +89,7 @@ def test_one_step_per_optimizer_step(tmp_path: Path) -> None:
     for accumulate in (1, 3):
         average = EMA(decay=0.9)
         trainer = toy_trainer(tmp_path, callbacks=[average], accumulate_grad_batches=accumulate)
-        module = toy_method(train_micro_batch=24 // accumulate)
+        module = toy_method(updates_per_iteration=2)
         trainer.fit(module, ToyData())
         assert average.steps == trainer.global_step
         held.append(average.averaged_weights(trainer, module))
@@ -148,7 +148,7 @@ def test_evaluation_sees_the_average_and_training_never(tmp_path: Path, dtype: t
     """Averages are float32; weights of more precision would not survive a way through them. They return bit for bit."""
     average, watch = EMA(decay=0.9), Watch()
     trainer = toy_trainer(tmp_path, callbacks=[average, watch], max_epochs=3, limit_val_batches=1.0)
-    module = toy_method(train_micro_batch=16)
+    module = toy_method(updates_per_iteration=3)
     module.policy = Precise()
     module.policy.dtype = dtype
     trainer.fit(module, ToyData())
@@ -192,14 +192,14 @@ def run(tmp_path: Path) -> Any:
     """A finished run of 3 epochs: (folder, average, weights)."""
     average = EMA(decay=0.9)
     trainer = toy_trainer(tmp_path, callbacks=[average, keep_all(tmp_path)], max_epochs=3, enable_checkpointing=True)
-    module = toy_method(train_micro_batch=8)
+    module = toy_method(updates_per_iteration=6)
     trainer.fit(module, ToyData())
     return SimpleNamespace(folder=tmp_path, average=average.averaged_weights(trainer, module), weights=weights(module), steps=average.steps)
 
 
 def test_a_continued_run_ends_with_the_same_average(run: Any) -> None:
     average = EMA(decay=0.9)
-    trainer, module = toy_trainer(run.folder / "again", callbacks=[average], max_epochs=3), toy_method(train_micro_batch=8)
+    trainer, module = toy_trainer(run.folder / "again", callbacks=[average], max_epochs=3), toy_method(updates_per_iteration=6)
     trainer.fit(module, ToyData(), ckpt_path=run.folder / "epoch=0.ckpt")
     assert average.steps == run.steps
     assert equal(weights(module), run.weights)

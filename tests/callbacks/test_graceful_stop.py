@@ -60,7 +60,7 @@ def train(
         accumulate_grad_batches=accumulate, **kwargs,
     )  # fmt: skip
     AtomicCheckpointIO.install(trainer)
-    module = toy_method(train_micro_batch=12, dropout=0.2)
+    module = toy_method(updates_per_iteration=4 // accumulate, dropout=0.2)
     L.seed_everything(1, verbose=False)
     trainer.fit(module, ToyData(), ckpt_path=resolve_checkpoint(resume, [folder / "ckpt"]) if resume else None)
     return module, trainer
@@ -241,7 +241,7 @@ def test_two_processes_agree(tmp_path: Path, whom: str) -> None:
     assert saved["global_step"] == 5 and len(saved["rollout"]["ranks"]) == 2
     if whom == "leader":
         assert start(tmp_path, 2, "last").wait(120) == 0
-        unbroken = toy_method(train_micro_batch=16)
+        unbroken = toy_method(updates_per_iteration=3)
         toy_trainer(tmp_path / "unbroken", max_epochs=3).fit(unbroken, ToyData())
         for name, weight in torch.load(tmp_path / "final.pt", weights_only=True).items():
             torch.testing.assert_close(weight, unbroken.state_dict()[name], rtol=0, atol=1e-6)

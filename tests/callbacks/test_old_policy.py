@@ -86,7 +86,7 @@ def hand_rolled(watch: Watch, ramp: dict[str, float], *, every: str, warmup: int
 def test_equals_the_recursion(tmp_path: Path, decay: Any, ramp: dict, every: Any, warmup: int) -> None:
     sync, watch = OldPolicySync(decay, every=every), Watch()
     trainer = toy_trainer(tmp_path, callbacks=[sync, watch], max_epochs=5, accumulate_grad_batches=2)
-    trainer.fit(nft(train_micro_batch=8, warmup_steps=warmup), ToyData())
+    trainer.fit(nft(updates_per_iteration=3, warmup_steps=warmup), ToyData())
     expected = hand_rolled(watch, ramp, every=every, warmup=warmup)
     assert len(expected) == len(watch.sampled) == 5 - bool(warmup)
     for old, sampled in zip(expected, watch.sampled):

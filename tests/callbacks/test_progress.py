@@ -22,7 +22,7 @@ def shown(folder: Path, monkeypatch: pytest.MonkeyPatch, out: io.StringIO, progr
     trainer = toy_trainer(
         folder, callbacks=[progress], max_epochs=3, limit_val_batches=1.0, check_val_every_n_epoch=2, enable_progress_bar=True, **kwargs
     )
-    trainer.fit(toy_method(train_micro_batch=16, warmup_steps=3), ToyData())
+    trainer.fit(toy_method(updates_per_iteration=3, warmup_steps=3), ToyData())
     return [line.strip() for line in re.split(r"[\r\n]+|\x1b\[A", out.getvalue()) if line.strip()]
 
 

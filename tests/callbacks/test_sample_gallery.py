@@ -11,6 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy import ToyData, toy_method, toy_trainer
 
+from callbacks.learning_rate import LearningRate
 from callbacks.sample_gallery import PICTURE, SampleGallery, caption, contact_sheet, spread
 from lit_rl.errors import ConfigError
 
@@ -53,7 +54,7 @@ def test_when_it_shows(run: tuple[Path, TakesImages]) -> None:
         "evaluation-000002.png", "evaluation-000004.png", "rollout-00001.png", "rollout-00004.png",
     ]  # fmt: skip
     assert [(call["key"], call["step"]) for call in logger.calls] == [
-        ("samples/rollout", 0), ("samples/evaluation", 2), ("samples/rollout", 3), ("samples/evaluation", 4),
+        ("samples/rollout", 0), ("samples/evaluation", 1), ("samples/rollout", 3), ("samples/evaluation", 3),
     ]  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def test_a_rollout_is_shown_across_its_prompts(run: tuple[Path, TakesImages]) ->
 def test_tensorboard_gets_the_sheet(run: tuple[Path, TakesImages]) -> None:
     folder, _ = run
     events = EventAccumulator(str(folder / "tb"), size_guidance={"images": 0}).Reload()
-    assert [image.step for image in events.Images("samples/evaluation")] == [2, 4]
+    assert [image.step for image in events.Images("samples/evaluation")] == [1, 3]
     shown = events.Images("samples/rollout")[0]
     assert (shown.width, shown.height) == Image.open(folder / "gallery" / "rollout-00001.png").size
 
@@ -112,3 +113,20 @@ def test_a_missing_score_is_shown_as_missing() -> None:
 def test_impossible_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         SampleGallery(**wrong)
+
+
+@pytest.mark.parametrize(("accumulate", "warmup"), [(1, 0), (2, 3)])
+def test_pictures_stand_beside_their_numbers(tmp_path: Path, accumulate: int, warmup: int) -> None:
+    """In TensorBoard pictures of a rollout have the step of its rewards, those of an evaluation that of its scores, learning rates one
+    point a step."""
+    method = toy_method(updates_per_iteration=3, inner_epochs=3, warmup_steps=warmup)
+    trainer = toy_trainer(
+        tmp_path, callbacks=[SampleGallery(every_n_iterations=1), LearningRate()], logger=TensorBoardLogger(tmp_path, name="", version=""),
+        max_epochs=3, limit_val_batches=1.0, check_val_every_n_epoch=1, accumulate_grad_batches=accumulate,
+    )  # fmt: skip
+    trainer.fit(method, ToyData())
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0, "scalars": 0}).Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in ("reward_mean", "val/brightness", "lr-AdamW")}
+    assert [image.step for image in events.Images("samples/rollout")] == steps["reward_mean"]
+    assert [image.step for image in events.Images("samples/evaluation")] == steps["val/brightness"]
+    assert steps["lr-AdamW"] == list(range(trainer.global_step))

@@ -58,7 +58,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
         tmp_path_factory.mktemp("run"), callbacks=[Throughput(), rows, SlowStep()], rewards={"brightness": SlowReward()},
         max_epochs=3, limit_val_batches=1.0, check_val_every_n_epoch=3,
     )  # fmt: skip
-    module = toy_method(train_micro_batch=16, warmup_steps=3)
+    module = toy_method(updates_per_iteration=3, warmup_steps=3)
     module.policy = SlowPolicy()
     trainer.fit(module, ToyData())
     return rows

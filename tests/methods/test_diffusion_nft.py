@@ -46,10 +46,10 @@ def weights(method: DiffusionNFT) -> Tensor:
     "method, old",
     [
         *((lambda mode=mode: nft(adv_mode=mode), "slow") for mode in ("normal", "positive_only", "negative_only", "one_only", "binary")),
-        (lambda: nft(beta=0.1, train_micro_batch=16, kl_coef=0.01), "copy"),
+        (lambda: nft(beta=0.1, updates_per_iteration=3, kl_coef=0.01), "copy"),
         (lambda: nft(timesteps="uniform", timestep_range=(0.5, 1.0), solver="ode"), "late"),
         (lambda: nft(timesteps="logit_normal", timestep_shift=2.0, solver="ddim", eta=0.5), {"slope": 0.02, "end": 0.3}),
-        (lambda: nft(AWM, train_micro_batch=16), "slow"),
+        (lambda: nft(AWM, updates_per_iteration=3), "slow"),
         (lambda: nft(storage_dtype="bfloat16", advantage=Advantage(std="group", drop_zero=True), solver="dpm1"), "ema"),
     ],
     ids=["normal", "positive_only", "negative_only", "one_only", "binary", "beta", "noisy half", "ddim", "awm", "ema as old"],
@@ -74,16 +74,16 @@ def test_old_is_new_until_the_first_step_and_not_after_it(tmp_path: Path) -> Non
             deviations.append(float((new - old).detach().abs().max()))
             return super().surrogate(new, old, x, batch)
 
-    run(tmp_path, nft(Watched, train_micro_batch=16))
+    run(tmp_path, nft(Watched, updates_per_iteration=3))
     assert len(deviations) == 6 and deviations[0] == 0 and min(deviations[1:]) > 0
 
 
 @pytest.mark.parametrize(
     "decay, kwargs, forwards",
     [
-        ("copy", dict(train_micro_batch=None), 1),  # one update per rollout: always on-policy
-        ("copy", dict(train_micro_batch=16), 1 + 2 + 2),  # three updates: the old forward in the last two
-        ("frozen", dict(train_micro_batch=None), 2),
+        ("copy", dict(updates_per_iteration=1), 1),  # one update per rollout: always on-policy
+        ("copy", dict(updates_per_iteration=3), 1 + 2 + 2),  # three updates: the old forward in the last two
+        ("frozen", dict(updates_per_iteration=1), 2),
     ],
 )
 def test_forwards_of_the_second_iteration(tmp_path: Path, decay: Any, kwargs: dict, forwards: int) -> None:
@@ -108,7 +108,7 @@ def test_elision_changes_nothing(tmp_path: Path, decay: Any, cls: type[Diffusion
 
     ends = []
     for sync in (OldPolicySync(decay), NeverCurrent(decay)):
-        method = nft(cls, train_micro_batch=16, kl_coef=0.1, warmup_steps=2)
+        method = nft(cls, updates_per_iteration=3, kl_coef=0.1, warmup_steps=2)
         ends.append((weights(run(tmp_path, method, old=sync, max_epochs=4)), method.policy.velocity_calls))
     assert torch.equal(ends[0][0], ends[1][0]) and ends[0][1] < ends[1][1]
 
@@ -198,7 +198,7 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(tmp_path: Path, kind: str, s
     """8 minibatches in epochs 1 ... 3 (2 passes x 4), 6 in the warm-up; accumulation of 2."""
 
     def method() -> DiffusionNFT:
-        return nft(warmup_steps=3, warmup_lr=1e-3, train_micro_batch=12, inner_epochs=2, kl_coef=0.1, beta=0.5)
+        return nft(warmup_steps=3, warmup_lr=1e-3, updates_per_iteration=4, inner_epochs=2, kl_coef=0.1, beta=0.5)
 
     settings: dict[str, Any] = dict(accumulate_grad_batches=2, max_epochs=4, enable_checkpointing=True)
     every, name = {

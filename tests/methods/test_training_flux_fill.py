@@ -159,7 +159,7 @@ def test_a_continued_run_ends_as_the_unbroken_one(places: Path, tmp_path: Path, 
 
     def run(folder: Path, **how: Any) -> dict[str, Tensor]:
         save = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        average, module = EMA(0.9), method(places, cls, kind, warmup_steps=2, train_micro_batch=24)
+        average, module = EMA(0.9), method(places, cls, kind, warmup_steps=2, updates_per_iteration=2)
         trainer = train(folder, module, average, save, decay=HALF, max_epochs=3, enable_checkpointing=True, **how)
         assert trainer.global_step == 2 + 2 * 2
         ema = {f"ema {name}": weight for name, weight in average.averaged_weights(trainer, module).items()}
