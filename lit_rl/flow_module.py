@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -17,14 +18,18 @@ from lit_rl.advantages import group_metrics, total_reward
 from lit_rl.credit import Advantage
 from lit_rl.errors import ConfigError
 from lit_rl.losses.flow import flow_matching_loss
+from lit_rl.losses.masked import finite_rows, harmless
 from lit_rl.policies.base import FlowPolicy
-from lit_rl.policy_module import LitPolicy
+from lit_rl.policy_module import LitPolicy, named
 from lit_rl.samplers.schedules import linear_sigmas, shifted_sigmas
 from lit_rl.samplers.solvers import Solver, solve
 from lit_rl.seeding import Key, generator, normal
 from lit_rl.types import Cond, Examples, FlowRollout, Info, Prompts, take_rows
 
 StorageDtype = Literal["float32", "bfloat16", "float16"]
+
+WHAT = "latents, log-probabilities or pixels"
+"""Parts of a sample that must be finite."""
 
 
 class LitFlow(LitPolicy[FlowRollout]):
@@ -101,6 +106,8 @@ class LitFlow(LitPolicy[FlowRollout]):
                 "model.advantage.kind: history"
             )
         self.tracker = self.credit_rule.tracker()
+        self._finite: list[Tensor] = []  # of each sampled micro-batch Bool "B"
+        self._told: set[str] = set()
         self.warmup_timesteps = warmup_timesteps
 
     def on_fit_start(self) -> None:
@@ -134,15 +141,19 @@ class LitFlow(LitPolicy[FlowRollout]):
         """Standard normal latents "B *D" on the device; row i is a function of `keys[i]`."""
         return normal(keys, self.policy.latent_shape()).to(self.device)
 
-    def render(self, prompts: Prompts) -> Tensor:
-        """Images uint8 "B 3 H W" (CPU) of the deterministic sampler; the noise depends on `eval_seed` and the prompt's group id."""
+    def render(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Images uint8 "B 3 H W" (CPU) of the deterministic sampler, and Bool "B": the finite ones.
+
+        The noise depends on `eval_seed` and the prompt's group id.
+        """
         cond, rows = self.encode(prompts)
-        images = []
+        images: list[tuple[Tensor, Tensor]] = []
         for chunk in torch.arange(len(prompts)).split(self.rollout_micro_batch):
             x = self.noise([(self.eval_seed, "eval", int(prompts.group[i])) for i in chunk])
             clean = self.denoise(x, take_rows(cond, rows[chunk.to(self.device)]), num_steps=self.eval_num_steps)
-            images.append(self.policy.decode(clean).cpu())
-        return torch.cat(images)
+            images.append(self.policy.picture(clean))
+        media, finite = zip(*images)
+        return torch.cat(media), torch.cat(finite)
 
     def denoise(
         self,
@@ -166,9 +177,13 @@ class LitFlow(LitPolicy[FlowRollout]):
         """What the noise of trajectory i depends on: never its place in a micro-batch or on a rank."""
         return (self.seed, "rollout", self.iteration, int(prompts.group[i]), i % self.group_size)
 
-    def show(self, x: Tensor, prompts: Prompts, chunk: Tensor) -> None:
-        """Decode the clean latents of a finished micro-batch, submit them for scoring and tell the callbacks."""
-        media, info = self.policy.decode(x.float()).cpu(), [prompts.info[i] for i in chunk]
+    def show(self, x: Tensor, prompts: Prompts, chunk: Tensor, *, finite: Tensor | None = None) -> None:
+        """Decode the clean latents of a finished micro-batch, submit them for scoring and tell the callbacks.
+
+        finite: Bool "B", samples whose way there is finite; default: all.
+        """
+        (media, whole), info = self.policy.picture(x.float()), [prompts.info[i] for i in chunk]
+        self._finite.append(whole if finite is None else whole & finite.cpu())
         self.scores().submit(media, info)
         self.notify("on_rollout_chunk", media, info, len(prompts))
 
@@ -176,26 +191,60 @@ class LitFlow(LitPolicy[FlowRollout]):
     def supervised_loss(self, batch: Examples) -> Tensor:
         """Flow matching |v - (eps - x0)|^2 on the examples (arXiv 2210.02747), one number per example."""
         x0 = self.policy.encode_images(batch.images, batch.info)
+        finite = finite_rows(x0)
         keys = [(self.seed, "warmup", batch.step, batch.first + i) for i in range(len(x0))]
         draws = torch.stack([torch.randn(2, generator=generator(*key, "t")) for key in keys]).to(self.device)
         t = torch.special.ndtr(draws[:, 0]) if self.warmup_timesteps == "uniform" else draws[:, 0].sigmoid()
         noise = self.noise(keys)
         cond, rows = self.encode(Prompts(group=torch.arange(len(x0)), info=batch.info))
         at = t.view(-1, *[1] * (x0.ndim - 1))
-        v = self.policy.velocity((1 - at) * x0 + at * noise, t, take_rows(cond, rows))
-        return flow_matching_loss(v, x0, noise)
+        given = take_rows(cond, rows)
+        for value in given.values():
+            finite = finite & finite_rows(value)
+        self.tell_of_examples(batch, finite)
+        x0, given = harmless(x0, finite), {name: harmless(value, finite) for name, value in given.items()}
+        v = self.policy.velocity((1 - at) * x0 + at * noise, t, given)
+        return torch.where(finite, flow_matching_loss(v, x0, noise), 0.0)
+
+    def tell_of_examples(self, batch: Examples, finite: Tensor) -> None:
+        """Warn once of each prompt whose example is not finite: nothing is learned from it."""
+        lost = {str(batch.info[i]["prompt"]) for i in (~finite).nonzero()[:, 0].tolist()} - self._told
+        self._told |= lost
+        if lost:
+            warnings.warn(
+                f"warm-up: examples are not finite (image latents or condition) and are left out: {named([(sorted(lost), 0, 0)])}",
+                stacklevel=2,
+            )
 
     # ------------------------------------------------------------------ evaluation and prediction
     def validation_step(self, batch: Prompts, batch_idx: int) -> dict[str, Any]:
-        media = self.render(batch)
+        media, finite = self.render(batch)
         self.scores().submit(media, batch.info)
         self.evaluated.append(batch)
+        self._finite.append(finite)
         return {"media": media, "prompts": batch}
 
     test_step = validation_step
 
+    def on_validation_epoch_start(self) -> None:
+        self._finite = []
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def judged(self, rewards: dict[str, Tensor], batches: Sequence[Prompts]) -> dict[str, Tensor]:
+        real = torch.cat([batch.group.cpu() for batch in batches]) >= 0  # the rest fills up the last batches
+        info = [row for batch in batches for row in batch.info]
+        rewards, lost = self.scored_finite(rewards, ~real, info, where="evaluation")
+        if lost:
+            self.report({"val/non_finite": float(lost)})
+        return rewards
+
     def predict_step(self, batch: Prompts, batch_idx: int) -> dict[str, Any]:
-        return {"media": self.render(batch), "prompts": batch}
+        media, finite = self.render(batch)
+        lost = [str(batch.info[i]["prompt"]) for i in (~finite).nonzero()[:, 0].tolist() if batch.group[i] >= 0]
+        if lost:
+            warnings.warn(f"predict: pictures are not finite and show nothing ({WHAT}): {named([(lost, 0, 0)])}", stacklevel=2)
+        return {"media": media, "prompts": batch}
 
     def check_geometry(self) -> None:
         super().check_geometry()
@@ -234,6 +283,24 @@ class LitFlow(LitPolicy[FlowRollout]):
         pairs = self.prompts_per_iteration // self.trainer.world_size * self.group_size * self.most_trained_steps()
         return -(-pairs // self.updates)
 
+    # ------------------------------------------------------------------ score
+    def scored(self) -> FlowRollout:
+        self._finite = []
+        return super().scored()
+
+    def score(self, rollout: FlowRollout) -> FlowRollout:
+        """As in the base class; what is not finite has no score."""
+        rollout, place = super().score(rollout), f"iteration {self.iteration + 1}"
+        nobody = torch.zeros(len(rollout), dtype=torch.bool)
+        rewards, self.non_finite = self.scored_finite(rollout.rewards, nobody, rollout.info, where=place)
+        return replace(rollout, rewards=rewards)
+
+    def scored_finite(self, rewards: dict[str, Tensor], idle: Tensor, info: Sequence[Info], *, where: str) -> tuple[dict[str, Tensor], int]:
+        """NaN for samples that are not finite, and how many these are on all processes. idle: Bool "B", those that do not count."""
+        finite, self._finite = torch.cat(self._finite) | idle, []
+        count = self.leave_out(finite, rewards, info, where=where, what=WHAT)
+        return {name: values.where(finite, torch.nan) for name, values in rewards.items()}, count
+
     # ------------------------------------------------------------------ credit
     def check_kl(self, kl_coef: float) -> None:
         """Raise on a weight of the divergence from the reference that makes no sense, or not with the advantages."""
@@ -265,6 +332,7 @@ class LitFlow(LitPolicy[FlowRollout]):
         self.rollout_metrics = group_metrics(total, group)
         self.rollout_metrics |= {f"reward/{name}": float(r.nanmean()) for name, r in rewards.items()}
         self.rollout_metrics["images"] = float(len(group))
+        self.rollout_metrics["non_finite"] = float(self.non_finite)
         self.rollout_metrics["trained_share"] = float(count / (mask.numel() * self.trainer.world_size))
         advantages = values[mine, None].float().expand(mask.shape).to(self.device)
         return replace(rollout, mask=mask, advantages=advantages, weights=mask.float() * self.updates / count.clamp(min=1))
@@ -319,15 +387,3 @@ class LitFlow(LitPolicy[FlowRollout]):
 
     def restore_rollout(self, fields: dict[str, Any]) -> FlowRollout:
         return FlowRollout(**fields)
-
-
-def places(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs that the rows of a minibatch name, and Bool "N": those that keep their weight, see `LitFlow.split`."""
-    return torch.where(rows < 0, ~rows, rows), rows >= 0
-
-
-def harmless(values: Tensor, used: Tensor) -> Tensor:
-    """`values` "N ...", in the rows that are not used with 0 for what is not finite: 0 x NaN would be NaN, and so would its gradient."""
-    if not values.is_floating_point() or values.stride(0) == 0:  # what all rows share is finite where any row is
-        return values
-    return torch.where(used.view(-1, *[1] * (values.ndim - 1)), values, values.nan_to_num(0.0, 0.0, 0.0))

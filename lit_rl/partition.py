@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 
 def balanced_parts(lengths: Sequence[int], *, parts: int) -> list[list[int]]:
     """Indices in exactly `parts` groups, none empty: neighbours in order of length, cut so that the costliest is as cheap as possible.
@@ -27,6 +30,11 @@ def balanced_parts(lengths: Sequence[int], *, parts: int) -> list[list[int]]:
         half = (len(groups[most]) + 1) // 2
         groups[most : most + 1] = [groups[most][:half], groups[most][half:]]
     return groups
+
+
+def places(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What the rows of a minibatch name, and Bool "N": those that keep their weight. A row r < 0 is row ~r without its weight."""
+    return torch.where(rows < 0, ~rows, rows), rows >= 0
 
 
 def fair_owners(owners: Sequence[int], *, parts: int, world: int) -> list[int]:

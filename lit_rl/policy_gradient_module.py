@@ -139,8 +139,9 @@ class LitPolicyGradient(LitGeneration):
 
     def credit(self, rollout: TokenRollout) -> TokenRollout:
         """Advantages, and weights so that each optimizer step's loss is the aggregation over all its answers on all processes."""
+        rollout = self.without_broken(rollout)
         total = self.total(rollout)
-        self.rollout_metrics = self.describe(rollout, total)
+        self.rollout_metrics = self.describe(rollout, total) | {"non_finite": float(self.non_finite)}
         rollout = self.with_advantages(replace(rollout, mask=rollout.mask & total.isfinite()[:, None]), total)
         return replace(rollout, weights=self.token_weights(rollout))
 

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
 from lit_rl.module import LitRL, gather_objects
 from lit_rl.policies.base import Policy
 from lit_rl.policies.trained import TrainedPolicy
+from lit_rl.rewards.base import RewardError
 from lit_rl.strategies import FSDP2Strategy
-from lit_rl.types import Prompts, Rollout
+from lit_rl.types import Info, Prompts, Rollout
 
 R = TypeVar("R", bound=Rollout)
+
+NAMED = 5
+"""Prompts that a warning names."""
+
+
+def named(everyone: Sequence[tuple[list[str], int, int]]) -> str:
+    """Prompts and how often each of them occurs, the first few."""
+    counts = Counter(name for names, _, _ in everyone for name in names)
+    listed = [f"{name!r}" + (f" ({n} times)" if n > 1 else "") for name, n in list(counts.items())[:NAMED]]
+    return ", ".join(listed) + (f" and {len(counts) - NAMED} more prompts" if len(counts) > NAMED else "")
 
 
 class Shardable(Protocol):
@@ -38,6 +50,7 @@ class LitPolicy(LitRL[R]):
         super().__init__(**kwargs)
         self.policy = policy
         self.evaluated: list[Prompts] = []
+        self.non_finite = 0  # samples of the last rollout, over all processes
 
     # ------------------------------------------------------------------ the policy's life
     def models(self) -> Sequence[Shardable]:
@@ -92,6 +105,7 @@ class LitPolicy(LitRL[R]):
     def on_validation_epoch_end(self) -> None:
         rewards, batches = self.scores().gather(), self.evaluated
         self.evaluated = []
+        rewards = self.judged(rewards, batches)
         prompts = Prompts(group=torch.cat([b.group.cpu() for b in batches]), info=[row for b in batches for row in b.info])
         real = prompts.group >= 0  # the rest fills up the last batch
         here = [(row.get("data_source"), i) for i, row in enumerate(prompts.info) if real[i]]
@@ -104,6 +118,36 @@ class LitPolicy(LitRL[R]):
         self.notify("on_evaluation_end", prompts, rewards)
 
     on_test_epoch_end = on_validation_epoch_end
+
+    def judged(self, rewards: dict[str, Tensor], batches: Sequence[Prompts]) -> dict[str, Tensor]:
+        """Rewards of the evaluated samples, NaN where there is nothing to score."""
+        return rewards
+
+    # ------------------------------------------------------------------ samples that are not finite
+    def leave_out(self, finite: Tensor, rewards: Mapping[str, Tensor], info: Sequence[Info], *, where: str, what: str) -> int:
+        """Count the samples here that are not finite over all processes, and name their prompts in a warning. Collective.
+
+        finite: Bool "B". Raises RewardError on all processes if they and those without a score are more than the run can do without.
+        """
+        lost, weights = ~finite.cpu(), self.scorer.weights if self.scorer is not None else {}
+        scored = [values.isfinite() for name, values in rewards.items() if weights.get(name)]
+        failed = torch.stack([lost, *(~known.cpu() for known in scored)]).any(0)
+        told = [str(info[i]["prompt"]) for i in lost.nonzero()[:, 0].tolist()]
+        everyone = gather_objects((told, int(failed.sum()), len(finite)))
+        count, total = sum(len(names) for names, _, _ in everyone), sum(size for _, _, size in everyone)
+        if not count:
+            return 0
+        sentence = f"{where}: {count} of {total} samples are not finite ({what}): {named(everyone)}"
+        allowed = total - 1 if self.scorer is None else self.scorer.max_failed_fraction * total
+        if sum(lacking for _, lacking, _ in everyone) > allowed:
+            raise RewardError(
+                f"{sentence}. They have no score, and more samples have none than "
+                + (f"max_failed_fraction={self.scorer.max_failed_fraction} allows" if self.scorer else "can be left out")
+                + ". Look at the precision first: a VAE or text encoder may overflow in float16 (model.policy.vae_dtype, dtype, "
+                "trainer.precision); continue with --ckpt_path last"
+            )
+        rank_zero_warn(f"{sentence}. They have no score and no part in the loss")
+        return count
 
     def _log_scores(self, name: str, values: torch.Tensor, *, bar: bool) -> None:
         everywhere = torch.cat(gather_objects(values))

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from lit_rl.errors import ConfigError
 from lit_rl.losses.aggregation import Aggregation, token_weights
-from lit_rl.partition import balanced_parts
+from lit_rl.partition import balanced_parts, places
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.chat import AnswerIds
@@ -159,7 +159,7 @@ class LitToken(LitPolicy[TokenRollout]):
             units, filler = self.units(rollout, rows[useful[rows]]), self.units(rollout, rows[~useful[rows]])
             # Every process needs a forward for each micro-batch, even of weight 0.
             minibatches += self.micro_batches(rollout, units + filler[: max(0, parts - len(units))], parts)
-        return minibatches
+        return [torch.where(useful[rows], rows, ~rows) for rows in minibatches]  # fillers keep no weight, see `places`
 
     def useful(self, rollout: TokenRollout) -> Tensor:
         """Bool "B": sequences whose loss has a gradient."""
@@ -177,12 +177,40 @@ class LitToken(LitPolicy[TokenRollout]):
         return [torch.cat([units[i] for i in part]) for part in balanced_parts(costs, parts=parts)]
 
     def minibatch(self, rollout: TokenRollout, rows: Tensor) -> TokenBatch:
-        """The rows of a rollout, as wide as the longest of them."""
-        rows = rows.to(rollout.lengths.device)
-        width = int(rollout.lengths[rows].max())
-        streams = {name: None if (v := getattr(rollout, name)) is None else v[rows, : width - 1] for name in STREAMS}
+        """The rows of a rollout, as wide as the longest of them. What has no weight is replaced, so that nothing in it can matter."""
+        rows, kept = places(rows.to(rollout.lengths.device))
         preference = None if rollout.preference is None else rollout.preference[rows]
-        return TokenBatch(tokens=rollout.tokens[rows, :width], lengths=rollout.lengths[rows], preference=preference, **streams)
+        lengths = rollout.lengths[rows]
+        weighed = torch.ones_like(rollout.lengths, dtype=torch.bool) if rollout.weights is None else (rollout.weights != 0).any(1)
+        used = kept & weighed[rows]
+        if not used.all():  # the beginning of a sequence that trains, in the place of each that does not: 0 x NaN is NaN
+            instead = weighed.nonzero()[:1, 0]
+            rows = torch.where(used, rows, instead if len(instead) else rows)
+            lengths = torch.where(used, lengths, lengths.clamp(max=2))
+        width = int(lengths.max())
+        streams = {name: None if (v := getattr(rollout, name)) is None else v[rows, : width - 1] for name in STREAMS}
+        streams = {name: None if v is None else torch.where(used[:, None], v, torch.zeros_like(v)) for name, v in streams.items()}
+        return TokenBatch(tokens=rollout.tokens[rows, :width], lengths=lengths, preference=preference, **streams)
+
+    def finite(self, rollout: TokenRollout) -> Tensor:
+        """Bool "B": sequences of which all that was computed of their chosen tokens is finite."""
+        streams = (rollout.logprobs, rollout.behaviour, rollout.reference, rollout.values)
+        known = [(stream.isfinite() | ~rollout.mask).all(1) for stream in streams if stream is not None]
+        return torch.stack(known).all(0)
+
+    def without_broken(self, rollout: TokenRollout) -> TokenRollout:
+        """Sequences that are not finite have no score, no chosen token and no part in the loss; they are counted and named. Collective."""
+        finite = self.finite(rollout)
+        what = "log-probabilities of policy, sampler or reference, or values"
+        self.non_finite = self.leave_out(finite, rollout.rewards, rollout.info, where=f"iteration {self.iteration + 1}", what=what)
+        if not self.non_finite:
+            return rollout
+        streams = {name: getattr(rollout, name) for name in ("logprobs", "behaviour", "reference", "values")}
+        clean: dict[str, Any] = {
+            name: v if v is None else torch.where(finite[:, None], v, torch.zeros_like(v)) for name, v in streams.items()
+        }
+        rewards = {name: values.where(finite.to(values.device), torch.nan) for name, values in rollout.rewards.items()}
+        return replace(rollout, mask=rollout.mask & finite[:, None], rewards=rewards, **clean)
 
     def count_actions(self, batch: Minibatch) -> int:
         return int(batch.mask.sum())

@@ -54,7 +54,13 @@ def shrunk(run: dict[str, Any], home: Path) -> dict[str, Any]:
     policy = model["policy"]["init_args"]
     family = {"SD3Policy": "sd3", "FluxPolicy": "flux", "FluxFillPolicy": "fill"}[model["policy"]["class_path"].rpartition(".")[2]]
     policy |= {"pretrained": str(home / family), "resolution": [HEIGHT, WIDTH], "max_sequence_length": 8}
-    model |= {"prompts_per_iteration": PROMPTS, "group_size": GROUP, "eval_num_steps": 2, "train_micro_batch": None}
+    model |= {
+        "prompts_per_iteration": PROMPTS,
+        "group_size": GROUP,
+        "eval_num_steps": 2,
+        "train_micro_batch": None,
+        "updates_per_iteration": None,
+    }
     data |= {"train": str(home)}
     if family == "fill":
         policy |= {"pretrained": str(home / "fill/pipeline"), "context_height": 8}

@@ -17,6 +17,23 @@ def masked(x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]) -> Float[Tensor, "*
     return torch.where(mask, x, 0.0)
 
 
+def finite_rows(x: Float[Tensor, "B *D"]) -> Bool[Tensor, "B"]:
+    """Rows without NaN and infinity."""
+    return x.isfinite().flatten(1).all(1) if x.ndim > 1 else x.isfinite()
+
+
+def harmless(x: Float[Tensor, "B *D"], used: Bool[Tensor, "B"]) -> Float[Tensor, "B *D"]:
+    """x, with 0 for what is not finite in the rows that are not used: times 0 it would still be NaN, and so would its gradient.
+
+    A row that all share (an expanded one) is looked at once, whoever uses it.
+    """
+    if not x.is_floating_point():
+        return x
+    if len(x) > 1 and x.stride(0) == 0:
+        return x[:1].nan_to_num(0.0, 0.0, 0.0).expand_as(x)
+    return torch.where(used.view(-1, *[1] * (x.ndim - 1)), x, x.nan_to_num(0.0, 0.0, 0.0))
+
+
 def weighted_sum(x: Float[Tensor, "*S"], weights: Float[Tensor, "*S"]) -> Float[Tensor, ""]:
     """Sum of x times its weights, where these are not 0."""
     return torch.where(weights != 0, x * weights, 0.0).sum()

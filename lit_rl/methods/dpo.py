@@ -134,15 +134,26 @@ class DPO(LitToken):
         return rollout
 
     def credit(self, rollout: TokenRollout) -> TokenRollout:
-        """Every pair weighs alike in its optimizer step."""
-        self.rollout_metrics = {"pairs": float(self.prompts_per_iteration)}
-        return replace(rollout, weights=torch.full(rollout.mask.shape, 1 / self.prompts_per_update, device=self.device))
+        """Every pair weighs alike in its optimizer step; one of which the reference says something that is not finite has no weight."""
+        usable = self.finite(rollout)
+        rollout = self.without_broken(rollout)
+        step, weights = self.step_of(rollout), torch.zeros(rollout.mask.shape, device=self.device)
+        for update in range(self.updates):
+            rows = usable & (step == update)
+            weights[rows] = 1 / max(int(self.all_ranks(rows.sum()[None]).sum()) // 2, 1)
+        self.rollout_metrics = {"pairs": float(self.prompts_per_iteration), "non_finite": float(self.non_finite)}
+        return replace(rollout, weights=weights)
+
+    def finite(self, rollout: TokenRollout) -> Tensor:
+        """Of a pair both answers, or none."""
+        return super().finite(rollout).view(-1, 2).all(1).repeat_interleave(2)
 
     # ------------------------------------------------------------------ loss
     def loss(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
         losses, metrics = self.of_pairs(batch)
-        self.meters.mean(metrics, weight=len(losses))
-        return losses, batch.weights[::2, 0]
+        weights = batch.weights[::2, 0]
+        self.meters.mean(metrics, weight=(weights != 0).sum())
+        return losses, weights
 
     def of_pairs(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss Float "N/2" and metrics of the pairs of a batch."""
@@ -167,8 +178,12 @@ class DPO(LitToken):
         real = [i for i, group in enumerate(batch.group.tolist()) if group >= 0 for _ in range(2)]  # the rest fills up the last batches
         rows = real or [0, 0]  # the other processes wait for this one's forwards
         held_out = self.pairs(Prompts(group=batch.group[rows], info=[batch.info[i] for i in rows]))
-        losses, metrics = self.of_pairs(self.minibatch(held_out, torch.arange(len(held_out))))
-        self._held_out += [{"loss": losses.mean()} | metrics | {"pairs": losses.new_tensor(len(real) // 2)}]
+        finite = self.finite(held_out)
+        known = finite.nonzero()[:, 0] if finite.any() else torch.arange(len(held_out))
+        losses, metrics = self.of_pairs(self.minibatch(held_out, known))
+        count = int(finite.sum()) // 2 if real else 0
+        numbers = {name: value if count else torch.zeros_like(value) for name, value in ({"loss": losses.mean()} | metrics).items()}
+        self._held_out += [numbers | {"pairs": losses.new_tensor(count)}]
         return {"prompts": batch}
 
     def on_validation_epoch_end(self) -> None:

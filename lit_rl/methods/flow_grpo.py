@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.flow_module import LitFlow, harmless, places
+from lit_rl.flow_module import LitFlow
 from lit_rl.losses.flow import KLKind, gaussian_kl
-from lit_rl.losses.masked import weighted_means
+from lit_rl.losses.masked import finite_rows, harmless, weighted_means
 from lit_rl.losses.policy_gradient import clipped_ratio_loss, guard_logratio, policy_metrics
+from lit_rl.partition import places
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.samplers.flow import Dynamics, Step, sde_step
 from lit_rl.samplers.windows import MixStrategy, full_window, mix_window, random_subset, random_window
@@ -111,7 +112,8 @@ class FlowGRPO(LitFlow):
             keys = [self.row_key(prompts, int(i)) for i in chunk]
             x = self.noise([(*key, "start") for key in keys]) if starts is None else starts[chunk.to(self.device)]
             part = self.denoise_stochastic(x, take_rows(cond, rows[chunk.to(self.device)]), keys, sigmas, levels, window, first)
-            self.show(part.pop("final"), prompts, chunk)
+            finite = finite_rows(part["latents"]) & finite_rows(part["logprobs"])
+            self.show(part.pop("final"), prompts, chunk, finite=finite)
             parts.append(part)
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         times = sigmas[window.start : window.stop + 1].expand(len(prompts), -1)

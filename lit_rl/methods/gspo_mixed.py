@@ -172,6 +172,7 @@ class MixedGSPO(LitPolicyGradient):
         return replace(rollout, rewards={name: nothing.index_put((answers.cpu(),), values) for name, values in scores.items()})
 
     def credit(self, rollout: TokenRollout) -> TokenRollout:
+        rollout = self.without_broken(rollout)
         given, answers = is_given(rollout), _rows(~is_given(rollout))
         total = torch.full((len(rollout),), torch.nan, dtype=torch.float64, device=self.device)
         self.rollout_metrics = {}
@@ -183,6 +184,7 @@ class MixedGSPO(LitPolicyGradient):
         rollout = replace(rollout, weights=self.token_weights(rollout))
         rows = torch.tensor([[rollout.group[which].unique().numel() for which in (~given, given)]], dtype=torch.float64)
         summed = self.all_ranks(rows.to(self.device)).sum(0).tolist()
+        self.rollout_metrics["non_finite"] = float(self.non_finite)
         self.rollout_metrics |= dict(zip(("gspo/self_play_rows", "gspo/pref_rows"), summed))
         self.rollout_metrics["gspo/answers_that_teach"] = float(self.all_ranks(_rows(self.teaches(rollout))).numel())
         return rollout
@@ -206,6 +208,12 @@ class MixedGSPO(LitPolicyGradient):
         """Bool "B": answers with an advantage."""
         assert rollout.advantages is not None
         return (rollout.advantages != 0).any(1)
+
+    def finite(self, rollout: TokenRollout) -> Tensor:
+        """Of a pair both answers, or none."""
+        finite, given = super().finite(rollout), is_given(rollout)
+        pairs = finite[given].view(-1, 2).all(1).repeat_interleave(2)
+        return finite.index_put((_rows(given),), pairs)
 
     def useful(self, rollout: TokenRollout) -> Tensor:
         some = super().useful(rollout)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
+from lit_rl.losses.masked import finite_rows
 from lit_rl.types import Answer, Cond, Info
 
 
@@ -99,6 +100,15 @@ class FlowPolicy(Policy):
     @abstractmethod
     def decode(self, x: Tensor) -> Tensor:
         """Clean latents Float "B *D" -> images uint8 "B 3 H W"."""
+
+    finite_pixels: Tensor | None = None
+    """Bool "B" of the last `decode`, where it knows: images that had no NaN or infinity before they became uint8."""
+
+    def picture(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`decode`, and Bool "B" on the CPU: samples whose latents and pixels are all finite. The others look black, or like anything."""
+        self.finite_pixels = None
+        images, finite = self.decode(x).cpu(), finite_rows(x).cpu()
+        return images, finite if self.finite_pixels is None else finite & self.finite_pixels.cpu()
 
     @abstractmethod
     def encode_images(self, images: Tensor, info: Sequence[Info] = ()) -> Tensor:

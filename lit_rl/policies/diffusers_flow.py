@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
+from lit_rl.losses.masked import finite_rows
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.lora import LoraSettings, add_lora, base_name
 from lit_rl.policies.pipeline_lora import load_initial, save_adapter
@@ -256,7 +257,8 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         z = self.unpack(x.float()) / config.scaling_factor + (config.shift_factor or 0.0)
         with self._awake(("vae",), offload=self.offload_vae):
             images = [self._pipe.vae.decode(part, return_dict=False)[0] for part in z.to(self.device, self.vae_dtype).split(self.vae_slice)]
-        return torch.cat([((image.float() * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8) for image in images])
+        self.finite_pixels = torch.cat([finite_rows(image) for image in images])
+        return torch.cat([((image.float().nan_to_num() * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8) for image in images])
 
     def encode_images(self, images: Tensor, info: Sequence[Info] = ()) -> Tensor:
         config = self._pipe.vae.config

@@ -93,6 +93,9 @@ class Scorer(ABC):
         Collective: raises on every rank alike when too many samples failed on any of them.
         """
 
+    max_failed_fraction: float = 1.0
+    """Share of the samples of an iteration or evaluation, in [0, 1], that may be without a score before the run is stopped."""
+
     @property
     def highest(self) -> Mapping[str, float]:
         """The highest value of each score that has one."""
