@@ -84,7 +84,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         warmup_batch_size: Examples per warm-up step, over all processes. Micro-batches and processes share them as evenly as they go.
         warmup_lr: Peak learning rate of the warm-up, see `warmup_factor`; None = the optimizer's own.
         optimizer: E.g. `{class_path: torch.optim.AdamW, init_args: {lr: 3e-4}}`; its state restarts after the warm-up.
-        lr_scheduler: Stepped once per optimizer step, counted from the end of the warm-up.
+        lr_scheduler: Stepped once per optimizer step, counted from the end of the warm-up; `ReduceLROnPlateau` once per iteration.
         seed: Of rollouts, prompts order, minibatches and evaluation noise. The CLI sets it to `seed_everything`.
     """
 
@@ -317,6 +317,8 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameter_groups())
         after = self.lr_scheduler(optimizer) if self.lr_scheduler else None
+        if isinstance(after, ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": self.plateau(after)}
         if not self.warmup_steps:
             return {"optimizer": optimizer} | ({"lr_scheduler": {"scheduler": after, "interval": "step"}} if after else {})
         peak = 1.0 if self.warmup_lr is None else self.warmup_lr / optimizer.param_groups[0]["lr"]
@@ -326,6 +328,16 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         if after is not None:
             schedule = SequentialLR(optimizer, [schedule, after], milestones=[self.warmup_steps])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def plateau(self, scheduler: ReduceLROnPlateau) -> dict[str, Any]:
+        """Asked once per iteration, where the metric is there."""
+        metric = getattr(scheduler, "monitor", None)
+        if metric is None or self.warmup_steps:
+            raise ValueError(
+                "ReduceLROnPlateau waits for a metric, which a supervised warm-up has not: use {class_path: lightning.pytorch.cli."
+                "ReduceLROnPlateau, init_args: {monitor: reward_mean, mode: max}} with model.warmup_steps 0, or another"
+            )
+        return {"scheduler": scheduler, "monitor": metric, "interval": "epoch", "strict": False}
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """A gradient that is not finite would end in every weight: its step changes nothing, is counted and told of.
@@ -408,7 +420,8 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             if self.lr_scheduler is not None:
                 schedule = self.lr_scheduler(optimizer)
                 if isinstance(schedule, ReduceLROnPlateau):
-                    raise ValueError("ReduceLROnPlateau waits for a metric, and schedules are stepped once per optimizer step: use another")
+                    self.plateau(schedule)
+                    return
                 optimizer.step()
                 schedule.step()  # some look at their settings only then
         except (ValueError, TypeError, ArithmeticError) as error:

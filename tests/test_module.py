@@ -326,3 +326,22 @@ def test_max_steps_is_refused(tmp_path: Path) -> None:
 def test_out_of_range_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         toy_method(**settings)
+
+
+def test_a_plateau_of_the_reward_lowers_the_learning_rate(tmp_path: Path) -> None:
+    """A reward that stays the same: halved after every iteration but the first."""
+    from lightning.pytorch.cli import ReduceLROnPlateau
+
+    class Constant(Brightness):
+        def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+            return {"brightness": torch.arange(len(media)).double() % 2}
+
+    def plateau(optimizer: Any) -> Any:
+        return ReduceLROnPlateau(optimizer, monitor="reward_mean", mode="max", patience=0, factor=0.5)
+
+    trainer = toy_trainer(tmp_path, rewards={"brightness": Constant()}, max_epochs=4)
+    trainer.fit(toy_method(lr_scheduler=plateau), ToyData())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01 / 2**3)
+    for scheduler, warmup in ((torch.optim.lr_scheduler.ReduceLROnPlateau, 0), (plateau, 2)):
+        with pytest.raises(ConfigError, match="model.lr_scheduler: ReduceLROnPlateau waits for a metric"):
+            run(tmp_path, toy_method(lr_scheduler=scheduler, warmup_steps=warmup))
