@@ -18,9 +18,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, SequentialLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
 from lit_rl.checkpoints.layout import check_adapters, check_layout
+from lit_rl.checkpoints.optimizer import Groups, check_same_optimizer, follow_options, settings_of
 from lit_rl.checkpoints.progress import Place, continue_at, log_again, logged, place_of, remember_saved, saved_at, set_counters
 from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import weighted_sum
@@ -124,6 +126,8 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         self.step_meters = Meters()  # and of a single step
         self._plan: list[Tensor] = []
         self._place: Place | None = None  # where a restored run continues
+        self._settings: Groups = []  # of the optimizer, as the options have them
+        self._optimizer_before: dict[str, Any] = {}  # the same of a restored run
         self._before: dict[str, Any] = {}  # what had been logged, and when who had saved, until then
         self._logged: tuple[int, dict[str, Any]] = (-1, {})  # an optimizer step, and what had been logged when the next one began
 
@@ -316,18 +320,22 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameter_groups())
+        schedule = self.build_schedule(optimizer)
+        self._settings = settings_of(optimizer)
+        return {"optimizer": optimizer} | ({"lr_scheduler": {"scheduler": schedule, "interval": "step"}} if schedule else {})
+
+    def build_schedule(self, optimizer: Optimizer) -> LRScheduler | None:
+        """`lr_scheduler`, after that of the warm-up."""
         after = self.lr_scheduler(optimizer) if self.lr_scheduler else None
         if isinstance(after, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": self.plateau(after)}
         if not self.warmup_steps:
-            return {"optimizer": optimizer} | ({"lr_scheduler": {"scheduler": after, "interval": "step"}} if after else {})
+            return after  # type: ignore[return-value]
         peak = 1.0 if self.warmup_lr is None else self.warmup_lr / optimizer.param_groups[0]["lr"]
-        schedule: Any = LambdaLR(
+        schedule = LambdaLR(
             optimizer, lambda step: peak * warmup_factor(step, steps=self.warmup_steps) if step < self.warmup_steps else 1.0
         )
-        if after is not None:
-            schedule = SequentialLR(optimizer, [schedule, after], milestones=[self.warmup_steps])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return schedule if after is None else SequentialLR(optimizer, [schedule, after], milestones=[self.warmup_steps])  # type: ignore[list-item]
 
     def plateau(self, scheduler: ReduceLROnPlateau) -> dict[str, Any]:
         """Asked once per iteration, where the metric is there."""
@@ -438,10 +446,24 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             )
         if (self.trainer.gradient_clip_val or 0) < 0:  # Lightning takes it for "do not clip"
             raise ConfigError(f"trainer.gradient_clip_val={self.trainer.gradient_clip_val} must be positive; leave it out to clip nothing")
+        self.check_length()
         if self.trainer.max_steps != -1:
             raise ConfigError(
                 "trainer.max_steps breaks the one-epoch-one-rollout scheme on resume: set trainer.max_epochs "
                 f"(iterations{' + 1 for the warm-up' if self.warmup_steps else ''}) and leave max_steps at -1"
+            )
+
+    def check_length(self) -> None:
+        """Raise where a schedule of a fixed length is shorter than the run."""
+        schedule = self.lr_scheduler(self.optimizer([nn.Parameter(torch.zeros(1, 1))])) if self.lr_scheduler else None
+        if not isinstance(schedule, OneCycleLR) or (self.trainer.max_epochs or -1) < 0:
+            return
+        iterations = self.trainer.max_epochs - self.warmup_epochs  # type: ignore[operator]
+        steps = iterations * self.inner_epochs * self.minibatches_per_pass() // self.trainer.accumulate_grad_batches
+        if schedule.total_steps < steps:
+            raise ConfigError(
+                f"model.lr_scheduler: OneCycleLR ends after total_steps={schedule.total_steps} optimizer steps, and this run has {steps} "
+                f"(trainer.max_epochs={self.trainer.max_epochs}): set total_steps to {steps}"
             )
 
     def checkpoint_keys(self) -> set[str]:
@@ -464,7 +486,9 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         keys = self.checkpoint_keys()
         checkpoint["state_dict"] = {name: weight for name, weight in checkpoint["state_dict"].items() if name in keys}
         checkpoint["adapters"] = self.adapters()
-        place = self._place_in(checkpoint)
+        place, configs = self._place_in(checkpoint), self.trainer.lr_scheduler_configs
+        name = self.trainer.optimizers and type(self.trainer.optimizers[0]).__name__
+        checkpoint["optimizer"] = {"class": name, "groups": self._settings, "scheduled": bool(configs)}
         step, before = self._logged
         now = before if step == self.trainer.global_step else self._said()
         checkpoint["logged"] = {"ranks": gather_objects(_on_cpu(now)), "saved_at": saved_at(self.trainer)}
@@ -481,6 +505,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         self._place = self._place_in(checkpoint)
         set_counters(checkpoint["loops"]["fit_loop"], self._place)
         self._before = checkpoint.get("logged", {})
+        self._look_at_optimizer(checkpoint)
         saved = checkpoint.get("rollout")
         if saved is None:
             return
@@ -503,11 +528,23 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         """What has been logged, and what is still summed up, on this process."""
         return logged(self.trainer) | {"meters": self.meters.state_dict()}
 
+    def _look_at_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the moments of another optimizer, and keep Lightning from restoring settings, which the options say."""
+        if "lr_schedulers" not in checkpoint:
+            raise ConfigError("this checkpoint holds weights only (save_weights_only), with which training cannot go on: use another")
+        scheduled, checkpoint["lr_schedulers"] = bool(checkpoint["lr_schedulers"]), []
+        self._optimizer_before = checkpoint.get("optimizer", {"scheduled": scheduled})
+        if self._optimizer_before.get("groups"):
+            check_same_optimizer(self._optimizer_before, self.optimizer(self.parameter_groups()))
+
     def on_train_start(self) -> None:
         place, before, self._place, self._before = self._place, self._before, None, {}
         if place is None:
             return
         continue_at(self.trainer, place)
+        schedule = next((config.scheduler for config in self.trainer.lr_scheduler_configs), None)
+        optimizer = self.trainer.optimizers[0] if schedule is None else schedule.optimizer  # DeepSpeed wraps it
+        follow_options(optimizer, self._settings, self._optimizer_before, schedule, step=self.trainer.global_step)  # type: ignore[arg-type]
         remember_saved(self.trainer, before.get("saved_at", {}))
         if len(before.get("ranks", ())) == self.trainer.world_size:
             log_again(self.trainer, before["ranks"][self.global_rank], inside=place.minibatches > 0)

@@ -23,6 +23,7 @@ from callbacks.old_policy import EMAOldPolicy, OldPolicySync
 from callbacks.reward_scoring import RewardScoring
 from callbacks.rng_state import RngState
 from lit_rl.credit import Advantage
+from lit_rl.errors import ConfigError
 from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.dpo import DPO
 from lit_rl.methods.grpo import DAPO, GRPO
@@ -239,3 +240,103 @@ def test_language_models(folder: Path, tmp_path: Path, name: str) -> None:
     draw = random.Random(name)
     stops = [draw.randrange(2, whole["moments"] * 2 // 3) for _ in range(3)]
     assert odd(whole, play(tmp_path / "stopped", run, stops=stops)) == [], stops
+
+
+# ---------------------------------------------------------------------- options beat checkpoints
+S = torch.optim.lr_scheduler
+TEN = [(i + 1) / 10 for i in range(10)]
+SCHEDULES: dict[str, tuple[Any, Any]] = {
+    "longer cosine": (partial(S.CosineAnnealingLR, T_max=4), partial(S.CosineAnnealingLR, T_max=12)),
+    "line": (partial(S.LinearLR, total_iters=4), partial(S.LinearLR, start_factor=0.5, total_iters=10)),
+    "steps": (partial(S.StepLR, step_size=2), partial(S.StepLR, step_size=3, gamma=0.5)),
+    "milestones": (partial(S.MultiStepLR, milestones=[2]), partial(S.MultiStepLR, milestones=[2, 5, 7])),
+    "exponential": (partial(S.ExponentialLR, gamma=0.9), partial(S.ExponentialLR, gamma=0.5)),
+    "lambda": (partial(S.LambdaLR, lr_lambda=lambda t: 1.0), partial(S.LambdaLR, lr_lambda=lambda t: TEN[t % 10])),
+    "power": (partial(S.PolynomialLR, total_iters=4), partial(S.PolynomialLR, total_iters=12, power=2.0)),
+    "one cycle": (partial(S.OneCycleLR, max_lr=0.1, total_steps=4), partial(S.OneCycleLR, max_lr=0.1, total_steps=12)),
+    "restarts": (partial(S.CosineAnnealingWarmRestarts, T_0=3), partial(S.CosineAnnealingWarmRestarts, T_0=5, T_mult=2)),
+    "cycles": (
+        partial(S.CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=2),
+        partial(S.CyclicLR, base_lr=0.01, max_lr=0.2, step_size_up=3),
+    ),
+    "another kind": (partial(S.StepLR, step_size=2), partial(S.CosineAnnealingLR, T_max=12)),
+    "none before": (None, partial(S.CosineAnnealingLR, T_max=12)),
+    "none now": (partial(S.CosineAnnealingLR, T_max=4), None),
+    "a sequence": (
+        lambda o: S.SequentialLR(o, [S.LinearLR(o, total_iters=2), S.StepLR(o, 1)], [2]),
+        lambda o: S.SequentialLR(o, [S.LinearLR(o, total_iters=3), S.CosineAnnealingLR(o, T_max=9)], [3]),
+    ),
+}
+
+
+class Rates(L.Callback):
+    def __init__(self) -> None:
+        self.rows: dict[int, tuple[float, ...]] = {}
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        group = trainer.optimizers[0].param_groups[0]
+        self.rows[trainer.global_step] = (group["lr"], *group["betas"], group["weight_decay"])
+
+
+def trained(folder: Path, epochs: int, path: Path | None = None, *, optimizer: Any = None, **model: Any) -> dict[int, tuple[float, ...]]:
+    """Learning rate, betas and weight decay before each optimizer step; 2 steps in an iteration."""
+    rates, last = Rates(), ModelCheckpoint(dirpath=folder, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=1)
+    method = toy_method(train_micro_batch=24, optimizer=optimizer or partial(torch.optim.AdamW, lr=0.01), **model)
+    settings: dict[str, Any] = dict(callbacks=[rates, last], max_epochs=epochs, enable_checkpointing=True)
+    toy_trainer(folder, **settings).fit(method, ToyData(), ckpt_path=path)
+    return rates.rows
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_continued_run_is_on_the_curve_of_its_options(tmp_path: Path, name: str) -> None:
+    before, now = SCHEDULES[name]
+    trained(tmp_path / "a", 2, lr_scheduler=before)
+    wanted = trained(tmp_path / "whole", 6, lr_scheduler=now)
+    found = trained(tmp_path / "b", 6, tmp_path / "a" / "epoch=1-step=3.ckpt", lr_scheduler=now)
+    assert found == {step: row for step, row in wanted.items() if step >= 3}
+
+
+def test_a_longer_cosine_after_the_warm_up(tmp_path: Path) -> None:
+    model: dict[str, Any] = dict(warmup_steps=2, warmup_lr=0.1)
+    trained(tmp_path / "a", 2, lr_scheduler=partial(S.CosineAnnealingLR, T_max=2), **model)
+    wanted = trained(tmp_path / "whole", 5, lr_scheduler=partial(S.CosineAnnealingLR, T_max=8), **model)
+    found = trained(tmp_path / "b", 5, tmp_path / "a" / "epoch=1-step=4.ckpt", lr_scheduler=partial(S.CosineAnnealingLR, T_max=8), **model)
+    assert found == {step: row for step, row in wanted.items() if step >= 4} and found[6][0] < 0.01
+
+
+def test_settings_of_the_optimizer_are_those_of_the_options(tmp_path: Path) -> None:
+    trained(tmp_path / "a", 2)
+    path = tmp_path / "a" / "epoch=1-step=3.ckpt"
+    other = partial(torch.optim.AdamW, lr=0.003, betas=(0.8, 0.9), weight_decay=0.5)
+    assert trained(tmp_path / "b", 2, path, optimizer=other) == {3: (0.003, 0.8, 0.9, 0.5)}
+    assert trained(tmp_path / "c", 2, path) == {3: (0.01, 0.9, 0.999, 0.01)}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (partial(torch.optim.SGD, lr=0.1), "holds the state of AdamW, and model.optimizer is SGD; continue with"),
+        (partial(torch.optim.RMSprop, lr=0.1), "holds the state of AdamW, and model.optimizer is RMSprop"),
+        (partial(torch.optim.AdamW, lr=0.1, amsgrad=True), "amsgrad=true needs moments that the checkpoint"),
+        (
+            lambda p: torch.optim.AdamW([{"params": p[:1]}, {"params": p[1:]}]),
+            r"groups of \[4\] weights, and this run's groups of \[1, 3\]",
+        ),
+    ],
+)
+def test_the_moments_of_another_optimizer_are_refused(tmp_path: Path, optimizer: Any, message: str) -> None:
+    trained(tmp_path / "a", 1)
+    with pytest.raises(ConfigError, match=message):
+        trained(tmp_path / "b", 2, tmp_path / "a" / "epoch=0-step=2.ckpt", optimizer=optimizer)
+
+
+def test_a_cycle_that_is_too_short_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ends after total_steps=3 optimizer steps, and this run has 12 .* set total_steps to 12"):
+        trained(tmp_path, 6, lr_scheduler=partial(S.OneCycleLR, max_lr=0.1, total_steps=3))
+
+
+def test_weights_alone_are_not_continued(tmp_path: Path) -> None:
+    only = ModelCheckpoint(dirpath=tmp_path, filename="weights", save_weights_only=True)
+    toy_trainer(tmp_path, callbacks=[only], enable_checkpointing=True, max_epochs=1).fit(toy_method(), ToyData())
+    with pytest.raises(ConfigError, match="holds weights only"):
+        toy_trainer(tmp_path).fit(toy_method(), ToyData(), ckpt_path=tmp_path / "weights.ckpt")

@@ -1,0 +1,83 @@
+"""Optimizer and schedule of a continued run: moments from the checkpoint, settings from the options, the rate at its place in the curve."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lit_rl.errors import ConfigError
+
+Groups = list[dict[str, Any]]
+
+SCHEDULED = ("lr", "initial_lr", "min_lr", "max_lr", "momentum", "base_momentum", "max_momentum", "betas")
+"""Settings that torch's schedules write into the parameter groups."""
+
+ADDED = ("initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum")
+"""Those of them that no optimizer has by itself."""
+
+COMPUTED = ("fused", "foreach", "capturable", "differentiable")
+"""Settings that say how a step is computed: the moments lie where the checkpoint's had them."""
+
+NEEDS_STATE = ("amsgrad", "centered")
+"""Settings that add a moment, which the checkpoint of a run without them lacks."""
+
+
+def settings_of(optimizer: Optimizer) -> Groups:
+    """What each parameter group is trained with, and how many tensors it has."""
+    return [{k: v for k, v in group.items() if k != "params"} | {"tensors": len(group["params"])} for group in optimizer.param_groups]
+
+
+def check_same_optimizer(stored: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """Raise ConfigError where the moments in a checkpoint are not those that `optimizer` needs.
+
+    stored: `checkpoint["optimizer"]`: its class and the `settings_of` it at the start of the run.
+    """
+    here, name = settings_of(optimizer), type(optimizer).__name__
+    there: Groups = list(stored["groups"])
+    remedy = "continue with the model.optimizer it was written with, or start a new run from its weights (an export as policy.pretrained)"
+    counts = [[group["tensors"] for group in groups] for groups in (there, here)]
+    if counts[0] != counts[1]:
+        raise ConfigError(f"the checkpoint's optimizer has groups of {counts[0]} weights, and this run's groups of {counts[1]}; {remedy}")
+    if _names(there) != _names(here):
+        raise ConfigError(f"the checkpoint holds the state of {stored['class']}, and model.optimizer is {name}; {remedy}")
+    for group, before in zip(here, there):
+        for key in NEEDS_STATE:
+            if group.get(key) and not before.get(key):
+                raise ConfigError(
+                    f"model.optimizer: {key}=true needs moments that the checkpoint, written with {key}=false, lacks; {remedy}"
+                )
+
+
+def follow_options(optimizer: Optimizer, settings: Groups, stored: Mapping[str, Any], schedule: LRScheduler | None, *, step: int) -> None:
+    """Give a restored optimizer the settings of this run's options, and the schedule its place after `step` optimizer steps.
+
+    What has the same option as before stays as the checkpoint has it, for callbacks may have changed it on the way. With a schedule the
+    learning rate is the one that an unbroken run with these options would have.
+
+    settings: `settings_of` the optimizer when the schedule was built.
+    """
+    before: Sequence[dict[str, Any]] = stored.get("groups") or [{} for _ in settings]
+    anew = SCHEDULED if schedule is not None or stored.get("scheduled") else ()
+    for group, options, old in zip(optimizer.param_groups, settings, before, strict=True):
+        for key in [key for key in ADDED if key in group and key not in options]:
+            del group[key]
+        for key, value in options.items():
+            if key not in ("tensors", *COMPUTED) and (key in anew or key not in old or old[key] != value):
+                group[key] = value
+    if schedule is None:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*lr_scheduler.step\(\)")  # no optimizer step came before these
+            for _ in range(step):
+                schedule.step()
+    except ValueError as error:
+        raise ConfigError(f"model.lr_scheduler ends before optimizer step {step}, where the checkpoint continues: {error}") from error
+
+
+def _names(groups: Groups) -> list[set[str]]:
+    return [{*group} - {*ADDED, *COMPUTED, "tensors", "param_names"} for group in groups]
