@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,7 +16,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_rl.checkpoints.files import is_whole, refuse_damaged, what_is_wrong
 from lit_rl.checkpoints.layout import check_layout
+from lit_rl.checkpoints.manifest import entries, write_manifest
+from lit_rl.checkpoints.replacing import beside, naming, put_in_place, remove, swept
 from lit_rl.checkpoints.restricted import deepspeed_reads_plain_files, load_file, load_shards, stored_shapes
 from lit_rl.errors import ConfigError
 from lit_rl.policies.shards import gathered, reshard, whole
@@ -97,7 +99,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if not self._save_distributed_checkpoint:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)  # the parent would remove a folder of shards first
             return
         with replaced(self, filepath) as folder:
             super().save_checkpoint(checkpoint, folder, storage_options)
@@ -107,6 +109,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         trusted = weights_only is False
         if _is_sharded_checkpoint(path):
+            check_intact(self, path)
             return self._load_shards(path, trusted)
         if path.is_dir():
             raise ConfigError(f"--ckpt_path {path} is a folder of DeepSpeed's shards: continue with configs/base/deepspeed_*.yaml")
@@ -129,6 +132,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _load_file(self, path: Path, trusted: bool) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
+        refuse_damaged(path, what_is_wrong(path))
         checkpoint = load_file(path, trusted=trusted, mmap=True)
         check_layout({name: weight.shape for name, weight in checkpoint["state_dict"].items()}, _litrl(self).checkpoint_shapes())
         assert self.model is not None
@@ -203,6 +207,7 @@ class ZeroStrategy(DeepSpeedStrategy):
                 f"--ckpt_path {path} is {kind}, and DeepSpeed continues from its own folders only: continue with the configs/base/*.yaml "
                 "it was written under"
             )
+        check_intact(self, path)
         check_layout(json.loads((path / LAYOUT_FILE).read_text()), _litrl(self).checkpoint_shapes())
         with nullcontext() if weights_only is False else deepspeed_reads_plain_files():
             checkpoint = super().load_checkpoint(path, weights_only)
@@ -247,23 +252,47 @@ def check_swaps_reach(strategy: Strategy, *, who: str) -> None:
 
 @contextmanager
 def replaced(strategy: Strategy, target: Any) -> Iterator[Path]:
-    """A folder to write a checkpoint into, which takes the place of `target` when every process has left the block without an exception."""
+    """A folder to write a checkpoint into, which takes the place of `target` when every process has left the block without an exception.
+
+    Each process then reads back the checksums of what it wrote; with all of them in its manifest the folder is whole.
+    """
     final = Path(strategy.broadcast(target))
-    new, old = (final.with_name(f".{final.name}.{state}") for state in ("tmp", "old"))
+    new = strategy.broadcast(beside(final))
     if strategy.is_global_zero:
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        swept(final, is_whole)
     strategy.barrier()
-    yield new
+    try:
+        with naming(final):
+            yield new
+    except BaseException:
+        if strategy.is_global_zero:
+            remove(new)  # the disk may be full
+        raise
     strategy.barrier()
+    found = gathered_objects(entries(new, strategy.global_rank, strategy.world_size))  # type: ignore[attr-defined]
     if strategy.is_global_zero:
-        if final.is_file():
-            final.unlink()
-        elif final.exists():
-            final.rename(old)
-        new.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        with naming(final):
+            write_manifest(new, found)
+            put_in_place(new, final)
     strategy.barrier()
+
+
+def check_intact(strategy: Strategy, folder: Path) -> None:
+    """Raises ConfigError on every process if a process finds its share of a checkpoint folder damaged. Collective."""
+    try:
+        problem = what_is_wrong(folder, strategy.global_rank, strategy.world_size)  # type: ignore[attr-defined]
+    except (ConfigError, OSError) as error:
+        problem = f"cannot be read ({error})"
+    refuse_damaged(folder, next((found for found in gathered_objects(problem) if found), None))
+
+
+def gathered_objects(mine: Any) -> list[Any]:
+    """What each process gives. Collective."""
+    if not torch.distributed.is_initialized():
+        return [mine]
+    found = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    return found
 
 
 def _litrl(strategy: Strategy) -> LitRL[Any]:

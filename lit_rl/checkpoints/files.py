@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
+from lit_rl.checkpoints.manifest import MANIFEST, ZIP_ERRORS, SealedFile, damage, folder_damage, missing_files
+from lit_rl.checkpoints.replacing import atomic_file, left_targets, naming, recovered, swept
 from lit_rl.checkpoints.restricted import told
 from lit_rl.errors import ConfigError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes `.<name>.tmp` beside the target, fsyncs, renames: a process killed at any moment leaves the old file or the new one.
+    """Writes a hidden file beside the target, fsyncs, renames: a process killed at any moment leaves the old file or the new one.
 
     Lightning's own writer holds the whole file in memory and then moves it from the system's temporary folder, which is a copy
     (and can be cut short) when that is another disk.
@@ -38,9 +39,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(target) as file:
-            torch.save(checkpoint, file)
+        with naming(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        swept(target, is_whole)
+        with naming(target), atomic_file(target) as file:
+            sealed = SealedFile(file)
+            try:
+                torch.save(checkpoint, cast(IO[bytes], sealed))  # writes are all that it asks for
+            except RuntimeError as error:
+                raise sealed.error or error from error
+            sealed.seal()
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
@@ -48,33 +56,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """weights_only: False executes what the file names; None is True, for addresses (http://) too, where Lightning's own is False."""
         if os.path.isdir(path):
             raise ConfigError(f"--ckpt_path {path} is a folder of shards: continue with the configs/base/*.yaml it was written under")
+        if "://" not in str(path):
+            refuse_damaged(Path(path), what_is_wrong(Path(path)))
         with told(path):
             return super().load_checkpoint(path, map_location, weights_only is not False)
-
-
-@contextmanager
-def atomic_file(target: Path) -> Iterator[IO[bytes]]:
-    """A binary file for writing that appears under its name only when the block ends without an exception."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(target.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync a folder, so that a rename in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def resolve_checkpoint(path: str, folders: Sequence[str | os.PathLike]) -> str | None:
@@ -86,6 +71,7 @@ def resolve_checkpoint(path: str, folders: Sequence[str | os.PathLike]) -> str |
     """
     if path in ("best", "hpc") or path.startswith("registry") or "://" in path:
         return path
+    recover_all([*folders, Path(path).parent])
     if path == "last":
         return _resolve_last([Path(folder) for folder in folders])
     found = Path(path)
@@ -99,6 +85,7 @@ def resolve_checkpoint(path: str, folders: Sequence[str | os.PathLike]) -> str |
 
 def check_unused(folders: Sequence[str | os.PathLike]) -> None:
     """Raises ConfigError where a new run would write among the checkpoints of another, after which `last` could be either's."""
+    recover_all(folders)
     for folder in map(Path, folders):
         if there := newest_complete(folder):
             raise ConfigError(
@@ -107,12 +94,28 @@ def check_unused(folders: Sequence[str | os.PathLike]) -> None:
             )
 
 
+def recover_all(folders: Iterable[str | os.PathLike]) -> None:
+    """End what a killed process has broken off: a whole checkpoint that has not come to its place, or has left it for another."""
+    for target in sorted({target for folder in folders for target in left_targets(Path(folder))}):
+        if recovered(target, is_whole):
+            rank_zero_info(f"a run was killed while {target} changed places; what was whole stands there again")
+
+
+def is_whole(checkpoint: Path) -> bool:
+    return what_is_missing(checkpoint) is None
+
+
 def what_is_missing(checkpoint: Path) -> str | None:
-    """Why `checkpoint` cannot be whole, or None. Files are zip archives (directory last); folders FSDP2's or DeepSpeed's."""
+    """Why `checkpoint` cannot be whole, or None; contents are not read.
+
+    Files are zip archives (directory last); folders FSDP2's or DeepSpeed's, with sizes in their manifest.
+    """
     if checkpoint.is_file():
         return _broken_file(checkpoint)
     if not checkpoint.exists():
         return "does not exist"
+    if problem := missing_files(checkpoint):
+        return problem
     if (checkpoint / "checkpoint").is_dir():
         states = sorted((checkpoint / "checkpoint").glob("*.pt"))
         if not any("model_states" in file.name for file in states):
@@ -127,9 +130,21 @@ def what_is_missing(checkpoint: Path) -> str | None:
     return _broken_file(checkpoint / "meta.pt")
 
 
-def newest_complete(folder: Path) -> Path | None:
-    """The newest checkpoint of a folder that is whole."""
-    return max(_complete_in(folder), key=_age_key, default=None)
+def what_is_wrong(checkpoint: Path, rank: int = 0, size: int = 1) -> str | None:
+    """What is missing, or not as it was written. Reads all of a file; of a folder the share of process `rank` of `size`."""
+    if missing := what_is_missing(checkpoint):
+        return missing
+    return damage(checkpoint) if checkpoint.is_file() else folder_damage(checkpoint, rank, size)
+
+
+def newest_complete(folder: Path, *, intact: bool = False) -> Path | None:
+    """The newest checkpoint of a folder that is whole. intact: and whose content, which is read for it, is what was written."""
+    found = newest_first(_complete_in(folder))
+    return next((path for path in found if not intact or not _can_be_checked(path) or what_is_wrong(path) is None), None)
+
+
+def newest_first(checkpoints: Iterable[Path]) -> list[Path]:
+    return sorted(checkpoints, key=_age_key, reverse=True)
 
 
 def _resolve_last(folders: list[Path]) -> str | None:
@@ -147,19 +162,30 @@ def _resolve_last(folders: list[Path]) -> str | None:
 
 
 def _refuse_incomplete(checkpoint: Path) -> None:
-    missing = what_is_missing(checkpoint)
-    if missing is not None:
-        raise ConfigError(f"checkpoint {checkpoint} {missing}; {_advice(checkpoint)}")
+    """Contents of files are read here by the first process, before anything is loaded; of folders by all, each a share, when they load."""
+    reads = checkpoint.is_file() and getattr(rank_zero_only, "rank", 0) == 0
+    refuse_damaged(checkpoint, what_is_wrong(checkpoint) if reads else what_is_missing(checkpoint))
+
+
+def refuse_damaged(checkpoint: Path, problem: str | None) -> None:
+    """Raises ConfigError with `problem`, if there is one, that names the newest good checkpoint beside it."""
+    if problem is not None:
+        raise ConfigError(f"checkpoint {checkpoint} {problem}; {_advice(checkpoint)}")
 
 
 def _advice(checkpoint: Path) -> str:
     folder = checkpoint.parent
-    good = newest_complete(folder) if folder.is_dir() else None
+    good = newest_complete(folder, intact=True) if folder.is_dir() else None
     return f"no complete checkpoint is in {folder}" if good is None else f"the newest complete one there: use --ckpt_path {good}"
 
 
 def _complete_in(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*.ckpt") if what_is_missing(path) is None]
+
+
+def _can_be_checked(checkpoint: Path) -> bool:
+    """Folders of earlier releases have no checksums of their own; what is known of their shards shows when they are loaded."""
+    return checkpoint.is_file() or (checkpoint / MANIFEST).is_file()
 
 
 def _sharded(folder: Path) -> bool:
@@ -170,7 +196,7 @@ def _broken_file(file: Path) -> str | None:
     try:
         with zipfile.ZipFile(file) as archive:
             return None if archive.namelist() else f"is incomplete ({file.name} holds nothing)"
-    except zipfile.BadZipFile:
+    except ZIP_ERRORS:
         size = file.stat().st_size
         return f"is incomplete or not a checkpoint ({file.name}, {size} bytes, has no end: was the run killed, or the disk full?)"
 

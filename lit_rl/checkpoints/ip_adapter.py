@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lit_rl.checkpoints.files import atomic_file
+from lit_rl.checkpoints.replacing import atomic_file
 from lit_rl.errors import ConfigError, listed
 
 Format = Literal["standard", "legacy", "released"]

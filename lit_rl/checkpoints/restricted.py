@@ -158,5 +158,6 @@ def _sentence(checkpoint: str | os.PathLike, error: BaseException) -> str:
             f"checkpoint {checkpoint} names {named[1]}, which would be executed and is nothing that a run stores, so it was not read: use "
             "another checkpoint (whoever trusts the one who wrote it can add --weights_only false)"
         )
-    lines = text.strip().splitlines()
+    inner = re.search(r"WeightsUnpickler error: (.+)", text)  # torch goes on to recommend `weights_only=False`
+    lines = [inner[1]] if inner else text.strip().splitlines()
     return f"checkpoint {checkpoint} cannot be read, it is damaged or of another kind: {type(error).__name__}: {lines[0] if lines else ''}"

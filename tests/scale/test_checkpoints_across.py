@@ -18,6 +18,7 @@ from comparing import FULL, LORA, SHARDED, distance, ended
 from pair import Pair
 
 from lit_rl.checkpoints.files import what_is_missing
+from lit_rl.checkpoints.manifest import entries, write_manifest
 from lit_rl.checkpoints.restricted import stored_shapes
 
 pytestmark = pytest.mark.slow
@@ -129,9 +130,24 @@ def test_what_is_stored_cannot_be_made_to_execute(pair: Pair, written: Written, 
         shutil.copytree(written(strategy) / AT, evil)
         for file in evil.glob(kind):
             poison(file, tmp_path / "executed")
+        write_manifest(evil, [entries(evil, 0, 1)])  # who means harm can write that too
         errors = pair.run("fails", folder=str(tmp_path / "out"), strategy=strategy, ckpt_path=str(evil), **settings)
         assert all("names posix.mkdir, which would be executed" in error for error in errors), errors
         assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2", "zero3"])
+def test_damage_that_one_process_finds_stops_all(pair: Pair, written: Written, tmp_path: Path, sd3_folder: Path, strategy: str) -> None:
+    """They say the same at once; none waits for the others."""
+    settings = dict(method_args=METHOD, sd3=LORA | {"pretrained": str(sd3_folder)}, trainer_args=dict(max_epochs=2))
+    torn = Path(shutil.copytree(written(strategy) / AT, tmp_path / "torn.ckpt"))
+    good = shutil.copytree(written(strategy) / AT, tmp_path / "good.ckpt")
+    shard = sorted([*torn.glob("*.distcp"), *torn.glob("checkpoint/*optim_states.pt")])[-1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    first, second = pair.run("fails", folder=str(tmp_path / "out"), strategy=strategy, ckpt_path=str(torn), timeout=60, **settings)
+    assert first == second and f"{shard.name} has another content" in first and first.endswith(f"use --ckpt_path {good}")
 
 
 def poison(file: Path, mark: Path) -> None:
