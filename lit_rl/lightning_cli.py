@@ -7,9 +7,12 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -18,12 +21,14 @@ from callbacks.graceful_stop import GracefulStop
 from callbacks.image_writer import ImageWriter
 from callbacks.rng_state import RngState
 from callbacks.text_writer import TextWriter
+from lit_rl.checkpoints.claims import claim, release
 from lit_rl.checkpoints.files import AtomicCheckpointIO, check_unused, resolve_checkpoint
 from lit_rl.cli_errors import explain
 from lit_rl.errors import ConfigError
 from lit_rl.module import LitRL
 from lit_rl.rewards.base import RewardError
 from lit_rl.rollouts.base import RolloutError
+from lit_rl.run_errors import go_on, what_ended
 
 # A notice of Lightning's own use of torch, and an advertisement, in every run.
 warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
@@ -91,8 +96,10 @@ class CLI(LightningCLI):
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "predict":
             kwargs["return_predictions"] = False  # the writers have them
-        folders = [c.dirpath for c in self.trainer.checkpoint_callbacks if c.dirpath]  # type: ignore[attr-defined]
+        folders = self._checkpoint_folders()
         try:
+            if subcommand == "fit" and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                claim(folders)
             if subcommand == "fit" and not kwargs.get("ckpt_path"):
                 check_unused(folders)
             elif not kwargs.get("ckpt_path"):
@@ -107,13 +114,43 @@ class CLI(LightningCLI):
             self.parser.error(str(error))
         return kwargs
 
+    def _checkpoint_folders(self) -> list[str]:
+        return [c.dirpath for c in self.trainer.checkpoint_callbacks if c.dirpath]  # type: ignore[attr-defined]
+
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            super()._run_subcommand(subcommand)
+            with patch.object(_ChildProcessObserver, "_terminate_all", self._child_ended(subcommand)):
+                super()._run_subcommand(subcommand)
         except (ConfigError, MisconfigurationException) as error:
             self._stop(explain(str(error), sys.argv), code=2)
         except (RewardError, RolloutError) as error:
-            self._stop(str(error), code=1)
+            self._stop(f"{error}{self._go_on(subcommand)}", code=1)
+        except BaseException as error:
+            sentence = None if isinstance(error, KeyboardInterrupt | SystemExit) else what_ended(error)
+            if sentence is None:
+                if note := self._go_on(subcommand).removeprefix("; "):
+                    error.add_note(note)
+                raise
+            self._stop(f"{sentence}{self._go_on(subcommand)}", code=1)
+        finally:
+            release()
+
+    def _go_on(self, subcommand: str) -> str:
+        folders = self._checkpoint_folders()
+        return f"; {go_on(folders)}" if subcommand == "fit" and folders else ""
+
+    def _child_ended(self, subcommand: str) -> Callable[[_ChildProcessObserver], None]:
+        """Lightning ends all processes in silence, this one too, seconds after one of those that it started has failed."""
+        end = _ChildProcessObserver._terminate_all
+
+        def say_and_end(observer: _ChildProcessObserver) -> None:
+            codes = {rank: process.returncode for rank, process in enumerate(observer._child_processes, start=1) if process.returncode}
+            ended = ", ".join(f"{rank} with {code if code > 0 else signal.Signals(-code).name}" for rank, code in codes.items())
+            sys.stderr.write(f"error: a process of this run has ended (process {ended}), so all do{self._go_on(subcommand)}\n")
+            sys.stderr.flush()
+            end(observer)
+
+        return say_and_end
 
     def _stop(self, message: str, *, code: int) -> None:
         """What stops one process mostly stops all: the first ends those it started, the others wait for that before they repeat it."""

@@ -1,0 +1,64 @@
+"""What ended a run that was asked for rightly: a disk, a folder, another process. One sentence, and where to go on from."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lit_rl.checkpoints.files import newest_complete, newest_first
+
+_ELSEWHERE = "set dirpath of ModelCheckpoint, of Export or of what writes there in trainer.callbacks to a folder that can be written"
+_ADVICE = {
+    errno.ENOSPC: "free space there, keep fewer checkpoints (save_top_k), or move the run's folders to another disk",
+    errno.EDQUOT: "free space there, keep fewer checkpoints (save_top_k), or move the run's folders to another disk",
+    errno.EFBIG: "the file system or a limit (ulimit -f) allows no file of that size",
+    errno.EROFS: _ELSEWHERE,
+    errno.EACCES: _ELSEWHERE,
+    errno.EPERM: _ELSEWHERE,
+    errno.ENOTDIR: _ELSEWHERE,
+    errno.EISDIR: _ELSEWHERE,
+    errno.ENOENT: "a folder of the run was moved or removed while it ran, or a file that it reads",
+    errno.EIO: "the disk or the network file system fails",
+    errno.ESTALE: "the disk or the network file system fails",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
+def what_ended(error: BaseException) -> str | None:
+    """One sentence, or None for what is a mistake in the program and needs its traceback."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    if isinstance(error, CheckpointException):
+        causes = [cause for _, (cause, _) in sorted(error.failures.items())]
+        return next((text for cause in causes if (text := what_ended(cause))), f"a checkpoint was not written: {_first_line(causes[0])}")
+    if isinstance(error, OSError) and error.errno in _ADVICE and not isinstance(error, ConnectionError):
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)]
+        return f"{' -> '.join(names) or 'a file'}: {error.strerror}; {_ADVICE[error.errno]}"
+    if _is_of_the_group(error):
+        return (
+            "another process of this run has ended, or has not answered for as long as trainer.strategy.init_args.timeout says (30 minutes "
+            f"if it is not set): {_first_line(error)}"
+        )
+    return None
+
+
+def go_on(folders: Sequence[str | os.PathLike]) -> str:
+    """Where a run that has ended can be continued from."""
+    found = newest_first([path for folder in folders if (path := newest_complete(Path(folder)))])
+    if found:
+        return f"the last complete checkpoint is {found[0]}: continue with --ckpt_path {found[0]}"
+    return "there is no complete checkpoint to continue from yet"
+
+
+def _is_of_the_group(error: BaseException) -> bool:
+    """Gloo reports all that happens to other processes as a RuntimeError of the same kind."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).partition(" This is typically caused")[0].strip().splitlines()  # gloo guesses
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
