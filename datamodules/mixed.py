@@ -44,7 +44,8 @@ class PromptsAndPairs(TextPrompts):
     def unusable(self, info: Info) -> str | None:
         if info["kind"] == "self_play":
             return super().unusable(info)
-        _, chosen, rejected = self.pair_ids(info)
+        prompt, chosen, rejected = self.pair_ids(info)
+        self.note("sequence", len(prompt) + max(len(chosen), len(rejected)))
         return None if any(chosen.learned) and any(rejected.learned) else f"no answer within data.max_length={self.max_length} tokens"
 
     def pair_ids(self, info: Info) -> tuple[list[int], AnswerIds, AnswerIds]:

@@ -52,7 +52,8 @@ class PreferencePairs(TextData):
         return pair_fields(row, **self.keys, chat=self.chat)
 
     def unusable(self, info: Info) -> str | None:
-        _, chosen, rejected = self.pair_ids(info)
+        prompt, chosen, rejected = self.pair_ids(info)
+        self.note("sequence", len(prompt) + max(len(chosen), len(rejected)))
         return None if any(chosen.learned) and any(rejected.learned) else f"no answer within data.max_length={self.max_length} tokens"
 
     def pair_ids(self, info: Info) -> tuple[list[int], AnswerIds, AnswerIds]:

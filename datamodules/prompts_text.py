@@ -55,9 +55,9 @@ class TextPrompts(TextData):
             raise InvalidRow(
                 f"{self.prompt_key}: cannot be tokenized ({error}); data.filter_overlong_prompts: true leaves it out"
             ) from error
-        if self.filter_overlong_prompts:
-            return f"longer than data.max_prompt_length={self.max_prompt_length} tokens" if len(ids) > self.max_prompt_length else None
-        self._cut(ids)
+        if self.filter_overlong_prompts and len(ids) > self.max_prompt_length:
+            return f"longer than data.max_prompt_length={self.max_prompt_length} tokens"
+        self.note("prompt", len(self._cut(ids)))
         return None
 
     def prompt_ids(self, info: Info) -> list[int]:

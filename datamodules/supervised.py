@@ -50,6 +50,7 @@ class SupervisedText(TextData):
 
     def unusable(self, info: Info) -> str | None:
         _, mask = self._whole(info)
+        self.note("sequence", min(len(mask), self.max_length))
         if any(mask[: self.max_length]):
             return None
         return f"no supervised token within data.max_length={self.max_length}" if any(mask) else "no message of the assistant is learned"

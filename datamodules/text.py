@@ -60,6 +60,8 @@ class TextData(PromptDataModule):
             if limit is not None and limit < 1:
                 raise ConfigError(f"data.max_{name}={limit} must be at least 1; leave it out to use all rows")
         self._checked: set[str] = set()
+        self.longest: dict[str, int] = {}
+        """Tokens of the longest "prompt" and of the longest "sequence" (with an answer of the data) among the rows that were looked at."""
 
     def read(self) -> None:
         """Read all splits and look at each row; the constructor of a subclass ends with it."""
@@ -104,6 +106,10 @@ class TextData(PromptDataModule):
                 rows = getattr(self, SPLITS[split])
                 if rows:
                     self.use(split, self._usable(rows, key=f"data.{split}"))
+
+    def note(self, kind: Literal["prompt", "sequence"], tokens: int) -> None:
+        """Remember the longest."""
+        self.longest[kind] = max(tokens, self.longest.get(kind, 0))
 
     def use(self, split: str, rows: Rows) -> None:
         """Take the rows of a split that were checked."""

@@ -99,6 +99,38 @@ class LitGeneration(LitToken):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.engine.setup(self.policy, rank=self.global_rank, world_size=self.trainer.world_size)
+        self.check_engine()
+
+    def check_sizes(self) -> None:
+        super().check_sizes()
+        if isinstance(self.policy, CausalLM):
+            what, remedy = self.lengths()
+            self.policy.check_sizes(self.longest_answered(), what=what, remedy=remedy)
+
+    def check_engine(self) -> None:
+        """Raise ConfigError where an engine that tells its limit cannot hold the longest prompt with its answer."""
+        most, longest = self.engine.longest, self.longest_answered()
+        if most is not None and longest > most:
+            what, remedy = self.lengths()
+            raise ConfigError(f"{what} {longest} tokens, and the inference server takes {most} (--max-model-len): {remedy}")
+
+    def longest_answered(self) -> int:
+        """Tokens of the longest prompt with the longest answer, 0 where no prompt is known or nothing is generated."""
+        prompt = getattr(self.data, "longest", {}).get("prompt", 0)
+        return prompt + self._answer_tokens() if prompt and self.generates() else 0
+
+    def generates(self) -> bool:
+        """Whether the run has prompts answered."""
+        return True
+
+    def _answer_tokens(self) -> int:
+        training = self.trainer.state.fn == "fit"
+        return max(self.eval_sampling.max_new_tokens, self.sampling.max_new_tokens if training else 0)
+
+    def lengths(self) -> tuple[str, str]:
+        """For messages: whose length is too much, and what to do about it."""
+        shown = f"the longest prompt ({getattr(self.data, 'longest', {}).get('prompt', 0)} tokens) with its answer has"
+        return shown, f"set model.sampling.max_new_tokens (now {self._answer_tokens()}) or data.max_prompt_length to less"
 
     def teardown(self, stage: str) -> None:
         self.ahead = None

@@ -76,6 +76,19 @@ class LitToken(LitPolicy[TokenRollout]):
             )
         self.aggregation: Aggregation = aggregation
 
+    def setup(self, stage: str) -> None:
+        self.check_sizes()
+        super().setup(stage)
+
+    def check_sizes(self) -> None:
+        """Raise ConfigError on tokens and lengths that the model does not have, before any weights are read."""
+        if isinstance(self.policy, CausalLM):
+            self.policy.check_sizes(self.longest_row(), what="the longest sequence of the data has", remedy="set data.max_length to less")
+
+    def longest_row(self) -> int:
+        """Tokens of the longest sequence in the data, as far as the datamodule has looked at them."""
+        return max(getattr(self.data, "longest", {}).values(), default=0)
+
     def on_fit_start(self) -> None:
         if isinstance(self.policy, CausalLM):
             coarsest = getattr(self.trainer.strategy, "gather_dtype", None)

@@ -74,6 +74,7 @@ class PPO(LitPolicyGradient):
 
     # ------------------------------------------------------------------ the critic's life
     def setup(self, stage: str) -> None:
+        self.critic.check_sizes(self.policy, max(self.longest_row(), self.longest_answered()))
         super().setup(stage)
         if self.critic_warmup:
             self.check_can_rest(f"model.critic_warmup={self.critic_warmup}")

@@ -42,6 +42,9 @@ class SFT(LitGeneration):
         return False
 
     # ------------------------------------------------------------------ demonstrations for a rollout
+    def generates(self) -> bool:
+        return self.scorer is not None or self.trainer.predicting
+
     def longest_sequence(self) -> int:
         return self.data.max_length  # type: ignore[attr-defined]
 

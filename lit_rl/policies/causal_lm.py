@@ -23,6 +23,7 @@ from lit_rl.policies.lora import LoraSettings, active_factors
 from lit_rl.policies.lora_sites import repeated_blocks
 from lit_rl.policies.pretrained import without_bars
 from lit_rl.policies.reply import reply
+from lit_rl.policies.sizes import check_length, check_vocabulary, read_config
 from lit_rl.policies.trained import TrainedPolicy
 from lit_rl.types import Answer, Info
 
@@ -197,6 +198,16 @@ class CausalLM(TrainedPolicy, TokenPolicy):
 
     def reply(self, ids: Sequence[int], *, prompt_ids: Sequence[int], info: Info) -> Answer:
         return reply(self.tokenizer, ids, text=self.decode(ids), prompt_ids=prompt_ids, info=info, stop_ids=self.stop_ids)
+
+    def check_sizes(self, longest: int, *, what: str, remedy: str) -> None:
+        """Raise ConfigError where tokens have no row in the embedding, or `longest` tokens no positions. Reads no weights.
+
+        what, remedy: which sequences are so long, and how they get shorter, for the message.
+        """
+        config = read_config(self.pretrained, **self.source)
+        if config is not None:
+            check_vocabulary(config, self.tokenizer, self.stop_ids, pretrained=self.pretrained)
+            check_length(config, longest, pretrained=self.pretrained, what=what, remedy=remedy)
 
     # ------------------------------------------------------------------ the network
     def logprobs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -14,6 +15,7 @@ from lit_rl.policies.language_lora import add_language_lora
 from lit_rl.policies.lm_head import body
 from lit_rl.policies.lora import LoraSettings, geometry
 from lit_rl.policies.lora_sites import repeated_blocks
+from lit_rl.policies.sizes import check_length, check_same_tokens, read_config
 
 
 class ValueHead(nn.Linear):
@@ -81,6 +83,25 @@ class Critic(nn.Module):
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.attention = attention
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
+
+    def check_sizes(self, beside: Any, longest: int) -> None:
+        """Raise ConfigError where a critic of another folder than the policy's has another vocabulary, or too few positions. No weights."""
+        if self.pretrained is None or (config := read_config(self.pretrained, **self.source)) is None:
+            return
+        size, needed = config.get_text_config().vocab_size, max(beside.tokenizer.get_vocab().values()) + 1
+        own = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model"}
+        if not Path(self.pretrained).is_dir() or any((Path(self.pretrained) / name).is_file() for name in own):
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(self.pretrained, **self.source)
+            check_same_tokens(beside.tokenizer, tokenizer, key="critic.pretrained", pretrained=self.pretrained)
+        if size < needed:
+            raise ConfigError(
+                f"critic.pretrained: {self.pretrained!r} has an embedding (vocab_size) of {size} tokens, and the policy's tokenizer has "
+                f"{needed}: take a model with the policy's tokenizer"
+            )
+        remedy = "allow shorter sequences, or take a critic of longer ones"
+        check_length(config, longest, pretrained=self.pretrained, what="critic: sequences have up to", remedy=remedy)
 
     def load(self, beside: Any) -> None:
         """Read the weights (on the CPU). beside: the policy, whose folder it is where none is given. Idempotent."""

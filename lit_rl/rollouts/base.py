@@ -67,6 +67,9 @@ class Sample:
 class RolloutEngine(ABC):
     """Answers requests with the policy's present weights."""
 
+    longest: int | None = None
+    """Tokens of prompt and answer together that it takes at most, where that is known after `setup`."""
+
     has_copy = False
     """Whether it answers from a copy of the weights, so that `begin` works."""
 

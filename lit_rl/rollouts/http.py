@@ -113,12 +113,16 @@ class HTTPEngine(RolloutEngine):
         self.base = self._base_model() if self.dialect.tells_models else ""
 
     def _base_model(self) -> str:
-        listed = self.connection.run([Call([self.own[0]], "/v1/models", None, lambda body: [entry["id"] for entry in body["data"]])])[0]
+        read = lambda body: {entry["id"]: entry.get("max_model_len") for entry in body["data"]}  # noqa: E731
+        told = self.connection.run([Call([self.own[0]], "/v1/models", None, read)])[0]
+        listed = list(told)
         if self.given_model is not None and self.given_model not in listed:
             raise ConfigError(
                 f"engine.model={self.given_model!r} is not served at {self.own[0]}, which has {', '.join(listed)}; name one of them"
             )
-        return self.given_model or listed[0]
+        name = self.given_model or listed[0]
+        self.longest = told[name] if isinstance(told[name], int) else None
+        return name
 
     # ------------------------------------------------------------------ weights
     def update_weights(self, version: int) -> None:

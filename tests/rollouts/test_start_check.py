@@ -165,7 +165,7 @@ def test_prompts_of_one_length_are_answered_together_where_padding_is_seen(tmp_p
 
 def test_a_model_of_few_positions_is_tried_within_them(tmp_path: Path) -> None:
     assert SIZES["max_position_embeddings"] > 8
-    folder = save_lm(tmp_path, "GPT2", "GPT2LMHeadModel", n_positions=8)
+    folder = save_lm(tmp_path, "GPT2", "GPT2LMHeadModel", max_position_embeddings=8)
     made, engine = loaded(folder, padding_free=True), HFEngine()
     check_logprobs(made, world_size=1)
     engine.setup(made, rank=0, world_size=1)

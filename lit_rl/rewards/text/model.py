@@ -24,7 +24,8 @@ class ModelReward(TextReward):
         pretrained: Folder, or hub id.
         name: Of the score.
         batch_size: Answers per forward; they are sorted by length.
-        max_length: Tokens; longer conversations lose their beginning, and are counted. Default: what the tokenizer says, 4096 at most.
+        max_length: Tokens; longer conversations lose their beginning, and are counted. Default: what the tokenizer says, and what the model
+            has positions for, 4096 at most.
         device: E.g. `cuda:1`; default: that of the training process.
         dtype: Of the weights.
         label: Which of several outputs is the score.
@@ -63,14 +64,17 @@ class ModelReward(TextReward):
         """Read the weights. Raises ConfigError when `pretrained` holds no such model."""
         if self._model is not None:
             return
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
         options = {"trust_remote_code": self.trust_remote_code}
         try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(self.pretrained, **options)
+            self._limit = self._longest(AutoConfig.from_pretrained(self.pretrained, **options).get_text_config())
             model, found = AutoModelForSequenceClassification.from_pretrained(
                 self.pretrained, dtype=self.dtype, output_loading_info=True, **options
             )
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(self.pretrained, **options)
+        except ConfigError:
+            raise
         except (OSError, ValueError) as error:
             raise ConfigError(f"pretrained: {self.pretrained!r} cannot be read as a sequence-classification model: {error}") from error
         if found["missing_keys"]:  # they would be random numbers, and so would the scores
@@ -80,8 +84,24 @@ class ModelReward(TextReward):
             raise ConfigError(f"{self.pretrained} has {labels} outputs, {model.config.id2label}: set label to the one that is the score")
         if self.label is not None and not 0 <= self.label < labels:
             raise ConfigError(f"label={self.label}: {self.pretrained} has outputs 0 ... {labels - 1}")
-        self._limit = self.max_length or min(self._tokenizer.model_max_length, 4096)
         self._model = model.eval().requires_grad_(False).to(self.device or device)
+
+    def _longest(self, config: Any) -> int:
+        """Tokens of a conversation at most. Raises ConfigError where the model has no rows for its tokens, or no positions for them."""
+        tokens, template = self._tokenizer.get_vocab(), str(self._tokenizer.chat_template or "")
+        special = {token for token in self._tokenizer.all_special_tokens if token not in template}  # of images, perhaps
+        largest = max(i for token, i in tokens.items() if token not in special)
+        if largest >= config.vocab_size:
+            raise ConfigError(
+                f"pretrained: {self.pretrained!r} has a tokenizer of {largest + 1} tokens and an embedding (vocab_size) of "
+                f"{config.vocab_size}: take the tokenizer that belongs to the model"
+            )
+        most = getattr(config, "max_position_embeddings", None)
+        if most is not None and "roberta" in config.model_type:  # the first positions are the padding's
+            most -= (config.pad_token_id or 0) + 1
+        if most is not None and self.max_length is not None and self.max_length > most:
+            raise ConfigError(f"max_length={self.max_length}: {self.pretrained!r} has {most} positions; set it to at most that")
+        return self.max_length or min(self._tokenizer.model_max_length, 4096, most or 4096)
 
     def counters(self) -> Mapping[str, float]:
         return {"cut": float(self._cut)}
