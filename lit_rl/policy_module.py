@@ -15,7 +15,7 @@ from lit_rl.module import LitRL, gather_objects
 from lit_rl.policies.base import Policy
 from lit_rl.policies.trained import TrainedPolicy
 from lit_rl.rewards.base import RewardError
-from lit_rl.strategies import FSDP2Strategy
+from lit_rl.strategies import FSDP2Strategy, check_experts_reached
 from lit_rl.types import Info, Prompts, Rollout
 
 R = TypeVar("R", bound=Rollout)
@@ -75,6 +75,9 @@ class LitPolicy(LitRL[R]):
     def configure_model(self) -> None:
         """FSDP2: shard each block, then the network. Other strategies need nothing here."""
         strategy = self.trainer.strategy
+        for model in self.models():
+            for network in model.networks():
+                check_experts_reached(strategy, network)
         if isinstance(strategy, FSDP2Strategy):
             for model in self.models():
                 for network in model.networks():

@@ -22,6 +22,7 @@ from lit_rl.checkpoints.manifest import entries, write_manifest
 from lit_rl.checkpoints.replacing import beside, naming, put_in_place, remove, swept
 from lit_rl.checkpoints.restricted import deepspeed_reads_plain_files, load_file, load_shards, stored_shapes
 from lit_rl.errors import ConfigError
+from lit_rl.policies.lora import adapted_parameters
 from lit_rl.policies.shards import gathered, reshard, whole
 
 if TYPE_CHECKING:
@@ -235,6 +236,15 @@ def check_strategy(strategy: Strategy) -> None:
         advice = "lit_rl.strategies.ZeroStrategy, e.g. by --config configs/base/deepspeed_zero2.yaml before the run's own"
     if advice:
         raise ConfigError(f"trainer.strategy={type(strategy).__name__} is not supported here: use {advice}")
+
+
+def check_experts_reached(strategy: Strategy, network: nn.Module) -> None:
+    """Raise ConfigError if adapters of parameters, which read them outside of the layer's forward, would find them partitioned."""
+    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3 and (names := adapted_parameters(network)):
+        raise ConfigError(
+            f"lora.targets: {len(names)} parameters such as {names[0]} are adapted, which ZeRO-3 keeps partitioned while PEFT adds the "
+            "adapters to them: train with --config configs/base/fsdp.yaml or deepspeed_zero2.yaml, or name targets without experts"
+        )
 
 
 def check_swaps_reach(strategy: Strategy, *, who: str) -> None:

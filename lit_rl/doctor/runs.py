@@ -232,7 +232,7 @@ def trainable(policy: Any) -> tuple[int, bool]:
         ends = tuple(policy.lora.named or policy.lora_targets)
         targets = rf"(?:^|\.)(?:{'|'.join(map(re.escape, ends))})\.weight$"
         adapted = [shape for name, shape in shapes.items() if len(shape) == 2 and re.search(targets, name)]
-        return policy.lora.new_rank * sum(map(sum, adapted)), style is not None
+        return (policy.lora.rank or 0) * sum(map(sum, adapted)), style is not None
     if style is None or getattr(policy, "full", False):
         return sum(_product(shape) for shape in shapes.values()), style is not None
     if style.initial:

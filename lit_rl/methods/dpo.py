@@ -201,7 +201,7 @@ class DPO(LitToken):
     def predict_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:
         raise ConfigError(
             "DPO has no engine that answers: predict with the run of a method that has one, such as configs/grpo/qwen25_7b_gsm8k.yaml, "
-            "and with this run's export as model.policy.pretrained (an adapter as lora.initial)"
+            "and with this run's export as model.policy.pretrained"
         )
 
 

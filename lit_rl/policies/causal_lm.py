@@ -17,9 +17,9 @@ from lit_rl.losses.token_logprobs import token_logprobs
 from lit_rl.policies.base import Message, TokenPolicy
 from lit_rl.policies.chat import PLAIN_TEMPLATE, prompt_ids
 from lit_rl.policies.chat_template import check_template, stored_stop_ids, turn_ends
-from lit_rl.policies.language_lora import add_language_lora, save_adapter
+from lit_rl.policies.language_lora import adapter_fields, add_language_lora, save_adapter, split_adapter
 from lit_rl.policies.lm_head import LMHead, body, own_logprobs, picked, recognized
-from lit_rl.policies.lora import LoraSettings, active_factors
+from lit_rl.policies.lora import LoraSettings, active_factors, base_name
 from lit_rl.policies.lora_sites import repeated_blocks
 from lit_rl.policies.pretrained import without_bars
 from lit_rl.policies.reply import reply
@@ -92,7 +92,8 @@ class CausalLM(TrainedPolicy, TokenPolicy):
     """A language model with its tokenizer from one folder or hub id.
 
     Args:
-        pretrained: Folder in transformers format, or hub id (owner/name).
+        pretrained: Folder in transformers format, or hub id (owner/name). Or the folder of an adapter in PEFT's format, such as an export
+            of an earlier stage: its base is read, and `lora.initial` is that folder.
         lora, keep_reference: See `TrainedPolicy`. LoRA sits on every linear layer of the blocks unless it names its targets.
         gradient_checkpointing: Recompute each block in the backward pass.
         compile: `torch.compile` each block; pays on a GPU only.
@@ -123,8 +124,11 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        base, lora, adapter = split_adapter(pretrained, lora)
         super().__init__(lora=lora, keep_reference=keep_reference)
-        self.pretrained = check_folder(pretrained)
+        self.pretrained = check_folder(base)
+        self.tokenizer_folder = str(adapter) if adapter and (adapter / "tokenizer_config.json").is_file() else self.pretrained
+        self.endings = [self.pretrained] if adapter is None else [str(adapter), self.pretrained]  # whose files name the ends of text
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_blocks = compile
         self.dtype: torch.dtype = getattr(torch, dtype)
@@ -165,7 +169,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.pretrained, **self.source)
+        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_folder, **self.source)
         if self.chat_template is not None:
             file = Path(self.chat_template).expanduser()
             tokenizer.chat_template = file.read_text() if "{" not in self.chat_template and file.is_file() else self.chat_template
@@ -179,7 +183,8 @@ class CausalLM(TrainedPolicy, TokenPolicy):
     def stop_ids(self) -> list[int]:  # type: ignore[override]
         """The tokenizer's end of text, what the model's generation_config and config name, and what ends a turn of the chat template."""
         tokens = turn_ends(self.tokenizer, **self.chat_template_kwargs).stops
-        ids = [self.tokenizer.eos_token_id, *stored_stop_ids(self.pretrained, str(self.source["revision"] or "main"))]
+        stored = [stop for place in self.endings for stop in stored_stop_ids(place, str(self.source["revision"] or "main"))]
+        ids = [self.tokenizer.eos_token_id, *stored]
         found = list(dict.fromkeys(i for i in [*ids, *self.tokenizer.convert_tokens_to_ids(list(tokens))] if i is not None))
         if not found:
             raise ConfigError(
@@ -242,7 +247,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         lm = self.network.lm
         named = {name.removeprefix("network.lm."): tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         if self.lora:
-            save_adapter(lm, folder, named, base=self.pretrained)
+            save_adapter(lm, folder, named, base=base_name(self.pretrained))
             lm.generation_config.save_pretrained(folder)  # type: ignore[operator, union-attr]  # what ends an answer now
             return
         buffers = dict(lm.named_buffers())  # type: ignore[union-attr]
@@ -251,7 +256,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         self.tokenizer.save_pretrained(folder)
 
 
-def read_lm(pretrained: str, *, dtype: torch.dtype, attention: str | None, **source: Any) -> Any:
+def read_lm(pretrained: str, *, dtype: torch.dtype | str, attention: str | None, **source: Any) -> Any:
     """A frozen model of transformers from a folder or hub id, which may read pictures too."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -279,6 +284,12 @@ def check_folder(pretrained: str) -> str:
         if len(pretrained.split("/")) == 2 and not pretrained.startswith((".", "~", "/")) and not Path(pretrained.split("/")[0]).exists():
             return pretrained
         raise ConfigError(f"pretrained: no such folder {pretrained!r}; give a folder in transformers format or a hub id like 'owner/name'")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = adapter_fields(folder).get("base_model_name_or_path")
+        raise ConfigError(
+            f"pretrained: {pretrained!r} is a LoRA adapter of {base}: give {base} here, and this folder as lora.initial; or make a "
+            f"model of both by `python -m lit_rl.merge {pretrained} --base {base} --out FOLDER`"
+        )
     if not (folder / "config.json").is_file():
         found = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing" if folder.is_dir() else "a file"
         raise ConfigError(f"pretrained: {pretrained!r} is not a transformers model: no config.json there, found {found}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.causal_lm import Dtype, check_folder, read_lm, recompute
-from lit_rl.policies.language_lora import add_language_lora
+from lit_rl.policies.language_lora import add_language_lora, merged
 from lit_rl.policies.lm_head import body
 from lit_rl.policies.lora import LoraSettings, geometry
 from lit_rl.policies.lora_sites import repeated_blocks
@@ -109,6 +109,8 @@ class Critic(nn.Module):
             return
         folder, source = (self.pretrained, self.source) if self.pretrained else (beside.pretrained, beside.source)
         lm = read_lm(folder, dtype=self.dtype if self.lora else torch.float32, attention=self.attention, **source)
+        if not self.pretrained and (first := getattr(beside.lora, "initial", None)) and getattr(self.lora, "initial", None) is None:
+            lm = merged(lm, Path(first).expanduser()).requires_grad_(False)  # the policy's initial weights, its adapter included
         if self.lora:
             add_language_lora(lm, self.lora, seed=torch.initial_seed())
             self.adapter = geometry(lm)

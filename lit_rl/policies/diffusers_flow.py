@@ -16,7 +16,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import finite_rows
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.lora import LoraSettings, add_lora, base_name
-from lit_rl.policies.pipeline_lora import load_initial, save_adapter
+from lit_rl.policies.pipeline_lora import load_initial, save_adapter, split_adapter
 from lit_rl.policies.pretrained import check_index, check_pretrained, check_resolution, component_config, vae_factor, without_bars
 from lit_rl.policies.trained import TrainedPolicy
 from lit_rl.samplers.schedules import flux_mu
@@ -35,7 +35,8 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
     """A diffusers text-to-image pipeline whose transformer predicts a velocity.
 
     Args:
-        pretrained: Folder in diffusers format, or hub id (owner/name).
+        pretrained: Folder in diffusers format, or hub id (owner/name). Or the folder of an adapter that an earlier run exported: its base
+            is read, and `lora.initial` is that folder.
         resolution: Side of the images in pixels, or (height, width).
         guidance_scale: Weight of guidance, as the pipeline understands it.
         max_sequence_length: Tokens of the T5 encoder; 0 only for a pipeline without one.
@@ -77,6 +78,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         revision: str | None = None,
         variant: str | None = None,
     ) -> None:
+        pretrained, lora = split_adapter(pretrained, lora)
         super().__init__(lora=lora, keep_reference=keep_reference)
         if guidance_scale < 0:
             raise ConfigError(f"guidance_scale: must not be negative, got {guidance_scale}; 1 is no guidance")

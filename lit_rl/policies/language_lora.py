@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError, listed
-from lit_rl.policies.lora import TRAINED, LoraSettings, adapted_name, check_initial, check_plain, inject, named_tuner_layers
+from lit_rl.policies.lora import TRAINED, LoraSettings, adapted_name, check_initial, check_plain, inject, named_tuner_layers, started_from
 from lit_rl.policies.lora_sites import coverage, default_sites, named_sites, peft_targets, reachable
 
 if TYPE_CHECKING:
@@ -34,6 +34,22 @@ def add_language_lora(lm: Any, lora: LoraSettings, *, seed: int) -> None:
         if sites.experts and lora.dropout:
             raise ConfigError("lora.dropout: fused experts take none: set it to 0, or name targets without gate_up_proj and down_proj")
         inject(lm, lora.new_config(**peft_targets(lm, sites)), seed=seed)
+
+
+def split_adapter(pretrained: str, lora: LoraSettings | None) -> tuple[str, LoraSettings | None, Path | None]:
+    """(base, settings, folder) of a `pretrained` that is an adapter's folder: its base, and settings that start from it.
+
+    Anything else comes back as it is, with None. Raises ConfigError where no adapter is to be trained, or another one is `lora.initial`.
+    """
+    folder = Path(pretrained).expanduser()
+    if not (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file():
+        return pretrained, lora, None
+    base = adapter_fields(folder).get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(
+            f"pretrained: {pretrained!r} is an adapter whose {CONFIG_FILE} names no base: give that here, and this as lora.initial"
+        )
+    return (base, *started_from(pretrained, base, lora))
 
 
 def load_initial(lm: Any, lora: LoraSettings, *, layers: set[str] | None) -> None:
@@ -110,6 +126,27 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
 
 def _without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix("base_model.model."): tensor for key, tensor in weights.items()}
+
+
+def merged(lm: Any, folder: Path) -> Any:
+    """`lm` with the adapter of a folder in its weights, as PEFT adds it. Of tied embeddings the output layer gets weights of its own."""
+    from peft import PeftModel
+
+    try:
+        model = PeftModel.from_pretrained(lm, folder)
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        raise ConfigError(f"{str(folder)!r} cannot be added to this {type(lm).__name__}: {error}") from error
+    head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
+    bare = [getattr(layer, "base_layer", layer) for layer in (head, embedding)]
+    if bare[0].weight is bare[1].weight and bare != [head, embedding]:
+        bare[0].weight = nn.Parameter(bare[0].weight.detach().clone(), requires_grad=False)
+        for config in (lm.config, lm.config.get_text_config()):
+            config.tie_word_embeddings = False
+        lm.all_tied_weights_keys = {}
+    whole = model.merge_and_unload(safe_merge=True)
+    if hasattr(whole, "peft_config"):
+        del whole.peft_config
+    return whole
 
 
 def save_adapter(lm: Any, folder: Path, weights: Mapping[str, Tensor], *, base: str) -> None:

@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,8 +57,13 @@ class LoraSettings:
     init: Literal["gaussian", "default"] = "gaussian"
     dropout: float = 0.0
     initial: str | None = None
+    given: tuple[int | None, float | None] = field(init=False, repr=False, compare=False)
+    """Rank and alpha before the values that an adapter without `initial` gets."""
 
     def __post_init__(self) -> None:
+        self.given = self.rank, self.alpha
+        if self.initial is None:
+            self.rank, self.alpha = 32 if self.rank is None else self.rank, 64.0 if self.alpha is None else self.alpha
         if self.rank is not None and self.rank < 1:
             raise ConfigError(f"lora.rank: must be at least 1, got {self.rank}")
         if self.alpha is not None and self.alpha <= 0:
@@ -77,18 +82,13 @@ class LoraSettings:
         """The targets that are named one by one."""
         return None if isinstance(self.targets, str) else self.targets
 
-    @property
-    def new_rank(self) -> int:
-        """The rank of an adapter that is drawn."""
-        return 32 if self.rank is None else self.rank
-
     def new_config(self, **targets: list[str]) -> LoraConfig:
         """Of an adapter that is drawn. targets: `target_modules`, `target_parameters` of PEFT."""
         from peft import LoraConfig
 
         return LoraConfig(
-            r=self.new_rank,
-            lora_alpha=64.0 if self.alpha is None else self.alpha,  # type: ignore[arg-type]  # peft computes with it, whole or not
+            r=self.rank,  # type: ignore[arg-type]
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # peft computes with it, whole or not
             lora_dropout=self.dropout,
             init_lora_weights="gaussian" if self.init == "gaussian" else True,
             **targets,  # type: ignore[arg-type]
@@ -185,10 +185,10 @@ def check_plain(fields: Mapping[str, Any], *, where: str) -> None:
     if (kind := fields.get("peft_type", "LORA")) != "LORA":
         raise ConfigError(f"lora.initial: {where} holds a {kind} adapter, and only LORA can be trained here")
     plain = LoraConfig().to_dict()
-    for field, value in fields.items():
-        if field not in PLACES | NOTES and value != plain.get(field) and value:
+    for name, value in fields.items():
+        if name not in PLACES | NOTES and value != plain.get(name) and value:
             raise ConfigError(
-                f"lora.initial: {where} is no plain LoRA: its configuration has {field}={value!r}, whose effect is not that of low-rank "
+                f"lora.initial: {where} is no plain LoRA: its configuration has {name}={value!r}, whose effect is not that of low-rank "
                 "matrices alone; merge it into its base with the library that made it, and start from that"
             )
     if (drawn := fields.get("init_lora_weights", True)) not in INITIALIZATIONS:
@@ -245,6 +245,11 @@ def adapted_name(name: str, layer: Any) -> str:
     return module if parameter == "weight" else f"{module}.{parameter}"
 
 
+def adapted_parameters(network: nn.Module) -> list[str]:
+    """Names of the parameters that are adapted past the layer around them: fused experts."""
+    return sorted({adapted_name(name, layer) for name, layer in named_tuner_layers(network) if hasattr(layer, "parameter_name")})
+
+
 def tuner_layers(network: nn.Module) -> list[Any]:
     return [layer for _, layer in named_tuner_layers(network)]
 
@@ -260,3 +265,19 @@ def base_name(pretrained: str | Path) -> str:
     """The name of a base model in an adapter's file: a folder as an absolute path, a hub id as it is."""
     path = Path(pretrained).expanduser()
     return str(path.absolute()) if path.exists() else str(pretrained)
+
+
+def started_from(adapter: str, base: str, lora: LoraSettings | None) -> tuple[LoraSettings, Path]:
+    """(settings, folder) of a run whose `pretrained` is an adapter of `base`: settings that start from it."""
+    if lora is None:
+        raise ConfigError(
+            f"pretrained: {adapter!r} is a LoRA adapter of {base}: set model.policy.lora, e.g. to {{}}, to go on training it, or make a "
+            f"model of both by `python -m lit_rl.merge {adapter} --base {base} --out FOLDER` and give that"
+        )
+    folder = Path(adapter).expanduser()
+    if lora.initial is not None and Path(lora.initial).expanduser().resolve() != folder.resolve():
+        raise ConfigError(
+            f"pretrained: {adapter!r} is a LoRA adapter, and lora.initial names another, {lora.initial!r}: leave lora.initial out, or "
+            f"give the base {base} as pretrained"
+        )
+    return replace(lora, rank=lora.given[0], alpha=lora.given[1], initial=adapter), folder

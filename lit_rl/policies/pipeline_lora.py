@@ -18,6 +18,7 @@ from lit_rl.policies.lora import (
     check_initial,
     check_plain,
     linear_names,
+    started_from,
     to_float32,
     tuner_layers,
 )
@@ -27,6 +28,20 @@ METADATA = "lora_adapter_metadata"
 PREFIX = "transformer."
 OTHERS = ("dora_scale", "lora_magnitude_vector", "lokr_", "hada_", "lora_te", "text_encoder", "lora_B.bias", "norm_q", "norm_k")
 """In the names of tensors that are no low-rank matrix of the transformer, and that a stock pipeline applies elsewhere or drops."""
+
+
+def split_adapter(pretrained: str, lora: LoraSettings | None) -> tuple[str, LoraSettings | None]:
+    """(base, settings) of a `pretrained` that is the folder of an adapter of ours: its base, and settings that start from it.
+
+    Anything else comes back as it is. Raises ConfigError where the adapter names no base, or none is to be trained.
+    """
+    folder = Path(pretrained).expanduser()
+    if (folder / "model_index.json").is_file() or not folder.is_dir() or not any(folder.glob("*lora*.safetensors")):
+        return pretrained, lora
+    base = adapter_metadata(adapter_file(folder)).get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f"pretrained: {pretrained!r} is a LoRA adapter that names no base: give the pipeline, and this as lora.initial")
+    return base, started_from(pretrained, base, lora)[0]
 
 
 def load_initial(pipe: Any, lora: LoraSettings) -> None:

@@ -17,7 +17,8 @@ from lit_rl.errors import ConfigError
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.lora import LoraSettings, adapted_name, named_tuner_layers
 from lit_rl.policies.lora_sites import coverage, default_sites, named_sites
-from lit_rl.policies.tiny_lm import build_lm
+from lit_rl.policies.tiny_lm import build_lm, char_tokenizer
+from lit_rl.strategies import ZeroStrategy, check_experts_reached
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -86,6 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
         if family not in made:
             made[family] = tmp_path_factory.mktemp("lm") / "model"
             new(family).save_pretrained(made[family])
+            char_tokenizer("0123456789 abcde", chat=False, max_length=64).save_pretrained(made[family])
         return made[family]
 
     return build
@@ -164,6 +166,14 @@ def test_names_choose_within_the_decoder() -> None:
 def test_fused_experts_take_no_dropout(folder: Folder) -> None:
     with pytest.raises(ConfigError, match=r"lora\.dropout: fused experts take none"):
         loaded(folder("mixtral"), lora=LoraSettings(rank=2, dropout=0.1))
+
+
+def test_zero_3_would_not_reach_fused_experts(folder: Folder) -> None:
+    lm = loaded(folder("mixtral"), lora=LoraSettings(rank=2)).network
+    check_experts_reached(ZeroStrategy(stage=2), lm)
+    with pytest.raises(ConfigError, match=r"lora\.targets: 4 parameters such as lm\.model\.layers\.0\.mlp\.experts\.down_proj"):
+        check_experts_reached(ZeroStrategy(stage=3), lm)
+    check_experts_reached(ZeroStrategy(stage=3), loaded(folder("llama"), lora=LoraSettings(rank=2)).network)
 
 
 # ---------------------------------------------------------------------- adapters from elsewhere

@@ -1,0 +1,129 @@
+"""Makes one model of a LoRA adapter and its base, for language models and image pipelines: what stock libraries load without PEFT.
+
+python -m lit_rl.merge ADAPTER --out FOLDER [--base MODEL] [--dtype bfloat16]
+
+ADAPTER: a folder in PEFT's format, or a LoRA file (or its folder) that diffusers reads. The base is the one that the adapter names, unless
+--base gives another. Weights keep the precision of the base's files; one layer after the other is merged in place, so the memory taken is
+that of the base. Large models are written in several files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def merge(adapter: Path, out: Path, *, base: str | None = None, dtype: str | None = None) -> Path:
+    """Write `out`, which must not hold anything yet, and return it. Raises ConfigError for what cannot be read or does not fit."""
+    from lit_rl.errors import ConfigError
+
+    if not adapter.exists():
+        raise ConfigError(f"no such adapter {str(adapter)!r}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} is there already: name a new folder")
+    if (adapter / "adapter_config.json").is_file():
+        _merge_language(adapter, out, base, dtype)
+    else:
+        _merge_pipeline(adapter, out, base, dtype)
+    return out
+
+
+def _merge_language(adapter: Path, out: Path, base: str | None, dtype: str | None) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from lit_rl.policies.causal_lm import check_folder, read_lm
+    from lit_rl.policies.language_lora import adapter_fields, merged
+
+    base = check_folder(_base(base, adapter_fields(adapter), adapter))
+    lm = merged(read_lm(base, dtype=dtype or "auto", attention=None), adapter)
+    if (adapter / "generation_config.json").is_file():  # the ends of text that it was trained with
+        lm.generation_config = GenerationConfig.from_pretrained(adapter)
+        lm.config.eos_token_id = lm.generation_config.eos_token_id
+    lm.save_pretrained(out)
+    source = adapter if (adapter / "tokenizer_config.json").is_file() else Path(base)
+    if not source.is_dir() or any(source.glob("tokenizer*")):
+        AutoTokenizer.from_pretrained(str(source)).save_pretrained(out)
+
+
+def _merge_pipeline(adapter: Path, out: Path, base: str | None, dtype: str | None) -> None:
+    import diffusers
+
+    import lit_rl.policies.pixel_vae  # noqa: F401  (diffusers looks it up among the imported modules)
+    from lit_rl.errors import ConfigError
+    from lit_rl.policies.lora import tuner_layers
+    from lit_rl.policies.pipeline_lora import adapter_file, adapter_metadata
+
+    file = adapter_file(adapter)
+    base = _base(base, adapter_metadata(file), adapter)
+    folder = Path(base).expanduser()
+    where = str(folder) if folder.exists() else base
+    try:
+        index = diffusers.DiffusionPipeline.load_config(where)
+        absent = {name: None for name, part in index.items() if isinstance(part, list | tuple) and part[0] is None}
+        precise = {"default": dtype} if dtype else {**{name: _stored(folder / name) for name in index if (folder / name).is_dir()}}
+        dtypes = {name: kind for name, kind in precise.items() if kind}
+        pipe: Any = diffusers.DiffusionPipeline.from_pretrained(where, dtype=_torch(dtypes), **absent)
+        pipe.load_lora_weights(str(file))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"{str(file)!r} cannot be added to {where}: {error}") from error
+    adapted = [name for name, part in pipe.components.items() if hasattr(part, "named_modules") and tuner_layers(part)]
+    if not adapted:
+        raise ConfigError(f"{str(file)!r} holds nothing that diffusers adds to the {type(pipe).__name__} of {where}")
+    pipe.fuse_lora(components=adapted, safe_fusing=True)
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(out)
+
+
+def _base(given: str | None, fields: dict[str, Any], adapter: Path) -> str:
+    from lit_rl.errors import ConfigError
+
+    base = given or fields.get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f"{str(adapter)!r} names no base: give --base MODEL")
+    return str(base)
+
+
+def _stored(component: Path) -> str | None:
+    """Precision of the weights in the folder of a pipeline's part, or None where it has none."""
+    from safetensors import safe_open
+
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    for file in sorted(component.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                return names.get(tensors.get_slice(key).get_dtype())
+    return None
+
+
+def _torch(dtypes: dict[str, str]) -> Any:
+    import torch
+
+    return {name: getattr(torch, kind) for name, kind in dtypes.items()} or None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m lit_rl.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("adapter", type=Path, help="folder of an adapter, or file of one for an image pipeline")
+    parser.add_argument("--base", help="folder or hub id; default: the one that the adapter names")
+    parser.add_argument("--out", required=True, type=Path, help="a new folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of what is written; default: that of the base's files")
+    args = parser.parse_args(argv)
+
+    from lit_rl.errors import ConfigError
+
+    try:
+        print(merge(args.adapter.expanduser(), args.out.expanduser(), base=args.base, dtype=args.dtype))
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()
