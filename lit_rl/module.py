@@ -303,6 +303,8 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             for name, value in self.step_meters.read(gather_objects).items():
                 self.log(name, value, on_step=True, on_epoch=False, prog_bar=True)
         if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # before any callback looks
+            # For names of checkpoints, as exports have them: `filename: "iteration-{iteration:.0f}"` of ModelCheckpoint; 0 is the warm-up.
+            self.log("iteration", self.iteration + 1.0, on_step=True, on_epoch=False, logger=False)
             self.report(self.meters.read(gather_objects) | self.rollout_metrics, bar=("reward_mean",))
 
     def on_train_epoch_end(self) -> None:
@@ -322,14 +324,16 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         optimizer = self.optimizer(self.parameter_groups())
         schedule = self.build_schedule(optimizer)
         self._settings = settings_of(optimizer)
-        return {"optimizer": optimizer} | ({"lr_scheduler": {"scheduler": schedule, "interval": "step"}} if schedule else {})
+        if schedule is None:
+            return {"optimizer": optimizer}
+        if isinstance(schedule, ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": self.plateau(schedule)}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def build_schedule(self, optimizer: Optimizer) -> LRScheduler | None:
+    def build_schedule(self, optimizer: Optimizer) -> LRScheduler | ReduceLROnPlateau | None:
         """`lr_scheduler`, after that of the warm-up."""
         after = self.lr_scheduler(optimizer) if self.lr_scheduler else None
-        if isinstance(after, ReduceLROnPlateau):
-            return {"optimizer": optimizer, "lr_scheduler": self.plateau(after)}
-        if not self.warmup_steps:
+        if not self.warmup_steps or isinstance(after, ReduceLROnPlateau):
             return after  # type: ignore[return-value]
         peak = 1.0 if self.warmup_lr is None else self.warmup_lr / optimizer.param_groups[0]["lr"]
         schedule = LambdaLR(

@@ -114,10 +114,11 @@ class LitPolicy(LitRL[R]):
         here = [(row.get("data_source"), i) for i, row in enumerate(prompts.info) if real[i]]
         sources = sorted({str(source) for rank in gather_objects([s for s, _ in here]) for source in rank if source is not None})
         for name, values in rewards.items():
-            self._log_scores(f"val/{name}", values[real].double(), bar=True)
+            highest = self.scores().highest.get(name)
+            self._log_scores(f"val/{name}", values[real].double(), highest=highest, bar=True)
             for source in sources:
                 rows = torch.tensor([i for s, i in here if str(s) == source], dtype=torch.long)
-                self._log_scores(f"val/{name}/{source}", values[rows].double(), bar=False)
+                self._log_scores(f"val/{name}/{source}", values[rows].double(), highest=highest, bar=False)
         self.notify("on_evaluation_end", prompts, rewards)
 
     on_test_epoch_end = on_validation_epoch_end
@@ -152,8 +153,9 @@ class LitPolicy(LitRL[R]):
         rank_zero_warn(f"{sentence}. They have no score and no part in the loss")
         return count
 
-    def _log_scores(self, name: str, values: torch.Tensor, *, bar: bool) -> None:
+    def _log_scores(self, name: str, values: torch.Tensor, *, highest: float | None, bar: bool) -> None:
+        """The mean over all processes and, of a score that has a highest value, the share of samples that reach it."""
         everywhere = torch.cat(gather_objects(values))
         scored = everywhere[~everywhere.isnan()]
-        perfect = float((scored >= 1 - 1e-6).double().mean())
-        self.report({name: float(scored.mean()), f"{name}_perfect": perfect}, bar=(name,) if bar else ())
+        full = {} if highest is None else {f"{name}_perfect": float((scored >= highest - 1e-6).double().mean())}
+        self.report({name: float(scored.mean())} | full, bar=(name,) if bar else ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -183,6 +184,23 @@ def test_unscored_images_are_not_counted_as_wrong(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, rewards={"brightness": AllRight()}, max_failed_fraction=0.5, limit_val_batches=1.0)
     (metrics,) = trainer.validate(toy_method(), data, verbose=False)
     assert metrics == {"val/brightness": 1.0, "val/brightness_perfect": 1.0}
+
+    class Unbounded(AllRight):
+        highest: Mapping[str, float] = MappingProxyType({})
+
+    trainer = toy_trainer(tmp_path, rewards={"brightness": Unbounded()}, max_failed_fraction=0.5, limit_val_batches=1.0)
+    assert trainer.validate(toy_method(), data, verbose=False) == [{"val/brightness": 1.0}]
+
+
+def test_checkpoints_are_named_by_the_iterations_behind_them(tmp_path: Path) -> None:
+    """Also those that are written at an evaluation, within the epoch."""
+    names = dict(filename="iteration-{iteration:.0f}", auto_insert_metric_name=False, save_top_k=-1)
+    newest = ModelCheckpoint(tmp_path / "all", save_on_train_epoch_end=True, **names)
+    best = ModelCheckpoint(tmp_path / "best", save_on_train_epoch_end=False, monitor="val/brightness", mode="max", **names)
+    trainer = toy_trainer(tmp_path, callbacks=[newest, best], max_epochs=3, limit_val_batches=1.0, enable_checkpointing=True)
+    trainer.fit(toy_method(warmup_steps=2), ToyData())
+    for folder in ("all", "best"):
+        assert sorted(file.name for file in (tmp_path / folder).iterdir()) == [f"iteration-{i}.ckpt" for i in range(3)]
 
 
 def test_dance_grpo_decodes_the_predicted_clean_image(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ class Brightness(Reward):
 
     outputs = ("brightness",)
 
+    highest = MappingProxyType({"brightness": 1.0})
+
     def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
         return {"brightness": media.double().flatten(1).mean(1) / 255}
 
