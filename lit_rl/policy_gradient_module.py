@@ -225,8 +225,8 @@ class LitPolicyGradient(LitGeneration):
         return losses, batch.weights
 
     def track(self, metrics: dict[str, Tensor], batch: Minibatch) -> None:
-        """Take note of means over the tokens of a minibatch."""
-        self.meters.mean(metrics, weight=batch.mask.sum())
+        """Take note of means over the tokens of a minibatch; one without weight, which only fills up, does not count."""
+        self.meters.mean(metrics, weight=(batch.mask & (batch.weights != 0)).sum())
 
     def forward_policy(self, batch: Minibatch) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities Float "N S" as the policy has them now, and the entropies where they are in the loss."""

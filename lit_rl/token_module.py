@@ -195,7 +195,7 @@ class LitToken(LitPolicy[TokenRollout]):
         preference = None if rollout.preference is None else rollout.preference[rows]
         lengths = rollout.lengths[rows]
         weighed = torch.ones_like(rollout.lengths, dtype=torch.bool) if rollout.weights is None else (rollout.weights != 0).any(1)
-        used = kept & weighed[rows]
+        used = weighed[rows]
         if not used.all():  # the beginning of a sequence that trains, in the place of each that does not: 0 x NaN is NaN
             instead = weighed.nonzero()[:1, 0]
             rows = torch.where(used, rows, instead if len(instead) else rows)
@@ -203,6 +203,8 @@ class LitToken(LitPolicy[TokenRollout]):
         width = int(lengths.max())
         streams = {name: None if (v := getattr(rollout, name)) is None else v[rows, : width - 1] for name in STREAMS}
         streams = {name: None if v is None else torch.where(used[:, None], v, torch.zeros_like(v)) for name, v in streams.items()}
+        if streams["weights"] is not None:
+            streams["weights"] = streams["weights"].where(kept[:, None], 0.0)
         return TokenBatch(tokens=rollout.tokens[rows, :width], lengths=lengths, preference=preference, **streams)
 
     def finite(self, rollout: TokenRollout) -> Tensor:
