@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from datamodules.lazy import Box, Size, size_of, white_of
+from datamodules.lazy import Box, Size, check_frames, size_of, white_of
+from datamodules.text_encoding import read_text
 from lit_rl.errors import ConfigError
 
 REQUIRED = ("source", "mask", "text")
@@ -77,7 +78,7 @@ def read_rows(path: Path) -> tuple[list[Raw], Path]:
         raise ConfigError(
             f"{path}: inpainting items are read from .json and .jsonl files and benchmark folders ({' or '.join(BENCHMARKS)})"
         )
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path)
     rows, root = _jsonl(path, text) if path.suffix == ".jsonl" else _json(path, text)
     if not rows:
         raise ConfigError(f"{path}: holds no items")
@@ -128,7 +129,7 @@ def read_benchmark(folder: Path) -> list[Raw]:
     for file in lists:
         cross = file.name == BENCHMARKS[1]
         line_format = re.compile(r"([^-,\s]+)-([^-\s]+)-(.+)" if cross else r"([^-,\s]+)-()(.+)")
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        for number, line in enumerate(read_text(file).split("\n"), start=1):
             if not line.strip():
                 continue
             parts = line_format.fullmatch(line.strip())
@@ -254,6 +255,7 @@ def _picture(path: Path) -> Size | str:
         return f"no such file {path}"
     try:
         with Image.open(path) as image:
+            check_frames(image)
             return size_of(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return f"{path} is not an image that can be read ({error})"

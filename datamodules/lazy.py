@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
+from lit_rl.rewards.images import lossy
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -102,7 +104,7 @@ def unreadable(readers: Iterable[Reader]) -> list[str]:
 
 
 def read_picture(path: Path, size: Size | None, box: Box | None, longest: int | None, *, where: str) -> Tensor:
-    """An image file -> RGB uint8 "3 H W", turned upright as its EXIF says, transparency over white, 16 bits of grey as 8.
+    """An image file -> RGB uint8 "3 H W", turned upright as its EXIF says, transparency over white, deep grey as 8 bits.
 
     box: cut this out first. size: then stretch to it. longest: or scale down to so many pixels of the longer side.
     """
@@ -130,10 +132,16 @@ def read_mask(path: Path, size: Size, *, where: str) -> Tensor:
 def white_of(mask: Any) -> Any:
     """What an open Pillow image masks, upright: "L", 255 wherever it is neither black nor transparent, 0 elsewhere.
 
-    Black in a JPEG is not exactly black around an edge: there from half white on.
+    Black in a lossy file (JPEG, JPEG 2000, WebP) is not exactly black around an edge: there from half white on.
     """
-    least = 128 if mask.format == "JPEG" else 1
-    return _opaque(_upright(mask), "black").convert("L").point(lambda value: 255 if value >= least else 0)
+    import numpy as np
+    from PIL import Image
+
+    least = 128 if lossy(mask) else 1
+    if _deep(mask):
+        values = np.nan_to_num(np.asarray(_upright(mask), dtype=np.float64))
+        return Image.fromarray(np.where(values >= values.max() / 2 if least > 1 else values != 0, 255, 0).astype(np.uint8))
+    return _opaque(_upright(mask), "black").convert("RGB").convert("L").point(lambda value: 255 if value >= least else 0)
 
 
 def size_of(image: Any) -> Size:
@@ -148,16 +156,24 @@ def _orientation(image: Any) -> int:
     return int(image.getexif().get(0x0112, 1))
 
 
-def _opened(path: Path, where: str) -> Any:
-    """The decoded image."""
+@contextmanager
+def _opened(path: Path, where: str) -> Iterator[Any]:
+    """The decoded image. Raises ConfigError for one that cannot be decoded, or not be turned into what is made of it."""
     from PIL import Image
 
     try:
-        image = Image.open(path)
-        image.load()
+        with Image.open(path) as image:
+            check_frames(image)
+            image.load()
+            yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's words for a broken file
         raise ConfigError(f"{where}: {path} cannot be read ({error}); write the image again or take the item out") from error
-    return image
+
+
+def check_frames(image: Any) -> None:
+    """Raise ValueError for an open Pillow image that is several pictures."""
+    if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):  # a photo with a preview; layers
+        raise ValueError(f"it holds {image.n_frames} frames; save the one that is meant")
 
 
 def _upright(image: Any) -> Any:
@@ -170,12 +186,32 @@ def _opaque(image: Any, background: str) -> Any:
     """8 bits per channel, with what is transparent laid over `background`."""
     from PIL import Image
 
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would cut off all that is above 255
-        return image.point(lambda value: value / 257 + 0.5).convert("L")
+    if _deep(image):
+        return _eight_bits(image)
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return image
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba)
+
+
+def _deep(image: Any) -> bool:
+    """Whether an image is grey with more than 8 bits: Pillow's own conversion would cut off all that is above 255."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _eight_bits(image: Any) -> Any:
+    """A deep image as "L". White is 65535 in 16 bits; in floats and 32 bits the least of 1 (floats), 255, 65535 and 2^32 - 1 above all."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return image.point(lambda value: value / 257 + 0.5).convert("L")
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() >= 2**32:
+        raise ValueError(f"its values reach from {values.min():g} to {values.max():g}; save it with 8 or 16 bits")
+    tops = [1.0] * (image.mode == "F") + [255.0, 65535.0, 2**32 - 1.0]
+    top = next(top for top in tops if values.max() <= top)
+    return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
 
 def _pixels(image: Any) -> Tensor:

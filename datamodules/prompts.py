@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from datamodules.base import PromptDataModule
+from datamodules.text_encoding import read_text
 from lit_rl.errors import ConfigError
 from lit_rl.types import Info
 
@@ -40,8 +41,8 @@ class PromptFiles(PromptDataModule):
         shuffle: bool = True,
         seed: int = 0,
     ) -> None:
-        if train is not None and Path(train).is_dir():
-            folder = Path(train)
+        if train is not None and Path(train).expanduser().is_dir():
+            folder = Path(train).expanduser()
             train = str(_split_file(folder, "train"))
             val = val or str(_split_file(folder, "test", "val"))
         splits = [_placed_prompts(Path(p), prompt_key=prompt_key) if p else {} for p in (train, val, predict)]
@@ -62,12 +63,13 @@ def read_prompts(path: Path, *, prompt_key: str = "prompt") -> list[Info]:
 
 def _placed_prompts(path: Path, *, prompt_key: str) -> dict[str, Info]:
     """The same by file and line."""
+    path = path.expanduser()
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder")
     if path.suffix not in SUFFIXES or path.is_dir():
         raise ConfigError(f"{path}: prompts are read from {' or '.join(SUFFIXES)} files")
     rows: dict[str, Info] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):  # splitlines() would cut at U+2028
+    for number, line in enumerate(read_text(path).split("\n"), start=1):  # splitlines() would cut at U+2028
         if line.strip():
             where = f"{path}:{number}"
             rows[where] = _row(line, where, prompt_key) if path.suffix == ".jsonl" else MappingProxyType({"prompt": line.strip()})

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, overload
 
+from datamodules.text_encoding import read_text
 from lit_rl.errors import ConfigError, listed
 from lit_rl.types import Info
 
@@ -182,7 +183,7 @@ def open_file(path: Path, problems: list[str]) -> TextFile:
     """The rows of a file; lines that are not JSON become problems."""
     if path.suffix == ".parquet":
         return TextFile(path, _Parquet(path), None)
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path)
     if path.suffix == ".json":
         try:
             content = json.loads(text)

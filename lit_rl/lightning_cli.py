@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import time
@@ -12,7 +13,9 @@ from typing import Any
 from unittest.mock import patch
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -78,6 +81,10 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning would replace the hyper-parameters of the YAML and the command line by the checkpoint's; a run means what it says."""
 
+    def parse_arguments(self, *args: Any, **kwargs: Any) -> None:
+        super().parse_arguments(*args, **kwargs)
+        expand_home(self.config)
+
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
@@ -89,6 +96,8 @@ class CLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except TypeError as error:  # how Lightning refuses `devices: many`
             raise ConfigError(str(error)) from error
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning's own would still write last.ckpt at the end
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
         AtomicCheckpointIO.install(trainer)
         return trainer
 
@@ -160,3 +169,15 @@ class CLI(LightningCLI):
             launcher.kill(signal.SIGKILL)
         sys.stderr.write(f"error: {message}\n")
         raise SystemExit(code)
+
+
+def expand_home(values: Any) -> Any:
+    """A parsed configuration in which every text that begins with `~/` is a path in the home folder. Changes it in place."""
+    if isinstance(values, str):
+        return os.path.expanduser(values) if values == "~" or values.startswith("~/") else values
+    if isinstance(values, Namespace | dict):
+        keys: Any = vars(values) if isinstance(values, Namespace) else values
+        keys.update({key: expand_home(value) for key, value in keys.items()})
+    elif isinstance(values, list):
+        values[:] = map(expand_home, values)
+    return values

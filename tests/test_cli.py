@@ -122,6 +122,25 @@ def test_help_without_a_class_says_how(capsys: pytest.CaptureFixture[str], monke
     assert f"error: {option} shows what a class takes: name one, e.g. --model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("batches", ["true", "3"])
+def test_a_fast_dev_run_trains_and_leaves_nothing(cli: Any, tmp_path: Path, batches: str) -> None:
+    run = cli("fit", toy_config(tmp_path), "--trainer.fast_dev_run", batches)
+    assert run.trainer.global_step == 1 and not (tmp_path / "checkpoints").exists()
+    cli("fit", toy_config(tmp_path), "--trainer.fast_dev_run", batches)  # nothing of the first is in its way
+    with pytest.raises(SystemExit):
+        cli("fit", toy_config(tmp_path), "--trainer.max_steps", "1")
+
+
+def test_the_home_folder_in_any_option(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.txt").write_text("1\n2\n3\n4\n")
+    config = toy_config(Path("~/run"))
+    config["data"] = {"class_path": "datamodules.prompts.PromptFiles", "init_args": {"train": "~/p.txt"}}
+    run = cli("fit", config, "--trainer.max_epochs", "1", "--images.output_dir", "~/pictures")
+    assert run.trainer.default_root_dir == str(tmp_path / "run") and run.config.fit.images.output_dir == str(tmp_path / "pictures")
+    assert (tmp_path / "run/checkpoints/last.ckpt").is_file() and not Path("~").exists()
+
+
 def test_one_seed_reaches_method_and_data(cli: Any, tmp_path: Path) -> None:
     run = cli("fit", toy_config(tmp_path), "--seed_everything", "7")
     assert run.model.seed == run.datamodule.seed == 7

@@ -149,7 +149,21 @@ def test_masks_are_what_people_see_in_whatever_way_they_were_saved(folder: Path)
     Image.fromarray(box).save(folder / "imgs/rings.jpg", quality=85)
     assert (np.asarray(Image.open(folder / "imgs/rings.jpg"))[box == 0] > 0).any(), "or the test would test nothing"
     save(folder / "imgs/deep.png", box.astype(np.uint16) * 257)
-    masks = ["layer.png", "turned.webp", "rings.jpg", "deep.png"]
+    save(folder / "imgs/labels.png", box.astype(np.uint16) // 255)
+    save(folder / "imgs/ones.png", box // 255)
+    Image.fromarray(box).save(folder / "imgs/rings.webp", quality=40)
+    Image.fromarray(box).save(folder / "imgs/rings.jp2", quality_mode="rates", quality_layers=[3], irreversible=True)
+    Image.fromarray(box).convert("RGB").save(folder / "imgs/rings.tiff", compression="jpeg", quality=60)
+    assert all((np.asarray(Image.open(folder / f"imgs/rings.{kind}").convert("L"))[box == 0] > 0).any() for kind in ("webp", "jp2", "tiff"))
+    Image.fromarray(box.astype(np.float32) / 255).save(folder / "imgs/float.tiff")
+    Image.fromarray(box.astype(np.int32) * 257).save(folder / "imgs/int.tiff")
+    Image.fromarray(box).convert("1").save(folder / "imgs/bits.png")
+    palette = Image.fromarray(box // 255, mode="P")
+    palette.putpalette([0, 0, 0, 128, 0, 0])
+    palette.save(folder / "imgs/palette.png")
+    Image.fromarray(box).convert("RGB").convert("CMYK").save(folder / "imgs/cmyk.tiff")
+    masks = ["layer.png", "turned.webp", "rings.jpg", "deep.png", "labels.png", "ones.png", "rings.webp", "rings.jp2", "rings.tiff"]
+    masks += ["float.tiff", "int.tiff", "bits.png", "palette.png", "cmyk.tiff"]
     for name, row in zip(masks, data(write(folder, *[item(mask=name) for name in masks])).train_prompts, strict=True):
         assert torch.equal(row["mask"], torch.from_numpy(box)), name
         assert torch.equal(row["reference"], pixels(noise(0)[4:12, 10:30])), f"the box of {name}"
@@ -158,8 +172,30 @@ def test_masks_are_what_people_see_in_whatever_way_they_were_saved(folder: Path)
 def test_sixteen_bits_of_grey_become_eight(folder: Path) -> None:
     grey = noise(3)[..., 0]
     save(folder / "imgs/deep.png", grey.astype(np.uint16) * 257)
-    (row,) = data(write(folder, item(source="deep.png"))).train_prompts
-    assert torch.equal(row["source"], torch.from_numpy(grey).expand(3, -1, -1))
+    grey[0, 0] = 255
+    for name, values in {
+        "float.tiff": grey / np.float32(255),
+        "levels.tiff": grey.astype(np.float32),
+        "int.tiff": grey.astype(np.int32),
+    }.items():
+        Image.fromarray(values.astype(np.float32 if name != "int.tiff" else np.int32)).save(folder / "imgs" / name)
+    Image.fromarray(grey.astype(np.int32) * 257).save(folder / "imgs/wide.tiff")
+    save(folder / "imgs/deep.png", grey.astype(np.uint16) * 257)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "imgs/deep.tiff")
+    names = ["deep.png", "deep.tiff", "float.tiff", "levels.tiff", "int.tiff", "wide.tiff"]
+    for name, row in zip(names, data(write(folder, *[item(source=name) for name in names])).train_prompts, strict=True):
+        assert torch.equal(row["source"], torch.from_numpy(grey).expand(3, -1, -1)), name
+
+
+def test_pictures_that_are_several_or_have_no_colours_are_refused(folder: Path) -> None:
+    frames = [Image.fromarray(noise(i)) for i in range(2)]
+    for name in ("two.gif", "two.webp", "two.png", "two.tiff"):
+        frames[0].save(folder / "imgs" / name, save_all=True, append_images=frames[1:])
+        with pytest.raises(ConfigError, match=f"source: .*{name} is not an image that can be read .it holds 2 frames"):
+            data(write(folder, item(source=name)))
+    Image.fromarray(noise(0)[..., 0].astype(np.float32) - 1e6).save(folder / "imgs/below.tiff")
+    wrong = data(write(folder, item(source="below.tiff"))).unreadable()[0]
+    assert "its values reach from -999999 to" in wrong
 
 
 # ------------------------------------------------------------------ formats

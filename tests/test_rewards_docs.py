@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def python(folder: Path, *words: str, code: int = 0) -> str:
-    done = subprocess.run([sys.executable, *words], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -107,6 +107,7 @@ def test_a_server_of_ones_own_and_curl(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_from_python_and_one_from_the_command_line(folder: Path) -> None:
     build_sd3(folder / "models/stable-diffusion-3.5-medium", height=16, width=16)
     (folder / "prompts.txt").write_text("a\nb\nc\nd\n")

@@ -16,6 +16,7 @@ from lit_rl.doctor import machine, servers
 from lit_rl.doctor.report import Finding, as_json, count, problem, show
 from lit_rl.errors import ConfigError
 from lit_rl.own_code import use_working_folder
+from lit_rl.rewards.addresses import token_from_environment
 from lit_rl.rewards.gpus import gpus
 
 
@@ -57,12 +58,16 @@ def findings(args: argparse.Namespace, rest: Sequence[str]) -> Iterator[Finding]
         train = run.gpu_ids()
     if train or launch:
         yield from servers.shared(train, launch, found=found)
-    port = args.port or os.environ.get("REWARD_SERVER_PORT", "8000")
+    port = args.port or os.environ.get("REWARD_SERVER_PORT", "8000").strip(" ,\r\n")
     if launch and str(port).isdecimal():
         yield from servers.ports(launch, first=int(port))
     if args.urls or not run:
-        processes = len(train) or len(launch) or 1
-        yield from servers.of_environment(args.urls, processes=processes, token=os.environ.get("REWARD_TOKEN"))
+        processes, token = len(train) or len(launch) or 1, None
+        try:
+            token = token_from_environment("REWARD_TOKEN")
+        except ConfigError as error:
+            yield problem("reward servers", str(error))
+        yield from servers.of_environment(args.urls, processes=processes, token=token)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

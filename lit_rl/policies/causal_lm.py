@@ -172,7 +172,9 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_folder, **self.source)
         if self.chat_template is not None:
             file = Path(self.chat_template).expanduser()
-            tokenizer.chat_template = file.read_text() if "{" not in self.chat_template and file.is_file() else self.chat_template
+            tokenizer.chat_template = (
+                file.read_text(encoding="utf-8-sig") if "{" not in self.chat_template and file.is_file() else self.chat_template
+            )
         elif tokenizer.chat_template is None:
             log.info("%s has no chat template: conversations are written out as `user: ...`, `assistant: ...`", self.pretrained)
             tokenizer.chat_template = PLAIN_TEMPLATE

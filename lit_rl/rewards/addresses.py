@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import http.client
+import ipaddress
 import json
 import logging
 import os
@@ -20,17 +21,23 @@ log = logging.getLogger(__name__)
 
 
 def parse_urls(urls: str | Sequence[str]) -> list[str]:
-    """`host:port`, `http(s)://host:port[/score]`, ranges `host:8000-8003`, comma lists of them -> base URLs without a trailing slash."""
+    """`host:port`, `http(s)://host:port[/score]`, ranges `host:8000-8003`, comma lists of them -> base URLs without a trailing slash.
+
+    An IPv6 address that a port follows stands in brackets.
+    """
     found = []
-    for url in (part for given in ([urls] if isinstance(urls, str) else urls) for part in given.split(",")):
-        match = re.fullmatch(r"(?:(https?)://)?([^/:\s]+|\[[0-9a-fA-F:]+\])(?::(\d+)(?:-(\d+))?)?(/\S*)?", url.strip())
+    for url in (part.strip() for given in ([urls] if isinstance(urls, str) else urls) for part in given.strip(" \t\r\n,").split(",")):
+        match = re.fullmatch(r"(?:(https?)://)?([^/:\s]+|\[[0-9a-fA-F:.]+\])(?::(\d+)(?:-(\d+))?)?(/\S*)?", _bracketed(url))
         if match is None:
-            raise ConfigError(f"urls: {url!r} is not http(s)://host:port, host:port or host:first-last")
+            hint = "; write an IPv6 address as [::1]:8000" if url.count(":") > 2 else ""
+            raise ConfigError(f"urls: {url!r} is not http(s)://host:port, host:port or host:first-last{hint}")
         scheme, host, first, last, path = match.groups()
         path = re.sub(r"/(score|v1/score_batch)$", "", (path or "").rstrip("/"))
         ports = [f":{p}" for p in range(int(first), int(last or first) + 1)] if first else [""]
         if not ports:
             raise ConfigError(f"urls: {url!r} ends its range of ports before its start")
+        if first and not 1 <= int(first) <= int(last or first) <= 65535:
+            raise ConfigError(f"urls: {url!r}: ports are 1 to 65535")
         found += [f"{scheme or 'http'}://{host}{port}{path}" for port in ports]
     if not found:
         raise ConfigError("urls is empty; give at least one server, e.g. urls: 127.0.0.1:8000")
@@ -39,13 +46,45 @@ def parse_urls(urls: str | Sequence[str]) -> list[str]:
 
 def urls_from_environment(world_size: int) -> list[str]:
     """$REWARD_SERVER_URLS (a comma list); else one port per process, $REWARD_SERVER_HOST:$REWARD_SERVER_PORT (127.0.0.1:8000) and up."""
-    listed = os.environ.get("REWARD_SERVER_URLS")
-    if listed:
+    if listed := _variable("REWARD_SERVER_URLS"):
         return listed.split(",")
-    host, port = os.environ.get("REWARD_SERVER_HOST", "127.0.0.1"), os.environ.get("REWARD_SERVER_PORT", "8000")
-    if not port.isdecimal():
+    host = _variable("REWARD_SERVER_HOST") or "127.0.0.1"
+    port = _variable("REWARD_SERVER_PORT") or "8000"
+    if "," in host:
+        raise ConfigError(
+            f"REWARD_SERVER_HOST={host} in the environment names several hosts; list them with their ports in REWARD_SERVER_URLS"
+        )
+    if not (port.isascii() and port.isdecimal()):
         raise ConfigError(f"REWARD_SERVER_PORT={port} in the environment is not a number; it is the port of the first server")
-    return [f"{host}:{int(port) + i}" for i in range(world_size)]
+    if not 1 <= int(port) <= 65536 - world_size:
+        raise ConfigError(
+            f"REWARD_SERVER_PORT={port} in the environment is not a port; it is that of the first server, and each of the "
+            f"{world_size} processes asks the next one"
+        )
+    return [f"{_bracketed(host.rstrip('/'))}:{int(port) + i}" for i in range(world_size)]
+
+
+def token_from_environment(variable: str) -> str | None:
+    """The bearer token that a variable of the environment holds, without white space around it. Raises ConfigError for what is none."""
+    token = os.environ.get(variable, "").strip()
+    if not all("!" <= letter <= "~" for letter in token):
+        raise ConfigError(f"{variable} in the environment is no token: it holds white space, or letters other than those of ASCII")
+    return token or None
+
+
+def _variable(name: str) -> str:
+    """A variable of the environment without spaces and commas around it."""
+    return os.environ.get(name, "").strip(" \t\r\n,")
+
+
+def _bracketed(host: str) -> str:
+    """An IPv6 address in brackets; anything else as it is."""
+    scheme, separator, rest = host.rpartition("://")
+    try:
+        ipaddress.IPv6Address(rest)
+    except ValueError:
+        return host
+    return f"{scheme}{separator}[{rest}]"
 
 
 def servers_of_rank(urls: Sequence[str], *, rank: int, world_size: int, mapping: str) -> list[str]:

@@ -23,7 +23,7 @@ import numpy as np
 from aiohttp import web
 
 from lit_rl.rewards.batching import Batcher, Row
-from lit_rl.rewards.images import ImageError, decode_base64, decode_image, mask_problem, pixel_error
+from lit_rl.rewards.images import ImageError, decode_base64, decode_image, decode_mask, mask_problem, pixel_error
 from lit_rl.rewards.metrics import Metrics
 from lit_rl.rewards.serving import REQUEST_ID, ApiError, check_content_type, guard, read_body, whole_number
 from lit_rl.rewards.wire import MAX_PROMPT, Batch, WireError, decode_batch, is_text
@@ -174,7 +174,7 @@ def _decode_single(body: bytearray, *, max_pixels: int) -> tuple[np.ndarray, dic
         raise ApiError(422, "bad_request", f"a prompt must be valid Unicode of at most {MAX_PROMPT} characters")
     image = decode_image(decode_base64(texts["image"]), max_pixels=max_pixels)
     if texts["mask"]:
-        info["mask"] = decode_image(decode_base64(texts["mask"]), max_pixels=max_pixels, under="black").max(-1)
+        info["mask"] = decode_mask(decode_base64(texts["mask"]), max_pixels=max_pixels)
         if (wrong := _mask_error(info["mask"], image)) is not None:
             raise wrong
     return image, info

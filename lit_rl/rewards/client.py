@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.rewards.addresses import check_health, check_outputs, parse_urls, servers_of_rank, urls_from_environment
+from lit_rl.rewards.addresses import check_health, check_outputs, parse_urls, servers_of_rank, token_from_environment, urls_from_environment
 from lit_rl.rewards.answers import TooMuch, read_answer, retry_after
 from lit_rl.rewards.base import Reward, RewardError
 from lit_rl.rewards.breaker import Breaker, ServerDown
@@ -176,7 +176,7 @@ class HTTPReward(Reward):
     # -- on the scoring loop
 
     def _headers(self) -> dict[str, str]:
-        token = os.environ.get(self.token_env)
+        token = token_from_environment(self.token_env)
         return {"Authorization": f"Bearer {token}"} if token else {}
 
     def _connect(self) -> _Pool:

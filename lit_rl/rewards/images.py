@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,22 +43,43 @@ def mask_problem(mask: Any, height: int, width: int) -> str | None:
 
 
 def decode_base64(text: str) -> bytes:
-    """Base64, with or without a `data:...;base64,` prefix."""
-    if text.startswith("data:"):
+    """Base64, in lines or not, with or without a `data:...;base64,` prefix."""
+    if text.lstrip()[:5].lower() == "data:":
         text = text.partition(",")[2]
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)
     except ValueError as error:
         raise ImageError("bad_image", f"`image` is not base64: {error}") from error
 
 
+def lossy(image: Any, data: bytes | None = None) -> bool:
+    """Whether an open Pillow image comes from a file in which black is not exactly black around an edge. data: the file's bytes."""
+    if image.format == "WEBP":
+        head = Path(image.filename).read_bytes() if data is None else data
+        return b"VP8L" not in head[:64]  # behind VP8X and a profile it would be farther; such a file counts as lossy
+    if image.format == "TIFF":
+        return image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
+    return image.format in ("JPEG", "MPO", "JPEG2000", "AVIF", "HEIF")
+
+
+def decode_mask(data: bytes, *, max_pixels: int) -> np.ndarray:
+    """As `decode_image`, to uint8 [H, W]: 255 where the mask is neither black nor transparent, in lossy files where it is half white."""
+    from PIL import Image
+
+    pixels = decode_image(data, max_pixels=max_pixels, under="black").max(-1)
+    with Image.open(BytesIO(data), formats=FORMATS) as image:
+        least = 128 if lossy(image, data) else 1
+    return np.where(pixels >= least, 255, 0).astype(np.uint8)
+
+
 def decode_image(data: bytes, *, max_pixels: int, under: str = "white") -> np.ndarray:
-    """PNG, JPEG or WebP of one frame with 8 bits per channel -> RGB uint8 [H, W, 3]; transparency is laid over the colour `under`.
+    """PNG, JPEG or WebP of one frame with 8 bits per channel -> RGB uint8 [H, W, 3], upright as its EXIF says; transparency is laid over
+    the colour `under`.
 
     Raises ImageError. The size is read from the header first: 20 kB of PNG can claim 13000 x 13000 pixels, for which Pillow only warns
     while it allocates 800 MB.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
@@ -76,9 +98,10 @@ def decode_image(data: bytes, *, max_pixels: int, under: str = "white") -> np.nd
             raise ImageError("bad_image", f"the image has mode {image.mode}; 8 bits per channel RGB, RGBA or grey are taken")
         try:
             image.load()
+            upright = ImageOps.exif_transpose(image)
         except Exception as error:
             raise ImageError("bad_image", f"the image cannot be decoded: {str(error)[:120]}") from error
         if image.mode in ("RGBA", "LA"):
-            rgba = image.convert("RGBA")
+            rgba = upright.convert("RGBA")
             return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, under), rgba).convert("RGB"))
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(upright.convert("RGB"))

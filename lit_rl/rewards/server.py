@@ -68,6 +68,10 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive")
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port is {args.port}; ports are 1 to 65535, or 0 for a free one")
+    args.host = args.host.strip().strip("[]")
+    args.token = (args.token or "").strip() or None
+    if args.token and not all("!" <= letter <= "~" for letter in args.token):
+        raise ValueError("the token holds white space, or letters other than those of ASCII, which no request can carry; choose another")
     if args.host not in LOOPBACK and not args.token and not args.no_auth:
         raise ValueError(
             f"--host {args.host} lets other machines in; give --token or set REWARD_TOKEN, or say --no-auth if the network is private"
@@ -75,7 +79,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not isinstance(args.scorer_args, dict) or not all(isinstance(v, dict) for v in args.scorer_args.values()):
         raise ValueError("""--scorer-args must map scorers to options, e.g. '{"ocr": {"detect": false}}'""")
     default = "ocr,vlm" if args.vlm_model_path else "ocr"
-    args.scorers = [name for name in (args.scorers or default).split(",") if name]
+    args.scorers = [name for name in map(str.strip, (args.scorers or default).split(",")) if name]
     if args.vlm_model_path:
         args.scorer_args.setdefault("vlm", {})["model_path"] = args.vlm_model_path
     scorers.check(args.scorers, args.scorer_args)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from lit_rl.rewards.addresses import token_from_environment
 from lit_rl.rewards.answers import TooMuch, read_answer, retry_after
 from lit_rl.rollouts.base import RolloutError
 from lit_rl.rollouts.dialects import Unreadable, Unusable
@@ -68,7 +68,7 @@ class Connection:
     def _session(self) -> aiohttp.ClientSession:
         import aiohttp
 
-        token = os.environ.get(self.token_env)
+        token = token_from_environment(self.token_env)
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
         return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=self.concurrency), headers=headers, auto_decompress=False)
 

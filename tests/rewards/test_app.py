@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lit_rl.rewards.app import Limits, RewardApp, make_runner
 from lit_rl.rewards.batching import Model
 from lit_rl.rewards.client import HTTPReward
-from lit_rl.rewards.images import ImageError
+from lit_rl.rewards.images import ImageError, decode_base64, decode_image, decode_mask
 from lit_rl.rewards.ocr import OCRReward
 from lit_rl.rewards.pseudo import PseudoReward
 from lit_rl.rewards.scorers import score_images
@@ -472,6 +472,33 @@ async def test_a_png_bomb_is_refused_without_being_inflated() -> None:
 
 
 IMAGE = picture(16, 16)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+def test_pictures_and_masks_are_upright_and_noise_is_no_mask(kind: str) -> None:
+    """A picture and its mask taken sideways (EXIF 6); black around an edge of a lossy mask is not exactly black."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    box = np.zeros((32, 48), np.uint8)
+    box[8:16, 16:32] = 255
+    options = {"exif": exif} | ({} if kind == "PNG" else {"quality": 70})
+    data = png(np.rot90(box).copy(), format=kind, **options)
+    assert np.array_equal(decode_mask(data, max_pixels=1 << 20), box)
+    assert np.abs(decode_image(data, max_pixels=1 << 20).astype(int) - box[..., None]).mean() < 12
+    assert np.array_equal(decode_mask(png(box // 255), max_pixels=1 << 20), box), "0 and 1 of a file without losses"
+
+
+def test_base64_as_tools_write_it() -> None:
+    data = bytes(range(256))
+    for text in (
+        base64.encodebytes(data).decode(),
+        base64.b64encode(data).decode() + "\r\n",
+        base64.encodebytes(data).decode().replace("\n", "\r\n"),
+    ):
+        assert decode_base64(text) == decode_base64(f"data:image/png;base64,{text}") == decode_base64(f"\nDATA:;base64,\n{text}") == data
+    for text in ("a*b=", "abc"):
+        with pytest.raises(ImageError, match="not base64"):
+            decode_base64(text)
 
 
 @pytest.mark.parametrize(

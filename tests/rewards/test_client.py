@@ -17,10 +17,12 @@ import torch
 from fault_proxy import Fault, FaultProxy, RedServer, red_images
 
 from lit_rl.errors import ConfigError
-from lit_rl.rewards.addresses import check_health, check_outputs, parse_urls, servers_of_rank, urls_from_environment
+from lit_rl.rewards.addresses import check_health, check_outputs, parse_urls, servers_of_rank, token_from_environment, urls_from_environment
 from lit_rl.rewards.base import RewardError
 from lit_rl.rewards.breaker import Breaker, ServerDown
 from lit_rl.rewards.client import HTTPReward
+from lit_rl.rewards.server import check_arguments
+from lit_rl.rewards.server import parser as server_parser
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,11 @@ def expected(reds: list[int]) -> list[float]:
         ("http://judge:1/reward/v1/score_batch", ["http://judge:1/reward"]),
         ("10.0.0.5:8000-8002", ["http://10.0.0.5:8000", "http://10.0.0.5:8001", "http://10.0.0.5:8002"]),
         (["a:1", "http://[::1]:2"], ["http://a:1", "http://[::1]:2"]),
+        ("a:1, b:2 ,\n", ["http://a:1", "http://b:2"]),
+        (["a:1,", " b:2 "], ["http://a:1", "http://b:2"]),
+        ("::1", ["http://[::1]"]),
+        ("[fe80::1]:8000-8001", ["http://[fe80::1]:8000", "http://[fe80::1]:8001"]),
+        ("[::ffff:10.0.0.5]:8000", ["http://[::ffff:10.0.0.5]:8000"]),
         ("http://a:1/score, http://a:2/score", ["http://a:1", "http://a:2"]),  # as the old trainer's --reward_server_url
     ],
 )
@@ -72,7 +79,50 @@ def test_addresses_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
         HTTPReward()
 
 
-@pytest.mark.parametrize("given", ["", "a:1,,b:1", "ftp://a:1", "a:b", "a:9-8", "http://a b", []])
+@pytest.mark.parametrize(
+    ("variables", "urls"),
+    [
+        ({"REWARD_SERVER_HOST": "::1"}, ["http://[::1]:8000", "http://[::1]:8001"]),
+        ({"REWARD_SERVER_HOST": "[::1]", "REWARD_SERVER_PORT": "9000"}, ["http://[::1]:9000", "http://[::1]:9001"]),
+        ({"REWARD_SERVER_HOST": " judge,\n", "REWARD_SERVER_PORT": " 9000,\n"}, ["http://judge:9000", "http://judge:9001"]),
+        ({"REWARD_SERVER_HOST": "https://judge/", "REWARD_SERVER_PORT": ""}, ["https://judge:8000", "https://judge:8001"]),
+        ({"REWARD_SERVER_HOST": "", "REWARD_SERVER_URLS": " , "}, ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]),
+        ({"REWARD_SERVER_URLS": "a:1, [::1]:2,\n"}, ["http://a:1", "http://[::1]:2"]),
+    ],
+)
+def test_how_people_write_addresses_into_the_environment(variables: dict, urls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert parse_urls(urls_from_environment(2)) == urls
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("REWARD_SERVER_HOST", "a,b"),
+        *[("REWARD_SERVER_PORT", port) for port in ("http", "0", "65535", "8000-8003", "\u0668")],
+        *[("REWARD_TOKEN", token) for token in ("se cret", "secret\nx", "sécret")],
+    ],
+)
+def test_what_the_environment_cannot_mean(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=name):
+        urls_from_environment(2)
+        token_from_environment("REWARD_TOKEN")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " "])
+def test_white_space_around_a_token_is_not_part_of_it(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REWARD_TOKEN", f"secret{end}")
+    assert HTTPReward("a:1")._headers() == {"Authorization": "Bearer secret"}
+    args = server_parser().parse_args(["--token", f"secret{end}", "--scorers", "jpeg, pseudo,", "--host", "[::1]"])
+    check_arguments(args)
+    assert (args.token, args.scorers, args.host) == ("secret", ["jpeg", "pseudo"], "::1")
+
+
+@pytest.mark.parametrize(
+    "given", ["", "a:1,,b:1", "a:0", "a:65536", "a:70000-70001", "::1:8000:x", "ftp://a:1", "a:b", "a:9-8", "http://a b", []]
+)
 def test_bad_addresses_are_named(given: str | list[str]) -> None:
     with pytest.raises(ConfigError, match="urls"):
         parse_urls(given)

@@ -1,0 +1,39 @@
+"""Text files as text: UTF-8, or what their byte order mark says."""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+
+from lit_rl.errors import ConfigError
+
+MARKS = [
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, with whose mark it begins
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, each line ended by "\\n". Raises ConfigError with line and remedy for one in another encoding."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
+    mark, encoding = next(((mark, name) for mark, name in MARKS if data.startswith(mark)), (b"", "utf-8"))
+    data = data[len(mark) :]
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        known = data[: error.start].decode(encoding, "replace")
+        raise ConfigError(
+            f"{path}:{known.count(chr(10)) + 1}: byte 0x{data[error.start]:02x} is not {encoding.upper()}; convert the file, e.g. from the "
+            f"encoding of Windows in Western Europe: iconv -f cp1252 -t utf-8 {path.name} > new{path.suffix}"
+        ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        hint = ": it looks like UTF-16 without a byte order mark; convert the file, e.g. iconv -f utf-16le -t utf-8" if not mark else ""
+        raise ConfigError(f"{path}:{line}: a NUL byte is no text{hint}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
