@@ -451,7 +451,8 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         if (self.trainer.gradient_clip_val or 0) < 0:  # Lightning takes it for "do not clip"
             raise ConfigError(f"trainer.gradient_clip_val={self.trainer.gradient_clip_val} must be positive; leave it out to clip nothing")
         self.check_length()
-        if self.trainer.max_steps != -1 and not self.trainer.fast_dev_run:  # which sets it for itself
+        fast = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.trainer.max_steps != -1 and not fast:  # which sets it for itself
             raise ConfigError(
                 "trainer.max_steps breaks the one-epoch-one-rollout scheme on resume: set trainer.max_epochs "
                 f"(iterations{' + 1 for the warm-up' if self.warmup_steps else ''}) and leave max_steps at -1"

@@ -345,7 +345,7 @@ def test_a_list_of_mistakes_in_the_data_keeps_its_lines(cli: Any, tmp_path: Path
 
 def test_unreachable_server_is_named_before_the_model_is_loaded(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = toy_config(tmp_path)
-    reward = {"class_path": "lit_rl.rewards.client.HTTPReward", "init_args": {"urls": "127.0.0.1:9"}}
+    reward = {"class_path": "lit_rl.rewards.client.HTTPReward", "init_args": {"urls": "127.0.0.1:9", "outputs": ["vlm_score"]}}
     config["trainer"]["callbacks"][0]["init_args"]["rewards"] = {"ocr": reward}
     with pytest.raises(SystemExit) as done:
         cli("fit", config)
