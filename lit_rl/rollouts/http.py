@@ -113,8 +113,7 @@ class HTTPEngine(RolloutEngine):
         self.base = self._base_model() if self.dialect.tells_models else ""
 
     def _base_model(self) -> str:
-        read = lambda body: {entry["id"]: entry.get("max_model_len") for entry in body["data"]}  # noqa: E731
-        told = self.connection.run([Call([self.own[0]], "/v1/models", None, read)])[0]
+        told = self.connection.run([Call([self.own[0]], "/v1/models", None, _served)])[0]
         listed = list(told)
         if self.given_model is not None and self.given_model not in listed:
             raise ConfigError(
@@ -243,3 +242,8 @@ class HTTPEngine(RolloutEngine):
         for rank, told in enumerate(everywhere(wrong, self.world_size)):
             if told:
                 raise RolloutError(f"inference server of process {rank} ({', '.join(self.own)}): {told}. {SAME_DISTRIBUTION}")
+
+
+def _served(body: Any) -> dict[str, Any]:
+    """Models by name, and the tokens of prompt and answer that each takes, where the server tells."""
+    return {entry["id"]: entry.get("max_model_len") for entry in body["data"]}

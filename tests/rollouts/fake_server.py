@@ -34,6 +34,7 @@ class FakeServer(LocalServer):
         self.stale = False
         self.weights_version = "default"
         self.adapters: list[str] = []
+        self.max_model_len: int | None = None
         self.loads: list[str] = []  # names or folders, in order
         self.asked: list[Mapping[str, Any]] = []  # bodies of questions for answers
         self.health: list[int] = []  # statuses before 200
@@ -59,7 +60,8 @@ class FakeServer(LocalServer):
     async def _models(self, request: web.Request) -> web.Response:
         if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
             return web.json_response({"error": "Unauthorized"}, status=401)
-        return web.json_response({"data": [{"id": name} for name in [BASE, *self.adapters]]})
+        told = {} if self.max_model_len is None else {"max_model_len": self.max_model_len}
+        return web.json_response({"data": [{"id": name} | told for name in [BASE, *self.adapters]]})
 
     async def _load_adapter(self, request: web.Request) -> web.Response:
         body = await request.json()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from toy_text import Digits, model_folder, policy, trainer
 
 from callbacks.ema import EMA
 from callbacks.reward_scoring import RewardScoring
+from datamodules.prompts_text import TextPrompts
 from lit_rl.errors import ConfigError
 from lit_rl.methods.grpo import GRPO
 from lit_rl.policies.causal_lm import CausalLM
@@ -134,6 +137,20 @@ def run(
     if save is not None:
         fit.save_checkpoint(save)
     return torch.cat([p.detach().flatten() for _, p in method.policy.trainable()])
+
+
+def test_a_server_that_takes_fewer_tokens_is_refused_before_the_first_prompt(base: Path, server: FakeServer, tmp_path: Path) -> None:
+    """Four tokens of prompt and the longest answer."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "270="}) + "\n")
+    longest = 4 + SHORT.max_new_tokens
+    for most in (longest, longest - 1):
+        server.max_model_len = most
+        settings: dict[str, Any] = dict(prompts_per_iteration=1, group_size=2, sampling=SHORT)
+        method = GRPO(policy(base, lora=LoraSettings(rank=2)), engine=engine(server, tmp_path), **settings)
+        fit = trainer(max_epochs=1, callbacks=[RewardScoring({"small": Small()})], check_val_every_n_epoch=9)
+        with nullcontext() if most == longest else pytest.raises(ConfigError, match=f"has {longest} tokens, and the inference .* {most} "):
+            fit.fit(method, datamodule=TextPrompts(train=str(tmp_path / "rows.jsonl")))
+    assert len(server.asked) == 2  # the first run's
 
 
 @ways
