@@ -47,10 +47,12 @@ def test_two_processes_train_as_one_does(pair: Pair, tmp_path: Path, strategy: s
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_sd3_trains_as_in_one_process(pair: Pair, tmp_path: Path, sd3_folder: Path, strategy: str, kind: str) -> None:
     """With gradient checkpointing, a KL to the reference that the warm-up left, and an export at the end."""
+    # Of the seed: with some, a pixel lies so near to the middle of two of its 256 values that the last bits decide.
+    method: dict[str, Any] = dict(num_steps=3, seed=2)
     sd3 = (LORA if kind == "lora" else FULL) | {"pretrained": str(sd3_folder)}
     settings: dict[str, Any] = dict(sd3=sd3, trainer_args=dict(max_epochs=2), export=True)
-    scenarios.fit(str(tmp_path / "one"), "one", method_args=dict(num_steps=3, train_micro_batch=8), **settings)
-    two = pair.run("fit", folder=str(tmp_path / "two"), strategy=strategy, method_args=dict(num_steps=3, train_micro_batch=4), **settings)
+    scenarios.fit(str(tmp_path / "one"), "one", method_args=method | dict(train_micro_batch=8), **settings)
+    two = pair.run("fit", folder=str(tmp_path / "two"), strategy=strategy, method_args=method | dict(train_micro_batch=4), **settings)
     a, b = ended(tmp_path / "one"), ended(tmp_path / "two")
     assert distance(a["weights"], b["weights"]) < TOLERANCE
     assert [run["held"] < 0.55 for run in two] == [strategy in SPLIT_WEIGHTS] * 2
