@@ -34,7 +34,7 @@ def trim(image: np.ndarray, *, threshold: int = 48, margin: int = 2) -> np.ndarr
 
 
 class OCRReward(Reward):
-    """`ocr_similarity` (NaN when the prompt names no text, or none that the engine has letters for) and `ocr_confidence`, in [0, 1].
+    """`ocr_similarity` (NaN when the prompt names no text, or one that the engine lacks most letters for) and `ocr_confidence`, in [0, 1].
 
     Args:
         detect: `true` finds the lines of text first and reads them from top to bottom and from left to right, as pictures need it.
@@ -65,7 +65,7 @@ class OCRReward(Reward):
     ) -> None:
         if compare not in ("compact", "exact"):
             raise ConfigError(f"compare={compare!r}; choose `compact` or `exact`")
-        if detect not in (True, False, "auto"):
+        if not isinstance(detect, bool) and detect != "auto":
             raise ConfigError(f"detect={detect!r}; choose true, false or `auto`")
         self.detect: bool | Literal["auto"] = detect
         self.trim = trim
@@ -124,8 +124,9 @@ class OCRReward(Reward):
 
 
 def _can_read(text: str) -> bool:
-    """True if the engine knows any letter of it."""
-    return not alphabet().isdisjoint(fold(text).replace(" ", ""))
+    """True if the engine knows at least half of its characters: in a script that it does not read it still knows stops and digits."""
+    characters = fold(text).replace(" ", "")
+    return 2 * sum(c in alphabet() for c in characters) >= len(characters)
 
 
 def _visible(image: np.ndarray, info: Info) -> np.ndarray:

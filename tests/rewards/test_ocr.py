@@ -263,7 +263,7 @@ def test_trim_keeps_the_ink_and_leaves_blank_images_alone() -> None:
 
 def test_scripts_that_the_engine_has_no_letters_for_have_no_score(reward: OCRReward) -> None:
     """Not 0, which would be trained on; Latin with accents, Greek, Chinese and Japanese it reads."""
-    known, unknown = ["Žižkov", "ΑΒΓ", "停车", "ひらがな", "ạ la carte", "42", "½"], ["Привет", "สวัสดี", "سلام", "안녕", "🙂"]
+    known, unknown = ["Žižkov", "ΑΒΓ", "停车", "ひらがな", "ạ la carte", "42", "½"], ["Привет, 24!", "สวัสดี", "سلام", "안녕", "🙂"]
     reward.check({"prompt": "x", "target": text} for text in known)
     scores = reward.grade([("x", 1.0)] * 12, [{"prompt": "x", "target": text} for text in known + unknown])["ocr_similarity"]
     assert not scores[:7].isnan().any() and scores[7:].isnan().all()
@@ -276,3 +276,5 @@ def test_an_unknown_comparison_is_refused() -> None:
         OCRReward(compare="fuzzy")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"detect='yes'.*`auto`"):
         OCRReward(detect="yes")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="detect=1"):
+        OCRReward(detect=1)  # type: ignore[arg-type]
