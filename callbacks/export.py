@@ -13,6 +13,8 @@ from torch import Tensor
 from callbacks.ema import EMA
 from callbacks.graceful_stop import GracefulStop
 from lit_rl.checkpoints.ip_adapter import Format
+from lit_rl.checkpoints.manifest import entries, write_manifest
+from lit_rl.checkpoints.replacing import beside, naming, put_in_place, remove, swept
 from lit_rl.errors import ConfigError
 from lit_rl.policies.shards import gathered
 
@@ -22,8 +24,9 @@ FOLDERS = {"iteration": "iteration-{iteration}", "checkpoint": "checkpoint-{step
 class Export(L.Callback):
     """Folders in `dirpath` with the weights as the policy's `save` writes them: what stock diffusers takes, or `ip-adapter.bin`.
 
-    A folder appears whole or not at all. Weights are gathered one tensor at a time on all processes; the first one keeps and writes them.
-    The end of training is always exported. For live and averaged weights both, list two of them with a `dirpath` each.
+    A folder appears whole or not at all, with the checksums of its files in `manifest.json`. Weights are gathered one tensor at a time on
+    all processes; the first one keeps and writes them. The end of training is always exported. For live and averaged weights both, list
+    two of them with a `dirpath` each.
 
     Args:
         dirpath: Folder of the exported folders.
@@ -97,16 +100,23 @@ class Export(L.Callback):
         tensors = self._gather(trainer, module)
         if trainer.is_global_zero:
             target = self.dirpath / self.folder.format(iteration=iteration, step=trainer.global_step)
-            temporary = self.dirpath / f".{target.name}.tmp"
-            for leftover in (temporary, target):
-                shutil.rmtree(leftover, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            module.policy.save(temporary, tensors, **({"format": self.format} if self.format else {}))
-            temporary.rename(target)
+            swept(target, lambda path: False)  # half of an export is of no use
+            with naming(target):
+                self._write(module, tensors, target)
             trainer.print(f"exported {self.weights} weights to {target}")
             self._forget_old(target.name)
         self._exported = trainer.global_step
         trainer.strategy.barrier("export")
+
+    def _write(self, module: Any, tensors: dict[str, Tensor], target: Path) -> None:
+        temporary = beside(target)
+        try:
+            temporary.mkdir(parents=True)
+            module.policy.save(temporary, tensors, **({"format": self.format} if self.format else {}))
+            write_manifest(temporary, [entries(temporary, 0, 1)])
+            put_in_place(temporary, target)
+        finally:
+            remove(temporary)
 
     def _gather(self, trainer: L.Trainer, module: Any) -> dict[str, Tensor]:
         """Whole trainable weights on the first process, empty elsewhere. Collective."""

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
+from lit_rl.checkpoints.contents import check_kinds
 from lit_rl.checkpoints.layout import check_adapters, check_layout
 from lit_rl.checkpoints.optimizer import Groups, check_same_optimizer, follow_options, settings_of
 from lit_rl.checkpoints.progress import Place, continue_at, log_again, logged, place_of, remember_saved, saved_at, set_counters
@@ -504,6 +505,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "state_dict" in checkpoint:  # otherwise the strategy has looked at the weights and loaded them
             check_layout({name: weight.shape for name, weight in checkpoint["state_dict"].items()}, self.checkpoint_shapes())
+            check_kinds(checkpoint["state_dict"], self.state_dict())
         check_adapters(checkpoint.get("adapters", {}), self.adapters())
         if self.trainer.state.fn != "fit":
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def what_ended(error: BaseException) -> str | None:
             "another process of this run has ended, or has not answered for as long as trainer.strategy.init_args.timeout says (30 minutes "
             f"if it is not set): {_first_line(error)}"
         )
+    if _while_restoring(error):
+        return f"the checkpoint of --ckpt_path does not hold what this run restores from it: {_first_line(error)}"
     return None
 
 
@@ -57,6 +60,13 @@ def go_on(folders: Sequence[str | os.PathLike]) -> str:
 def _is_of_the_group(error: BaseException) -> bool:
     """Gloo reports all that happens to other processes as a RuntimeError of the same kind."""
     return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def _while_restoring(error: BaseException) -> bool:
+    """Lightning takes a checkpoint apart without looking: what is not there, or of another type, fails anywhere in it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    names = {frame.name.lstrip("_") for frame in frames if Path(frame.filename).name == "checkpoint_connector.py"}
+    return isinstance(error, Exception) and any(name.startswith(("restore", "resume_start")) for name in names)
 
 
 def _first_line(error: BaseException) -> str:

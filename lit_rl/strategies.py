@@ -16,14 +16,15 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_rl.checkpoints.contents import check_contents, with_nan
 from lit_rl.checkpoints.files import is_whole, refuse_damaged, what_is_wrong
 from lit_rl.checkpoints.layout import check_layout
 from lit_rl.checkpoints.manifest import entries, write_manifest
 from lit_rl.checkpoints.replacing import beside, naming, put_in_place, remove, swept
 from lit_rl.checkpoints.restricted import deepspeed_reads_plain_files, load_file, load_shards, stored_shapes
-from lit_rl.errors import ConfigError
+from lit_rl.errors import ConfigError, listed
 from lit_rl.policies.lora import adapted_parameters
-from lit_rl.policies.shards import gathered, reshard, whole
+from lit_rl.policies.shards import gathered, part, reshard, whole
 
 if TYPE_CHECKING:
     import lightning as L
@@ -123,6 +124,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.model is not None
         weights = self._kept_weights()
         load_shards({"state_dict": weights}, path, trusted=trusted)
+        refuse_nan(self, path, weights)
         self.model.load_state_dict(weights, strict=False)
         for i, optimizer in enumerate(self.optimizers):
             state = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
@@ -134,7 +136,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
         refuse_damaged(path, what_is_wrong(path))
-        checkpoint = load_file(path, trusted=trusted, mmap=True)
+        checkpoint = check_contents(load_file(path, trusted=trusted, mmap=True), path)
         check_layout({name: weight.shape for name, weight in checkpoint["state_dict"].items()}, _litrl(self).checkpoint_shapes())
         assert self.model is not None
         reshard(self.model)
@@ -213,6 +215,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         with nullcontext() if weights_only is False else deepspeed_reads_plain_files():
             checkpoint = super().load_checkpoint(path, weights_only)
         self._load_frozen(checkpoint.pop("frozen", {}))
+        keys = _litrl(self).checkpoint_keys()
+        refuse_nan(self, path, {name: weight for name, weight in _litrl(self).named_parameters() if name in keys})
         return checkpoint
 
     @torch.no_grad()
@@ -294,6 +298,13 @@ def check_intact(strategy: Strategy, folder: Path) -> None:
     except (ConfigError, OSError) as error:
         problem = f"cannot be read ({error})"
     refuse_damaged(folder, next((found for found in gathered_objects(problem) if found), None))
+
+
+def refuse_nan(strategy: Strategy, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Raises ConfigError on every process if one holds a NaN in its part of the weights. Collective."""
+    mine = with_nan((name, part(weight)) for name, weight in weights.items())
+    if bad := sorted({name for found in gathered_objects(mine) for name in found}):
+        raise ConfigError(f"checkpoint {folder} holds NaN in {listed(bad)}: training had failed when it was written, use an earlier one")
 
 
 def gathered_objects(mine: Any) -> list[Any]:

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "lit_rl/types.py": [],
     "lit_rl/own_code": ["lit_rl.errors"],
     **{name.replace(".", "/"): FORMULAS for name in FORMULAS},
-    "lit_rl/policies": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.checkpoints.ip_adapter"],
+    "lit_rl/policies": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.checkpoints.ip_adapter", "lit_rl.checkpoints.weights"],
     "lit_rl/rewards": [*LOW, "lit_rl.rewards"],
     "lit_rl/rollouts": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.rollouts", "lit_rl.rewards.addresses", "lit_rl.rewards.answers"],
     "lit_rl/checkpoints": [*LOW, "lit_rl.checkpoints"],

@@ -16,7 +16,9 @@ import psutil
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 from test_cli import ROOT, toy_config
+from toy import ToyData, toy_method, toy_trainer
 
 from lit_rl.checkpoints.files import AtomicCheckpointIO, resolve_checkpoint
 from lit_rl.run_errors import go_on, what_ended
@@ -60,6 +62,18 @@ def test_the_newest_of_all_folders_is_named(tmp_path: Path) -> None:
         AtomicCheckpointIO().save_checkpoint({"a": 1}, tmp_path / name)
         os.utime(tmp_path / name, (age, age))
     assert go_on([tmp_path / "a", tmp_path / "b"]).endswith(f"--ckpt_path {tmp_path / 'b/last.ckpt'}")
+
+
+@pytest.mark.parametrize("lost", ["loops", "callbacks", "optimizer_states", "pytorch-lightning_version"])
+def test_a_checkpoint_that_lacks_what_is_restored(tmp_path: Path, lost: str) -> None:
+    """Lightning takes it apart without looking."""
+    toy_trainer(tmp_path, callbacks=[ModelCheckpoint(dirpath=tmp_path, filename="a")]).fit(toy_method(), ToyData())
+    found = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    found[lost] = [3]
+    AtomicCheckpointIO().save_checkpoint(found, tmp_path / "b.ckpt")
+    with pytest.raises(Exception) as raised:
+        toy_trainer(tmp_path).fit(toy_method(), ToyData(), ckpt_path=str(tmp_path / "b.ckpt"))
+    assert "does not hold what this run restores from it" in (what_ended(raised.value) or "")
 
 
 # ---------------------------------------------------------------------- disks

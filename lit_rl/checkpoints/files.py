@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
+from lit_rl.checkpoints.contents import check_contents
 from lit_rl.checkpoints.manifest import MANIFEST, ZIP_ERRORS, SealedFile, damage, folder_damage, missing_files
 from lit_rl.checkpoints.replacing import atomic_file, left_targets, naming, recovered, swept
 from lit_rl.checkpoints.restricted import told
@@ -59,7 +60,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" not in str(path):
             refuse_damaged(Path(path), what_is_wrong(Path(path)))
         with told(path):
-            return super().load_checkpoint(path, map_location, weights_only is not False)
+            found = super().load_checkpoint(path, map_location, weights_only is not False)
+        return check_contents(found, path)
 
 
 def resolve_checkpoint(path: str, folders: Sequence[str | os.PathLike]) -> str | None:

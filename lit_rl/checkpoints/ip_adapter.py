@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.checkpoints.replacing import atomic_file
+from lit_rl.checkpoints.weights import check_numbers, read_plain
 from lit_rl.errors import ConfigError, listed
 
 Format = Literal["standard", "legacy", "released"]
@@ -105,14 +106,12 @@ def read_ip_adapter(path: str | Path) -> Weights:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"IP-Adapter: no such file {str(path)!r}")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has an error of its own for each way in which a file is not one of tensors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"IP-Adapter: {str(path)!r} is not a file of tensors, or not a whole one ({reason})") from error
+    state = read_plain(file, what=f"IP-Adapter: {str(path)!r}")
     if not isinstance(state, Mapping):
         raise ConfigError(f"IP-Adapter: {str(path)!r} holds a {type(state).__name__}, not a dict; {_nearest({})}")
-    return to_standard(state, what=f"IP-Adapter: {str(path)!r}")
+    weights = to_standard(state, what=f"IP-Adapter: {str(path)!r}")
+    check_numbers(weights, what=f"IP-Adapter: {str(path)!r}")
+    return weights
 
 
 def write_ip_adapter(path: str | Path, weights: Weights, *, format: Format = "standard") -> None:

@@ -147,6 +147,19 @@ def missing_files(folder: Path) -> str | None:
     return None
 
 
+def file_damage(file: Path) -> str | None:
+    """Of a single file in a folder: how it is not as the manifest says, or None, where there is no manifest too."""
+    try:
+        wanted = (read_manifest(file.parent) or {}).get(file.name)
+    except ValueError as error:
+        return str(error)
+    if wanted is None:
+        return None
+    with open(file, "rb") as stream:
+        there = [os.fstat(stream.fileno()).st_size, _digest(stream)]
+    return None if there == wanted else f"is damaged (it has another content than was written, {there[0]} bytes of {wanted[0]})"
+
+
 def folder_damage(folder: Path, rank: int = 0, size: int = 1) -> str | None:
     """What is wrong with the contents that fall to process `rank` of `size`, or None."""
     if missing := missing_files(folder):

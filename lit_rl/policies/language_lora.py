@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
+from lit_rl.checkpoints.weights import read_tensors
 from lit_rl.errors import ConfigError, listed
 from lit_rl.policies.lora import TRAINED, LoraSettings, adapted_name, check_initial, check_plain, inject, named_tuner_layers, started_from
 from lit_rl.policies.lora_sites import coverage, default_sites, named_sites, peft_targets, reachable
@@ -95,7 +95,10 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     stored = adapter_fields(folder)
     check_plain(stored, where=repr(str(folder)))
     known = LoraConfig.__dataclass_fields__.keys() - {"peft_type", "auto_mapping"}
-    return LoraConfig(**{field: value for field, value in stored.items() if field in known})
+    try:
+        return LoraConfig(**{field: value for field, value in stored.items() if field in known})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"lora.initial: {CONFIG_FILE} of {str(folder)!r} is not one of PEFT's: {error}") from error
 
 
 def adapter_fields(folder: Path) -> dict[str, Any]:
@@ -112,16 +115,10 @@ def adapter_fields(folder: Path) -> dict[str, Any]:
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of adapter_model.safetensors, or .bin."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     file = next((f for name in ("safetensors", "bin") if (f := folder / f"adapter_model.{name}").is_file()), None)
     if file is None:
         raise ConfigError(f"lora.initial: {str(folder)!r} has neither adapter_model.safetensors nor adapter_model.bin")
-    try:
-        return load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ConfigError(f"lora.initial: {str(file)!r} is not a whole file of tensors: {error}") from error
+    return read_tensors(file, what=f"lora.initial: {str(file)!r}")
 
 
 def _without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

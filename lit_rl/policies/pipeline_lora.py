@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from lit_rl.checkpoints.weights import read_tensors
 from lit_rl.errors import ConfigError, listed
 from lit_rl.policies.lora import (
     TRAINED,
@@ -118,15 +118,9 @@ def adapter_metadata(file: Path) -> dict[str, Any]:
 
 
 def _check_file(file: Path, where: str) -> dict[str, Any]:
-    from safetensors import safe_open
-
     metadata = adapter_metadata(file)
     check_plain(metadata, where=repr(str(file)))
-    if file.suffix == ".safetensors":
-        with safe_open(file, "pt") as tensors:
-            names = list(tensors.keys())
-    else:
-        names = list(torch.load(file, map_location="cpu", weights_only=True))
+    names = list(read_tensors(file, what=where))
     others = [name for name in names if any(part in name for part in OTHERS)]
     if others:
         raise ConfigError(

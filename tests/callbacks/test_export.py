@@ -12,6 +12,7 @@ from toy import ToyData, ToyPolicy, toy_method, toy_trainer
 from callbacks.ema import EMA
 from callbacks.export import Export
 from callbacks.graceful_stop import GracefulStop
+from lit_rl.checkpoints.manifest import folder_damage, read_manifest
 from lit_rl.errors import ConfigError
 
 
@@ -164,3 +165,9 @@ def test_a_format_is_refused_before_training_where_there_is_no_adapter(tmp_path:
 def test_impossible_settings_are_refused(wrong: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Export("out", **wrong)
+
+
+def test_a_folder_has_the_checksums_of_its_files(tmp_path: Path) -> None:
+    toy_trainer(tmp_path, callbacks=[Export(str(tmp_path / "out"))]).fit(toy_method(), ToyData())
+    folder = tmp_path / "out" / "iteration-2"
+    assert (read_manifest(folder) or {}).keys() == {"weights.pt"} and folder_damage(folder) is None
