@@ -67,12 +67,13 @@ def test_the_newest_of_all_folders_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lost", ["loops", "callbacks", "optimizer_states", "pytorch-lightning_version"])
 def test_a_checkpoint_that_lacks_what_is_restored(tmp_path: Path, lost: str) -> None:
     """Lightning takes it apart without looking."""
-    toy_trainer(tmp_path, callbacks=[ModelCheckpoint(dirpath=tmp_path, filename="a")]).fit(toy_method(), ToyData())
+    keeper = ModelCheckpoint(dirpath=tmp_path, filename="a")
+    toy_trainer(tmp_path, callbacks=[keeper], enable_checkpointing=True).fit(toy_method(), ToyData())
     found = torch.load(tmp_path / "a.ckpt", weights_only=True)
     found[lost] = [3]
     AtomicCheckpointIO().save_checkpoint(found, tmp_path / "b.ckpt")
     with pytest.raises(Exception) as raised:
-        toy_trainer(tmp_path).fit(toy_method(), ToyData(), ckpt_path=str(tmp_path / "b.ckpt"))
+        toy_trainer(tmp_path, max_epochs=9).fit(toy_method(), ToyData(), ckpt_path=str(tmp_path / "b.ckpt"))
     assert "does not hold what this run restores from it" in (what_ended(raised.value) or "")
 
 
