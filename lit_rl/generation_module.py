@@ -17,7 +17,7 @@ from lit_rl.module import gather_to_first
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.rollouts.ahead import Ahead
-from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
+from lit_rl.rollouts.base import EvalSampling, Request, RolloutEngine, Sample, Sampling
 from lit_rl.rollouts.hf import HFEngine
 from lit_rl.rollouts.native import NativeEngine
 from lit_rl.rollouts.start_check import check_sampler
@@ -35,7 +35,7 @@ class LitGeneration(LitToken):
         policy: The language model that is trained. See `LitToken`.
         engine: Who generates; default: in this process, over the training weights.
         sampling: Of rollouts.
-        eval_sampling: Of evaluation and prediction; default: the likeliest tokens, as long answers as in rollouts.
+        eval_sampling: Of evaluation and prediction; what it leaves out stays: the likeliest tokens, as long answers as in rollouts.
         eval_seed: Of evaluation and prediction where they draw.
         rollout_chunk: Answers generated at once; each finished chunk is scored while the next one is generated.
         old_logprobs: The log-probabilities that ratios are relative to: as the engine reported them (`rollout`), computed anew by the
@@ -55,7 +55,7 @@ class LitGeneration(LitToken):
         *,
         engine: RolloutEngine | None = None,
         sampling: Sampling | None = None,
-        eval_sampling: Sampling | None = None,
+        eval_sampling: EvalSampling | Sampling | None = None,
         eval_seed: int = 0,
         rollout_chunk: int = 64,
         old_logprobs: OldLogprobs = "auto",
@@ -67,7 +67,8 @@ class LitGeneration(LitToken):
             raise ConfigError(f"model.rollout_chunk={rollout_chunk} must be at least 1")
         self.engine = engine or NativeEngine()
         self.sampling = sampling or Sampling()
-        self.eval_sampling = eval_sampling or replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0)
+        partial = eval_sampling or EvalSampling()
+        self.eval_sampling = partial if isinstance(partial, Sampling) else partial.over(self.sampling)
         self.eval_seed = eval_seed
         self.rollout_chunk = rollout_chunk
         if not self.sampling.temperature:

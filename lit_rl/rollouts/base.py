@@ -46,6 +46,39 @@ class Sampling:
             raise ConfigError(f"sampling.top_k={self.top_k} must not be negative; 0 draws from all tokens")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvalSampling:
+    """What evaluation and prediction do otherwise than by default: the likeliest tokens, answers as long as in rollouts.
+
+    Args:
+        max_new_tokens: An answer is cut off after so many; None = as many as in rollouts.
+        temperature: Logits are divided by it; None = 0, which takes the likeliest token.
+        top_p: Draw from the likeliest tokens that hold this share of the probability; None = 1, all. For a temperature above 0.
+        top_k: Draw from so many likeliest tokens; None = 0, all. For a temperature above 0.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {"top_p": self.top_p not in (None, 1), "top_k": self.top_k not in (None, 0)}
+        for name in [name for name, chooses in given.items() if chooses and not self.temperature]:
+            raise ConfigError(
+                f"eval_sampling.{name}={getattr(self, name)} chooses among tokens that are drawn, and evaluation takes the likeliest: set "
+                f"eval_sampling.temperature too (1.0 draws as the model says), or leave {name} out"
+            )
+
+    def over(self, rollouts: Sampling) -> Sampling:
+        """Of evaluation, beside that of rollouts. Raises ConfigError for values out of range."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        try:
+            return Sampling(**{"max_new_tokens": rollouts.max_new_tokens, "temperature": 0.0} | given)
+        except ConfigError as error:
+            raise ConfigError(f"eval_{error}") from error
+
+
 @dataclass(frozen=True)
 class Request:
     """One answer that is wanted. `key` is all that its randomness depends on: never its place in a batch."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from toy_text import Digits, model_folder, policy, trainer
@@ -16,7 +17,7 @@ from lit_rl.methods.dpo import DPO
 from lit_rl.methods.grpo import CISPO, DAPO, GRPO, GSPO, RLOO, DrGRPO, ReinforcePP
 from lit_rl.methods.sft import SFT
 from lit_rl.policy_gradient_module import Correction
-from lit_rl.rollouts.base import Sampling
+from lit_rl.rollouts.base import EvalSampling, Sampling
 from lit_rl.types import Prompts
 
 SHORT = Sampling(max_new_tokens=5)
@@ -268,3 +269,29 @@ def test_a_precomputed_reference_is_the_live_one_without_its_copy(ld_alpha: floa
 def test_what_cannot_work_is_refused(make: Callable[[Any], Any], message: str, folder: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         make(policy(folder))
+
+
+# ---------------------------------------------------------------------- options that are given in part
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, Sampling(max_new_tokens=5, temperature=0.0)),
+        ({"max_new_tokens": 6}, Sampling(max_new_tokens=6, temperature=0.0)),
+        ({"temperature": 0.7}, Sampling(max_new_tokens=5, temperature=0.7)),
+        ({"temperature": 1.0, "top_p": 0.7}, Sampling(max_new_tokens=5, top_p=0.7)),
+    ],
+)
+def test_a_part_of_eval_sampling_is_laid_over_the_default_of_evaluation(folder: Path, given: dict[str, Any], wanted: Sampling) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(GRPO, "model", fail_untyped=False, skip={"optimizer", "lr_scheduler"})
+    options = {"policy": {"class_path": "lit_rl.policies.causal_lm.CausalLM", "init_args": {"pretrained": str(folder)}}}
+    options |= {"sampling": {"max_new_tokens": 5, "top_k": 3}, "eval_sampling": given, "prompts_per_iteration": 4, "group_size": 2}
+    method = parser.instantiate_classes(parser.parse_object({"model": options})).model
+    assert method.eval_sampling == wanted
+
+
+def test_eval_sampling_that_chooses_among_tokens_that_are_not_drawn_is_refused() -> None:
+    with pytest.raises(ConfigError, match="eval_sampling.top_p=0.9 chooses among tokens that are drawn.* set eval_sampling.temperature"):
+        EvalSampling(top_p=0.9)
+    with pytest.raises(ConfigError, match="eval_sampling.max_new_tokens=0 must be at least 1"):
+        EvalSampling(max_new_tokens=0).over(SHORT)
