@@ -25,7 +25,7 @@ what a run is
 every key of the YAML is also an option, for example
   --model.init_args.group_size 16             --trainer.max_epochs 300           --trainer.devices 8
   --model.init_args.policy.init_args.pretrained PATH                             --trainer.precision bf16-mixed
-  --trainer.callbacks+=callbacks.ema.EMA                                         --data.init_args.train PATH
+  --trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor           --data.init_args.train PATH
 
 what a class takes
   --model.help lit_rl.methods.flow_grpo.FlowGRPO            any method, by its dotted path

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from callbacks.alone import check_alone
 from lit_rl.decay import ema_decay, ema_is_due
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import FlowPolicy
@@ -49,6 +50,8 @@ class EMA(L.Callback):
 
     # ------------------------------------------------------------------ life of the average
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        remedy = "two averages would take each other's weights for those that train; set decay and the rest where the YAML has it"
+        check_alone(trainer, EMA, remedy)
         check_swaps_reach(trainer.strategy, who="EMA")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:

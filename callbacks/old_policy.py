@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning as L
 from torch import Tensor
 
+from callbacks.alone import check_alone
 from lit_rl.decay import DECAY_TYPES, OLD_POLICY_DECAYS, OldPolicyDecay, ramp_decay
 from lit_rl.errors import ConfigError
 from lit_rl.policies.weight_copy import WeightCopy
@@ -61,6 +62,7 @@ class OldPolicySync(L.Callback):
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         if not hasattr(module, "old_policy"):
             raise ConfigError(f"OldPolicySync has no part in {type(module).__name__}: remove it from trainer.callbacks")
+        check_alone(trainer, OldPolicySync, "the method samples with one old policy; set decay where the YAML has it")
         check_swaps_reach(trainer.strategy, who="OldPolicySync")
         self._trainer, self._module = trainer, module
         module.old_policy = self

@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from callbacks.alone import check_alone
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.background import Background
 from lit_rl.rewards.base import Reward, RewardError, Scorer
@@ -67,6 +68,7 @@ class RewardScoring(Callback, Scorer):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its scorer and every reward its place. A reward that cannot start stops all ranks, before any model is loaded."""
+        check_alone(trainer, RewardScoring, "the method has one scorer; name all rewards under `rewards` of one")
         pl_module.scorer = self  # type: ignore[assignment]
         self._strategy = trainer.strategy if trainer.world_size > 1 else None
         if stage == "predict":

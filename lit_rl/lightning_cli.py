@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -96,6 +97,14 @@ class CLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except TypeError as error:  # how Lightning refuses `devices: many`
             raise ConfigError(str(error)) from error
+        except RuntimeError as error:
+            twin = re.match(r"Found more than one stateful callback of type `(\w+)`", str(error))
+            if twin is None:
+                raise
+            raise ConfigError(
+                f"trainer.callbacks has two {twin[1]} whose states would be one in a checkpoint: leave one out, or let them differ in what "
+                "they watch (of ModelCheckpoint monitor, mode, every_n_train_steps, every_n_epochs, train_time_interval)"
+            ) from error
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning's own would still write last.ckpt at the end
             trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
         AtomicCheckpointIO.install(trainer)

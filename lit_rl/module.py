@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -390,6 +391,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     # ------------------------------------------------------------------ Lightning's other hooks
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer.strategy)
+        self.check_callbacks()
         self.check_parts(stage)
         self.micro_batches_per_update = self.micro_batches_per_warmup_step = self.trainer.accumulate_grad_batches
         if stage == "fit":
@@ -405,6 +407,15 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
                 "GradientAccumulationScheduler would change how many micro-batches make an optimizer step, which a rollout is cut by: take "
                 "it out of trainer.callbacks"
             )
+
+    def check_callbacks(self) -> None:
+        """Raise on callbacks of Lightning that put other weights in the place of those that train, and into checkpoints."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                raise ConfigError(
+                    f"{type(callback).__name__} knows neither rollouts nor what a checkpoint of this project holds: use callbacks.ema.EMA "
+                    "in its place in trainer.callbacks"
+                )
 
     def check_parts(self, stage: str) -> None:
         """Raise where the run lacks a part that this method works with, before any model is loaded."""
