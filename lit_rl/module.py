@@ -12,8 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -310,6 +309,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             self.report(self.meters.read(gather_objects) | self.rollout_metrics, bar=("reward_mean",))
 
     def on_train_epoch_end(self) -> None:
+        self.trainer.fit_loop.restarting = False  # else Lightning leaves out what a plateau's schedule does after this
         if self.meters:  # the iteration was cut short
             self.report(self.meters.read(gather_objects) | self.rollout_metrics, bar=("reward_mean",))
 
@@ -391,7 +391,6 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     # ------------------------------------------------------------------ Lightning's other hooks
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer.strategy)
-        self.check_callbacks()
         self.check_parts(stage)
         self.micro_batches_per_update = self.micro_batches_per_warmup_step = self.trainer.accumulate_grad_batches
         if stage == "fit":
@@ -408,14 +407,15 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
                 "it out of trainer.callbacks"
             )
 
-    def check_callbacks(self) -> None:
-        """Raise on callbacks of Lightning that put other weights in the place of those that train, and into checkpoints."""
+    def configure_callbacks(self) -> list[L.Callback]:
+        """None. Raises, before any of them is set up, on those of Lightning that swap the weights that train, in checkpoints too."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
                 raise ConfigError(
                     f"{type(callback).__name__} knows neither rollouts nor what a checkpoint of this project holds: use callbacks.ema.EMA "
                     "in its place in trainer.callbacks"
                 )
+        return []
 
     def check_parts(self, stage: str) -> None:
         """Raise where the run lacks a part that this method works with, before any model is loaded."""
@@ -476,7 +476,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         if not isinstance(schedule, OneCycleLR) or (self.trainer.max_epochs or -1) < 0:
             return
         iterations = self.trainer.max_epochs - self.warmup_epochs  # type: ignore[operator]
-        steps = iterations * self.inner_epochs * self.minibatches_per_pass() // self.trainer.accumulate_grad_batches
+        steps = iterations * self.inner_epochs * self.minibatches_per_pass() // self.micro_batches_per_update
         if schedule.total_steps < steps:
             raise ConfigError(
                 f"model.lr_scheduler: OneCycleLR ends after total_steps={schedule.total_steps} optimizer steps, and this run has {steps} "
@@ -506,6 +506,10 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         place, configs = self._place_in(checkpoint), self.trainer.lr_scheduler_configs
         name = self.trainer.optimizers and type(self.trainer.optimizers[0]).__name__
         checkpoint["optimizer"] = {"class": name, "groups": self._settings, "scheduled": bool(configs)}
+        epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+        if configs and configs[0].reduce_on_plateau and epoch["completed"] < epoch["processed"]:  # asked right after these hooks
+            value = self.trainer.callback_metrics.get(str(configs[0].monitor))
+            checkpoint["optimizer"] |= {} if value is None else {"metric": float(value)}
         step, before = self._logged
         now = before if step == self.trainer.global_step else self._said()
         checkpoint["logged"] = {"ranks": gather_objects(_on_cpu(now)), "saved_at": saved_at(self.trainer)}
@@ -550,8 +554,8 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         """Refuse the moments of another optimizer, and keep Lightning from restoring settings, which the options say."""
         if "lr_schedulers" not in checkpoint:
             raise ConfigError("this checkpoint holds weights only (save_weights_only), with which training cannot go on: use another")
-        scheduled, checkpoint["lr_schedulers"] = bool(checkpoint["lr_schedulers"]), []
-        self._optimizer_before = checkpoint.get("optimizer", {"scheduled": scheduled})
+        states, checkpoint["lr_schedulers"] = checkpoint["lr_schedulers"], []
+        self._optimizer_before = checkpoint.get("optimizer", {"scheduled": bool(states)}) | {"schedules": states}
         if self._optimizer_before.get("groups"):
             check_same_optimizer(self._optimizer_before, self.optimizer(self.parameter_groups()))
 

@@ -13,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ReduceLROnPlateau
 from test_kill_and_resume import differences
 from toy import ToyData, ToyPolicy, toy_method, toy_trainer
 from toy_text import Digits, Sorted, model_folder, policy, trainer
@@ -281,7 +282,7 @@ class Rates(L.Callback):
 def trained(folder: Path, epochs: int, path: Path | None = None, *, optimizer: Any = None, **model: Any) -> dict[int, tuple[float, ...]]:
     """Learning rate, betas and weight decay before each optimizer step; 2 steps in an iteration."""
     rates, last = Rates(), ModelCheckpoint(dirpath=folder, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=1)
-    method = toy_method(train_micro_batch=24, optimizer=optimizer or partial(torch.optim.AdamW, lr=0.01), **model)
+    method = toy_method(updates_per_iteration=2, optimizer=optimizer or partial(torch.optim.AdamW, lr=0.01), **model)
     settings: dict[str, Any] = dict(callbacks=[rates, last], max_epochs=epochs, enable_checkpointing=True)
     toy_trainer(folder, **settings).fit(method, ToyData(), ckpt_path=path)
     return rates.rows
@@ -302,6 +303,26 @@ def test_a_longer_cosine_after_the_warm_up(tmp_path: Path) -> None:
     wanted = trained(tmp_path / "whole", 5, lr_scheduler=partial(S.CosineAnnealingLR, T_max=8), **model)
     found = trained(tmp_path / "b", 5, tmp_path / "a" / "epoch=1-step=4.ckpt", lr_scheduler=partial(S.CosineAnnealingLR, T_max=8), **model)
     assert found == {step: row for step, row in wanted.items() if step >= 4} and found[6][0] < 0.01
+
+
+@pytest.mark.parametrize("at", ["epoch=1-step=3", "epoch=1-step=4", "epoch=2-step=6"])
+def test_a_plateau_goes_on_from_what_it_has_seen(tmp_path: Path, at: str) -> None:
+    """`patience` 0 and a metric that is never good enough: halved after every iteration but the first, which is the best."""
+    plateau = partial(ReduceLROnPlateau, monitor="reward_mean", mode="max", patience=0, factor=0.5, threshold=10.0, min_lr=1e-9)
+
+    def run(at: Path, path: Path | None = None) -> dict[int, tuple[float, ...]]:
+        rates = Rates()
+        kinds = [dict(every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1)] if "step=3" not in str(path or at) else [EVERY_STEP]
+        method = toy_method(updates_per_iteration=2, lr_scheduler=plateau)
+        settings: dict[str, Any] = dict(callbacks=[rates, *checkpoints(at, kinds)], max_epochs=5, enable_checkpointing=True)
+        toy_trainer(at, **settings).fit(method, ToyData(), ckpt_path=path)
+        return rates.rows
+
+    wanted = run(tmp_path / ("step=3" if "step=3" in at else "whole"))
+    assert [wanted[step][0] for step in (0, 2, 4, 6, 8)] == [0.01, 0.01, 0.005, 0.0025, 0.00125]
+    first = int(at.rpartition("=")[2])
+    found = run(tmp_path / "b", tmp_path / ("step=3" if "step=3" in at else "whole") / "0" / f"{at}.ckpt")
+    assert found == {step: row for step, row in wanted.items() if step >= first}
 
 
 def test_settings_of_the_optimizer_are_those_of_the_options(tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lit_rl.errors import ConfigError
 
 Groups = list[dict[str, Any]]
+Schedule = LRScheduler | ReduceLROnPlateau
 
 SCHEDULED = ("lr", "initial_lr", "min_lr", "max_lr", "momentum", "base_momentum", "max_momentum", "betas")
 """Settings that torch's schedules write into the parameter groups."""
@@ -21,6 +22,9 @@ ADDED = ("initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum")
 
 COMPUTED = ("fused", "foreach", "capturable", "differentiable")
 """Settings that say how a step is computed: the moments lie where the checkpoint's had them."""
+
+ON_PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+"""What `ReduceLROnPlateau` has seen."""
 
 NEEDS_STATE = ("amsgrad", "centered")
 """Settings that add a moment, which the checkpoint of a run without them lacks."""
@@ -52,24 +56,33 @@ def check_same_optimizer(stored: Mapping[str, Any], optimizer: Optimizer) -> Non
                 )
 
 
-def follow_options(optimizer: Optimizer, settings: Groups, stored: Mapping[str, Any], schedule: LRScheduler | None, *, step: int) -> None:
+def follow_options(optimizer: Optimizer, settings: Groups, stored: Mapping[str, Any], schedule: Schedule | None, *, step: int) -> None:
     """Give a restored optimizer the settings of this run's options, and the schedule its place after `step` optimizer steps.
 
     What has the same option as before stays as the checkpoint has it, for callbacks may have changed it on the way. With a schedule the
-    learning rate is the one that an unbroken run with these options would have.
+    learning rate is the one that an unbroken run with these options would have; `ReduceLROnPlateau` goes on from what it has seen.
 
-    settings: `settings_of` the optimizer when the schedule was built.
+    settings: `settings_of` the optimizer when the schedule was built. stored: `checkpoint["optimizer"]`, and the `schedules`' states.
     """
     before: Sequence[dict[str, Any]] = stored.get("groups") or [{} for _ in settings]
-    anew = SCHEDULED if schedule is not None or stored.get("scheduled") else ()
+    plateau = next((state for state in stored["schedules"] if "num_bad_epochs" in state), None)
+    goes_on = plateau is not None and isinstance(schedule, ReduceLROnPlateau)
+    anew = SCHEDULED if not goes_on and (schedule is not None or stored.get("scheduled")) else ()
     for group, options, old in zip(optimizer.param_groups, settings, before, strict=True):
         for key in [key for key in ADDED if key in group and key not in options]:
             del group[key]
         for key, value in options.items():
             if key not in ("tensors", *COMPUTED) and (key in anew or key not in old or old[key] != value):
                 group[key] = value
-    if schedule is None:
-        return
+    if isinstance(schedule, ReduceLROnPlateau):
+        vars(schedule).update({key: plateau[key] for key in ON_PLATEAU} if plateau else {})
+        if plateau and "metric" in stored:
+            schedule.step(stored["metric"])
+    elif schedule is not None:
+        _advance(schedule, step)
+
+
+def _advance(schedule: LRScheduler, step: int) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r".*lr_scheduler.step\(\)")  # no optimizer step came before these

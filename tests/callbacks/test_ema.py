@@ -1,5 +1,6 @@
 """The average is the recursion it says, is seen by evaluation only, and survives everything exactly."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,12 +9,15 @@ import lightning as L
 import pytest
 import torch
 from golden_numbers import assert_close, load
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor
-from toy import ToyData, ToyPolicy, toy_method, toy_trainer
+from toy import Brightness, ToyData, ToyPolicy, toy_method, toy_trainer
 
 from callbacks.ema import EMA
+from callbacks.old_policy import EMAOldPolicy, OldPolicySync
+from callbacks.reward_scoring import RewardScoring
 from lit_rl.errors import ConfigError
+from lit_rl.methods.diffusion_nft import DiffusionNFT
 
 
 def weights(module: Any) -> dict[str, Tensor]:
@@ -250,3 +254,32 @@ def test_the_average_of_another_model_is_refused(run: Any) -> None:
 def test_impossible_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         EMA(**wrong)
+
+
+# ---------------------------------------------------------------------- of which a run can have one
+class Another(EMA):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        ([EMA(), EMA(0.5)], "trainer.callbacks has EMA and EMA, of which a run can have one"),
+        ([EMA(evaluate=False), Another()], "has EMA and Another"),
+        ([EMAWeightAveraging()], "EMAWeightAveraging knows neither rollouts nor .* use callbacks.ema.EMA in its place"),
+        ([StochasticWeightAveraging(1e-2)], "StochasticWeightAveraging knows neither"),
+        ([RewardScoring({"b": Brightness()})], "RewardScoring and RewardScoring, of which a run can have one: .* under `rewards` of one"),
+    ],
+)
+def test_two_that_would_swap_the_same_weights_are_refused_before_the_model_is_loaded(tmp_path: Path, callbacks: Any, message: str) -> None:
+    method = toy_method()
+    with pytest.raises(ConfigError, match=message):
+        toy_trainer(tmp_path, callbacks=callbacks).fit(method, ToyData())
+    assert not hasattr(method.policy, "network")
+
+
+def test_two_old_policies_are_refused(tmp_path: Path) -> None:
+    adam = partial(torch.optim.AdamW, lr=1e-2)
+    method = DiffusionNFT(ToyPolicy(), prompts_per_iteration=4, group_size=4, num_steps=4, optimizer=adam)
+    with pytest.raises(ConfigError, match="OldPolicySync and EMAOldPolicy, of which a run can have one"):
+        toy_trainer(tmp_path, callbacks=[OldPolicySync(), EMAOldPolicy()]).fit(method, ToyData())
