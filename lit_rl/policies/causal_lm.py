@@ -145,8 +145,8 @@ class CausalLM(TrainedPolicy, TokenPolicy):
             return
         lm = self._read()
         head = recognized(lm)
-        stops = self.stop_ids  # what this run learns as ends, the export says too
-        lm.config.eos_token_id = lm.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+        if stops := self.stop_ids:  # what this run learns as ends, the export says too
+            lm.config.eos_token_id = lm.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
         self.adopt(lm, add=lambda lora: add_language_lora(lm, lora, seed=torch.initial_seed()), frozen=self.dtype)
         self.network = TokenNetwork(lm, head)
         if self.reference_network is not None:
