@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_rl.checkpoints.contents import check_contents, with_nan
-from lit_rl.checkpoints.files import is_whole, refuse_damaged, what_is_wrong
+from lit_rl.checkpoints.files import is_whole, note_age, refuse_damaged, what_is_wrong
 from lit_rl.checkpoints.layout import check_layout
 from lit_rl.checkpoints.manifest import entries, write_manifest
 from lit_rl.checkpoints.replacing import beside, naming, put_in_place, remove, swept
@@ -298,6 +298,7 @@ def check_intact(strategy: Strategy, folder: Path) -> None:
     except (ConfigError, OSError) as error:
         problem = f"cannot be read ({error})"
     refuse_damaged(folder, next((found for found in gathered_objects(problem) if found), None))
+    note_age(folder)
 
 
 def refuse_nan(strategy: Strategy, folder: Path, weights: Mapping[str, Tensor]) -> None:

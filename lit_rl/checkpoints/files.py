@@ -13,7 +13,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lit_rl.checkpoints.contents import check_contents
-from lit_rl.checkpoints.manifest import MANIFEST, ZIP_ERRORS, SealedFile, damage, folder_damage, missing_files
+from lit_rl.checkpoints.manifest import ZIP_ERRORS, SealedFile, damage, folder_damage, has_checksums, missing_files
 from lit_rl.checkpoints.replacing import atomic_file, left_targets, naming, recovered, swept
 from lit_rl.checkpoints.restricted import told
 from lit_rl.errors import ConfigError
@@ -59,6 +59,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise ConfigError(f"--ckpt_path {path} is a folder of shards: continue with the configs/base/*.yaml it was written under")
         if "://" not in str(path):
             refuse_damaged(Path(path), what_is_wrong(Path(path)))
+            note_age(Path(path))
         with told(path):
             found = super().load_checkpoint(path, map_location, weights_only is not False)
         return check_contents(found, path)
@@ -139,10 +140,17 @@ def what_is_wrong(checkpoint: Path, rank: int = 0, size: int = 1) -> str | None:
     return damage(checkpoint) if checkpoint.is_file() else folder_damage(checkpoint, rank, size)
 
 
+def note_age(checkpoint: Path) -> None:
+    if not has_checksums(checkpoint):
+        rank_zero_info(
+            f"{checkpoint} is of an earlier release, without checksums: the CRC32 of its archives, which covers less, was compared"
+        )
+
+
 def newest_complete(folder: Path, *, intact: bool = False) -> Path | None:
     """The newest checkpoint of a folder that is whole. intact: and whose content, which is read for it, is what was written."""
     found = newest_first(_complete_in(folder))
-    return next((path for path in found if not intact or not _can_be_checked(path) or what_is_wrong(path) is None), None)
+    return next((path for path in found if not intact or not (path.is_file() or has_checksums(path)) or what_is_wrong(path) is None), None)
 
 
 def newest_first(checkpoints: Iterable[Path]) -> list[Path]:
@@ -183,11 +191,6 @@ def _advice(checkpoint: Path) -> str:
 
 def _complete_in(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*.ckpt") if what_is_missing(path) is None]
-
-
-def _can_be_checked(checkpoint: Path) -> bool:
-    """Folders of earlier releases have no checksums of their own; what is known of their shards shows when they are loaded."""
-    return checkpoint.is_file() or (checkpoint / MANIFEST).is_file()
 
 
 def _sharded(folder: Path) -> bool:

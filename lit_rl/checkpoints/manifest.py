@@ -60,6 +60,14 @@ class SealedFile:
         self.file.write(_SEAL + self._digest.hexdigest().encode())
 
 
+def has_checksums(checkpoint: Path) -> bool:
+    """Earlier releases wrote none."""
+    if checkpoint.is_dir():
+        return (checkpoint / MANIFEST).is_file()
+    with open(checkpoint, "rb") as stream:
+        return not _tail(stream)[-_END_SIZE:].startswith(_END)
+
+
 def damage(file: Path) -> str | None:
     """What is wrong with the content of a zip archive, or None. Reads all of it."""
     with open(file, "rb") as stream:

@@ -76,10 +76,12 @@ def test_a_sealed_file_is_an_ordinary_one(tmp_path: Path) -> None:
     assert what_is_wrong(copy) is None
 
 
-def test_files_of_earlier_releases_are_read_and_compared_with_their_crc(tmp_path: Path) -> None:
+def test_files_of_earlier_releases_are_read_and_compared_with_their_crc(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "last.ckpt"
     torch.save(CONTENT, path)
-    assert what_is_wrong(path) is None and AtomicCheckpointIO().load_checkpoint(path)["epoch"] == 3
+    with caplog.at_level("INFO"):
+        assert what_is_wrong(path) is None and AtomicCheckpointIO().load_checkpoint(path)["epoch"] == 3
+    assert "is of an earlier release, without checksums" in caplog.text
     content = path.read_bytes()
     flip(path, content.index(CONTENT["state_dict"]["w"].numpy().tobytes()[:64]) * 8 + 11)  # type: ignore[index]
     assert "another content" in (what_is_wrong(path) or "")
