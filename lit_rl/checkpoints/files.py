@@ -70,7 +70,7 @@ def resolve_checkpoint(path: str, folders: Sequence[str | os.PathLike]) -> str |
 
     "last" is the newest `last*.ckpt` of `folders` (the `dirpath`s of the checkpoint callbacks), None with a notice if there is none yet;
     "best", "hpc", "registry..." and URLs are passed on. Raises ConfigError if nothing is there or if it is incomplete (a run was
-    killed while writing, a disk was full), naming the newest complete checkpoint beside it. Reads directories of files, never contents.
+    killed while writing, a disk was full), naming the newest undamaged checkpoint beside it. Of a folder of shards no contents are read.
     """
     if path in ("best", "hpc") or path.startswith("registry") or "://" in path:
         return path

@@ -68,8 +68,12 @@ def put_in_place(new: Path, target: Path) -> None:
         try:
             os.rename(new, target)
         except OSError:
-            os.rename(old, target)
-            raise
+            if os.path.lexists(new):
+                os.rename(old, target)
+                raise
+            if not os.path.lexists(target):
+                raise
+            # Another process that looked for a checkpoint right now has found neither, and put the new one there itself.
     sync_folder(target.parent)
     if old is not None:
         remove(old)

@@ -201,6 +201,22 @@ def test_a_refused_rename_brings_back_what_stood_there(tmp_path: Path, monkeypat
     assert number(last) == 1 and not leftovers(last)
 
 
+def test_another_process_may_look_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`predict --ckpt_path last` beside a run that trains finds no `last.ckpt` for a moment, and ends what seems to be broken off."""
+    last, rename = write_folder(tmp_path / "last.ckpt", 1), os.rename
+    looked = []
+
+    def look_first(source: Any, target: Any) -> None:
+        if Path(source).suffix == ".new" and not looked:
+            looked.append(True)
+            assert resolve_checkpoint("last", [tmp_path]) == str(last)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", look_first)
+    write_folder(last, 2)
+    assert looked and number(last) == 2 and [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
 def test_an_exception_leaves_no_temporary_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "a") as file:
         file.write(b"half")
