@@ -56,6 +56,7 @@ class LitFlow(LitPolicy[FlowRollout]):
     """
 
     policy: FlowPolicy
+    stored_with: Sequence[str] = ("num_steps", "schedule", "shift", "storage_dtype", "updates_per_iteration")
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lit_rl.advantages import group_metrics
+from lit_rl.checkpoints.options import REMEDY
 from lit_rl.errors import ConfigError
 from lit_rl.module import gather_to_first
 from lit_rl.policies.base import TokenPolicy
@@ -48,6 +49,8 @@ class LitGeneration(LitToken):
 
     asks: Sequence[str] = ("prompts", "prompt_ids", "max_prompt_length")
     datamodules = "datamodules.prompts_text.TextPrompts"
+
+    stored_with: Sequence[str] = ("sampling", "old_logprobs")
 
     def __init__(
         self,
@@ -274,6 +277,23 @@ class LitGeneration(LitToken):
         return centred * torch.rsqrt(square / (n - 1).clamp(min=1) + 1e-8)
 
     # ------------------------------------------------------------------ checkpoints
+    def check_rollout(self, rollout: TokenRollout) -> None:
+        super().check_rollout(rollout)
+        lacks = [
+            name
+            for name, missing in {
+                "the reference, which model.kl_coef or kl_in_reward needs": self.needs_reference() and rollout.reference is None,
+                "the sampler beside the trainer's, which model.old_logprobs or correction needs": self.needs_logprobs()
+                and rollout.behaviour is None,
+            }.items()
+            if missing
+        ]
+        if lacks:
+            raise ConfigError(
+                f"the checkpoint was written inside an iteration, whose rollout has no log-probabilities of {lacks[0]}: continue with the "
+                f"options it was written with, {REMEDY}"
+            )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         if self.ahead is not None:  # on all processes, or on none; the weights that drew them will be gone

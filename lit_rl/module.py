@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLR
 from lit_rl.checkpoints.contents import check_kinds
 from lit_rl.checkpoints.layout import check_adapters, check_layout
 from lit_rl.checkpoints.optimizer import Groups, check_same_optimizer, follow_options, settings_of
+from lit_rl.checkpoints.options import REMEDY, check_options, options_of
 from lit_rl.checkpoints.progress import Place, continue_at, log_again, logged, place_of, remember_saved, saved_at, set_counters
 from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import weighted_sum
@@ -135,8 +136,13 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     samples, actions = "images", "pairs"
     """What people call that of which a rollout has B, and B times S."""
 
+    stored_with: Sequence[str] = ("prompts_per_iteration", "group_size", "inner_epochs", "seed")
+    """Options, beside those of its bases, that a rollout depends on after it was made: inside an iteration a run keeps them."""
+
     asks: Sequence[str] = ("prompts",)
     """Methods and attributes of the datamodule that the method uses."""
+    asks_once = True
+    """Whether a rollout's prompts are `ask(iteration)`, all of them or some."""
     datamodules: str = "datamodules.prompts.PromptFiles"
     """A datamodule that has them, for messages."""
 
@@ -502,7 +508,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
         keys = self.checkpoint_keys()
         checkpoint["state_dict"] = {name: weight for name, weight in checkpoint["state_dict"].items() if name in keys}
-        checkpoint["adapters"] = self.adapters()
+        checkpoint["adapters"], checkpoint["warmup_steps"] = self.adapters(), self.warmup_steps
         place, configs = self._place_in(checkpoint), self.trainer.lr_scheduler_configs
         name = self.trainer.optimizers and type(self.trainer.optimizers[0]).__name__
         checkpoint["optimizer"] = {"class": name, "groups": self._settings, "scheduled": bool(configs)}
@@ -515,6 +521,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         checkpoint["logged"] = {"ranks": gather_objects(_on_cpu(now)), "saved_at": saved_at(self.trainer)}
         if self.rollout is not None and not place.ended and self.rollout_iteration == place.epochs - self.warmup_epochs:
             about = {"iteration": self.rollout_iteration, "metrics": self.rollout_metrics, "world_size": self.trainer.world_size}
+            about |= {"options": self.stored_options()}
             checkpoint["rollout"] = about | {"ranks": gather_to_first(_plain(self.rollout.to("cpu")))}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -524,6 +531,11 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         check_adapters(checkpoint.get("adapters", {}), self.adapters())
         if self.trainer.state.fn != "fit":
             return
+        if (began := checkpoint.get("warmup_steps", self.warmup_steps)) != self.warmup_steps:
+            raise ConfigError(
+                f"model.warmup_steps={self.warmup_steps}, and the run of this checkpoint began with {began}, from which its iterations and "
+                f"its schedule are counted: continue with model.warmup_steps={began}"
+            )
         self._place = self._place_in(checkpoint)
         set_counters(checkpoint["loops"]["fit_loop"], self._place)
         self._before = checkpoint.get("logged", {})
@@ -536,8 +548,23 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
                 f"This checkpoint was written inside an iteration by {saved['world_size']} processes and cannot continue on "
                 f"{self.trainer.world_size}: use as many devices, or a checkpoint from the end of an epoch"
             )
+        check_options(saved.get("options", {}), self.stored_options())
         self.rollout = self.restore_rollout(saved["ranks"][self.global_rank])
         self.rollout_iteration, self.rollout_metrics = saved["iteration"], saved["metrics"]
+        self.check_rollout(self.rollout)
+
+    def stored_options(self) -> dict[str, Any]:
+        """What a stored rollout was made with: the method, its options and the policy's."""
+        return {"model.class_path": type(self).__name__, **options_of(self, "model")}
+
+    def check_rollout(self, rollout: R) -> None:
+        """Raise where a restored rollout is not what this run would train on."""
+        here = {str(row["prompt"]) for row in self.ask(self.rollout_iteration).info} if self.asks_once else None
+        if here is not None and (other := [text for text in map(str, rollout.text) if text not in here]):
+            raise ConfigError(
+                f"data: the prompts of iteration {self.rollout_iteration} are others than those of the rollout in the checkpoint, "
+                f"which was written inside that iteration (there: {other[0][:60]!r}): continue with the data it was written with, {REMEDY}"
+            )
 
     def _place_in(self, checkpoint: dict[str, Any]) -> Place:
         """Counted in the micro-batches of now: a run may go on in smaller or larger ones."""

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lit_rl.checkpoints.options import options_of
 from lit_rl.errors import ConfigError
 from lit_rl.module import LitRL, gather_objects
 from lit_rl.policies.base import Policy
@@ -51,6 +52,9 @@ class LitPolicy(LitRL[R]):
         self.policy = policy
         self.evaluated: list[Prompts] = []
         self.non_finite = 0  # samples of the last rollout, over all processes
+
+    def stored_options(self) -> dict[str, Any]:
+        return super().stored_options() | options_of(self.policy, "model.policy")
 
     # ------------------------------------------------------------------ the policy's life
     def models(self) -> Sequence[Shardable]:

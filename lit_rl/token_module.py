@@ -58,6 +58,8 @@ class LitToken(LitPolicy[TokenRollout]):
     together = 1
     """Neighbouring sequences that must stand in the same micro-batch."""
 
+    stored_with: Sequence[str] = ("prompts_per_update",)
+
     def __init__(
         self,
         policy: TokenPolicy,

@@ -27,7 +27,8 @@ from lit_rl.credit import Advantage
 from lit_rl.errors import ConfigError
 from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.dpo import DPO
-from lit_rl.methods.grpo import DAPO, GRPO
+from lit_rl.methods.flow_grpo import DanceGRPO, FlowGRPO, GRPOGuard, MixGRPO
+from lit_rl.methods.grpo import DAPO, GRPO, RLOO
 from lit_rl.methods.ppo import PPO
 from lit_rl.methods.sft import SFT
 from lit_rl.rollouts.base import Sampling
@@ -361,3 +362,93 @@ def test_weights_alone_are_not_continued(tmp_path: Path) -> None:
     toy_trainer(tmp_path, callbacks=[only], enable_checkpointing=True, max_epochs=1).fit(toy_method(), ToyData())
     with pytest.raises(ConfigError, match="holds weights only"):
         toy_trainer(tmp_path).fit(toy_method(), ToyData(), ckpt_path=tmp_path / "weights.ckpt")
+
+
+# ---------------------------------------------------------------------- options that a stored rollout was made with
+def begun(at: Path, fit: Callable[[Path, list[L.Callback], str | None], None]) -> str:
+    """A checkpoint inside of iteration 0, after its first optimizer step."""
+    fit(at, checkpoints(at, [EVERY_STEP]), None)
+    path = next((at / "0").glob("epoch=0-step=1.ckpt"))
+    assert "rollout" in torch.load(path, weights_only=True)
+    return str(path)
+
+
+def flow_run(cls: Any = FlowGRPO, data: dict[str, Any] | None = None, **model: Any) -> Any:
+    def fit(at: Path, after: list[L.Callback], path: str | None) -> None:
+        method = toy_method(cls, **{"updates_per_iteration": 4} | model)
+        toy_trainer(at, callbacks=after, max_epochs=2, enable_checkpointing=True).fit(method, ToyData(**data or {}), ckpt_path=path)
+
+    return fit
+
+
+@pytest.mark.parametrize(
+    ("cls", "before", "now", "message"),
+    [
+        (FlowGRPO, {}, {"noise_level": 0.3}, r"model.noise_level=0.3, and .* made with 0.7: continue with model.noise_level=0.7, or from"),
+        (FlowGRPO, {}, {"dynamics": "cps"}, "model.dynamics=cps, .* made with flow_sde"),
+        (FlowGRPO, {}, {"num_steps": 6}, "model.num_steps=6, .* made with 4"),
+        (FlowGRPO, {}, {"group_size": 8}, "model.group_size=8, .* made with 4"),
+        (FlowGRPO, {}, {"prompts_per_iteration": 2}, "model.prompts_per_iteration=2"),
+        (FlowGRPO, {}, {"schedule": "shifted"}, "model.schedule=shifted"),
+        (FlowGRPO, {"schedule": "shifted"}, {"schedule": "shifted", "shift": 2.0}, "model.shift=2.0"),
+        (FlowGRPO, {}, {"storage_dtype": "bfloat16"}, "model.storage_dtype=bfloat16, .* made with float32"),
+        (FlowGRPO, {}, {"updates_per_iteration": 2}, "model.updates_per_iteration=2"),
+        (FlowGRPO, {}, {"inner_epochs": 2}, "model.inner_epochs=2"),
+        (FlowGRPO, {}, {"seed": 9}, "model.seed=9"),
+        (FlowGRPO, {}, {"data": {"seed": 7}}, "data: the prompts of iteration 0 are others"),
+        (FlowGRPO, {}, {"cls": GRPOGuard}, "model.class_path=GRPOGuard, .* made with FlowGRPO"),
+        (MixGRPO, {"num_steps": 8}, {"num_steps": 8, "window_size": 2}, "model.window_size=2, .* made with 4"),
+        (DanceGRPO, {}, {"trained_fraction": 0.4}, "model.trained_fraction=0.4"),
+    ],
+)
+def test_options_that_contradict_a_stored_rollout_are_refused(
+    tmp_path: Path, cls: Any, before: dict[str, Any], now: dict[str, Any], message: str
+) -> None:
+    path = begun(tmp_path / "a", flow_run(cls, **before))
+    with pytest.raises(ConfigError, match=message):
+        flow_run(**{"cls": cls} | now)(tmp_path / "b", [], path)
+    end = max((tmp_path / "a" / "0").glob("epoch=0-step=*.ckpt"), key=lambda file: int(file.stem.rpartition("=")[2]))
+    flow_run(**{"cls": cls} | now)(tmp_path / "c", [], str(end))  # the end of an iteration: everything may change
+
+
+def test_other_options_may_change_inside_an_iteration(tmp_path: Path) -> None:
+    path = begun(tmp_path / "a", flow_run())
+    free = dict(lr=1e-3, clip_low=0.2, rollout_micro_batch=3, train_micro_batch=3, eval_num_steps=2, advantage=Advantage(clip=1.0))
+    flow_run(**free)(tmp_path / "b", [], path)
+
+
+def test_the_warm_up_stays_as_long_as_it_was(tmp_path: Path) -> None:
+    flow_run(warmup_steps=2)(tmp_path / "a", checkpoints(tmp_path / "a", [EVERY_STEP]), None)
+    for name in ("epoch=0-step=1", "epoch=1-step=3", "epoch=1-step=6"):
+        with pytest.raises(ConfigError, match="model.warmup_steps=3, and the run of this checkpoint began with 2"):
+            flow_run(warmup_steps=3)(tmp_path / "b", [], str(tmp_path / "a" / "0" / f"{name}.ckpt"))
+
+
+def text_run(folder: Path, cls: Any = GRPO, data: dict[str, Any] | None = None, **model: Any) -> Any:
+    def fit(at: Path, after: list[L.Callback], path: str | None) -> None:
+        method = cls(policy(folder, keep_reference=True), **ACTING | model)
+        callbacks = [RewardScoring({"sorted": Length()}), *after]
+        settings: dict[str, Any] = dict(max_epochs=1, enable_checkpointing=True, limit_val_batches=0, default_root_dir=at)
+        trainer(callbacks=callbacks, **settings).fit(method, datamodule=Digits(**data or {}), ckpt_path=path)
+
+    return fit
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ({"sampling": Sampling(max_new_tokens=5, temperature=0.5)}, "model.sampling.temperature=0.5, .* made with 1.0"),
+        ({"sampling": Sampling(max_new_tokens=6)}, "model.sampling.max_new_tokens=6, .* made with 5"),
+        ({"prompts_per_update": 2}, "model.prompts_per_update=2"),
+        ({"group_size": 4}, "model.group_size=4"),
+        ({"old_logprobs": "rollout"}, "model.old_logprobs=rollout, .* made with auto"),
+        ({"kl_coef": 0.1}, "no log-probabilities of the reference, which model.kl_coef"),
+        ({"cls": RLOO}, "model.class_path=RLOO, .* made with GRPO"),
+        ({"data": {"digits": 4}}, "data: the prompts of iteration 0 are others"),
+    ],
+)
+def test_options_that_contradict_stored_answers_are_refused(folder: Path, tmp_path: Path, now: dict[str, Any], message: str) -> None:
+    path = begun(tmp_path / "a", text_run(folder))
+    with pytest.raises(ConfigError, match=message):
+        text_run(folder, **now)(tmp_path / "b", [], path)
+    text_run(folder, clip_high=0.3, entropy_coef=0.01)(tmp_path / "c", [], path)

@@ -57,6 +57,8 @@ class DiffusionNFT(LitFlow):
         kwargs: See `LitFlow` and `LitRL`. The loss is in units of `advantage.clip`.
     """
 
+    stored_with: Sequence[str] = ("solver", "eta", "timestep_fraction", "timesteps", "timestep_range", "timestep_shift")
+
     def __init__(
         self,
         policy: FlowPolicy,

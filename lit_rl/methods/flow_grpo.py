@@ -54,6 +54,8 @@ class FlowGRPO(LitFlow):
         kwargs: See `LitFlow` and `LitRL`.
     """
 
+    stored_with: Sequence[str] = ("dynamics", "noise_level", "timestep_fraction", "same_latent")
+
     def __init__(
         self,
         policy: FlowPolicy,
@@ -231,6 +233,8 @@ class FlowGRPOFast(FlowGRPO):
         kwargs: See `FlowGRPO`. Published with cps at noise_level 0.8, clip 1e-5 and no KL.
     """
 
+    stored_with: Sequence[str] = ("window_size", "window_range")
+
     def __init__(
         self,
         policy: FlowPolicy,
@@ -269,6 +273,8 @@ class MixGRPO(FlowGRPO):
         kwargs: See `FlowGRPO`.
     """
 
+    stored_with: Sequence[str] = ("window_size", "iterations_per_window", "window_strategy", "window_overlap")
+
     def __init__(
         self,
         policy: FlowPolicy,
@@ -303,6 +309,8 @@ class DanceGRPO(FlowGRPO):
         trained_fraction: Share of the N - 1 steps.
         kwargs: See `FlowGRPO`. Published with siblings that start from the same noise.
     """
+
+    stored_with: Sequence[str] = ("trained_fraction",)
 
     def __init__(
         self,

@@ -135,6 +135,9 @@ class DAPO(GRPO):
         kwargs: See `GRPO`.
     """
 
+    stored_with: Sequence[str] = ("prompts_per_generation", "filter_metric")
+    asks_once = False
+
     def __init__(
         self,
         policy: TokenPolicy,

@@ -44,6 +44,8 @@ class MixedGSPO(LitPolicyGradient):
         kwargs: See `LitPolicyGradient`.
     """
 
+    stored_with: Sequence[str] = ("self_play",)
+
     def __init__(
         self,
         policy: TokenPolicy,

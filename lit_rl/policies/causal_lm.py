@@ -108,6 +108,8 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         trust_remote_code: Run Python code that comes with the model.
     """
 
+    stored_with: Sequence[str] = ("dtype",)
+
     def __init__(
         self,
         pretrained: str,

@@ -58,6 +58,8 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
     pipeline: ClassVar[str]
     lora_targets: ClassVar[list[str]]
 
+    stored_with: Sequence[str] = ("resolution", "guidance_scale", "max_sequence_length", "dtype")
+
     def __init__(
         self,
         pretrained: str,
