@@ -18,7 +18,8 @@ HELP = """usage: python cli.py {command} --config FILE [--config FILE ...] [--KE
 what a run is
   --config FILE             YAML file; several are laid over each other, later ones win. configs/base/*.yaml say where it runs
                             (cpu, one_gpu, ddp, fsdp, deepspeed_zero2, ...), configs/<method>/*.yaml what is trained
-  --ckpt_path PATH|last     continue exactly where this checkpoint stopped; `last` finds the newest one of the run
+  --ckpt_path PATH|last|best  continue exactly where this checkpoint stopped; `last` finds the newest one of the run, `best` the one that a
+                            ModelCheckpoint with a monitor calls so
   --seed_everything INT     one seed for prompts, rollouts, minibatches and evaluation
   --print_config            show the run as one YAML, every default included, and stop
 

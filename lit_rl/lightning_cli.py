@@ -16,8 +16,8 @@ from unittest.mock import patch
 import lightning as L
 from jsonargparse import Namespace
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -25,14 +25,16 @@ from callbacks.graceful_stop import GracefulStop
 from callbacks.image_writer import ImageWriter
 from callbacks.rng_state import RngState
 from callbacks.text_writer import TextWriter
+from lit_rl.checkpoints.choosing import choose_checkpoint
 from lit_rl.checkpoints.claims import claim, release
-from lit_rl.checkpoints.files import AtomicCheckpointIO, check_unused, resolve_checkpoint
+from lit_rl.checkpoints.files import AtomicCheckpointIO, check_unused
 from lit_rl.cli_errors import explain
 from lit_rl.errors import ConfigError
 from lit_rl.module import LitRL
 from lit_rl.rewards.base import RewardError
 from lit_rl.rollouts.base import RolloutError
 from lit_rl.run_errors import go_on, what_ended
+from lit_rl.saved_config import SavedConfig
 
 # A notice of Lightning's own use of torch, and an advertisement, in every run.
 warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
@@ -68,7 +70,7 @@ class CLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            save_config_callback=SaveConfigCallback,
+            save_config_callback=SavedConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [RngState(), GracefulStop()], "enable_model_summary": False, "log_every_n_steps": 1},
         )
@@ -124,7 +126,8 @@ class CLI(LightningCLI):
                 doing = {"predict": "what follows is made by", "validate": "what follows scores", "test": "what follows scores"}
                 rank_zero_warn(f"without --ckpt_path {doing[subcommand]} the model as `pretrained` has it, not as this run trained it")
             elif kwargs.get("ckpt_path"):
-                found = resolve_checkpoint(kwargs["ckpt_path"], folders)
+                keepers = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]  # type: ignore[attr-defined]
+                found = choose_checkpoint(kwargs["ckpt_path"], keepers, self.trainer.default_root_dir)
                 if found is None and subcommand != "fit":
                     raise ConfigError(f"--ckpt_path last: there is no checkpoint yet in {', '.join(map(str, folders))}; run fit first")
                 kwargs["ckpt_path"] = found

@@ -7,14 +7,16 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import Logger
 from toy import Brightness
 
 from lit_rl.cli_options import with_help_classes
+from lit_rl.saved_config import without_secrets
 from lit_rl.types import Info
 
 ROOT = Path(__file__).parent.parent
@@ -450,3 +452,52 @@ def test_validate_and_predict_use_the_checkpoint(cli: Any, tmp_path: Path) -> No
     assert torch.equal(run.model.policy.network[1].bias.detach(), saved["policy.network.1.bias"])
     assert len(list((tmp_path / "images").glob("*.png"))) == len(run.datamodule.held_out)
     assert "val/brightness" in cli("validate", toy_config(tmp_path), "--ckpt_path", "last").trainer.callback_metrics
+
+
+# ---------------------------------------------------------------------- what loggers and folders are told of a run
+class Folderless(Logger):
+    """A tracker somewhere else."""
+
+    told: ClassVar[list[Any]] = []
+    name, version = "tracker", 0
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self.told.append(params)
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        pass
+
+
+def test_every_logger_gets_the_options_and_no_checkpoint_does(cli: Any, tmp_path: Path) -> None:
+    config = toy_config(tmp_path, clip_low=0.125)
+    csv = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": "csv", "version": ""}}
+    config["trainer"] |= {"logger": [{"class_path": "test_cli.Folderless"}, csv], "limit_val_batches": 0, "max_epochs": 1}
+    Folderless.told.clear()
+    cli("fit", config)
+    (options,) = Folderless.told
+    assert options["model"]["init_args"]["clip_low"] == 0.125 and options["seed_everything"] == 3
+    assert "clip_low: 0.125" in (tmp_path / "csv" / "hparams.yaml").read_text()
+    assert (tmp_path / "config.yaml").exists(), "the first logger has no folder"
+    assert not [key for key in torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True) if "hyper" in key]
+
+
+def test_other_commands_leave_the_options_of_the_training_run_alone(cli: Any, tmp_path: Path) -> None:
+    cli("fit", toy_config(tmp_path))
+    before = (tmp_path / "config.yaml").read_text()
+    for command in ("validate", "test"):
+        cli(command, toy_config(tmp_path), "--ckpt_path", "last", "--model.init_args.eval_num_steps", "2")
+        assert "eval_num_steps: 2" in (tmp_path / f"config-{command}.yaml").read_text()
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_two_checkpoint_callbacks_of_one_key_are_refused(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = toy_config(tmp_path)
+    config["trainer"]["callbacks"].append({"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"filename": "b"}})
+    with pytest.raises(SystemExit):
+        cli("fit", config)
+    assert "has two ModelCheckpoint whose states would be one" in capsys.readouterr().err
+
+
+def test_what_nobody_should_read_is_starred() -> None:
+    given = {"a": [{"api_key": "x", "n": 1}], "token": None, "password": "y", "max_new_tokens": 5}
+    assert without_secrets(given) == {"a": [{"api_key": "***", "n": 1}], "token": None, "password": "***", "max_new_tokens": 5}

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lit_rl.checkpoints.contents import check_contents
 from lit_rl.checkpoints.manifest import ZIP_ERRORS, SealedFile, damage, folder_damage, has_checksums, missing_files
+from lit_rl.checkpoints.position import step_of
 from lit_rl.checkpoints.replacing import atomic_file, left_targets, naming, recovered, swept
 from lit_rl.checkpoints.restricted import told
 from lit_rl.errors import ConfigError
@@ -68,12 +69,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def resolve_checkpoint(path: str, folders: Sequence[str | os.PathLike]) -> str | None:
     """What `--ckpt_path` means: a complete checkpoint's path, or None to start from scratch.
 
-    "last" is the newest `last*.ckpt` of `folders` (the `dirpath`s of the checkpoint callbacks), None with a notice if there is none yet;
-    "best", "hpc", "registry..." and URLs are passed on. Raises ConfigError if nothing is there or if it is incomplete (a run was
-    killed while writing, a disk was full), naming the newest undamaged checkpoint beside it. Of a folder of shards no contents are read.
+    "last" is the `last*.ckpt` of `folders` (the `dirpath`s of the checkpoint callbacks) after most optimizer steps, None with a notice if
+    there is none yet. Raises ConfigError if nothing is there or if it is incomplete (a run was killed while writing, a disk was full),
+    naming the newest undamaged checkpoint beside it.
     """
-    if path in ("best", "hpc") or path.startswith("registry") or "://" in path:
-        return path
     recover_all([*folders, Path(path).parent])
     if path == "last":
         return _resolve_last([Path(folder) for folder in folders])
@@ -166,7 +165,8 @@ def _resolve_last(folders: list[Path]) -> str | None:
     if not found:
         rank_zero_info(f"no checkpoint in {', '.join(str(f) for f in folders)} yet, starting from scratch")
         return None
-    newest = max(found, key=_age_key)
+    youngest = max(found, key=lambda path: path.stat().st_mtime_ns)
+    newest = youngest if what_is_missing(youngest) else max(found, key=_age_key)
     _refuse_incomplete(newest)
     return str(newest)
 
@@ -210,5 +210,6 @@ def _first(problems: Iterable[str | None]) -> str | None:
     return next((problem for problem in problems if problem is not None), None)
 
 
-def _age_key(path: Path) -> tuple[int, str]:
-    return path.stat().st_mtime_ns, path.name
+def _age_key(path: Path) -> tuple[int, int, str]:
+    """By content; a file's time is that of its copy, and decides between equals only."""
+    return step_of(path), path.stat().st_mtime_ns, path.name

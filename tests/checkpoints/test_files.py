@@ -11,6 +11,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lit_rl.checkpoints.files import AtomicCheckpointIO, newest_complete, resolve_checkpoint, what_is_missing
+from lit_rl.checkpoints.position import step_of
 from lit_rl.errors import ConfigError
 
 
@@ -99,9 +100,31 @@ def test_last_without_a_folder_says_which_knob(tmp_path: Path) -> None:
         resolve_checkpoint("last", [])
 
 
-@pytest.mark.parametrize("value", ["best", "hpc", "registry:me/model", "s3://bucket/a.ckpt"])
-def test_lightnings_own_values_are_passed_on(value: str) -> None:
-    assert resolve_checkpoint(value, []) == value
+def test_last_is_told_by_its_content(tmp_path: Path) -> None:
+    """A copy has the times of copying, in order of names: last-v1 (newer) before last."""
+    kept = {"last-v1": 30, "last": 10, "last-v2": 20}
+    for age, (name, step) in enumerate(kept.items()):
+        torch.save({"epoch": step // 10, "global_step": step, "state_dict": {"w": torch.zeros(3)}}, tmp_path / f"{name}.ckpt")
+        os.utime(tmp_path / f"{name}.ckpt", (1000 + age, 1000 + age))
+    assert resolve_checkpoint("last", [tmp_path]) == str(tmp_path / "last-v1.ckpt")
+    assert {name: step_of(tmp_path / f"{name}.ckpt") for name in kept} == kept
+
+
+def test_folders_of_shards_are_told_by_their_content_too(tmp_path: Path) -> None:
+    for name, step in {"last-v1": 300_000, "last": 70_000}.items():
+        (tmp_path / f"{name}.ckpt").mkdir()
+        (tmp_path / f"{name}.ckpt" / ".metadata").touch()
+        torch.save({"epoch": 3, "global_step": step}, tmp_path / f"{name}.ckpt" / "meta.pt")
+    assert resolve_checkpoint("last", [tmp_path]) == str(tmp_path / "last-v1.ckpt")
+    (tmp_path / "zero.ckpt" / "checkpoint").mkdir(parents=True)
+    torch.save({"module": {"global_step": "x"}, "global_step": 7}, tmp_path / "zero.ckpt" / "checkpoint" / "mp_rank_00_model_states.pt")
+    assert step_of(tmp_path / "zero.ckpt") == 7
+
+
+def test_what_has_no_step_or_cannot_be_read_comes_last(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    (tmp_path / "text.ckpt").write_text("no archive")
+    assert [step_of(tmp_path / f"{name}.ckpt") for name in ("list", "text", "none")] == [-1, -1, -1]
 
 
 def test_a_path_that_is_not_there_names_what_is(tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+"""The run's options as a file beside its logs, and as the hyper-parameters of every logger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
+
+SECRET = ("api_key", "token", "password", "secret")
+
+
+class SavedConfig(SaveConfigCallback):
+    """`config.yaml` of a training run; validate, test and predict write `config-validate.yaml`, ... and leave it as it is.
+
+    Beside what the first logger writes, or in `trainer.default_root_dir` where that has no folder. Loggers get the options of a training
+    run as hyper-parameters, without keys and passwords; no checkpoint does, because LightningCLI would take them for this run's.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.already_saved:
+            return
+        self.already_saved = True
+        folder = trainer.log_dir or trainer.default_root_dir  # broadcast by the first process
+        if not trainer.is_global_zero:
+            return
+        if "://" not in str(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        name = "config.yaml" if stage == "fit" else f"config-{TrainerFn(stage).value}.yaml"
+        self.parser.save(self.config, f"{folder}/{name}", skip_none=False, overwrite=True, multifile=self.multifile)
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            options = without_secrets(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+            for logger in trainer.loggers:
+                logger.log_hyperparams(options)
+
+
+def without_secrets(options: Any) -> Any:
+    """A copy with stars for what nobody should read on a tracker's page."""
+    if isinstance(options, dict):
+        return {key: "***" if key in SECRET and value is not None else without_secrets(value) for key, value in options.items()}
+    return [without_secrets(value) for value in options] if isinstance(options, list) else options
