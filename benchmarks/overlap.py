@@ -6,8 +6,8 @@ Iterations of FlowGRPO on the demo's model under Lightning's Trainer, its images
 long as the rollout, and as long: one that sleeps in this process, and `HTTPReward` asking a server in another process over its batched
 route. Both score one image at a time. Prints median seconds of the rollout alone, of scoring alone, and of both overlapped by
 RewardScoring, and the median of overlapped / the larger of both: at most 1.15 for half the rollout. What cannot be hidden is the last
-chunk: at the defaults 1/8 of the scoring. Arms take turns, each scored iteration right after one without scoring. Needs a core for the
-rollout and a bit of another to move the images.
+chunk: at the defaults 1/8 of the scoring. One fit per reward, in which half the rollout and as long as the rollout take turns, each scored
+iteration right after one without scoring. Needs a core for the rollout and a bit of another to move the images.
 """
 
 from __future__ import annotations
@@ -184,22 +184,29 @@ class Rounds(L.Callback):
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[Arm]:
-    """All arms, `args.repeats` rounds of them in one fit."""
+    """All arms, `args.repeats` rounds of those of a reward in one fit."""
     latency = mp.get_context("spawn").Value("d", 0.0)
+    pipeline = str(build_sd3(folder / "pipeline"))
     with server(latency) as url:
-        scorings = {"sleeping": RewardScoring([Sleeping(latency)]), "HTTP": RewardScoring([HTTPReward(url, ["pixel"])])}
-        arms = [Arm(name, scoring, share) for share in (0.5, 1.0) for name, scoring in scorings.items()]
-        policy = Enlarged(str(build_sd3(folder / "pipeline")), resolution=(16, 32), max_sequence_length=24)
-        policy.side = args.side
-        method = FlowGRPO(
-            policy, prompts_per_iteration=args.prompts, group_size=args.group, rollout_micro_batch=args.chunk, timestep_fraction=0.1
-        )  # one trained step of ten: training is not what is measured
-        trainer = L.Trainer(
-            accelerator="auto", devices=1, max_epochs=2 + 2 * args.repeats * len(arms), limit_val_batches=0, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-            callbacks=[*scorings.values(), Rounds(arms, latency)],
-        )  # fmt: skip
-        trainer.fit(method, PromptDataModule([{"prompt": f'the number "{i}"'} for i in range(64)]))
+        rewards = {"sleeping": Sleeping(latency), "HTTP": HTTPReward(url, ["pixel"])}
+        return [arm for name, reward in rewards.items() for arm in overlapped(name, reward, latency, pipeline, args)]
+
+
+def overlapped(name: str, reward: Reward, latency: Any, pipeline: str, args: argparse.Namespace) -> list[Arm]:
+    """The arms of one reward, measured."""
+    scoring = RewardScoring([reward])
+    arms = [Arm(name, scoring, share) for share in (0.5, 1.0)]
+    policy = Enlarged(pipeline, resolution=(16, 32), max_sequence_length=24)
+    policy.side = args.side
+    method = FlowGRPO(
+        policy, prompts_per_iteration=args.prompts, group_size=args.group, rollout_micro_batch=args.chunk, timestep_fraction=0.1
+    )  # one trained step of ten: training is not what is measured
+    trainer = L.Trainer(
+        accelerator="auto", devices=1, max_epochs=2 + 2 * args.repeats * len(arms), limit_val_batches=0, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=Path(pipeline).parent,
+        callbacks=[scoring, Rounds(arms, latency)],
+    )  # fmt: skip
+    trainer.fit(method, PromptDataModule([{"prompt": f'the number "{i}"'} for i in range(64)]))
     return arms
 
 

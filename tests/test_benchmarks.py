@@ -42,7 +42,7 @@ def test_a_plain_loop_that_trains_something_else_is_told(monkeypatch: pytest.Mon
 def test_overlap_prints_a_factor_for_every_reward() -> None:
     table = overlap.main(["--repeats", "1", "--prompts", "2", "--group", "2", "--chunk", "2", "--side", "32"])
     rows = {line[:24].strip(): [float(number) for number in line[24:].split()] for line in table.splitlines()[2:]}
-    assert list(rows) == ["sleeping, 0.5 x rollout", "HTTP, 0.5 x rollout", "sleeping, 1.0 x rollout", "HTTP, 1.0 x rollout"]
+    assert list(rows) == ["sleeping, 0.5 x rollout", "sleeping, 1.0 x rollout", "HTTP, 0.5 x rollout", "HTTP, 1.0 x rollout"]
     for _, scoring, overlapped, waited, factor in rows.values():
         assert 0 < waited < overlapped and scoring > 0 and factor > 0
     assert torch.get_num_threads() == 1

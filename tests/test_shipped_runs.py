@@ -116,7 +116,8 @@ def test_run_trains_on_a_miniature(path: Path, home: Path, tmp_path: Path, fit: 
     assert all(f"val/{name}" in metrics for name in weights or ())
 
     if "style" not in run["model"]["init_args"]["policy"]["init_args"]:
-        assert len(list((folder / "export").glob("iteration-1/*"))) == 1 and list((folder / "best").glob("*.ckpt"))
+        exported = {file.name for file in (folder / "export").glob("iteration-1/*")}
+        assert exported == {"pytorch_lora_weights.safetensors", "manifest.json"} and list((folder / "best").glob("*.ckpt"))
         return
     files = [folder / kind / f"checkpoint-{trainer.global_step}/ip-adapter.bin" for kind in ("", "ema")]
     trained, average = (read_ip_adapter(file) for file in files)

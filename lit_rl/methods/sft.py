@@ -41,6 +41,9 @@ class SFT(LitGeneration):
     def needs_rewards(self) -> bool:
         return False
 
+    def needs_logprobs(self) -> bool:
+        return False
+
     # ------------------------------------------------------------------ demonstrations for a rollout
     def generates(self) -> bool:
         return self.scorer is not None or self.trainer.predicting
