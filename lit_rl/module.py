@@ -129,6 +129,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         self._plan: list[Tensor] = []
         self._place: Place | None = None  # where a restored run continues
         self._settings: Groups = []  # of the optimizer, as the options have them
+        self._optimizer_class = ""  # before a strategy wraps it
         self._optimizer_before: dict[str, Any] = {}  # the same of a restored run
         self._before: dict[str, Any] = {}  # what had been logged, and when who had saved, until then
         self._logged: tuple[int, dict[str, Any]] = (-1, {})  # an optimizer step, and what had been logged when the next one began
@@ -331,7 +332,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameter_groups())
         schedule = self.build_schedule(optimizer)
-        self._settings = settings_of(optimizer)
+        self._settings, self._optimizer_class = settings_of(optimizer), type(optimizer).__name__
         if schedule is None:
             return {"optimizer": optimizer}
         if isinstance(schedule, ReduceLROnPlateau):
@@ -510,8 +511,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         checkpoint["state_dict"] = {name: weight for name, weight in checkpoint["state_dict"].items() if name in keys}
         checkpoint["adapters"], checkpoint["warmup_steps"] = self.adapters(), self.warmup_steps
         place, configs = self._place_in(checkpoint), self.trainer.lr_scheduler_configs
-        name = self.trainer.optimizers and type(self.trainer.optimizers[0]).__name__
-        checkpoint["optimizer"] = {"class": name, "groups": self._settings, "scheduled": bool(configs)}
+        checkpoint["optimizer"] = {"class": self._optimizer_class, "groups": self._settings, "scheduled": bool(configs)}
         epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
         if configs and configs[0].reduce_on_plateau and epoch["completed"] < epoch["processed"]:  # asked right after these hooks
             value = self.trainer.callback_metrics.get(str(configs[0].monitor))
@@ -583,8 +583,12 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             raise ConfigError("this checkpoint holds weights only (save_weights_only), with which training cannot go on: use another")
         states, checkpoint["lr_schedulers"] = checkpoint["lr_schedulers"], []
         self._optimizer_before = checkpoint.get("optimizer", {"scheduled": bool(states)}) | {"schedules": states}
-        if self._optimizer_before.get("groups"):
-            check_same_optimizer(self._optimizer_before, self.optimizer(self.parameter_groups()))
+        self.check_moments(self._optimizer_before)
+
+    def check_moments(self, stored: Mapping[str, Any]) -> None:
+        """Raise ConfigError where the moments in a checkpoint are those of another optimizer. stored: `checkpoint["optimizer"]`."""
+        if stored.get("groups"):
+            check_same_optimizer(stored, self.optimizer(self.parameter_groups()))
 
     def on_train_start(self) -> None:
         place, before, self._place, self._before = self._place, self._before, None, {}

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 LAYOUT_FILE = "weights.json"
 """In a DeepSpeed checkpoint: shape of every weight by name."""
 
+OPTIMIZER_FILE = "optimizer.json"
+"""In a DeepSpeed checkpoint: `checkpoint["optimizer"]`, which DeepSpeed itself gives back only after it has restored the moments."""
+
 
 class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2: weights, gradients and optimizer states in shards over all processes of all nodes.
@@ -121,6 +124,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
         check_layout(stored_shapes(path), _litrl(self).checkpoint_shapes())
+        checkpoint = load_file(path / _METADATA_FILENAME, trusted=trusted)
+        _check_moments(self, checkpoint.get("optimizer", {}))
         assert self.model is not None
         weights = self._kept_weights()
         load_shards({"state_dict": weights}, path, trusted=trusted)
@@ -130,7 +135,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             state = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
             load_shards(state, path, trusted=trusted)
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state[f"optimizer_{i}"])
-        return load_file(path / _METADATA_FILENAME, trusted=trusted)
+        return checkpoint
 
     def _load_file(self, path: Path, trusted: bool) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
@@ -138,6 +143,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         refuse_damaged(path, what_is_wrong(path))
         checkpoint = check_contents(load_file(path, trusted=trusted, mmap=True), path)
         check_layout({name: weight.shape for name, weight in checkpoint["state_dict"].items()}, _litrl(self).checkpoint_shapes())
+        _check_moments(self, checkpoint.get("optimizer", {}))
         assert self.model is not None
         reshard(self.model)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
@@ -201,6 +207,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             super().save_checkpoint(checkpoint, folder, storage_options)
             if self.is_global_zero:
                 (folder / LAYOUT_FILE).write_text(json.dumps(module.checkpoint_shapes()))
+                (folder / OPTIMIZER_FILE).write_text(json.dumps(checkpoint.get("optimizer", {}), default=str))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(checkpoint_path)
@@ -212,6 +219,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             )
         check_intact(self, path)
         check_layout(json.loads((path / LAYOUT_FILE).read_text()), _litrl(self).checkpoint_shapes())
+        if (path / OPTIMIZER_FILE).is_file():
+            _check_moments(self, json.loads((path / OPTIMIZER_FILE).read_text()))
         with nullcontext() if weights_only is False else deepspeed_reads_plain_files():
             checkpoint = super().load_checkpoint(path, weights_only)
         self._load_frozen(checkpoint.pop("frozen", {}))
@@ -319,6 +328,12 @@ def gathered_objects(mine: Any) -> list[Any]:
 
 def _litrl(strategy: Strategy) -> LitRL[Any]:
     return cast("LitRL[Any]", strategy.lightning_module)
+
+
+def _check_moments(strategy: Strategy, stored: Mapping[str, Any]) -> None:
+    """Raise ConfigError before moments of another optimizer are restored. A run without training restores none."""
+    if strategy.optimizers:
+        _litrl(strategy).check_moments(stored)
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:

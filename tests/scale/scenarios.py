@@ -95,11 +95,12 @@ def policy(settings: dict[str, Any] | None, fill: dict[str, Any] | None, dropout
 
 def method(settings: dict[str, Any], sd3: dict[str, Any] | None, fill: dict[str, Any] | None = None) -> FlowGRPO | DiffusionNFT:
     adam = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3)  # with an eps of 1e-8 gradients of twice the size would train the same
+    chosen = getattr(torch.optim, settings["optimizer"]) if "optimizer" in settings else adam
     defaults: dict[str, Any] = dict(
         prompts_per_iteration=4, group_size=4, num_steps=4, eval_num_steps=4, rollout_micro_batch=6, clip_low=1e-2, clip_high=1e-2,
-        warmup_steps=2, warmup_batch_size=8, inner_epochs=2, updates_per_iteration=4, kl_coef=0.1, optimizer=adam,
+        warmup_steps=2, warmup_batch_size=8, inner_epochs=2, updates_per_iteration=4, kl_coef=0.1,
     )  # fmt: skip
-    settings = defaults | settings
+    settings = defaults | settings | {"optimizer": chosen}
     dropout = settings.pop("dropout", 0.0)
     settings["advantage"] = Advantage(**settings.get("advantage", {}))
     nft = settings.pop("nft", None)

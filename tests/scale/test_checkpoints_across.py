@@ -112,6 +112,13 @@ def test_weights_of_another_model_are_refused(pair: Pair, written: Written, tmp_
         assert "lacks" in message and "policy.network.pos_embed.proj.weight" in message
 
 
+@pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
+def test_moments_of_another_optimizer_are_refused(pair: Pair, written: Written, tmp_path: Path, sd3_folder: Path, strategy: str) -> None:
+    settings = dict(method_args=METHOD | {"optimizer": "Adagrad"}, sd3=LORA | {"pretrained": str(sd3_folder)})
+    for message in pair.run("fails", folder=str(tmp_path), strategy=strategy, ckpt_path=str(written(strategy) / AT), **settings):
+        assert "the checkpoint holds the state of AdamW, and model.optimizer is Adagrad" in message
+
+
 def test_a_file_is_no_deepspeed_checkpoint(pair: Pair, written: Written, tmp_path: Path, sd3_folder: Path) -> None:
     settings = dict(folder=str(tmp_path), method_args=METHOD, sd3=LORA | {"pretrained": str(sd3_folder)})
     for message in pair.run("fails", strategy="zero2", ckpt_path=str(written("ddp") / AT), **settings):
