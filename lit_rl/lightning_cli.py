@@ -112,6 +112,14 @@ class CLI(LightningCLI):
         AtomicCheckpointIO.install(trainer)
         return trainer
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        """A callback in the run's YAML takes the place of the default one of its class."""
+        named = config.get("callbacks") or []
+        own = named if isinstance(named, list) else [named]
+        usual = [c for c in self.trainer_defaults["callbacks"] if not any(isinstance(mine, type(c)) for mine in own)]
+        self.trainer_defaults = self.trainer_defaults | {"callbacks": usual}
+        return super()._instantiate_trainer(config, callbacks)
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "predict":

@@ -15,6 +15,8 @@ import yaml
 from lightning.pytorch.loggers import Logger
 from toy import Brightness
 
+from callbacks.graceful_stop import GracefulStop
+from callbacks.rng_state import RngState
 from lit_rl.cli_options import with_help_classes
 from lit_rl.saved_config import without_secrets
 from lit_rl.types import Info
@@ -131,6 +133,18 @@ def test_a_fast_dev_run_trains_and_leaves_nothing(cli: Any, tmp_path: Path, batc
     cli("fit", toy_config(tmp_path), "--trainer.fast_dev_run", batches)  # nothing of the first is in its way
     with pytest.raises(SystemExit):
         cli("fit", toy_config(tmp_path), "--trainer.max_steps", "1")
+
+
+def test_a_callback_of_the_run_takes_the_place_of_the_default_one(cli: Any, tmp_path: Path) -> None:
+    """Their hooks ran twice, and the default STOP file was obeyed where the run names another."""
+    config = toy_config(tmp_path)
+    config["trainer"]["callbacks"] += [
+        {"class_path": "callbacks.graceful_stop.GracefulStop", "init_args": {"stop_file": str(tmp_path / "halt")}},
+        {"class_path": "callbacks.rng_state.RngState"},
+    ]
+    callbacks = cli("fit", config, "--trainer.fast_dev_run", "true").trainer.callbacks
+    assert [c.stop_file for c in callbacks if isinstance(c, GracefulStop)] == [str(tmp_path / "halt")]
+    assert sum(isinstance(c, RngState) for c in callbacks) == 1
 
 
 def test_the_home_folder_in_any_option(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
