@@ -8,6 +8,7 @@ JSON, count like plain ones. The first pair with something in it counts, as in F
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Iterable
 
@@ -18,10 +19,10 @@ from lit_rl.types import Info
 SHOWN = 5
 """Rows that a message names."""
 
-_Q = '["“”„‟＂❝❞〝〞〟]'
+_Q = '["“”„‟″＂❝❞〝〞〟]'
 _S = "['‘’‚‛＇`´❛❜]"
 _LETTER = r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"  # of a script that sets words apart: there a quote does not touch the next word
-_INCHES = r'(?<=\d)"(?:\s|[-,.;:!?)\]]|$|[x×]\s*\d)'
+_INCHES = r'(?<=\d)["”″](?:\s|[-,.;:!?)\]]|$|[x×]\s*\d)'
 _SOME = "{0,300}"  # characters between quotes that may hold quotes; keeps the search linear
 _DOUBLE = re.compile(
     "|".join(
@@ -31,9 +32,9 @@ _DOUBLE = re.compile(
             rf'(?!{_INCHES})"((?:[^"“”„‟\\]|\\.|[“„‟][^"“”„‟]*[”“]){_SOME})"',  # straight ones, perhaps around typographic ones
             rf'“((?:[^"“”„‟]|[“„‟][^"“”„‟]*[”“]|"[^"“”„‟]*"){_SOME})”',
             rf'„((?:[^"“”„‟]|"[^"“”„‟]*"){_SOME})[“”]',
-            rf'(?!{_INCHES}){_Q}([^"“”„‟＂❝❞〝〞〟]*){_Q}',  # any other pair
+            rf'(?!{_INCHES}){_Q}([^"“”„‟″＂❝❞〝〞〟]*){_Q}',  # any other pair
             rf"«((?:[^«»]|«[^«»]*»){_SOME})»",
-            r"[«»]([^«»]*)[«»]|[‹›]([^‹›]*)[‹›]|<<([^<>]+)>>",
+            r"[«»]([^«»]*)[«»]|[‹›]([^‹›]*)[‹›]|<<([^<>]+)>>|≪([^≪≫]+)≫",
             rf"「((?:[^「」]|「[^「」]*」){_SOME})」|『((?:[^『』]|『[^『』]*』){_SOME})』",
             r"｢([^｢｣]*)｣|﹁([^﹁﹂]*)﹂|﹃([^﹃﹄]*)﹄",
             rf"(?:``|(?<!')''|‘‘|’’|‚‚|,,)(?=[^\s'`‘’])(.{_SOME}?)(?<=[^\s'`‘’])(?:''|``|‘‘|’’|[“”])(?!')",
@@ -43,7 +44,7 @@ _DOUBLE = re.compile(
 )
 _INSIDE = rf"[^'‘’‚‛＇`´❛❜]|(?<={_LETTER}){_S}(?={_LETTER})|\\{_S}|(?<=\s){_S}{_LETTER}+{_S}(?=\s)"  # don't, rock 'n' roll
 _SINGLE = re.compile(rf"\\+'(.{_SOME}?)\\+'|(?<!{_LETTER}){_S}(?=[^\s'‘’‚‛`´])((?:{_INSIDE}){_SOME}?)(?<=\S){_S}(?!{_LETTER})", re.DOTALL)
-_ENTITY = re.compile(r"&(?:quot|apos|[lr][ads]quo|bdquo|sbquo|#0*3[49]|#x0*2[27]);", re.IGNORECASE)
+_ENTITY = re.compile(r"&(?:quot|apos|[lr][ads]quo|bdquo|sbquo|#\d{1,7}|#x[0-9a-f]{1,6});", re.IGNORECASE)
 
 
 def find_target(info: Info) -> str | None:
@@ -84,6 +85,8 @@ def _said(row: Info) -> str:
 
 
 def _is_text(value: object) -> bool:
+    if isinstance(value, float) and not math.isfinite(value):  # what a table writes into an empty cell
+        return False
     return isinstance(value, str | int | float) and not isinstance(value, bool) and is_visible(str(value))
 
 

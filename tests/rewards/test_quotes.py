@@ -51,7 +51,7 @@ from lit_rl.rewards.quotes import check_targets, find_target, quoted
             "´X´",
         ),
         *('""X""', "''X''", "``X''", "``X``", "‘‘X’’", "““X””", ",,X''", ",,X“", '"""X"""', '\\"X\\"', '\\\\"X\\\\"', "\\'X\\'", "\\“X\\”"),
-        *("&quot;X&quot;", "&ldquo;X&rdquo;", "&#39;X&#39;", "&laquo;X&raquo;", "\n“X”\n"),
+        *("&quot;X&quot;", "&ldquo;X&rdquo;", "&#39;X&#39;", "&laquo;X&raquo;", "&#8220;X&#x201d;", "″X″", "≪X≫", "\n“X”\n"),
     ],
 )
 @pytest.mark.parametrize("text", ["X", "OPEN 24/7", "Don't", "C'est l'été", "停", "Fish & Chips", "rock 'n' roll", "5-7"])
@@ -90,6 +90,10 @@ def test_every_kind_of_quotes(quotes: str, text: str) -> None:
         ("a '90s sign 'COOL' in Dad's office", "COOL"),
         ('a 12" plate with "OPEN" on it', "OPEN"),
         ('12"x18" poster "SALE"', "SALE"),
+        ("a 27” screen with “HELLO”", "HELLO"),
+        ("a 6’2” man in a ”GO” shirt", "GO"),
+        ("a 5″×7″ card with ″HI″", "HI"),
+        ("”Room 101” and ”GO”", "Room 101"),
         ('Route 66"Diner"', "Diner"),
         ('"Room 101" and "GO"', "Room 101"),
         ("the dogs' bowl and the cats' bowl", None),
@@ -112,6 +116,8 @@ def test_which_of_several(prompt: str, target: str | None) -> None:
         ("007", "007"),
         ("", "X"),
         (None, "X"),
+        (float("nan"), "X"),
+        (float("inf"), "X"),
         ("\u200b", "X"),
         ("‘X’", "‘X’"),
         (True, "X"),
