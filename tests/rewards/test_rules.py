@@ -170,6 +170,10 @@ def test_scores_of_rules_and_of_the_model_side_by_side() -> None:
         (row("math", []), r"found \[\]"),
         (row("math", ["4", None]), r"found \['4', None\]"),
         (row("gsm8k", "Paris"), "rule gsm8k reads numbers, found 'Paris'; name a rule that reads texts"),
+        (row("gsm8k", "72,5"), "rule gsm8k counts no answer as right where the truth is '72,5', not even '#### 72,5'"),
+        (row("math", "{1,2"), "counts no answer as right"),
+        (row("math_dapo", "one\ntwo"), "counts no answer as right"),
+        (row("math_dapo", "x" * 400), "counts no answer as right"),
         (row("maths"), "Did you mean math?"),
     ],
 )

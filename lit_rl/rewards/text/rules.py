@@ -48,6 +48,15 @@ SOURCES = {
     "aime*": "math_dapo",
 }
 """Rule by `data_source`; `*` stands for anything, `?` for one letter."""
+WRITTEN = {
+    "gsm8k": "#### {}",
+    "gsm8k_flexible": "{}",
+    "gsm8k_robust": "#### {}",
+    "math": "\\boxed{{{}}}",
+    "math_dapo": "Answer: {}",
+    "math_dapo_boxed": "\\boxed{{{}}}",
+}
+"""How an answer gives a truth to each rule."""
 WITH_FORMAT_SCORE = ("gsm8k", "gsm8k_flexible", "gsm8k_robust")
 GSM8K_NUMBER = re.compile(r"-?[.,]*[0-9][0-9.,]*")
 """Letters of which the gsm8k rules make an answer."""
@@ -200,5 +209,10 @@ def truths(rule: str, value: Any) -> tuple[str, ...]:
         raise ConfigError(
             f"reward_model.ground_truth: rule {rule} reads numbers, found {value!r}; name a rule that reads texts for this data_source in "
             "sources, e.g. math (\\boxed{}) or math_dapo (Answer: ...)"
+        )
+    if not any(RULES[rule](WRITTEN[rule].format(text), text).right for text in accepted):
+        raise ConfigError(
+            f"reward_model.ground_truth: rule {rule} counts no answer as right where the truth is {str(value)[:80]!r}, not even "
+            f"{WRITTEN[rule].format(accepted[0])[:100]!r}; write it as the rule reads it (72.5 for 72,5; one line; closed braces)"
         )
     return accepted
