@@ -107,6 +107,7 @@ HEAD = "def compute_score(data_source, solution_str, ground_truth, extra_info=No
     [
         "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass V:\n    score: float\n"
         f"{HEAD}):\n    return V(float(ground_truth in solution_str))",
+        f"from dataclasses import dataclass\n@dataclass(slots=True)\nclass V:\n    score: float\n{HEAD}):\n    return V(1.0)",
         f"from typing import NamedTuple\nclass V(NamedTuple):\n    right: bool\n    score: float\n{HEAD}):\n    return V(False, 1.0)",
         f"from enum import Enum\nclass V(float, Enum):\n    RIGHT = 1.0\n{HEAD}):\n    return V.RIGHT",
         f"import enum\nclass V(enum.Enum):\n    RIGHT = 1\n{HEAD}):\n    return {{'score': V.RIGHT}}",

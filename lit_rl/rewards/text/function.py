@@ -194,7 +194,7 @@ def fields_of(result: Any) -> Mapping[str, Any]:
     if hasattr(result, "_asdict"):
         return result._asdict()  # type: ignore[no-any-return]
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
-        return vars(result)
+        return {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}  # slots have no vars
     if isinstance(result, list | tuple):
         if not result:
             raise NoScoreError("returned an empty list")
