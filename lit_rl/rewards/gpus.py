@@ -58,7 +58,7 @@ def chosen_ids(text: str, found: Sequence[Gpu], *, option: str) -> list[str]:
         if not found:
             raise ValueError(f"{option} all: this machine has no NVIDIA GPU; give numbers, which then only name the logs")
         return [str(gpu.index) for gpu in found]
-    ids = [part.strip() for part in text.removesuffix(",").split(",")]
+    ids = [str(int(i)) if re.fullmatch(r"[0-9]{1,4}", i) else i for i in map(str.strip, text.removesuffix(",").split(","))]
     if not all(re.fullmatch(r"[0-9]{1,4}|(GPU|MIG)-[0-9A-Za-z/-]+", i) for i in ids) or len(set(ids)) != len(ids):
         raise ValueError(f"{option} is {text!r}; expected different ids with commas between them, e.g. 4,5,6,7, or UUIDs, or all")
     check_ids(ids, found, option=option)

@@ -106,6 +106,7 @@ def die_with_parent() -> Callable[[], None] | None:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m lit_rl.rewards.launch",
+        allow_abbrev=False,
         description="Start one reward server per GPU.",
         epilog="Options after `--` go to every server: python -m lit_rl.rewards.server --help",
     )
@@ -129,6 +130,9 @@ def plan(args: argparse.Namespace, extra: Sequence[str]) -> list[Server]:
     gpus = chosen_ids(args.gpu_ids, installed_gpus(), option="--gpu-ids")
     if not 1 <= args.port <= 65536 - len(gpus):
         raise ValueError(f"--port is {args.port}; {len(gpus)} servers need ports from 1 to 65535")
+    if not args.ready_timeout > 0:
+        raise ValueError(f"--ready-timeout is {args.ready_timeout}; give the seconds that loading may take, e.g. 900")
+    args.host = args.host.strip().strip("[]")
     options, token = _server_options(args, extra)
     logs = [args.log_dir / f"reward_server_gpu_{gpu.replace('/', '_')}.log" for gpu in gpus]
     if folder := next((log for log in logs if log.is_dir()), None):

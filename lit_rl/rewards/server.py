@@ -30,7 +30,9 @@ DRAIN_SECONDS = 30.0
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m lit_rl.rewards.server", description="Score images over HTTP.")
+    p = argparse.ArgumentParser(  # abbreviations would hide `--tok SECRET` and `--por 9000` from the launcher, which looks for whole names
+        prog="python -m lit_rl.rewards.server", description="Score images over HTTP.", allow_abbrev=False
+    )
     p.add_argument("--host", default="127.0.0.1", help="address to listen on; any other than loopback needs a token (default: %(default)s)")
     p.add_argument("--port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
     p.add_argument(
@@ -64,11 +66,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     from lit_rl.rewards import scorers
 
     for name in ("max_batch", "max_queue_images", "max_body_mb", "max_pixels", "body_seconds"):
-        if getattr(args, name) <= 0:
+        if not getattr(args, name) > 0:  # NaN is not
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive")
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port is {args.port}; ports are 1 to 65535, or 0 for a free one")
     args.host = args.host.strip().strip("[]")
+    if not args.host:
+        raise ValueError("--host is empty; give 127.0.0.1 for this machine alone, or 0.0.0.0 to let other machines in")
     args.token = (args.token or "").strip() or None
     if args.token and not all("!" <= letter <= "~" for letter in args.token):
         raise ValueError("the token holds white space, or letters other than those of ASCII, which no request can carry; choose another")

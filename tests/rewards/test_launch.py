@@ -115,6 +115,19 @@ def test_nothing_is_left_behind(tmp_path: Path, number: signal.Signals) -> None:
         until(lambda: not alive(servers), seconds=10)
 
 
+@pytest.mark.parametrize("extra", [["--por", "9000"], ["--tok", "secret"], ["--ready", "file"]])
+def test_an_abbreviated_option_is_refused(extra: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """It would reach every server past the looks for --port, --token and --ready-file."""
+    with pytest.raises(SystemExit):
+        plan(parser().parse_args(["--gpu-ids", "0", "--port", str(free_ports(1))]), extra)
+    assert f"unrecognized arguments: {extra[0]}" in capsys.readouterr().err
+
+
+def test_a_host_in_brackets() -> None:
+    [server] = plan(parser().parse_args(["--gpu-ids", "0", "--host", "[::1]", "--port", str(free_ports(1))]), [])
+    assert server.host == "::1"
+
+
 def test_one_taken_port_starts_nothing(tmp_path: Path) -> None:
     port = free_ports(3)
     with socket.create_server(("127.0.0.1", port + 2)), pytest.raises(ValueError, match=f"{port + 2}: Address already in use"):
@@ -136,6 +149,10 @@ def test_one_taken_port_starts_nothing(tmp_path: Path) -> None:
         ([], ["--port", "9000"], "--port stands after `--`"),
         ([], ["--port=9000"], "--port stands after `--`"),
         ([], ["--host", "::1"], "--host stands after `--`"),
+        (["--gpu-ids", "0,00"], [], "different ids"),
+        (["--ready-timeout", "nan"], [], "--ready-timeout is nan"),
+        (["--host", " "], [], "--host is empty"),
+        ([], ["--body-seconds", "nan"], "--body-seconds is nan"),
     ],
 )
 def test_wrong_arguments_are_one_sentence_before_anything_starts(
