@@ -27,7 +27,7 @@ def parse_urls(urls: str | Sequence[str]) -> list[str]:
     """
     found = []
     for url in (part.strip() for given in ([urls] if isinstance(urls, str) else urls) for part in given.strip(" \t\r\n,").split(",")):
-        match = re.fullmatch(r"(?:(https?)://)?([^/:\s]+|\[[0-9a-fA-F:.]+\])(?::(\d+)(?:-(\d+))?)?(/\S*)?", _bracketed(url))
+        match = re.fullmatch(r"(?:(https?)://)?([^/:\s]+|\[[0-9a-fA-F:.]+\])(?::(\d{1,6})(?:-(\d{1,6}))?)?(/\S*)?", _bracketed(url))
         if match is None:
             hint = "; write an IPv6 address as [::1]:8000" if url.count(":") > 2 else ""
             raise ConfigError(f"urls: {url!r} is not http(s)://host:port, host:port or host:first-last{hint}")
@@ -53,6 +53,11 @@ def urls_from_environment(world_size: int) -> list[str]:
     if "," in host:
         raise ConfigError(
             f"REWARD_SERVER_HOST={host} in the environment names several hosts; list them with their ports in REWARD_SERVER_URLS"
+        )
+    if re.search(r"[/?#@\s]|[^:]:\d*$", _bracketed(host.rstrip("/")).rpartition("://")[2]):
+        raise ConfigError(
+            f"REWARD_SERVER_HOST={host} in the environment is more than a host; give the port by REWARD_SERVER_PORT, or whole addresses by "
+            "REWARD_SERVER_URLS"
         )
     if not (port.isascii() and port.isdecimal()):
         raise ConfigError(f"REWARD_SERVER_PORT={port} in the environment is not a number; it is the port of the first server")
