@@ -141,7 +141,8 @@ def white_of(mask: Any) -> Any:
     if _deep(mask):
         values = np.nan_to_num(np.asarray(_upright(mask), dtype=np.float64))
         return Image.fromarray(np.where(values >= values.max() / 2 if least > 1 else values != 0, 255, 0).astype(np.uint8))
-    return _opaque(_upright(mask), "black").convert("RGB").convert("L").point(lambda value: 255 if value >= least else 0)
+    brightest = np.asarray(_opaque(_upright(mask), "black").convert("RGB")).max(-1)  # as grey, pure blue would be nearly black
+    return Image.fromarray(np.where(brightest >= least, 255, 0).astype(np.uint8))
 
 
 def size_of(image: Any) -> Size:
@@ -200,11 +201,17 @@ def _deep(image: Any) -> bool:
 
 
 def _eight_bits(image: Any) -> Any:
-    """A deep image as "L". White is 65535 in 16 bits; in floats and 32 bits the least of 1 (floats), 255, 65535 and 2^32 - 1 above all."""
+    """A deep image as "L". White is 65535 in 16 bits; in floats and 32 bits the least of 1 (floats), 255, 65535 and 2^32 - 1 above all.
+
+    Raises ValueError where the brightest value is less than a quarter of 65535: scans of 10 to 14 bits are kept so, and would become dark.
+    """
     import numpy as np
     from PIL import Image
 
-    if image.mode.startswith("I;16"):
+    short, peak = image.mode.startswith("I;16"), image.getextrema()[1]
+    if (0 if short else 255) < peak < 1 << 14:
+        raise ValueError(f"its brightest value is {peak:g} of 65535, as scans of 10 to 14 bits have it; save it with 8 bits")
+    if short:
         return image.point(lambda value: value / 257 + 0.5).convert("L")
     values = np.asarray(image, dtype=np.float64)
     if not np.isfinite(values).all() or values.min() < 0 or values.max() >= 2**32:

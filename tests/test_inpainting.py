@@ -163,7 +163,10 @@ def test_masks_are_what_people_see_in_whatever_way_they_were_saved(folder: Path)
     palette.save(folder / "imgs/palette.png")
     Image.fromarray(box).convert("RGB").convert("CMYK").save(folder / "imgs/cmyk.tiff")
     masks = ["layer.png", "turned.webp", "rings.jpg", "deep.png", "labels.png", "ones.png", "rings.webp", "rings.jp2", "rings.tiff"]
-    masks += ["float.tiff", "int.tiff", "bits.png", "palette.png", "cmyk.tiff"]
+    masks += ["float.tiff", "int.tiff", "bits.png", "palette.png", "cmyk.tiff", "blue.jpg", "dark.png"]
+    blue = np.dstack([box * 0, box * 0, box])
+    Image.fromarray(blue).save(folder / "imgs/blue.jpg", quality=95, subsampling=0)
+    Image.fromarray(blue // 64).save(folder / "imgs/dark.png")  # 3 of 255
     for name, row in zip(masks, data(write(folder, *[item(mask=name) for name in masks])).train_prompts, strict=True):
         assert torch.equal(row["mask"], torch.from_numpy(box)), name
         assert torch.equal(row["reference"], pixels(noise(0)[4:12, 10:30])), f"the box of {name}"
@@ -196,6 +199,15 @@ def test_pictures_that_are_several_or_have_no_colours_are_refused(folder: Path) 
     Image.fromarray(noise(0)[..., 0].astype(np.float32) - 1e6).save(folder / "imgs/below.tiff")
     wrong = data(write(folder, item(source="below.tiff"))).unreadable()[0]
     assert "its values reach from -999999 to" in wrong
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_scans_of_twelve_bits_are_refused_not_taken_for_dark(folder: Path, kind: type) -> None:
+    Image.fromarray((noise(0)[..., 0].astype(np.uint16) * 16).astype(kind)).save(folder / "imgs/scan.tiff")
+    wrong = data(write(folder, item(source="scan.tiff"))).unreadable()[0]
+    assert "scan.tiff cannot be read (its brightest value is 4" in wrong and "save it with 8 bits" in wrong
+    Image.fromarray(np.zeros((HEIGHT, WIDTH), kind)).save(folder / "imgs/scan.tiff")
+    assert not data(write(folder, item(source="scan.tiff"))).unreadable(), "black is black"
 
 
 # ------------------------------------------------------------------ formats
