@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.lazy import Box, Size, check_frames, size_of, white_of
-from datamodules.text_encoding import read_text
+from datamodules.text_encoding import parse_json, read_text
 from lit_rl.errors import ConfigError
 
 REQUIRED = ("source", "mask", "text")
@@ -87,7 +87,7 @@ def read_rows(path: Path) -> tuple[list[Raw], Path]:
 
 def _json(path: Path, text: str) -> tuple[list[Raw], Path]:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except json.JSONDecodeError as error:
         hint = "; a file with one object per line is named .jsonl" if error.msg == "Extra data" else ""
         raise ConfigError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno}){hint}") from error
@@ -110,7 +110,7 @@ def _jsonl(path: Path, text: str) -> tuple[list[Raw], Path]:
     for number, line in enumerate(text.split("\n"), start=1):  # JSON has other line separators in its strings
         if line.strip():
             try:
-                rows.append(Raw(f"{path.name}:{number}", len(rows), json.loads(line)))
+                rows.append(Raw(f"{path.name}:{number}", len(rows), parse_json(line)))
             except json.JSONDecodeError as error:
                 raise ConfigError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); each line must be one item") from error
     return rows, path.parent

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from datamodules.base import PromptDataModule
-from datamodules.text_encoding import read_text
+from datamodules.text_encoding import parse_json, read_text
 from lit_rl.errors import ConfigError
 from lit_rl.types import Info
 
@@ -80,7 +80,7 @@ def _placed_prompts(path: Path, *, prompt_key: str) -> dict[str, Info]:
 
 def _row(line: str, where: str, prompt_key: str) -> Info:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}: not JSON ({error.msg} at column {error.colno}); each line must be one object") from error
     if not isinstance(row, dict):

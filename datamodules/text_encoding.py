@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import json
 from pathlib import Path
+from typing import Any
 
 from lit_rl.errors import ConfigError
 
@@ -36,4 +38,23 @@ def read_text(path: Path) -> str:
         line = text.count("\n", 0, text.index("\0")) + 1
         hint = ": it looks like UTF-16 without a byte order mark; convert the file, e.g. iconv -f utf-16le -t utf-8" if not mark else ""
         raise ConfigError(f"{path}:{line}: a NUL byte is no text{hint}")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    return lines.replace("\n\ufeff", "\n")  # files with a mark that were put together
+
+
+def parse_json(text: str) -> Any:
+    """The value that a text says. Raises json.JSONDecodeError, too for what Python itself refuses to read and for letters that are none."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # thousands of digits or of brackets
+        raise json.JSONDecodeError(str(error), text, 0) from error
+    at = text.lower().find("\\ud")
+    if at >= 0:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise json.JSONDecodeError(f"{half} is half of a character; write both halves, or take it out", text, at) from error
+    return value

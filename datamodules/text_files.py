@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, overload
 
-from datamodules.text_encoding import read_text
+from datamodules.text_encoding import parse_json, read_text
 from lit_rl.errors import ConfigError, listed
 from lit_rl.types import Info
 
@@ -186,7 +186,7 @@ def open_file(path: Path, problems: list[str]) -> TextFile:
     text = read_text(path)
     if path.suffix == ".json":
         try:
-            content = json.loads(text)
+            content = parse_json(text)
         except json.JSONDecodeError as error:
             if error.msg != "Extra data":  # one object per line, as many files named .json hold
                 raise ConfigError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
@@ -201,7 +201,7 @@ def _lines(path: Path, text: str, problems: list[str]) -> Iterator[tuple[int, An
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would cut texts at U+2028
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, parse_json(line)
             except json.JSONDecodeError as error:
                 problems.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); each line must be one object")
 

@@ -63,6 +63,24 @@ def test_every_reader_of_text(tmp_path: Path, name: str) -> None:
             READERS[name](tmp_path / name)
 
 
+@pytest.mark.parametrize("name", [name for name in READERS if not name.endswith(".txt")])
+@pytest.mark.parametrize(
+    ("value", "why"), [('"a \\ud83d"', r"\\ud83d is half of a character"), ("9" * 5000, "4300 digits"), ("[" * 100_000, "recursion")]
+)
+def test_json_that_cannot_be_used_is_named_by_line(tmp_path: Path, name: str, value: str, why: str) -> None:
+    (tmp_path / name).write_text(content(name).replace('"Größe"', value), encoding="utf-8")
+    line = r"\d" if name.endswith("json") else "3"
+    with pytest.raises(ConfigError, match=rf"{name}:{line}: not JSON .*{why}"):
+        READERS[name](tmp_path / name)
+    (tmp_path / name).write_text(content(name).replace("Größe", "\\ud83d\\ude00"), encoding="utf-8")
+    assert READERS[name](tmp_path / name) == ["a", "😀"]
+
+
+def test_files_with_a_mark_that_were_put_together(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("\ufeffa\n\ufeffb \ufeff\n", encoding="utf-8")
+    assert read_text(tmp_path / "x.txt") == "a\nb \ufeff\n"
+
+
 def test_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "prompts.txt").write_text("a\n")
