@@ -96,8 +96,9 @@ class RewardScoring(Callback, Scorer):
         """Have the rewards look at the rows that they will score. Raises ConfigError; scores that count nothing may be missing."""
         rows = getattr(datamodule, "rows_to_score", None)
         for label, reward in self._rewards.items():
-            counts = any(self._weights.get(name, 1) for name in self._names.get(label, [""]))
-            if rows is not None and counts and type(reward).check is not Reward.check:  # reading all rows takes time
+            names = self._names.get(label)
+            reward.counted = None if names is None else [name for name in names if self._weights.get(name, 1)]
+            if rows is not None and reward.counted != [] and type(reward).check is not Reward.check:  # reading all rows takes time
                 reward.check(rows(stage))
 
     def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
@@ -31,6 +31,9 @@ class Reward(ABC):
 
     highest: Mapping[str, float] = MappingProxyType({})
     """The highest value of each score that has one; an evaluation then also logs the share of samples that reach it."""
+
+    counted: Collection[str] | None = None
+    """Those of its scores that have a weight in the run; None where nobody has said. Known when `check` is called."""
 
     medium: ClassVar[Literal["images", "texts"] | None] = "images"
     """What it scores; None for a reward that takes both."""

@@ -119,7 +119,7 @@ class HTTPReward(Reward):
     # -- the trainer's side
 
     def check(self, rows: Iterable[Info]) -> None:
-        if "ocr_similarity" in self.fields.values():
+        if "ocr_similarity" in (self.fields[name] for name in (self.outputs if self.counted is None else self.counted)):
             check_targets(rows)
 
     def setup(self, *, rank: int, world_size: int, device: str) -> None:

@@ -676,6 +676,11 @@ def test_rewards_that_count_look_at_the_rows_before_they_start() -> None:
     with pytest.raises(ConfigError, match=r"1 prompt does not say which text.*\n.*test\.txt:3: 'a cat'"):
         scorer.setup(trainer, SimpleNamespace(), "fit")
     assert not choosy.places
+    server = HTTPReward("127.0.0.1:1", ["vlm_score", "ocr_similarity"])
+    RewardScoring({"judge": server}, weights={"vlm_score": 1.0}).check(trainer.datamodule, "fit")
+    for weights in ({"vlm_score": 1.0, "ocr_similarity": 0.1}, {"ocr_similarity": 1.0}):
+        with pytest.raises(ConfigError, match="1 prompt does not say which text"):
+            RewardScoring({"judge": server}, weights=weights).check(trainer.datamodule, "fit")
     scorer.setup(trainer, SimpleNamespace(), "validate")
     RewardScoring({"red": Red(), "choosy": choosy}, weights={"red": 1.0}).setup(trainer, SimpleNamespace(), "fit")  # logged, no more
     assert len(choosy.places) == 2
