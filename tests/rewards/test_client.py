@@ -406,7 +406,10 @@ def test_a_server_restarted_in_time_costs_no_score(server: RedServer) -> None:
         while reward.counters()["breaker_opened"] == 0:
             await asyncio.sleep(0.005)
         await asyncio.to_thread(proxy.start)
-        return (await scores)["red"]
+        try:
+            return (await scores)["red"]
+        finally:
+            await reward.close()
 
     scores = asyncio.run(run())
     proxy.stop()
