@@ -21,11 +21,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 from aiohttp import web
+from aiohttp.log import server_logger
 
 from lit_rl.rewards.batching import Batcher, Row
 from lit_rl.rewards.images import ImageError, decode_base64, decode_image, decode_mask, mask_problem, pixel_error
 from lit_rl.rewards.metrics import Metrics
-from lit_rl.rewards.serving import REQUEST_ID, ApiError, check_content_type, guard, read_body, whole_number
+from lit_rl.rewards.serving import REQUEST_ID, ApiError, check_content_type, guard, in_one_line, read_body, whole_number
 from lit_rl.rewards.wire import MAX_PROMPT, Batch, WireError, decode_batch, is_text
 
 T = TypeVar("T")
@@ -144,6 +145,7 @@ class RewardApp:
 
 def make_runner(app: RewardApp) -> web.AppRunner:
     """Half-sent headers and idle connections are closed after 75 s; a caller who leaves cancels the work; bodies are never inflated."""
+    server_logger.addFilter(in_one_line)
     options: dict[str, Any] = {"access_log": None, "keepalive_timeout": 75.0, "lingering_time": 2.0, "auto_decompress": False}
     return web.AppRunner(app.app, handler_cancellation=True, shutdown_timeout=5.0, **options)
 

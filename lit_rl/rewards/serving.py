@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from lit_rl.rewards.metrics import Metrics
 
@@ -23,6 +24,15 @@ OPEN_ROUTES = ("/health",)
 REQUEST_ID = web.RequestKey("request_id", str)
 _REQUEST_ID = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 _CODES = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "too_large", 415: "unsupported_media_type"}
+
+
+def in_one_line(record: logging.LogRecord) -> bool:
+    """Logging filter for aiohttp: a request that is not HTTP is a line of the log; a trace each would let a scanner fill it."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError):
+        reason = " ".join(error.message.split())[:120]
+        record.msg, record.args, record.exc_info = "%s: no HTTP request: %s", (record.getMessage(), reason), None
+    return True
 
 
 class ApiError(Exception):

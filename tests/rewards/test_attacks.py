@@ -103,6 +103,24 @@ async def test_uploads_that_send_nothing_keep_nobody_out(head: str) -> None:
         await until(lambda: app.batcher._requests == 0)
 
 
+@pytest.mark.parametrize(
+    "head",
+    ["GET http://[::1/ HTTP/1.1\r\nHost: a", "GET / HTTP/9.9", "GET /\xff HTTP/1.1", "GET / HTTP/1.1\r\nX: a\0b"],
+)
+@aio
+async def test_what_is_not_http_is_one_line_of_the_log(head: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with served() as (_, session):
+        base = session._base_url
+        assert base is not None and base.host is not None
+        reader, writer = await asyncio.open_connection(base.host, base.port)
+        writer.write(f"{head}\r\n\r\n".encode("latin-1"))
+        assert b" 400 " in await reader.readline()
+        writer.close()
+        await until(lambda: bool(caplog.records))
+    record, text = caplog.records[-1], caplog.text.strip()
+    assert "no HTTP request: " in record.getMessage() and record.exc_info is None and len(text.splitlines()) == 1
+
+
 @aio
 async def test_decoded_pixels_count_as_memory() -> None:
     gate = Gate()
