@@ -54,6 +54,13 @@ def test_rows_side_by_side_are_accepted_where_the_model_tells_them_apart(family:
     check_logprobs(loaded(save_lm(tmp_path, family, **APART[family]), padding_free=True, lora=lora), world_size=1)
 
 
+@pytest.mark.parametrize("family", ["Qwen3Next", "Bloom", "Jamba"])
+def test_rows_side_by_side_are_refused_with_weights_that_are_still_small(family: str, tmp_path: Path) -> None:
+    folder = save_lm(tmp_path, family, **MINGLED[family] | {"initializer_range": 0.02})
+    with pytest.raises(ConfigError, match=r"(?s)words of one sequence.*set model.policy.padding_free to false"):
+        check_logprobs(loaded(folder, padding_free=True), world_size=1)
+
+
 @pytest.mark.parametrize("family", MINGLED)
 def test_rows_side_by_side_are_refused_where_it_does_not(family: str, tmp_path: Path) -> None:
     folder = save_lm(tmp_path, family, **{"initializer_range": 0.5} | MINGLED[family])
