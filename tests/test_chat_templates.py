@@ -59,6 +59,18 @@ def learned(name: str, messages: list[dict[str, Any]], **options: Any) -> list[s
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_an_end_that_a_text_already_holds_is_not_written_twice(name: str) -> None:
+    """As data have it that were rendered once: in what is learned, and in a prompt's earlier turns."""
+    tokenizer, end = tokenizer_of(name), FAMILIES[name].end
+    plain, ended = ([user("a"), assistant(f"B{tail}"), user("c"), assistant(f"D{tail}")] for tail in ("", f"{end}\n"))
+    stops = {tokenizer.convert_tokens_to_ids(end)}
+    assert conversation_ids(tokenizer, ended, stop_ids=stops) == conversation_ids(tokenizer, plain, stop_ids=stops)
+    assert prompt_ids(tokenizer, ended[:3]) == prompt_ids(tokenizer, plain[:3])
+    inside = [user("a"), assistant(f"B{end}C")]
+    assert conversation_ids(tokenizer, inside)[0] == tokenizer.apply_chat_template(inside, return_dict=False), "no end of the text"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_policy_stops_where_its_template_ends_a_turn_and_says_so_in_its_export(name: str, tmp_path: Path) -> None:
     """As a base model stands on the disk: generation_config and config know the end of text alone."""
     policy = CausalLM(str(model_of(name, tmp_path / "m")))

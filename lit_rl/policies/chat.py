@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Message
-from lit_rl.policies.chat_template import render, source
+from lit_rl.policies.chat_template import render, source, without_ends
 from lit_rl.policies.chat_turns import Conversation, Turn
 
 PLAIN_TEMPLATE = (
@@ -52,12 +52,12 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], **template: Any)
 
 def prompt_text(tokenizer: Any, messages: Sequence[Message], **template: Any) -> str:
     """What `prompt_ids` tokenizes of a conversation."""
-    last = messages[-1]
+    last, before = messages[-1], without_ends(tokenizer, messages[:-1], template=template)
     if last["role"] != "assistant":
-        return render(tokenizer, messages, add_generation_prompt=True, **template)
+        return render(tokenizer, [*before, last], add_generation_prompt=True, **template)
     if not last.get("content") or last.get("tool_calls"):
         raise ConfigError("ends in a message of the assistant's without a text that could be continued: end it in another one")
-    return render(tokenizer, messages, continue_final_message=True, **template)
+    return render(tokenizer, [*before, last], continue_final_message=True, **template)
 
 
 def completion_ids(tokenizer: Any, prompt: str, answer: str, *, end: int | None = None) -> tuple[list[int], list[bool]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -101,6 +101,18 @@ def check_template(tokenizer: Any) -> None:
 
 
 # ---------------------------------------------------------------------- where an answer ends
+
+
+def without_ends(tokenizer: Any, messages: Sequence[Message], *, stops: Collection[str] = (), template: Mapping[str, Any]) -> list[Message]:
+    """The messages, the assistant's without a token that ends a turn behind their text: data that were rendered once hold it, and the
+    template writes it again. stops: Further strings that end answers."""
+    ends = any_of([*turn_ends(tokenizer, **template).all, *stops]).pattern
+    return [
+        {**message, "content": re.sub(rf"(?:{ends})\s*\Z", "", message["content"])}
+        if message["role"] == "assistant" and isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
 
 
 @dataclass(frozen=True)

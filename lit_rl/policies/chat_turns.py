@@ -14,7 +14,7 @@ from typing import Any
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Message
-from lit_rl.policies.chat_template import MARK, REASONING, Ends, accepted, any_of, controls, render, turn_ends
+from lit_rl.policies.chat_template import MARK, REASONING, Ends, accepted, any_of, controls, render, turn_ends, without_ends
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ class Conversation:
     text: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.messages, self.text = accepted(self.tokenizer, self.given, **self.template)
+        given = without_ends(self.tokenizer, self.given, stops=self.stops, template=self.template)
+        self.messages, self.text = accepted(self.tokenizer, given, **self.template)
         self.ends: Ends = turn_ends(self.tokenizer, **self.template)
         self.ending = any_of([*self.ends.all, *self.stops])
         self._places: dict[int, tuple[int, int] | None] = {}
