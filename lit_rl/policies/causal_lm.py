@@ -17,7 +17,7 @@ from lit_rl.losses.token_logprobs import token_logprobs
 from lit_rl.policies.base import Message, TokenPolicy
 from lit_rl.policies.chat import PLAIN_TEMPLATE, prompt_ids
 from lit_rl.policies.chat_template import check_template, stored_stop_ids, turn_ends
-from lit_rl.policies.language_lora import adapter_fields, add_language_lora, save_adapter, split_adapter
+from lit_rl.policies.language_lora import adapter_fields, add_language_lora, read_adapter_config, save_adapter, split_adapter
 from lit_rl.policies.lm_head import LMHead, body, own_logprobs, picked, recognized
 from lit_rl.policies.lora import LoraSettings, active_factors, base_name
 from lit_rl.policies.lora_sites import repeated_blocks
@@ -127,6 +127,8 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         trust_remote_code: bool = False,
     ) -> None:
         base, lora, adapter = split_adapter(pretrained, lora)
+        if lora is not None and lora.initial is not None:
+            read_adapter_config(Path(lora.initial).expanduser())
         super().__init__(lora=lora, keep_reference=keep_reference)
         self.pretrained = check_folder(base)
         self.tokenizer_folder = str(adapter) if adapter and (adapter / "tokenizer_config.json").is_file() else self.pretrained

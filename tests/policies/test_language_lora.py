@@ -243,6 +243,22 @@ def test_an_initial_adapter_that_is_more_than_low_rank_is_refused(settings: dict
         loaded(base, lora=LoraSettings(initial=str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("lora_alpha", "8"), ("lora_alpha", None), ("lora_alpha", 0), ("r", 0), ("rank_pattern", ["q_proj"]), ("alpha_pattern", {"q": "2"}),
+     ("target_modules", 3), ("target_modules", "*(")],
+)  # fmt: skip
+def test_a_field_of_an_adapter_that_says_nothing_is_named_before_weights_are_read(
+    field: str, value: Any, base: Path, tmp_path: Path
+) -> None:
+    foreign(base, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {field: value}))
+    for pretrained, initial in ((base, str(tmp_path)), (tmp_path, None)):
+        with pytest.raises(ConfigError, match=rf"lora\.initial: {field} of '.*adapter_config\.json' is .*, expected"):
+            CausalLM(str(pretrained), lora=LoraSettings(initial=initial))
+
+
 def test_an_initial_adapter_that_contradicts_the_settings_or_the_model_is_refused(base: Path, folder: Folder, tmp_path: Path) -> None:
     foreign(base, tmp_path)
     for other in ({"rank": 2}, {"alpha": 4.0}, {"targets": ["q_proj"]}, {"targets": "all-linear"}):
