@@ -320,6 +320,23 @@ def test_the_end_of_text_is_read_where_it_is_also_padding(classifier: Callable[.
     torch.testing.assert_close(scores["quality"], wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_text_that_holds_the_begin_of_text_gets_no_second_one(classifier: Callable[..., Path]) -> None:
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    folder = classifier(plain=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.bos_token = END
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    wanted = torch.tensor(by_hand(folder, f"{END}pa"))
+    for prompt in ("p", f"{END}p"):
+        scores = ModelReward(str(folder)).score(["a"], [{"prompt": prompt}])["reward_model"]
+        torch.testing.assert_close(scores[0], wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_conversations_that_are_too_long_lose_their_beginning(classifier: Callable[..., Path]) -> None:
     folder = classifier()
     reward = ModelReward(str(folder), max_length=4)

@@ -122,6 +122,8 @@ class ModelReward(TextReward):
         if self._tokenizer.chat_template is None:
             asked = prompt if isinstance(prompt, str) else "\n".join(message.get("content", "") for message in prompt)
             ids = list(self._tokenizer(asked + answer).input_ids)
+            if len(ids) > 1 and ids[0] == ids[1] == self._tokenizer.bos_token_id:  # the text holds the one that a tokenizer adds
+                ids = ids[1:]
         else:
             given: list[Mapping[str, str]] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             begun = given.pop().get("content", "") if given[-1]["role"] == "assistant" else ""
