@@ -86,19 +86,34 @@ def _first(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-def _check_siblings(file: Path, root: Path) -> None:
-    """Raise ConfigError where an import means a file beside this one, and another module of its name was loaded before."""
-    imports = [node for node in ast.walk(ast.parse(file.read_bytes())) if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in imports if isinstance(node, ast.ImportFrom) and node.module and not node.level}
-    for name in sorted({name.partition(".")[0] for name in names} - sys.stdlib_module_names):
-        own = next((place for place in (root / f"{name}.py", root / name / "__init__.py") if place.is_file()), None)
+def _check_siblings(file: Path, root: Path, checked: frozenset[Path] = frozenset()) -> None:
+    """Raise ConfigError where an import means a file beside this one, and another module of its name was loaded before.
+
+    So do imports of the files that it means.
+    """
+    for name in sorted(_imported(file)):
+        place = root.joinpath(*name.split("."))
+        own = next((path for path in (place.with_name(f"{place.name}.py"), place / "__init__.py") if path.is_file()), None)
         loaded = getattr(sys.modules.get(name), "__file__", None)
-        if own is not None and loaded is not None and not os.path.samefile(own, loaded):
+        if own is None or loaded is None or own in checked:
+            continue
+        if not os.path.samefile(own, loaded):
             raise ConfigError(
                 f"path: {file} imports {name}, of which there is {own}, but {loaded} was loaded under this name before; write "
                 f"`from .{name} import ...`, or give it another name"
             )
+        _check_siblings(own, root, checked | {file, own})
+
+
+def _imported(file: Path) -> set[str]:
+    """The modules that a file's absolute imports may mean, with the packages above them; none of the standard library."""
+    imports = [node for node in ast.walk(ast.parse(file.read_bytes())) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    for node in imports:
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    names |= {".".join(parts[:i]) for parts in [name.split(".") for name in names] for i in range(1, len(parts))}
+    return {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
 
 
 def _place(error: BaseException, file: Path) -> str:

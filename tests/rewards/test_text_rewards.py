@@ -184,6 +184,28 @@ def mine(a, b): return judge(a, b)
 
 
 @pytest.mark.parametrize(
+    ("imports", "files"),
+    [
+        ("import bench_a.judge as judge", {"bench_a/judge.py": "SCORE = NUMBER"}),
+        ("from bench_b import judge", {"bench_b/judge.py": "SCORE = NUMBER"}),
+        ("import bench_c as judge", {"bench_c.py": "from bench_d import SCORE", "bench_d.py": "SCORE = NUMBER"}),
+    ],
+)
+def test_a_helper_of_another_folder_is_not_taken_for_the_own_one(tmp_path: Path, imports: str, files: dict[str, str]) -> None:
+    """In folders without __init__.py, and of helpers: the second file was scored by the first one's."""
+    source = f"{imports}\n{HEAD}):\n    return judge.SCORE"
+    for number in ("1", "2"):
+        for name, content in files.items():
+            (tmp_path / number / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / number / name).write_text(content.replace("NUMBER", number))
+    assert verdict(function(tmp_path / "1", source)) == 1
+    with pytest.raises(
+        ConfigError, match=r"imports bench_.*, of which there is .*/2/bench_.*, but .*/1/bench_.* was loaded under this name"
+    ):
+        verdict(function(tmp_path / "2", source))
+
+
+@pytest.mark.parametrize(
     ("body", "why"),
     [
         ("return None", "returned None; expected a number"),
