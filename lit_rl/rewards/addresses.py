@@ -18,6 +18,8 @@ from typing import Any
 from lit_rl.errors import ConfigError
 
 log = logging.getLogger(__name__)
+HEALTH_SECONDS = 5.0
+"""For one answer to GET /health."""
 
 
 def parse_urls(urls: str | Sequence[str]) -> list[str]:
@@ -118,8 +120,8 @@ def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> 
     until, status, body = time.monotonic() + patience_s, 0, b""
     while status != 200:
         try:
-            with opener.open(urllib.request.Request(f"{url}/health", headers=dict(headers)), timeout=5.0) as response:
-                status, body = response.status, response.read(1 << 20)
+            with opener.open(urllib.request.Request(f"{url}/health", headers=dict(headers)), timeout=HEALTH_SECONDS) as response:
+                status, body = response.status, _read_within(response, url, seconds=HEALTH_SECONDS)
         except urllib.error.HTTPError as error:
             status = error.code
         except http.client.HTTPException as error:
@@ -146,6 +148,16 @@ def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> 
     except ValueError:  # a server with a /health of its own kind
         return {}
     return answer if isinstance(answer, dict) else {}
+
+
+def _read_within(response: Any, url: str, *, seconds: float) -> bytes:
+    """The first MiB of an answer. Raises ConfigError where it takes longer: a socket's own timeout begins anew with each byte."""
+    body, end = b"", time.monotonic() + seconds
+    while len(body) < 1 << 20 and (piece := response.read1(1 << 16)):
+        body += piece
+        if time.monotonic() > end:
+            raise ConfigError(f"reward server {url} does not finish its answer to GET /health in {seconds:g} s; look at its log")
+    return body
 
 
 class _StayHere(urllib.request.HTTPRedirectHandler):

@@ -340,7 +340,8 @@ class _Pool:
 
 def _refusal(url: str, route: str, status: int, body: bytes, wait: float) -> _NoAnswer:
     tries = math.inf if status in PASSING else 2 if status == 500 else 1
-    message = f"reward server {url}: status {status} {body[:300].decode(errors='replace')}"
+    said = "".join(letter if letter.isprintable() else " " for letter in body[:300].decode(errors="replace"))  # no codes for terminals
+    message = f"reward server {url}: status {status} {said}"
     if status in (404, 405) and route == "batch":
         message += f"; one that has no {ROUTES[route]} but {ROUTES['single']} is asked with HTTPReward's route: single"
     return _NoAnswer(message, tries=tries, retry_after_s=wait, alive=status not in OUTAGE)

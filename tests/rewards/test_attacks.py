@@ -237,3 +237,31 @@ async def test_health_is_asked_of_nobody_else() -> None:
         with pytest.raises(ConfigError, match="status 302"):
             await asyncio.to_thread(check_health, url, headers={"Authorization": "Bearer secret"}, patience_s=1.0)
     assert not seen
+
+
+@aio
+async def test_an_answer_about_health_that_drips_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket's time-out begins anew with each byte."""
+
+    async def drip(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": "1000"})
+        await response.prepare(request)
+        for _ in range(1000):
+            await response.write(b" ")
+            await asyncio.sleep(0.05)
+        return response
+
+    monkeypatch.setattr("lit_rl.rewards.addresses.HEALTH_SECONDS", 0.3)
+    async with strange_server(health=drip) as url:
+        with pytest.raises(ConfigError, match="does not finish its answer to GET /health in 0.3 s"):
+            await asyncio.wait_for(asyncio.to_thread(check_health, url, headers={}, patience_s=1.0), 10)
+
+
+@aio
+async def test_a_refusal_brings_no_codes_for_the_terminal() -> None:
+    async def evil(request: web.Request) -> web.Response:
+        await request.read()
+        return web.Response(status=400, text="bad \x1b[2J\x07\nprompt")
+
+    _, reward = await ask(evil)
+    assert reward.last_error.endswith("status 400 bad  [2J  prompt")
