@@ -16,6 +16,7 @@ _ALIKE = {
     "...": "…⋯",
     "·": "・･‧∙⋅",
     "~": "～〜∼",
+    "/": "⁄∕",
     "μ": "µ",
 }
 _TABLE: dict[int, str | None] = {ord(c): plain for plain, group in _ALIKE.items() for c in group}
