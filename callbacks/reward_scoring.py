@@ -27,6 +27,7 @@ from lit_rl.types import Info
 log = logging.getLogger(__name__)
 
 DEBUG_VARIABLE = "DISABLE_RL_REWARD_MODEL"
+YES, NO = ("1", "true", "yes", "on", "y", "t"), ("", "0", "false", "no", "off", "n", "f")
 
 
 class RewardScoring(Callback, Scorer):
@@ -73,7 +74,7 @@ class RewardScoring(Callback, Scorer):
         self._strategy = trainer.strategy if trainer.world_size > 1 else None
         if stage == "predict":
             return
-        if os.environ.get(DEBUG_VARIABLE, "").lower() in ("1", "true", "yes", "on"):
+        if _is_set(DEBUG_VARIABLE):
             log.warning("%s is set: NO REWARD MODEL IS ASKED, every score is pseudo-random. For dry runs only.", DEBUG_VARIABLE)
             self._use(_pseudo(self.rewards, self._given_weights))
         else:
@@ -255,6 +256,14 @@ class RewardScoring(Callback, Scorer):
     def _told_by(self, rank: int, text: str) -> str:
         """`text` as `rank` has it. Collective."""
         return text if self._strategy is None else self._strategy.broadcast(text, src=rank)
+
+
+def _is_set(variable: str) -> bool:
+    """Whether a variable of the environment says yes. Raises ConfigError for what says neither yes nor no."""
+    value = os.environ.get(variable, "").strip().lower()
+    if value not in (*YES, *NO):
+        raise ConfigError(f"{variable}={value} in the environment is neither true nor false; set it to true, or unset it")
+    return value in YES
 
 
 @dataclass

@@ -426,9 +426,14 @@ def test_debug_mode_needs_no_server(scoring: list, monkeypatch: pytest.MonkeyPat
     assert list(scores) == ["vlm_score", "red"] and scorer.weights == {"vlm_score": 1, "red": 2}
     for values in scores.values():
         assert ((values >= 0) & (values < 1)).all() and len(set(values.tolist())) > 1
-    monkeypatch.setenv("DISABLE_RL_REWARD_MODEL", "false")
-    with pytest.raises(ConfigError, match="no reward server"):
-        scorer.setup(fake_trainer(), SimpleNamespace(), "fit")
+    for value, why in {
+        "false": "no reward server",
+        " N\n": "no reward server",
+        "maybe": "DISABLE_RL_REWARD_MODEL=maybe .* neither",
+    }.items():
+        monkeypatch.setenv("DISABLE_RL_REWARD_MODEL", value)
+        with pytest.raises(ConfigError, match=why):
+            scorer.setup(fake_trainer(), SimpleNamespace(), "fit")
 
 
 def test_yaml_with_labels_and_with_a_list() -> None:
