@@ -166,7 +166,7 @@ def _decode_single(body: bytearray, *, max_pixels: int) -> tuple[np.ndarray, dic
         raise ApiError(422, "bad_request", 'the body must be a JSON object {"image": base64, "prompt": text}')
     texts: dict[str, Any] = {key: request.get(key) for key in ("image", "prompt", "mask", "target")}
     if type(texts["target"]) in (int, float):  # 42 asks for "42"
-        texts["target"] = str(texts["target"])
+        texts["target"] = None if texts["target"] in (math.inf, -math.inf) or texts["target"] != texts["target"] else str(texts["target"])
     for key, value in texts.items():
         if not isinstance(value, str) and (value is not None or key in ("image", "prompt")):
             problem = "missing" if key not in request else f"{type(value).__name__}, expected a string"

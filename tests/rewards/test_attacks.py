@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import io
+import json
 import math
 import time
 from collections.abc import AsyncIterator
@@ -21,6 +22,7 @@ from test_app import BINARY, Gate, aio, error_of, picture, png, served, single, 
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.addresses import check_health
 from lit_rl.rewards.answers import retry_after
+from lit_rl.rewards.app import _decode_single
 from lit_rl.rewards.client import HTTPReward
 from lit_rl.rewards.images import MAX_ASPECT, ImageError, decode_image, pixel_error
 from lit_rl.rewards.wire import decode_answer, encode_batch
@@ -265,3 +267,12 @@ async def test_a_refusal_brings_no_codes_for_the_terminal() -> None:
 
     _, reward = await ask(evil)
     assert reward.last_error.endswith("status 400 bad  [2J  prompt")
+
+
+@pytest.mark.parametrize(
+    ("target", "text"), [("NaN", None), ("-Infinity", None), ("1e999", None), ("9" * 4000, "9" * 4000), ("4.5", "4.5")]
+)
+def test_a_target_that_is_no_number_is_none(target: str, text: str | None) -> None:
+    """Tables write NaN into empty cells; it asked for the text `nan`."""
+    body = json.dumps(single(png(picture()))).encode()[:-1] + f', "target": {target}}}'.encode()
+    assert _decode_single(bytearray(body), max_pixels=PIXELS)[1].get("target") == text
