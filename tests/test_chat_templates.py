@@ -18,7 +18,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.chat import answer_ids, completion_ids, conversation_ids, prompt_ids
 from lit_rl.policies.chat_template import _turn_ends, turn_ends
-from lit_rl.policies.chat_turns import warn_of_opening
+from lit_rl.policies.chat_turns import warn_of_opening, warn_of_what_is_left_out
 from lit_rl.policies.lora import LoraSettings
 from lit_rl.rollouts.base import Request, RolloutEngine, Sampling
 from lit_rl.rollouts.hf import HFEngine
@@ -56,6 +56,17 @@ def learned(name: str, messages: list[dict[str, Any]], **options: Any) -> list[s
 
 
 # ---------------------------------------------------------------------- where an answer ends
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2.5"])
+def test_a_text_that_a_template_drops_beside_calls_is_told(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_what_is_left_out.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="lit_rl"):
+        spoken = learned(name, [user("a"), assistant("Let me see.", tool_calls=CALL)])
+        learned(name, [user("a"), assistant("", tool_calls=CALL)])
+    dropped = "Let me see." not in spoken[0]
+    assert dropped == (name != "qwen2.5")
+    assert [m for m in caplog.messages if "leaves out content of messages that have tool_calls" in m] == caplog.messages[:1] * dropped
 
 
 @pytest.mark.parametrize("name", FAMILIES)

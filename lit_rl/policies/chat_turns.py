@@ -59,6 +59,8 @@ class Conversation:
         if place is None:
             return None
         begin, close = place
+        if beside := self.left_out(i):
+            warn_of_what_is_left_out(beside)
         start = begin if self.prefill[0] == i else self.start(i, begin, close)
         end, stop = self.stop(i, close)
         return Turn(i, start, end, stop)
@@ -82,6 +84,12 @@ class Conversation:
             function = {**calls[-1].get("function", {}), "arguments": {MARK: MARK}}
             others.append({**message, "tool_calls": [*calls[:-1], {**calls[-1], "function": function}]})
         return others
+
+    def left_out(self, i: int) -> tuple[str, ...]:
+        """Texts of a message with calls of tools that the template does not write beside them, as Llama 3's and Mistral's."""
+        message = self.messages[i]
+        texts = [name for name in ("content", *REASONING) if isinstance(text := message.get(name), str) and text.strip()]
+        return tuple(name for name in texts if message.get("tool_calls") and self._difference(i, {**message, name: MARK}) is None)
 
     def _difference(self, i: int, message: Message) -> tuple[int, int] | None:
         other = render(self.tokenizer, [*self.messages[:i], message, *self.messages[i + 1 :]], **self.template)
@@ -152,6 +160,16 @@ def warn_of_opening(asked: str, written: str) -> None:
         "set model.policy.chat_template to one that writes both alike",
         asked,
         written,
+    )
+
+
+@lru_cache(maxsize=8)
+def warn_of_what_is_left_out(fields: tuple[str, ...]) -> None:
+    """Once for each kind."""
+    log.warning(
+        "the chat template leaves out %s of messages that have tool_calls: it is not learned, only the calls are; set "
+        "model.policy.chat_template to one that writes both, or put the text into a message of its own",
+        " and ".join(fields),
     )
 
 
