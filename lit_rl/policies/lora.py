@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
+from lit_rl.policies.lora_fields import check_readable
 from lit_rl.policies.shards import local
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def check_plain(fields: Mapping[str, Any], *, where: str) -> None:
 
     if (kind := fields.get("peft_type", "LORA")) != "LORA":
         raise ConfigError(f"lora.initial: {where} holds a {kind} adapter, and only LORA can be trained here")
+    check_readable(fields, where=where)
     plain = LoraConfig().to_dict()
     for name, value in fields.items():
         if name not in PLACES | NOTES and value != plain.get(name) and value:

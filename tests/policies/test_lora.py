@@ -238,6 +238,18 @@ def test_an_initial_file_that_holds_more_is_refused(
         make_policy("sd3", lora=LoraSettings(initial=str(tmp_path)))
 
 
+@pytest.mark.parametrize(("field", "value"), [("lora_alpha", "8"), ("lora_alpha", 0), ("rank_pattern", ["to_q"])])
+def test_a_field_of_a_file_that_says_nothing_is_named(field: str, value: Any, make_policy: MakePolicy, tmp_path: Path) -> None:
+    policy = make_policy("sd3", lora=LoraSettings(rank=2, targets=["attn.to_q"]))
+    policy.save(tmp_path, dict(policy.trainable()))
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as stored:
+        tensors, metadata = {k: stored.get_tensor(k) for k in stored.keys()}, json.loads(stored.metadata()["lora_adapter_metadata"])  # noqa: SIM118
+    save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps(metadata | {f"transformer.{field}": value})})
+    with pytest.raises(ConfigError, match=rf"lora\.initial: {field} of '.*safetensors' is .*, expected"):
+        make_policy("sd3", lora=LoraSettings(initial=str(tmp_path)))
+
+
 def test_a_target_that_names_nothing_is_refused(make_policy: MakePolicy) -> None:
     with pytest.raises(ValueError, match=r"no linear layer ends in attn\.nope; a block has attn\.add_k_proj, .*attn\.to_q"):
         make_policy("sd3", lora=LoraSettings(rank=2, targets=["attn.to_q", "attn.nope"]))
