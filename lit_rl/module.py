@@ -471,6 +471,13 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             raise ConfigError(f"trainer.gradient_clip_val={self.trainer.gradient_clip_val} must be positive; leave it out to clip nothing")
         self.check_length()
         fast = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        limit, overfit = self.trainer.limit_train_batches, self.trainer.overfit_batches  # type: ignore[attr-defined]
+        if not fast and (overfit or limit != 1.0 or isinstance(limit, int)):  # 1 is one batch, 1.0 all
+            name = "overfit_batches" if overfit else "limit_train_batches"
+            raise ConfigError(
+                f"trainer.{name} would train a part of every rollout only: take it out; model.prompts_per_iteration makes an iteration "
+                "smaller, and trainer.max_epochs a run shorter"
+            )
         if self.trainer.max_steps != -1 and not fast:  # which sets it for itself
             raise ConfigError(
                 "trainer.max_steps breaks the one-epoch-one-rollout scheme on resume: set trainer.max_epochs "
