@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-import yaml
-
-from lit_rl.cli_options import Option, config_files, named_classes, nearest, options, settings, short
+from lit_rl.cli_options import Option, named_classes, nearest, options, settings, short
+from lit_rl.yaml_files import beside_class, broken_yaml
 
 EXPECTATION = re.compile(r"Expected a |Not a valid subclass|Does not validate|a class path|a dict with")
 """How jsonargparse begins what it says of the types that a value might also have had, beside the one whose constructor objected."""
@@ -46,23 +45,6 @@ def explain(message: str, argv: Sequence[str]) -> str:
         return broken
     known = (help_wanted, old_option, class_wanted, missing_class, wrong_type, required, unknown_option, remedy)
     return next((sentence for explained in known if (sentence := explained(message, argv))), None) or innermost(message, argv)
-
-
-def broken_yaml(argv: Sequence[str]) -> str | None:
-    """Of the first --config file that is no YAML or no mapping: where, and what is wrong with it."""
-    for file in config_files(argv):
-        try:
-            root = yaml.compose(file.read_text(encoding="utf-8"))
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            where = f"{file}:{mark.line + 1}" if mark else str(file)
-            began = f" ({error.context} that began in line {error.context_mark.line + 1})" if error.context and error.context_mark else ""
-            return (
-                f"{where}: this is not YAML: {error.problem}{began}; indent with spaces, close what is open, put a space after each colon"
-            )
-        if not isinstance(root, yaml.MappingNode):
-            return f"{file}: a run has keys such as model, data and trainer; this file {'holds a list' if root else 'is empty'}"
-    return None
 
 
 def missing_class(message: str, argv: Sequence[str]) -> str | None:
@@ -121,9 +103,13 @@ def innermost(message: str, argv: Sequence[str]) -> str:
 
 def class_wanted(message: str, argv: Sequence[str]) -> str | None:
     """The sentence for a key that takes a class, or a list of them, and has something else."""
+    if "Not a valid subclass" in message and (stray := beside_class(argv)):
+        return stray
     for setting in settings(argv):
         if setting.path == "trainer.callbacks" and setting.place and not setting.value and _names_no_class(setting.path, argv):
             return f"{setting.place}: trainer.callbacks is a list: begin each one with `- class_path: {EXAMPLES['callbacks']}`"
+    if "Not a valid subclass of Callback. Got value: [" in message:
+        return _at("trainer.callbacks", "trainer.callbacks holds a list inside of the list: put each callback into the outer one", argv)
     key = re.match(r'\s*Parser key "([\w.]+)":', message)
     given = re.search(r"(?:Got value|Given value|import path string): (.*?)>?\s*$", message, flags=re.MULTILINE)
     example = EXAMPLES.get(key[1].split(".")[-1]) if key else None

@@ -35,6 +35,7 @@ from lit_rl.rewards.base import RewardError
 from lit_rl.rollouts.base import RolloutError
 from lit_rl.run_errors import go_on, what_ended
 from lit_rl.saved_config import SavedConfig
+from lit_rl.yaml_files import broken_yaml
 
 # A notice of Lightning's own use of torch, and an advertisement, in every run.
 warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
@@ -85,6 +86,8 @@ class CLI(LightningCLI):
         """Lightning would replace the hyper-parameters of the YAML and the command line by the checkpoint's; a run means what it says."""
 
     def parse_arguments(self, *args: Any, **kwargs: Any) -> None:
+        if broken := broken_yaml(sys.argv):
+            self.parser.error(broken)
         super().parse_arguments(*args, **kwargs)
         expand_home(self.config)
 

@@ -44,6 +44,8 @@ def what_ended(error: BaseException) -> str | None:
             "another process of this run has ended, or has not answered for as long as trainer.strategy.init_args.timeout says (30 minutes "
             f"if it is not set): {_first_line(error)}"
         )
+    if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
+        return f"EarlyStopping in trainer.callbacks: {_first_line(error).removeprefix('RuntimeError: ')}"
     if _while_restoring(error):
         return f"the checkpoint of --ckpt_path does not hold what this run restores from it: {_first_line(error)}"
     return None

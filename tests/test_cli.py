@@ -147,6 +147,31 @@ def test_a_callback_of_the_run_takes_the_place_of_the_default_one(cli: Any, tmp_
     assert sum(isinstance(c, RngState) for c in callbacks) == 1
 
 
+def test_a_list_inside_of_the_list_of_callbacks(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = toy_config(tmp_path)
+    config["trainer"]["callbacks"] = [config["trainer"]["callbacks"]]
+    with pytest.raises(SystemExit):
+        cli("fit", config)
+    assert "trainer.callbacks holds a list inside of the list" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["limit_train_batches", "overfit_batches"])
+def test_a_part_of_a_rollout_is_not_trained_in_silence(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    """Optimizer steps were cut short, and their weights no longer summed up to what was decided."""
+    with pytest.raises(SystemExit):
+        cli("fit", toy_config(tmp_path), f"--trainer.{option}", "1")
+    assert f"trainer.{option} would train a part of every rollout only" in capsys.readouterr().err
+
+
+def test_early_stopping_on_what_is_not_logged_is_one_sentence(cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = toy_config(tmp_path)
+    config["trainer"]["callbacks"].append({"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/nope"}})
+    with pytest.raises(SystemExit):
+        cli("fit", config)
+    error = capsys.readouterr().err
+    assert "EarlyStopping in trainer.callbacks: " in error and "`val/nope`" in error and "`reward_mean`" in error
+
+
 def test_the_home_folder_in_any_option(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "p.txt").write_text("1\n2\n3\n4\n")
@@ -228,6 +253,13 @@ def changed(text: str, old: str, new: str) -> tuple[str, int]:
         ("group_size: 4", "group_size: [4", 1, "this is not YAML: expected ',' or ']', but got ':' (while parsing a flow sequence"),
         ("group_size: 4", "group_size 4", 1, "this is not YAML: could not find expected ':'"),
         ("  class_path: lit_rl.methods", "\tclass_path: lit_rl.methods", 0, "this is not YAML: found character '\\t'"),
+        ("max_epochs: 2", "max_epochs: 2\n  max_epochs: 3", 1, "`max_epochs` stands a second time (first in line "),
+        (
+            ".FlowGRPO",
+            ".FlowGRPO\n  group_size: 8",
+            1,
+            "`group_size` stands beside class_path: options of a class stand under its init_args",
+        ),
         ("lr: 0.01", "lr: fast", 0, "lr is 'fast'; expected a number"),
         ("lr: 0.01", "lr: 0.01\n    warmup_lr: fast", 1, "warmup_lr is 'fast'; expected a number or null"),
         ("max_epochs: 2", "max_epochs: 2\n  precision: bf16-mixd", 1, "did you mean bf16-mixed?"),
