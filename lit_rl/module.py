@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLR
 
 from lit_rl.checkpoints.contents import check_kinds
 from lit_rl.checkpoints.layout import check_adapters, check_layout
-from lit_rl.checkpoints.optimizer import Groups, check_same_optimizer, follow_options, settings_of
+from lit_rl.checkpoints.optimizer import Groups, check_moment_shapes, check_same_optimizer, follow_options, settings_of
 from lit_rl.checkpoints.options import REMEDY, check_options, options_of
 from lit_rl.checkpoints.progress import Place, continue_at, log_again, logged, place_of, remember_saved, saved_at, set_counters
 from lit_rl.errors import ConfigError
@@ -591,6 +591,10 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         states, checkpoint["lr_schedulers"] = checkpoint["lr_schedulers"], []
         self._optimizer_before = checkpoint.get("optimizer", {"scheduled": bool(states)}) | {"schedules": states}
         self.check_moments(self._optimizer_before)
+        if "optimizer_states" in checkpoint:  # otherwise the strategy has restored them
+            check_moment_shapes(checkpoint["optimizer_states"], self.optimizer(self.parameter_groups()))
+        if "callbacks" not in checkpoint:
+            raise ConfigError("this checkpoint lacks the states of callbacks, so averages of weights would begin anew: use another")
 
     def check_moments(self, stored: Mapping[str, Any]) -> None:
         """Raise ConfigError where the moments in a checkpoint are those of another optimizer. stored: `checkpoint["optimizer"]`."""

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -28,6 +29,11 @@ ON_PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 
 NEEDS_STATE = ("amsgrad", "centered")
 """Settings that add a moment, which the checkpoint of a run without them lacks."""
+
+OF_WEIGHT_SHAPE = (
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta", "prev",
+)  # fmt: skip
+"""Moments of torch's optimizers that have a number for every number of the weight. Those of other optimizers may be packed."""
 
 
 def settings_of(optimizer: Optimizer) -> Groups:
@@ -53,6 +59,24 @@ def check_same_optimizer(stored: Mapping[str, Any], optimizer: Optimizer) -> Non
             if group.get(key) and not before.get(key):
                 raise ConfigError(
                     f"model.optimizer: {key}=true needs moments that the checkpoint, written with {key}=false, lacks; {remedy}"
+                )
+
+
+def check_moment_shapes(states: Sequence[Mapping[str, Any]], optimizer: Optimizer) -> None:
+    """Raise ConfigError where the moments of a whole file are missing, or of other shapes than the weights.
+
+    states: `checkpoint["optimizer_states"]`.
+    """
+    if not states:
+        raise ConfigError("the checkpoint holds no state of an optimizer, with which training cannot go on: use another")
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for i, moments in states[0]["state"].items():
+        for name in OF_WEIGHT_SHAPE:
+            moment = moments.get(name)
+            if isinstance(moment, Tensor) and moment.shape != weights[i].shape:
+                raise ConfigError(
+                    f"the checkpoint's optimizer holds {name} of shape {list(moment.shape)} for weight {i}, which has "
+                    f"{list(weights[i].shape)}: it was changed after it was written, use another"
                 )
 
 
