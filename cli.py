@@ -56,8 +56,8 @@ def main() -> None:
     from lit_rl.own_code import use_working_folder
 
     use_working_folder()
-    from lit_rl.cli_options import with_help_classes
-    from lit_rl.lightning_cli import CLI
+    from lit_rl.command_line.options import with_help_classes
+    from lit_rl.command_line.run import CLI
 
     sys.argv[1:] = with_help_classes(sys.argv[1:])
 

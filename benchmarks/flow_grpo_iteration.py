@@ -30,7 +30,7 @@ from torch import Tensor
 
 from callbacks.reward_scoring import RewardScoring
 from datamodules.base import PromptDataModule
-from lit_rl.advantages import group_advantages
+from lit_rl.credit.groups import group_advantages
 from lit_rl.losses.policy_gradient import clipped_surrogate, policy_metrics
 from lit_rl.methods.flow_grpo import FlowGRPO
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
@@ -70,11 +70,11 @@ SIZES = {
 
 def build_policy(name: str, size: Size, folder: Path) -> DiffusersFlowPolicy:
     """A from-config pipeline with random weights: the demo's size trained whole, or a published size with the published recipe's LoRA."""
+    from lit_rl.miniatures.full_size import build_flux_dev, build_sd35_medium
+    from lit_rl.miniatures.images import build_sd3
     from lit_rl.policies.flux import FluxPolicy
-    from lit_rl.policies.full_size import build_flux_dev, build_sd35_medium
-    from lit_rl.policies.lora import LoraSettings
     from lit_rl.policies.sd3 import SD3Policy
-    from lit_rl.policies.tiny import build_sd3
+    from lit_rl.policies.weights.lora import LoraSettings
 
     if name == "mini":
         return SD3Policy(str(build_sd3(folder, **size.model)), resolution=(16, 32), max_sequence_length=24)

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_rl.miniatures.lm import build_lm
 from lit_rl.policies.causal_lm import CausalLM
-from lit_rl.policies.tiny_lm import build_lm
 from lit_rl.rollouts.base import Request, Sampling
 from lit_rl.rollouts.native import NativeEngine
 

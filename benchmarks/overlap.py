@@ -34,8 +34,8 @@ from torch import Tensor
 from callbacks.reward_scoring import RewardScoring
 from datamodules.base import PromptDataModule
 from lit_rl.methods.flow_grpo import FlowGRPO
+from lit_rl.miniatures.images import build_sd3
 from lit_rl.policies.sd3 import SD3Policy
-from lit_rl.policies.tiny import build_sd3
 from lit_rl.rewards.base import Reward, Scorer
 from lit_rl.rewards.client import HTTPReward
 from lit_rl.types import Info
@@ -67,7 +67,7 @@ def serve(port: int, latency: Any, ready: Any) -> None:
     """The same behind `POST /v1/score_batch`: one request at a time."""
     from aiohttp import web
 
-    from lit_rl.rewards.wire import decode_batch
+    from lit_rl.rewards.service.wire import decode_batch
 
     async def run() -> None:
         one = asyncio.Lock()

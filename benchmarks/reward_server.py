@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lit_rl.rewards.base import Reward  # noqa: E402
-from lit_rl.rewards.wire import encode_batch  # noqa: E402
+from lit_rl.rewards.service.wire import encode_batch  # noqa: E402
 from lit_rl.types import Info  # noqa: E402
 
 PER_BODY, BATCHED_IN_FLIGHT, SINGLE_IN_FLIGHT = 8, 4, 32

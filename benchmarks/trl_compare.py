@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.trl_sides import Case, command
-from lit_rl.policies.tiny_lm import build_lm
+from lit_rl.miniatures.lm import build_lm
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 1e-4  # of losses

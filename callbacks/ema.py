@@ -8,17 +8,17 @@ import lightning as L
 from torch import Tensor
 
 from callbacks.alone import check_alone
-from lit_rl.decay import ema_decay, ema_is_due
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import FlowPolicy
-from lit_rl.policies.weight_copy import WeightCopy
-from lit_rl.strategies import check_swaps_reach
+from lit_rl.policies.weights.copies import WeightCopy
+from lit_rl.policies.weights.decay import ema_decay, ema_is_due
+from lit_rl.strategies.checks import check_swaps_reach
 
 
 class EMA(L.Callback):
     """average <- d average + (1 - d) weights after every optimizer step, d = min((1 + s) / (warmup_steps + s), decay) at step s = 0, 1, ...
 
-    Of the trainable weights only, see `lit_rl.policies.weight_copy.WeightCopy` for what it costs. The checkpoint holds whole tensors and
+    Of the trainable weights only, see `lit_rl.policies.weights.copies.WeightCopy` for what it costs. The checkpoint holds whole tensors and
     continues exactly, under another strategy or world size too; a run that continues from a checkpoint without an average starts one from
     its weights.
 

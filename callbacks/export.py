@@ -16,7 +16,7 @@ from lit_rl.checkpoints.ip_adapter import Format
 from lit_rl.checkpoints.manifest import entries, write_manifest
 from lit_rl.checkpoints.replacing import beside, naming, put_in_place, remove, swept
 from lit_rl.errors import ConfigError
-from lit_rl.policies.shards import gathered
+from lit_rl.policies.weights.shards import gathered
 
 FOLDERS = {"iteration": "iteration-{iteration}", "checkpoint": "checkpoint-{step}"}
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.module import gather_objects
+from lit_rl.ranks import gather_objects
 from lit_rl.types import Info, Prompts
 
 

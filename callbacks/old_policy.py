@@ -9,22 +9,22 @@ import lightning as L
 from torch import Tensor
 
 from callbacks.alone import check_alone
-from lit_rl.decay import DECAY_TYPES, OLD_POLICY_DECAYS, OldPolicyDecay, ramp_decay
 from lit_rl.errors import ConfigError
-from lit_rl.policies.weight_copy import WeightCopy
-from lit_rl.strategies import check_swaps_reach
+from lit_rl.policies.weights.copies import WeightCopy
+from lit_rl.policies.weights.decay import DECAY_TYPES, OLD_POLICY_DECAYS, OldPolicyDecay, ramp_decay
+from lit_rl.strategies.checks import check_swaps_reach
 
 
 class OldPolicySync(L.Callback):
     """old <- d old + (1 - d) weights before every rollout, d = decay(s) after s optimizer steps of reinforcement learning.
 
-    Of the trainable weights only (LoRA, adapters or all), see `lit_rl.policies.weight_copy.WeightCopy` for what it costs. It starts as the
-    weights of the first rollout, after a supervised warm-up. The checkpoint holds whole tensors and continues exactly, under another
+    It copies the trainable weights only (LoRA, adapters or all); `lit_rl.policies.weights.copies.WeightCopy` tells the cost. It starts as
+    the weights of the first rollout, after a supervised warm-up. The checkpoint holds whole tensors and continues exactly, under another
     strategy or world size too; a run that continues from a checkpoint without an old policy starts one from its weights.
 
     Args:
-        decay: A name of `lit_rl.decay.OLD_POLICY_DECAYS`: copy (d = 0, on-policy), slow (0.001 s, at most 0.5), late (0 for 75 steps, then
-            rising to 0.999), frozen (d = 1, never changes), fast, moderate, steep; the numbers 0, 1, 2 mean frozen, slow, late; or
+        decay: A name of `lit_rl.policies.weights.decay.OLD_POLICY_DECAYS`: copy (d = 0, on-policy), slow (0.001 s, at most 0.5), late (0
+            for 75 steps, then rising to 0.999), frozen (d = 1, never changes), fast, moderate, steep; 0, 1, 2 mean frozen, slow, late; or
             `{start, value, slope, end}`: `value` before step `start`, then min(value + slope (s - start), end).
         every: Update before every rollout (DiffusionNFT), or after every optimizer step.
     """

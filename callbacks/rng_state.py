@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_rl.module import gather_objects
+from lit_rl.ranks import gather_objects
 
 
 class RngState(L.Callback):

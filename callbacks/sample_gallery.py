@@ -12,7 +12,7 @@ from torch import Tensor
 
 from callbacks.image_writer import to_image
 from lit_rl.errors import ConfigError
-from lit_rl.module import logged_step
+from lit_rl.modules.base import logged_step
 from lit_rl.types import Info, Prompts
 
 PICTURE = 160

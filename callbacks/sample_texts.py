@@ -9,7 +9,7 @@ import lightning as L
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.module import logged_step
+from lit_rl.modules.base import logged_step
 from lit_rl.types import Info, Prompts, TokenRollout
 
 

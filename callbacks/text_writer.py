@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lit_rl.module import gather_objects
+from lit_rl.ranks import gather_objects
 from lit_rl.types import Prompts
 
 

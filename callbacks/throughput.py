@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import lightning as L
 import torch
 
-from lit_rl.module import gather_objects
+from lit_rl.ranks import gather_objects
 
 Phase = Literal["rollout", "score", "train", "validation", "other"]
 

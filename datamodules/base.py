@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.module import LitRL, ReplayLoader
+from lit_rl.modules.base import LitRL
+from lit_rl.replay.loader import ReplayLoader
 from lit_rl.seeding import generator
 from lit_rl.types import ALL, Info, Prompts
 

@@ -21,7 +21,7 @@ from datamodules.base import PromptDataModule
 from datamodules.inpainting_files import Item, read_items, read_rows
 from datamodules.lazy import ImageCache, LazyRow, Reader, Size, read_mask, read_picture, unreadable
 from lit_rl.errors import ConfigError
-from lit_rl.module import LitRL
+from lit_rl.modules.base import LitRL
 from lit_rl.seeding import generator
 from lit_rl.types import ALL, Info
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.rewards.images import lossy
+from lit_rl.rewards.service.images import lossy
 
 Size = tuple[int, int]
 """(height, width) in pixels."""

@@ -37,7 +37,7 @@ def _merge_language(adapter: Path, out: Path, base: str | None, dtype: str | Non
     from transformers import AutoTokenizer, GenerationConfig
 
     from lit_rl.policies.causal_lm import check_folder, read_lm
-    from lit_rl.policies.language_lora import adapter_fields, merged
+    from lit_rl.policies.weights.language_lora import adapter_fields, merged
 
     base = check_folder(_base(base, adapter_fields(adapter), adapter))
     lm = merged(read_lm(base, dtype=dtype or "auto", attention=None), adapter)
@@ -53,10 +53,10 @@ def _merge_language(adapter: Path, out: Path, base: str | None, dtype: str | Non
 def _merge_pipeline(adapter: Path, out: Path, base: str | None, dtype: str | None) -> None:
     import diffusers
 
-    import lit_rl.policies.pixel_vae  # noqa: F401  (diffusers looks it up among the imported modules)
+    import lit_rl.miniatures.pixel_vae  # noqa: F401  (diffusers looks it up among the imported modules)
     from lit_rl.errors import ConfigError
-    from lit_rl.policies.lora import tuner_layers
-    from lit_rl.policies.pipeline_lora import adapter_file, adapter_metadata
+    from lit_rl.policies.weights.lora import tuner_layers
+    from lit_rl.policies.weights.pipeline_lora import adapter_file, adapter_metadata
 
     file = adapter_file(adapter)
     base = _base(base, adapter_metadata(file), adapter)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from lit_rl.policies.tiny_lm import char_tokenizer
+from lit_rl.miniatures.lm import char_tokenizer
 
 ALPHABET = "0123456789=#? "
 SIZES: dict[str, Any] = dict(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_rl.policies.tiny_lm import PRINTABLE, char_tokenizer
+from lit_rl.miniatures.lm import PRINTABLE, char_tokenizer
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -15,7 +16,8 @@ from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
 install_import_hook(
-    ["lit_rl.samplers", "lit_rl.losses", "lit_rl.advantages", "lit_rl.token_advantages", "lit_rl.packing"], "beartype.beartype"
+    ["lit_rl.samplers", "lit_rl.losses", "lit_rl.credit.groups", "lit_rl.credit.tokens", "lit_rl.replay.packing"],
+    "beartype.beartype",
 )
 
 
@@ -38,3 +40,22 @@ def golden_dir() -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"GOLDEN_DIR={folder} is not a folder; unset it to use the numbers shipped in tests/golden")
     return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pipelines by name: each family with the pixel autoencoder and with a real one, SD3 without T5, FLUX without guidance input."""
+    from lit_rl.miniatures.images import build_flux, build_sd3
+
+    root = tmp_path_factory.mktemp("pipelines")
+    small: dict[str, Any] = dict(height=16, width=24, hidden=32, heads=2, layers=2, text_hidden=16, text_length=16)
+    kl: dict[str, Any] = dict(vae="kl", scaling_factor=1.5, shift_factor=0.1)
+    sd3, flux = small | {"t5_hidden": 32}, small | {"single_layers": 1, "t5_hidden": 24}
+    return {
+        "sd3": build_sd3(root / "sd3", **sd3),
+        "sd3-kl": build_sd3(root / "sd3-kl", **sd3, **kl, dual_attention_layers=(0,)),
+        "sd3-no-t5": build_sd3(root / "sd3-no-t5", **small | {"t5_hidden": None}),
+        "flux": build_flux(root / "flux", **flux),
+        "flux-kl": build_flux(root / "flux-kl", **flux, **kl),
+        "flux-schnell": build_flux(root / "flux-schnell", **flux, guidance_embeds=False),
+    }

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from datamodules.base import PromptDataModule
+from lit_rl.miniatures.images import build_flux
 from lit_rl.policies.flux_fill import FluxFillPolicy, StyleSettings
-from lit_rl.policies.lora import LoraSettings
-from lit_rl.policies.tiny import build_flux
+from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.types import ALL, Info
 
 HEIGHT, WIDTH, FEATURES, SIDE = 16, 24, 10, 12

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from lit_rl.miniatures.lm import Family, build_lm
 from lit_rl.policies.causal_lm import CausalLM
-from lit_rl.policies.lora import LoraSettings
-from lit_rl.policies.tiny_lm import Family, build_lm
+from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.rollouts.base import Request, RolloutEngine, Sample
 
 PROMPTS = ["a", "hello world", "abc", "the quick brown fox jumps"]

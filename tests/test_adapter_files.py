@@ -173,7 +173,7 @@ def broken(places: Path, folder: Path, fault: str) -> Path:
 def test_a_file_that_is_no_adapter_for_this_run_gets_one_sentence(
     places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fault: str, messages: list[str]
 ) -> None:
-    from lit_rl.lightning_cli import CLI
+    from lit_rl.command_line.run import CLI
 
     file = tmp_path / "nowhere.bin" if fault == "absent" else broken(places, tmp_path, fault)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config(tmp_path, settings(places, style={"initial": str(file)}))))
@@ -190,7 +190,7 @@ def test_a_file_that_is_no_adapter_for_this_run_gets_one_sentence(
 def test_a_legacy_export_of_a_q_former_is_refused_before_training(
     places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from lit_rl.lightning_cli import CLI
+    from lit_rl.command_line.run import CLI
 
     whole = config(tmp_path, settings(places, style=RELEASED))
     whole["trainer"]["callbacks"][2]["init_args"]["format"] = "legacy"

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
-from lit_rl.strategies import FSDP2Strategy, ZeroStrategy
+from lit_rl.strategies.fsdp2 import FSDP2Strategy
+from lit_rl.strategies.zero import ZeroStrategy
 
 ROOT = Path(__file__).parent.parent
 BASES = sorted((ROOT / "configs" / "base").glob("*.yaml"))
@@ -20,7 +21,7 @@ STRATEGIES: dict[str, type] = {"cpu": str, "one_gpu": str, "ddp": DDPStrategy, "
 
 def parsed(*options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     """What the command line makes of the options, every default included."""
-    from lit_rl.lightning_cli import CLI
+    from lit_rl.command_line.run import CLI
 
     monkeypatch.setattr(sys, "argv", ["cli.py", "fit", *options, "--print_config"])
     with pytest.raises(SystemExit) as stop:

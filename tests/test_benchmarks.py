@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import flow_grpo_iteration, generation, overlap, token_logprobs, trl_compare, trl_sides
-from lit_rl.policies.tiny_lm import build_lm
+from lit_rl.miniatures.lm import build_lm
 
 SIZES = {
     "mini": replace(

@@ -19,7 +19,7 @@ from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.chat import answer_ids, completion_ids, conversation_ids, prompt_ids
 from lit_rl.policies.chat_template import _turn_ends, turn_ends
 from lit_rl.policies.chat_turns import warn_of_opening, warn_of_what_is_left_out
-from lit_rl.policies.lora import LoraSettings
+from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.rollouts.base import Request, RolloutEngine, Sampling
 from lit_rl.rollouts.hf import HFEngine
 from lit_rl.rollouts.native import NativeEngine

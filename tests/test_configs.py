@@ -13,8 +13,8 @@ import yaml
 
 from lit_rl.methods.dpo import DPO
 from lit_rl.methods.sft import SFT
-from lit_rl.module import LitRL
-from lit_rl.token_module import LitToken
+from lit_rl.modules.base import LitRL
+from lit_rl.modules.tokens import LitToken
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "base")
@@ -22,7 +22,7 @@ RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "b
 
 @pytest.mark.parametrize("path", RUNS, ids=[f"{p.parent.name}/{p.stem}" for p in RUNS])
 def test_run_is_accepted(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from lit_rl.lightning_cli import CLI
+    from lit_rl.command_line.run import CLI
 
     monkeypatch.setattr(sys, "argv", ["cli.py", "fit", "--config", str(path), "--print_config"])
     with pytest.raises(SystemExit) as done:

@@ -73,7 +73,7 @@ def test_sheet_shows_what_is_given_and_what_was_made_of_it(tmp_path: Path) -> No
 @pytest.mark.parametrize("method", ["grpo", "nft"])
 def test_pieces_fit(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped YAML on the demo's own model and signs: one warm-up step, one iteration, an evaluation, an export."""
-    from lit_rl.lightning_cli import CLI
+    from lit_rl.command_line.run import CLI
 
     task = TASKS["fill"]
     run = task.runs[method]

@@ -25,7 +25,7 @@ def test_the_answers_to_imitate_are_what_the_rule_wants_and_held_out_numbers_are
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    from lit_rl.lightning_cli import CLI
+    from lit_rl.command_line.run import CLI
 
     monkeypatch.setattr(sys, "argv", ["cli.py", *args])
     CLI()

@@ -15,9 +15,11 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from test_cli import ROOT, toy_config
+from toy import toy_config
 
 EPOCHS = 30
+
+ROOT = Path(__file__).parent.parent
 
 
 class Die(L.Callback):

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.merge import main, merge
+from lit_rl.miniatures.images import build_sd3
+from lit_rl.miniatures.lm import build_lm
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.critic import Critic
-from lit_rl.policies.lora import LoraSettings
 from lit_rl.policies.sd3 import SD3Policy
-from lit_rl.policies.tiny import build_sd3
-from lit_rl.policies.tiny_lm import build_lm
+from lit_rl.policies.weights.lora import LoraSettings
 
 TOKENS = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 

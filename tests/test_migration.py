@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from datamodules.inpainting import Inpainting
-from lit_rl.credit import Advantage
+from lit_rl.credit.rules import Advantage
 from lit_rl.doctor.__main__ import parser as doctor_parser
 from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.flow_grpo import FlowGRPO

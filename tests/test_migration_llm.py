@@ -20,7 +20,7 @@ from lit_rl.methods.ppo import PPO
 from lit_rl.methods.sft import SFT
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.critic import Critic
-from lit_rl.policies.lora import LoraSettings
+from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.rollouts.base import Sampling
 
 TEXT = PAGES["migration_llm"]

@@ -14,10 +14,9 @@ import pytest
 import torch
 import toy_text
 from safetensors.torch import load_file, save_file
-from test_module import Metrics, weights
 from test_updates import nft
 from torch import Tensor
-from toy import ToyData, ToyPolicy, toy_method, toy_trainer
+from toy import Metrics, ToyData, ToyPolicy, toy_method, toy_trainer, weights
 
 from callbacks.old_policy import OldPolicySync
 from callbacks.reward_scoring import RewardScoring
@@ -26,8 +25,8 @@ from lit_rl.methods.dpo import DPO
 from lit_rl.methods.flow_grpo import GRPOGuard
 from lit_rl.methods.grpo import GRPO
 from lit_rl.methods.ppo import PPO
+from lit_rl.miniatures.images import build_sd3
 from lit_rl.policies.sd3 import SD3Policy
-from lit_rl.policies.tiny import build_sd3
 from lit_rl.rewards.base import RewardError, TextReward
 from lit_rl.rollouts.base import Sampling
 from lit_rl.types import Cond, Info
@@ -86,7 +85,7 @@ def test_a_prompt_whose_condition_is_not_finite_leaves_the_loss(tmp_path: Path, 
 
 def test_they_train_as_if_they_had_failed_to_be_scored(tmp_path: Path) -> None:
     """The same weights, to the last bit, as where the reward says NaN for that prompt."""
-    from test_module import Broken
+    from toy import Broken
 
     found = []
     for broken in (True, False):

@@ -17,7 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
-from lit_rl.policies.tiny import build_sd3
+from lit_rl.miniatures.images import build_sd3
 from lit_rl.rewards.client import HTTPReward
 
 ROOT = Path(__file__).parent.parent

@@ -1,89 +1,112 @@
-"""Imports only go down: formulas know no models, models no methods, methods not each other."""
+"""The house: every room and every file beside the rooms has its floor, and imports only go down."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FORMULAS = [
-    "lit_rl.advantages",
-    "lit_rl.decay",
-    "lit_rl.meters",
-    "lit_rl.losses",
-    "lit_rl.packing",
-    "lit_rl.partition",
-    "lit_rl.samplers",
-    "lit_rl.token_advantages",
-]
-LOW = ["lit_rl.types", "lit_rl.errors", "lit_rl.seeding", "lit_rl.own_code"]
-MIDDLE = ["lit_rl.policies", "lit_rl.rewards", "lit_rl.rollouts", "lit_rl.checkpoints"]
-MODULE = [
-    "lit_rl.module",
-    "lit_rl.policy_module",
-    "lit_rl.flow_module",
-    "lit_rl.token_module",
-    "lit_rl.generation_module",
-    "lit_rl.policy_gradient_module",
-    "lit_rl.token_exchange",
-    "lit_rl.credit",
-]
-MAY_IMPORT = {
-    "lit_rl/types.py": [],
-    "lit_rl/own_code": ["lit_rl.errors"],
-    **{name.replace(".", "/"): FORMULAS for name in FORMULAS},
-    "lit_rl/policies": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.checkpoints.ip_adapter", "lit_rl.checkpoints.weights"],
-    "lit_rl/rewards": [*LOW, "lit_rl.rewards"],
-    "lit_rl/rollouts": [*LOW, *FORMULAS, "lit_rl.policies", "lit_rl.rollouts", "lit_rl.rewards.addresses", "lit_rl.rewards.answers"],
-    "lit_rl/checkpoints": [*LOW, "lit_rl.checkpoints"],
-    "lit_rl/module.py": [*LOW, *FORMULAS, *MIDDLE, "lit_rl.strategies"],
-    "lit_rl/policy_module.py": [*LOW, *MIDDLE, "lit_rl.module", "lit_rl.strategies"],
-    "lit_rl/flow_module.py": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
-    "lit_rl/token_module.py": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
-    "lit_rl/generation_module.py": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
-    "lit_rl/policy_gradient_module.py": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
-    "lit_rl/token_exchange.py": [*LOW, *MODULE],
-    "lit_rl/methods": [*LOW, *FORMULAS, *MIDDLE, *MODULE],
-    "callbacks": ["lit_rl", "callbacks"],
-    "datamodules": ["lit_rl", "datamodules"],
-}
-OURS = ("lit_rl", "callbacks", "datamodules")
+OURS = ("lit_rl", "callbacks", "datamodules", "cli")
+
+FLOORS: Sequence[Sequence[str]] = (
+    ("lit_rl.errors",),
+    ("lit_rl.types", "lit_rl.seeding", "lit_rl.own_code", "lit_rl.ranks", "lit_rl.net"),
+    ("lit_rl.losses", "lit_rl.samplers"),
+    ("lit_rl.credit", "lit_rl.miniatures"),
+    ("lit_rl.checkpoints", "lit_rl.rewards"),
+    ("lit_rl.policies",),
+    ("lit_rl.rollouts", "lit_rl.strategies"),
+    ("lit_rl.replay",),
+    ("lit_rl.modules",),
+    ("lit_rl.methods",),
+    ("callbacks", "datamodules"),
+    ("lit_rl.command_line", "lit_rl.prepare", "lit_rl.merge"),
+    ("lit_rl.demo", "lit_rl.doctor", "cli"),
+)
+"""Rooms and files from the ground up. A file imports from its own room and from floors below, never from its own floor's other rooms."""
+
+FORMULAS = ("lit_rl.losses", "lit_rl.samplers", "lit_rl.credit")
+"""Rooms of pure functions of tensors."""
 
 
-def imports(path: Path) -> set[str]:
+def room_of(module: str, rooms: Mapping[str, int]) -> str | None:
+    """The room that a dotted module is in: the longest name in `rooms` that it begins with."""
+    parts = module.split(".")
+    names = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((name for name in names if name in rooms), None)
+
+
+def imports(source: str) -> set[str]:
+    """Modules of ours that a file imports, also inside functions and for type checkers alone."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return {name for name in found if name.split(".")[0] in OURS}
 
 
-def files(room: str) -> list[Path]:
-    path = ROOT / room
-    return sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+def wrong_ways(files: Mapping[str, str], floors: Sequence[Sequence[str]]) -> list[str]:
+    """Sentences about imports that do not go down, and about files without a floor. files: source by dotted name."""
+    rooms = {room: floor for floor, names in enumerate(floors) for room in names}
+    wrong = []
+    for module, source in files.items():
+        here = room_of(module, rooms)
+        if here is None:
+            wrong.append(f"{module} is in no room")
+            continue
+        for name in sorted(imports(source)):
+            there = room_of(name, rooms)
+            if there is None:
+                wrong.append(f"{module} imports {name}, which is in no room")
+            elif there != here and rooms[there] >= rooms[here]:
+                wrong.append(f"{module} (floor {rooms[here]}) imports {name} (floor {rooms[there]})")
+    return wrong
+
+
+def house() -> dict[str, str]:
+    """Source of every file by dotted name, but the package's own docstring."""
+    paths = [path for top in OURS[:3] for path in (ROOT / top).rglob("*.py")] + [ROOT / "cli.py"]
+    sources = {path: path.read_text() for path in paths}
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): text
+        for path, text in sources.items()
+        if path != ROOT / "lit_rl/__init__.py"
+    }
 
 
 def test_imports_only_go_down() -> None:
-    wrong = []
-    for room, allowed in MAY_IMPORT.items():
-        assert files(room) and all(file.is_file() for file in files(room)), f"{room} is not there"
-        for file in files(room):
-            own = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-            for name in imports(file) - {own}:
-                if not any(name == a or name.startswith(a + ".") for a in allowed):
-                    wrong.append(f"{file.relative_to(ROOT)} imports {name}")
-    assert not wrong, "\n".join(wrong)
+    assert not wrong_ways(house(), FLOORS)
+
+
+def test_every_room_exists() -> None:
+    for room in (name for floor in FLOORS for name in floor):
+        path = ROOT / room.replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").is_file(), room
+
+
+def test_an_import_that_goes_up_or_sideways_is_told() -> None:
+    floors = (("lit_rl.losses",), ("lit_rl.policies", "lit_rl.rewards"), ("lit_rl.methods",))
+    down = {"lit_rl.methods.x": "from lit_rl.losses.y import z\nimport lit_rl.policies.q", "lit_rl.policies.q": "import torch"}
+    assert wrong_ways(down, floors) == []
+    up = {"lit_rl.losses.y": "if TYPE_CHECKING:\n    from lit_rl.methods.x import M"}
+    assert wrong_ways(up, floors) == ["lit_rl.losses.y (floor 0) imports lit_rl.methods.x.M (floor 2)"]
+    sideways = {"lit_rl.policies.q": "def f():\n    from lit_rl.rewards import base"}
+    assert wrong_ways(sideways, floors) == ["lit_rl.policies.q (floor 1) imports lit_rl.rewards.base (floor 1)"]
+    assert wrong_ways({"lit_rl.loose": ""}, floors) == ["lit_rl.loose is in no room"]
+    assert wrong_ways({"lit_rl.methods.x": "import lit_rl.loose"}, floors) == ["lit_rl.methods.x imports lit_rl.loose, which is in no room"]
 
 
 def test_methods_do_not_import_each_other() -> None:
-    for file in files("lit_rl/methods"):
-        assert not {name for name in imports(file) if name.startswith("lit_rl.methods")}, file
+    for name, source in house().items():
+        if name.startswith("lit_rl.methods."):
+            assert not {found for found in imports(source) if found.startswith("lit_rl.methods")}, name
 
 
 def test_formulas_know_neither_lightning_nor_models() -> None:
-    for room in FORMULAS:
-        for file in files(room.replace(".", "/")):
-            heavy = ("import lightning", "import diffusers", "import transformers", "torch.distributed")
-            assert not [word for word in heavy if word in file.read_text()], file
+    heavy = ("import lightning", "import diffusers", "import transformers", "torch.distributed")
+    for name, source in house().items():
+        if name.startswith(FORMULAS):
+            assert not [word for word in heavy if word in source], name

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from text_rows import jsonl
 
 from lit_rl.checkpoints.ip_adapter import read_ip_adapter
-from lit_rl.policies.tiny import build_flux, build_sd3
-from lit_rl.policies.tiny_lm import build_lm
+from lit_rl.miniatures.images import build_flux, build_sd3
+from lit_rl.miniatures.lm import build_lm
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("base", "demo"))
@@ -81,7 +81,7 @@ def shrunk(run: dict[str, Any], home: Path) -> dict[str, Any]:
 @pytest.fixture
 def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], Any]:
     """Train a run in `tmp_path`, with pseudo-random scores; returns the CLI."""
-    from lit_rl.lightning_cli import CLI
+    from lit_rl.command_line.run import CLI
 
     def go(run: dict[str, Any]) -> Any:
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))

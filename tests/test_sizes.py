@@ -19,10 +19,10 @@ from lit_rl.methods.dpo import DPO
 from lit_rl.methods.grpo import GRPO
 from lit_rl.methods.ppo import PPO
 from lit_rl.methods.sft import SFT
+from lit_rl.miniatures.lm import char_tokenizer
 from lit_rl.policies import causal_lm
 from lit_rl.policies.critic import Critic
 from lit_rl.policies.sizes import positions
-from lit_rl.policies.tiny_lm import char_tokenizer
 from lit_rl.rewards.text.model import ModelReward
 from lit_rl.rollouts.base import Sampling
 

@@ -12,7 +12,10 @@ from toy import ToyData, toy_method, toy_trainer
 
 from lit_rl.checkpoints.files import AtomicCheckpointIO
 from lit_rl.errors import ConfigError
-from lit_rl.strategies import FSDP2Strategy, ZeroStrategy, check_strategy, check_swaps_reach, replaced
+from lit_rl.strategies.checks import check_strategy, check_swaps_reach
+from lit_rl.strategies.folders import replaced
+from lit_rl.strategies.fsdp2 import FSDP2Strategy
+from lit_rl.strategies.zero import ZeroStrategy
 
 
 class OneProcess(SingleDeviceStrategy):
@@ -34,7 +37,7 @@ def test_supported_strategies_pass(strategy: Any) -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "instead"),
-    [(FSDPStrategy, "FSDP2Strategy"), (ModelParallelStrategy, "FSDP2Strategy"), (DeepSpeedStrategy, "ZeroStrategy")],
+    [(FSDPStrategy, "fsdp2.FSDP2Strategy"), (ModelParallelStrategy, "fsdp2.FSDP2Strategy"), (DeepSpeedStrategy, "zero.ZeroStrategy")],
 )
 def test_others_are_refused_with_the_one_to_use(strategy: type[Strategy], instead: str) -> None:
     with pytest.raises(ConfigError, match=f"{strategy.__name__} is not supported here: use lit_rl.strategies.{instead}"):
@@ -44,7 +47,7 @@ def test_others_are_refused_with_the_one_to_use(strategy: type[Strategy], instea
 def test_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     method = toy_method()
     trainer = toy_trainer(tmp_path, strategy=ModelParallelOnCPU())
-    with pytest.raises(ConfigError, match="FSDP2Strategy"):
+    with pytest.raises(ConfigError, match="fsdp2.FSDP2Strategy"):
         trainer.fit(method, ToyData())
     assert not hasattr(method.policy, "network")
 

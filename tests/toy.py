@@ -17,7 +17,7 @@ from callbacks.reward_scoring import RewardScoring
 from datamodules.base import PromptDataModule
 from lit_rl.methods.flow_grpo import FlowGRPO
 from lit_rl.policies.base import FlowPolicy
-from lit_rl.policies.shards import copy_weights
+from lit_rl.policies.weights.shards import copy_weights
 from lit_rl.rewards.base import Reward
 from lit_rl.samplers.schedules import shifted_sigmas
 from lit_rl.types import ALL, Cond, Info
@@ -129,3 +129,54 @@ def toy_trainer(
     )  # fmt: skip
     scoring = RewardScoring(dict(rewards or {"brightness": Brightness()}), weights, max_failed_fraction)
     return L.Trainer(**(defaults | kwargs), callbacks=[scoring, *callbacks])
+
+
+def toy_config(folder: Path, **model: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "policy": {"class_path": "toy.ToyPolicy"},
+        "prompts_per_iteration": 4,
+        "group_size": 4,
+        "num_steps": 3,
+        "eval_num_steps": 3,
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2}},
+    }
+    checkpoint = {"dirpath": str(folder / "checkpoints"), "filename": "{epoch}", "save_top_k": -1, "save_last": True}
+    return {
+        "seed_everything": 3,
+        "model": {"class_path": "lit_rl.methods.flow_grpo.FlowGRPO", "init_args": settings | model},
+        "data": {"class_path": "toy.ToyData"},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "default_root_dir": str(folder),
+            "callbacks": [
+                {"class_path": "callbacks.reward_scoring.RewardScoring", "init_args": {"rewards": {"b": {"class_path": "toy.Brightness"}}}},
+                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint},
+            ],
+        },
+    }
+
+
+def weights(method: FlowGRPO) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in method.policy.network.parameters()])
+
+
+class Metrics(L.Callback):
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.rows.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+class Broken(Brightness):
+    """Cannot score the samples of prompt "1"."""
+
+    def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+        scores = super().score(media, info)["brightness"]
+        return {"brightness": torch.where(torch.tensor([row["prompt"] == "1" for row in info]), torch.nan, scores)}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from callbacks.reward_scoring import RewardScoring
 from datamodules.base import PromptDataModule
+from lit_rl.miniatures.lm import build_lm
 from lit_rl.policies.causal_lm import CausalLM
-from lit_rl.policies.tiny_lm import build_lm
 from lit_rl.rewards.base import TextReward
 from lit_rl.seeding import generator
 from lit_rl.types import Info

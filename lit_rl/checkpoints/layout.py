@@ -4,9 +4,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
 
 from lit_rl.errors import ConfigError, listed
+
+
+@runtime_checkable
+class Checkpointed(Protocol):
+    """A module that names the weights its checkpoints hold."""
+
+    def checkpoint_keys(self) -> set[str]:
+        """Names in `state_dict()` of the weights that a checkpoint holds."""
+
+    def checkpoint_shapes(self) -> dict[str, list[int]]:
+        """Shape by name of those weights, whole."""
+
+    def check_moments(self, stored: Mapping[str, Any]) -> None:
+        """Raise ConfigError if `checkpoint["optimizer"]` tells of another optimizer than this run's."""
+
+    def networks(self) -> Sequence[nn.Module]:
+        """Every network that is trained, each cut into shards as a whole."""
+
+
+def checkpointed(module: Any) -> Checkpointed:
+    """`module` as one that names its weights. Raises ConfigError for any other."""
+    if not isinstance(module, Checkpointed):
+        raise ConfigError(f"model: {type(module).__name__} does not say what its checkpoints hold; use a method of lit_rl.methods")
+    return module
 
 
 def check_layout(stored: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
@@ -39,8 +65,8 @@ def check_layout(stored: Mapping[str, Sequence[int]], wanted: Mapping[str, Seque
 def check_adapters(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """The adapters of a checkpoint have the layers, ranks and strengths of this run's: weights alone do not tell their strength.
 
-    Arguments: `lit_rl.policies.lora.geometry` by model ("policy", "critic"). Raises ConfigError that names the option, both values and
-    the remedy. A model that the checkpoint does not tell about is passed over: it is from before this was stored.
+    Arguments: `lit_rl.policies.weights.lora.geometry` by model ("policy", "critic"). Raises ConfigError that names the option, both values
+    and the remedy. A model that the checkpoint does not tell about is passed over: it is from before this was stored.
     """
     for model in stored.keys() & wanted.keys():
         _check_adapter(stored[model], wanted[model], f"model.init_args.{model}.init_args.lora")

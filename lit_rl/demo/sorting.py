@@ -122,7 +122,7 @@ def prepare(out: Path, seed: int) -> None:
     """A random model, and numbers of which some are held out."""
     import torch
 
-    from lit_rl.policies.tiny_lm import build_lm
+    from lit_rl.miniatures.lm import build_lm
     from lit_rl.seeding import generator
 
     build_lm(out / "model", characters="0123456789+=# ?", chat=False, hidden=64, layers=2, heads=4, kv_heads=4, seed=seed)

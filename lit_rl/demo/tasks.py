@@ -36,7 +36,7 @@ class Task:
 
 
 def prepare_text(out: Path, seed: int) -> None:
-    from lit_rl.policies.tiny import build_sd3
+    from lit_rl.miniatures.images import build_sd3
 
     build_sd3(
         out / "model",
@@ -55,7 +55,7 @@ def prepare_text(out: Path, seed: int) -> None:
 
 def prepare_fill(out: Path, seed: int) -> None:
     from lit_rl.demo.signs import HEIGHT, WIDTH, write_signs
-    from lit_rl.policies.tiny import build_flux, build_siglip
+    from lit_rl.miniatures.images import build_flux, build_siglip
 
     write_signs(out, lines_share=0.5, wrong_ink_share=0.3, seed=seed)
     build_siglip(out / "siglip")

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from lit_rl.doctor import machine, servers
 from lit_rl.doctor.report import Finding, as_json, count, problem, show
 from lit_rl.errors import ConfigError
+from lit_rl.net.addresses import token_from_environment
+from lit_rl.net.gpus import gpus
 from lit_rl.own_code import use_working_folder
-from lit_rl.rewards.addresses import token_from_environment
-from lit_rl.rewards.gpus import gpus
 
 
 def parser() -> argparse.ArgumentParser:

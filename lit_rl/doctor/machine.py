@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lit_rl.doctor.report import Finding, gigabytes, ok, problem, warning
-from lit_rl.rewards.gpus import Gpu
+from lit_rl.net.gpus import Gpu
 
 ROOT = Path(__file__).parents[2]
 BFLOAT16 = 8.0

@@ -22,18 +22,18 @@ from callbacks.export import Export
 from callbacks.old_policy import OldPolicySync
 from callbacks.reward_scoring import DEBUG_VARIABLE, RewardScoring
 from lit_rl.checkpoints.files import check_unused
-from lit_rl.cli_errors import explain
+from lit_rl.command_line.errors import explain
+from lit_rl.command_line.run import CLI
 from lit_rl.doctor import models, servers
 from lit_rl.doctor.machine import room
 from lit_rl.doctor.report import Finding, ok, problem, warning
 from lit_rl.errors import ConfigError
-from lit_rl.lightning_cli import CLI
-from lit_rl.module import LitRL
+from lit_rl.modules.base import LitRL
+from lit_rl.net.gpus import Gpu
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
 from lit_rl.policies.flux_fill import count_new_adapter
 from lit_rl.policies.pretrained import component_config
 from lit_rl.rewards.client import HTTPReward
-from lit_rl.rewards.gpus import Gpu
 
 PATH_KEYS = ("pretrained", "encoder", "initial", "model_path")
 """Arguments of policies and rewards that name a folder, a file or a hub id."""

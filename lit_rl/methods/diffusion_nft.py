@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.flow_module import LitFlow
 from lit_rl.losses.flow import gaussian_kl
 from lit_rl.losses.masked import harmless, weighted_means
 from lit_rl.losses.nft import AdvantageMode, MatchingWeight, matching_logprob, nft_loss, optimality
 from lit_rl.losses.policy_gradient import clipped_surrogate, policy_metrics
-from lit_rl.partition import places
+from lit_rl.modules.flow import LitFlow
 from lit_rl.policies.base import FlowPolicy
-from lit_rl.policies.weight_copy import OldPolicy
+from lit_rl.policies.weights.copies import OldPolicy
+from lit_rl.replay.partition import places
 from lit_rl.samplers.schedules import shift_sigmas
 from lit_rl.samplers.solvers import Solver
 from lit_rl.seeding import generator

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.losses.preference import PreferenceLoss, ld_sequence_logprobs, preference_loss, preference_metrics
-from lit_rl.module import gather_objects
+from lit_rl.modules.tokens import LitToken
 from lit_rl.policies.base import TokenPolicy
+from lit_rl.ranks import gather_objects
+from lit_rl.replay.sequences import pair_sequences
 from lit_rl.seeding import seed_of
-from lit_rl.token_module import LitToken, pair_sequences
 from lit_rl.types import Minibatch, Prompts, TokenRollout
 
 

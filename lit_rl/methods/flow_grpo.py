@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.flow_module import LitFlow
 from lit_rl.losses.flow import KLKind, gaussian_kl
 from lit_rl.losses.masked import finite_rows, harmless, weighted_means
 from lit_rl.losses.policy_gradient import clipped_ratio_loss, guard_logratio, policy_metrics
-from lit_rl.partition import places
+from lit_rl.modules.flow import LitFlow
 from lit_rl.policies.base import FlowPolicy
+from lit_rl.replay.partition import places
 from lit_rl.samplers.flow import Dynamics, Step, sde_step
 from lit_rl.samplers.windows import MixStrategy, full_window, mix_window, random_subset, random_window
 from lit_rl.seeding import Key, generator, seed_of

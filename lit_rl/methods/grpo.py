@@ -9,15 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_rl.advantages import group_advantages, leave_one_out
+from lit_rl.credit.groups import group_advantages, leave_one_out
+from lit_rl.credit.tokens import groups_that_teach, length_weighted_advantages, pass_at_k_advantages, rewards_to_go, spread
+from lit_rl.credit.weights import Aggregation
 from lit_rl.errors import ConfigError
-from lit_rl.losses.aggregation import Aggregation
-from lit_rl.partition import fair_owners
+from lit_rl.modules.gradient import LitPolicyGradient, Surrogate
 from lit_rl.policies.base import TokenPolicy
-from lit_rl.policy_gradient_module import LitPolicyGradient, Surrogate
-from lit_rl.token_advantages import groups_that_teach, length_weighted_advantages, pass_at_k_advantages, rewards_to_go, spread
-from lit_rl.token_exchange import handed_over
-from lit_rl.token_module import joined
+from lit_rl.replay.exchange import handed_over
+from lit_rl.replay.partition import fair_owners
+from lit_rl.replay.sequences import joined
 from lit_rl.types import TokenRollout
 
 Estimator = Literal["group", "leave_one_out", "length_weighted", "pass_at_k", "returns", "returns_baseline"]

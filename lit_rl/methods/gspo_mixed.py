@@ -12,16 +12,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lit_rl.advantages import group_advantages
+from lit_rl.credit.groups import group_advantages
+from lit_rl.credit.tokens import spread, win_rates
 from lit_rl.errors import ConfigError
-from lit_rl.generation_module import assemble
 from lit_rl.losses.masked import row_mean
 from lit_rl.losses.preference import preference_loss, sequence_logprobs
 from lit_rl.losses.surrogates import is_clipped
+from lit_rl.modules.gradient import LitPolicyGradient, Surrogate
+from lit_rl.modules.tokens import LitToken, TokenBatch
 from lit_rl.policies.base import TokenPolicy
-from lit_rl.policy_gradient_module import LitPolicyGradient, Surrogate
-from lit_rl.token_advantages import spread, win_rates
-from lit_rl.token_module import LitToken, TokenBatch, joined, pair_sequences, select
+from lit_rl.replay.sequences import assemble, joined, pair_sequences, select
 from lit_rl.types import Info, Minibatch, Prompts, TokenRollout
 
 

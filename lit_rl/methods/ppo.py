@@ -10,15 +10,15 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
+from lit_rl.credit.tokens import gae
 from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import COUNT_EPS, weighted_sum
 from lit_rl.losses.value import value_loss, value_metrics
+from lit_rl.modules.gradient import LitPolicyGradient
+from lit_rl.modules.policy import Shardable
+from lit_rl.modules.tokens import TokenBatch
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.critic import Critic
-from lit_rl.policy_gradient_module import LitPolicyGradient
-from lit_rl.policy_module import Shardable
-from lit_rl.token_advantages import gae
-from lit_rl.token_module import TokenBatch
 from lit_rl.types import Minibatch, TokenRollout
 
 

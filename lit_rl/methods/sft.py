@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_rl.generation_module import LitGeneration
 from lit_rl.losses.supervised import dft_loss, nll_loss
+from lit_rl.modules.answers import LitGeneration
 from lit_rl.policies.base import TokenPolicy
-from lit_rl.token_module import sequences
+from lit_rl.replay.sequences import sequences
 from lit_rl.types import Minibatch, Prompts, TokenRollout
 
 

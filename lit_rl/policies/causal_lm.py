@@ -17,14 +17,14 @@ from lit_rl.losses.token_logprobs import token_logprobs
 from lit_rl.policies.base import Message, TokenPolicy
 from lit_rl.policies.chat import PLAIN_TEMPLATE, prompt_ids
 from lit_rl.policies.chat_template import check_template, stored_stop_ids, turn_ends
-from lit_rl.policies.language_lora import adapter_fields, add_language_lora, read_adapter_config, save_adapter, split_adapter
 from lit_rl.policies.lm_head import LMHead, body, own_logprobs, picked, recognized
-from lit_rl.policies.lora import LoraSettings, active_factors, base_name
-from lit_rl.policies.lora_sites import repeated_blocks
 from lit_rl.policies.pretrained import without_bars
 from lit_rl.policies.reply import reply
 from lit_rl.policies.sizes import check_length, check_vocabulary, read_config
 from lit_rl.policies.trained import TrainedPolicy
+from lit_rl.policies.weights.language_lora import adapter_fields, add_language_lora, read_adapter_config, save_adapter, split_adapter
+from lit_rl.policies.weights.lora import LoraSettings, active_factors, base_name
+from lit_rl.policies.weights.lora_sites import repeated_blocks
 from lit_rl.types import Answer, Info
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import finite_rows
 from lit_rl.policies.base import FlowPolicy
-from lit_rl.policies.lora import LoraSettings, add_lora, base_name
-from lit_rl.policies.pipeline_lora import load_initial, save_adapter, split_adapter
 from lit_rl.policies.pretrained import check_index, check_pretrained, check_resolution, component_config, vae_factor, without_bars
 from lit_rl.policies.trained import TrainedPolicy
+from lit_rl.policies.weights.lora import LoraSettings, add_lora, base_name
+from lit_rl.policies.weights.pipeline_lora import load_initial, save_adapter, split_adapter
 from lit_rl.samplers.schedules import flux_mu
 from lit_rl.types import Cond, Info
 
@@ -152,7 +152,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
     def _read_pipeline(self) -> Any:
         import diffusers
 
-        import lit_rl.policies.pixel_vae  # noqa: F401  (diffusers looks it up among the imported modules)
+        import lit_rl.miniatures.pixel_vae  # noqa: F401  (diffusers looks it up among the imported modules)
 
         pipeline = getattr(diffusers, self.pipeline)
         where = str(self.folder or self.pretrained)

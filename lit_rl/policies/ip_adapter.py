@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError, listed
-from lit_rl.policies.shards import local, reshard
+from lit_rl.policies.weights.shards import local, reshard
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_flux import FluxAttention

@@ -12,8 +12,8 @@ from torch import nn
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Policy
-from lit_rl.policies.lora import TRAINED, LoraSettings, add_frozen_copy, copy_adapter, disabled_adapters, geometry, using_adapter
-from lit_rl.policies.shards import copy_weights, reshard
+from lit_rl.policies.weights.lora import TRAINED, LoraSettings, add_frozen_copy, copy_adapter, disabled_adapters, geometry, using_adapter
+from lit_rl.policies.weights.shards import copy_weights, reshard
 
 REFERENCE = "reference"
 

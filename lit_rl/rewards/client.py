@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.rewards.addresses import check_health, check_outputs, parse_urls, servers_of_rank, token_from_environment, urls_from_environment
-from lit_rl.rewards.answers import TooMuch, read_answer, retry_after
+from lit_rl.net.addresses import check_health, check_outputs, parse_urls, servers_of_rank, token_from_environment, urls_from_environment
+from lit_rl.net.answers import TooMuch, read_answer, retry_after
+from lit_rl.net.breaker import Breaker, ServerDown
 from lit_rl.rewards.base import Reward, RewardError
-from lit_rl.rewards.breaker import Breaker, ServerDown
 from lit_rl.rewards.masks import mask_of
 from lit_rl.rewards.quotes import check_targets, find_target
-from lit_rl.rewards.wire import CONTENT_TYPE, WireError, decode_answer, encode_batch
+from lit_rl.rewards.service.wire import CONTENT_TYPE, WireError, decode_answer, encode_batch
 from lit_rl.types import Info
 
 if TYPE_CHECKING:

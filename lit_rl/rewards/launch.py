@@ -21,9 +21,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from lit_rl.net.gpus import chosen_ids
+from lit_rl.net.gpus import gpus as installed_gpus
 from lit_rl.rewards import server as reward_server
-from lit_rl.rewards.gpus import chosen_ids
-from lit_rl.rewards.gpus import gpus as installed_gpus
 
 RESTARTS = 3
 STABLE_SECONDS = 60.0

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from lit_rl.rewards.base import RewardError
-from lit_rl.rewards.images import mask_problem
+from lit_rl.rewards.service.images import mask_problem
 from lit_rl.types import Info
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lit_rl.own_code import use_working_folder
 
 if TYPE_CHECKING:
-    from lit_rl.rewards.app import RewardApp
+    from lit_rl.rewards.service.app import RewardApp
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DRAIN_SECONDS = 30.0
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Fill in the scorers. Raises ValueError with one sentence for everything that can be wrong before loading."""
-    from lit_rl.rewards import scorers
+    from lit_rl.rewards.service import scorers
 
     for name in ("max_batch", "max_queue_images", "max_body_mb", "max_pixels", "body_seconds"):
         if not getattr(args, name) > 0:  # NaN is not
@@ -124,7 +124,7 @@ async def serve(args: argparse.Namespace, sock: socket.socket) -> int:
     """Run until a signal or a failed load; 0 after a clean drain."""
     from aiohttp import web
 
-    from lit_rl.rewards.app import Limits, RewardApp, make_runner
+    from lit_rl.rewards.service.app import Limits, RewardApp, make_runner
 
     limits = Limits(
         max_batch=args.max_batch,
@@ -158,7 +158,7 @@ async def serve(args: argparse.Namespace, sock: socket.socket) -> int:
 
 async def _load(args: argparse.Namespace, app: RewardApp, stop: asyncio.Event) -> bool:
     """Load the scorers in a thread while /health answers. False when a signal came first, or when loading failed (said on stderr)."""
-    from lit_rl.rewards import scorers
+    from lit_rl.rewards.service import scorers
 
     loop = asyncio.get_running_loop()
     loaded: asyncio.Future[list[Any]] = loop.create_future()

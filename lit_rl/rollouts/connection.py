@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from lit_rl.rewards.addresses import token_from_environment
-from lit_rl.rewards.answers import TooMuch, read_answer, retry_after
+from lit_rl.net.addresses import token_from_environment
+from lit_rl.net.answers import TooMuch, read_answer, retry_after
 from lit_rl.rollouts.base import RolloutError
 from lit_rl.rollouts.dialects import Unreadable, Unusable
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_rl.policies.shards import readable
+from lit_rl.policies.weights.shards import readable
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 PREFILL_TOKENS = 8192

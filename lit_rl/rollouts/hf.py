@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import TokenPolicy
+from lit_rl.ranks import gather_objects
 from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
-from lit_rl.rollouts.push import everywhere
 from lit_rl.samplers.tokens import draw_tokens
 from lit_rl.seeding import uniforms
 
@@ -46,7 +46,7 @@ class HFEngine(RolloutEngine):
                 "--config configs/base/deepspeed_zero2.yaml before the run's own, or set model.engine to lit_rl.rollouts.http.HTTPEngine"
             )
         batches = self.batches(requests)
-        most = max(everywhere(len(batches), self.world_size)) if _waits(lm) else len(batches)
+        most = max(gather_objects(len(batches))) if _waits(lm) else len(batches)
         found: dict[int, Sample] = {}
         for batch in batches:
             found |= zip(batch, self._generate([requests[i] for i in batch], sampling))

@@ -13,13 +13,14 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
+from lit_rl.net.addresses import parse_urls, servers_of_rank
 from lit_rl.policies.base import TokenPolicy
-from lit_rl.rewards.addresses import parse_urls, servers_of_rank
+from lit_rl.ranks import gather_objects
 from lit_rl.rollouts.base import Request, RolloutEngine, RolloutError, Sample, Sampling
 from lit_rl.rollouts.connection import Again, Call, Connection
 from lit_rl.rollouts.dialects import DIALECTS, Unusable
 from lit_rl.rollouts.probe import Scores, disagreement, trainer_logprobs
-from lit_rl.rollouts.push import digest, everywhere, fingerprint, gather, write
+from lit_rl.rollouts.push import digest, fingerprint, gather, write
 from lit_rl.seeding import seed_of
 
 PROBE = "Question: what is 12 + 34? Answer: 46. Every weight that moves moves the probability of this sentence."
@@ -127,7 +128,7 @@ class HTTPEngine(RolloutEngine):
     def update_weights(self, version: int) -> None:
         self.version, self.unseen = version, True
         mine = fingerprint(self.policy)
-        if not any(everywhere(mine != self.pushed, self.world_size)):
+        if not any(gather_objects(mine != self.pushed)):
             return
         weights = gather(self.policy, keep=self.rank == 0)
         expected = trainer_logprobs(self.policy, [(self.probe_ids[:1], self.probe_ids[1:])], temperature=1.0)[0]
@@ -137,7 +138,7 @@ class HTTPEngine(RolloutEngine):
                 told = self._push(weights, version, expected), ""
             except (ConfigError, RolloutError) as error:  # the others are waiting, and end with the same sentence
                 told = "", str(error)
-        name, wrong = everywhere(told, self.world_size)[0]
+        name, wrong = gather_objects(told)[0]
         if wrong:
             raise RolloutError(wrong)
         self.pushed, self.model = mine, name
@@ -239,7 +240,7 @@ class HTTPEngine(RolloutEngine):
         mine = trainer_logprobs(self.policy, rows or [(self.probe_ids[:1], self.probe_ids[1:])], temperature=sampling.temperature)
         kept = mine if rows else []
         wrong = disagreement(samples, kept, temperature=sampling.temperature, tolerance=self.probe_tolerance)
-        for rank, told in enumerate(everywhere(wrong, self.world_size)):
+        for rank, told in enumerate(gather_objects(wrong)):
             if told:
                 raise RolloutError(f"inference server of process {rank} ({', '.join(self.own)}): {told}. {SAME_DISTRIBUTION}")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import TokenPolicy
-from lit_rl.policies.shards import reshard
+from lit_rl.policies.weights.shards import reshard
 from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
 from lit_rl.rollouts.decoder import Cache, Decoder, unsupported
 from lit_rl.rollouts.hf import HFEngine

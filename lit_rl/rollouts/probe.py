@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.policies.base import TokenPolicy
-from lit_rl.policies.shards import reshard
+from lit_rl.policies.weights.shards import reshard
 from lit_rl.rollouts.base import Sample
 
 MEASURABLE = 1e-3

@@ -5,27 +5,15 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import TokenPolicy
-from lit_rl.policies.shards import gathered, part, reshard
-
-T = TypeVar("T")
+from lit_rl.policies.weights.shards import gathered, part, reshard
 
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def everywhere(value: T, world_size: int) -> list[T]:
-    """The `value` of every process, in order. Collective."""
-    if world_size == 1:
-        return [value]
-    values: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 @torch.no_grad()

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.causal_lm import CausalLM
-from lit_rl.policies.shards import part, reshard
 from lit_rl.policies.sizes import positions
+from lit_rl.policies.weights.shards import part, reshard
+from lit_rl.ranks import gather_objects
 from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
 from lit_rl.rollouts.hf import HFEngine
-from lit_rl.rollouts.push import everywhere
 from lit_rl.seeding import generator
 
 TEXT = "Question: what is 12 + 34? Answer: 46."
@@ -43,7 +43,7 @@ def check_logprobs(policy: CausalLM, *, world_size: int, coarsest: torch.dtype |
     with evaluating(policy), adapters_that_matter(policy):
 
         def gap(**how: bool) -> float:
-            return max(everywhere(_gap(policy, rows, **how), world_size))
+            return max(gather_objects(_gap(policy, rows, **how)))
 
         wrong = gap(packed=policy.padding_free)
         if wrong <= limit:
@@ -124,7 +124,7 @@ def check_sampler(policy: CausalLM, engine: RolloutEngine, sampling: Sampling, *
 
         def gap(*batches: list[Request]) -> float:
             told = [_compared(policy, batch, engine.generate(batch, few), few.temperature) for batch in batches]
-            return max(everywhere(max(told), world_size))
+            return max(gather_objects(max(told)))
 
         wrong = gap(requests)
         if wrong <= limit:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from callbacks.ema import EMA
-from lit_rl.policies.shards import cut, joined, part
+from lit_rl.policies.weights.shards import cut, joined, part
 
 STEPS = 4
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from toy import ToyData, ToyPolicy, toy_method, toy_trainer
 
 from callbacks.old_policy import EMAOldPolicy, OldPolicySync
-from lit_rl.decay import DECAY_TYPES, OLD_POLICY_DECAYS, ramp_decay
 from lit_rl.errors import ConfigError
 from lit_rl.methods.diffusion_nft import DiffusionNFT
-from lit_rl.policies.weight_copy import WeightCopy
+from lit_rl.policies.weights.copies import WeightCopy
+from lit_rl.policies.weights.decay import DECAY_TYPES, OLD_POLICY_DECAYS, ramp_decay
 
 RAMP = {"start": 2, "value": 0.1, "slope": 0.05, "end": 0.2}
 

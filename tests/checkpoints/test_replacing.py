@@ -17,7 +17,7 @@ import torch
 from lit_rl.checkpoints.files import AtomicCheckpointIO, check_unused, resolve_checkpoint, what_is_missing
 from lit_rl.checkpoints.replacing import atomic_file, beside, leftovers, put_in_place
 from lit_rl.errors import ConfigError
-from lit_rl.strategies import replaced
+from lit_rl.strategies.folders import replaced
 
 KILLED = 9
 

@@ -9,7 +9,7 @@ import pytest
 from lit_rl.doctor import machine
 from lit_rl.doctor.machine import accelerators, packages, room
 from lit_rl.doctor.report import Finding
-from lit_rl.rewards.gpus import Gpu
+from lit_rl.net.gpus import Gpu
 
 H200, T4 = Gpu(0, "NVIDIA H200", 143771, 12, 9.0), Gpu(1, "Tesla T4", 15360, 9000, 7.5)
 

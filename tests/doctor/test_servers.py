@@ -14,8 +14,8 @@ from rewards.test_launch import free_ports
 from lit_rl.doctor import servers
 from lit_rl.doctor.report import Finding
 from lit_rl.doctor.servers import of_environment, of_reward, ports, shared
+from lit_rl.net.gpus import Gpu
 from lit_rl.rewards.client import HTTPReward
-from lit_rl.rewards.gpus import Gpu
 from lit_rl.rewards.ocr import OCRReward
 
 

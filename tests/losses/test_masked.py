@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import grad
 
-from lit_rl.losses.aggregation import token_weights
+from lit_rl.credit.weights import token_weights
 from lit_rl.losses.masked import masked, masked_mean, masked_var, masked_whiten, row_mean
 
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "dr-grpo")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from golden_numbers import assert_close, load_llm
 from torch.autograd import grad, gradcheck
 
-from lit_rl.losses.aggregation import token_weights
+from lit_rl.credit.weights import token_weights
 from lit_rl.losses.masked import masked
 from lit_rl.losses.preference import (
     _OF_PAIRS,

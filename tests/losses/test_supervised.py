@@ -5,7 +5,7 @@ import torch
 from golden_numbers import assert_close, load_llm
 from torch.autograd import grad
 
-from lit_rl.losses.aggregation import token_weights
+from lit_rl.credit.weights import token_weights
 from lit_rl.losses.supervised import dft_loss, nll_loss, targets_of
 
 

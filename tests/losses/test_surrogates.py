@@ -7,7 +7,7 @@ import torch
 from golden_numbers import assert_close, load_llm
 from torch.autograd import grad
 
-from lit_rl.losses.aggregation import token_weights
+from lit_rl.credit.weights import token_weights
 from lit_rl.losses.kl import kl_estimate
 from lit_rl.losses.masked import masked, masked_mean, row_mean
 from lit_rl.losses.off_policy import high_entropy, importance_weights, negative_rows_off_policy, within_bounds

@@ -18,7 +18,7 @@ from callbacks.reward_scoring import RewardScoring
 from callbacks.sample_texts import SampleTexts
 from lit_rl.errors import ConfigError
 from lit_rl.methods.grpo import DAPO
-from lit_rl.partition import fair_owners
+from lit_rl.replay.partition import fair_owners
 from lit_rl.rewards.base import TextReward
 from lit_rl.rollouts.base import Sampling
 from lit_rl.types import Info

@@ -14,7 +14,7 @@ from torch import Tensor
 from toy import ToyData, ToyPolicy, toy_trainer
 
 from callbacks.old_policy import EMAOldPolicy, OldPolicySync
-from lit_rl.credit import Advantage
+from lit_rl.credit.rules import Advantage
 from lit_rl.errors import ConfigError
 from lit_rl.methods.diffusion_nft import AWM, DiffusionNFT
 from lit_rl.types import Prompts

@@ -18,9 +18,9 @@ from callbacks.reward_scoring import RewardScoring
 from lit_rl.errors import ConfigError
 from lit_rl.methods.ppo import PPO
 from lit_rl.methods.sft import SFT
+from lit_rl.miniatures.lm import build_lm
 from lit_rl.policies.critic import Critic
-from lit_rl.policies.lora import LoraSettings
-from lit_rl.policies.tiny_lm import build_lm
+from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.rollouts.base import Sampling
 from lit_rl.types import TokenRollout
 

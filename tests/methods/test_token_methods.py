@@ -16,7 +16,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.methods.dpo import DPO
 from lit_rl.methods.grpo import CISPO, DAPO, GRPO, GSPO, RLOO, DrGRPO, ReinforcePP
 from lit_rl.methods.sft import SFT
-from lit_rl.policy_gradient_module import Correction
+from lit_rl.modules.gradient import Correction
 from lit_rl.rollouts.base import EvalSampling, Sampling
 from lit_rl.types import Prompts
 

@@ -1,4 +1,4 @@
-"""Miniature pipelines on disk, built once, and a policy per family."""
+"""A policy per family of miniature pipelines."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,31 +11,13 @@ import torch
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
 from lit_rl.policies.flux import FluxPolicy
 from lit_rl.policies.sd3 import SD3Policy
-from lit_rl.policies.tiny import build_flux, build_sd3
 from lit_rl.types import Cond, take_rows
 
 HEIGHT, WIDTH, TOKENS = 16, 24, 8
-SMALL: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "hidden": 32, "heads": 2, "layers": 2, "text_hidden": 16, "text_length": 16}
 POLICIES: dict[str, type[DiffusersFlowPolicy]] = {"sd3": SD3Policy, "flux": FluxPolicy}
 GUIDANCE = {"sd3": 4.5, "flux": 3.5}
 
 MakePolicy = Callable[..., DiffusersFlowPolicy]
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pipelines by name: each family with the pixel autoencoder and with a real one, SD3 without T5, FLUX without guidance input."""
-    root = tmp_path_factory.mktemp("pipelines")
-    kl: dict[str, Any] = {"vae": "kl", "scaling_factor": 1.5, "shift_factor": 0.1}
-    sd3, flux = SMALL | {"t5_hidden": 32}, SMALL | {"single_layers": 1, "t5_hidden": 24}
-    return {
-        "sd3": build_sd3(root / "sd3", **sd3),
-        "sd3-kl": build_sd3(root / "sd3-kl", **sd3, **kl, dual_attention_layers=(0,)),
-        "sd3-no-t5": build_sd3(root / "sd3-no-t5", **SMALL | {"t5_hidden": None}),
-        "flux": build_flux(root / "flux", **flux),
-        "flux-kl": build_flux(root / "flux-kl", **flux, **kl),
-        "flux-schnell": build_flux(root / "flux-schnell", **flux, guidance_embeds=False),
-    }
 
 
 @pytest.fixture

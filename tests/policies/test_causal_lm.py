@@ -15,9 +15,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
+from lit_rl.miniatures.lm import Family, build_lm
 from lit_rl.policies.causal_lm import CausalLM
-from lit_rl.policies.lora import LoraSettings
-from lit_rl.policies.tiny_lm import Family, build_lm
+from lit_rl.policies.weights.lora import LoraSettings
 
 Make = Callable[..., CausalLM]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
-from lit_rl.policies.lora import LoraSettings
+from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.samplers.schedules import flux_sigmas, sd3_sigmas
 from lit_rl.types import Cond, take_rows
 
@@ -172,7 +172,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, make_policy: Make
 def test_low_precision_base_answers_in_float32_and_close_by(
     name: str, dtype: str, make_policy: MakePolicy, make_inputs: MakeInputs
 ) -> None:
-    from lit_rl.policies.lora import LoraSettings
+    from lit_rl.policies.weights.lora import LoraSettings
 
     exact, low = make_policy(name), make_policy(name, dtype=dtype, lora=LoraSettings(rank=2))
     assert low.encode(PROMPTS)["prompt_embeds"].dtype == low._pipe.text_encoder.dtype == getattr(torch, dtype)

@@ -22,7 +22,7 @@ from lit_rl.policies.ip_adapter import (
     style_attentions,
     to_sections,
 )
-from lit_rl.policies.lora import LoraSettings, add_lora
+from lit_rl.policies.weights.lora import LoraSettings, add_lora
 
 QFORMER_HEADS = 2  # of the golden model; no shape tells
 FEATURES, CONTEXT, HEAD, TOKENS = 6, 16, 8, 3

@@ -14,11 +14,12 @@ import transformers
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
+from lit_rl.miniatures.lm import build_lm, char_tokenizer
 from lit_rl.policies.causal_lm import CausalLM
-from lit_rl.policies.lora import LoraSettings, adapted_name, named_tuner_layers
-from lit_rl.policies.lora_sites import coverage, default_sites, named_sites
-from lit_rl.policies.tiny_lm import build_lm, char_tokenizer
-from lit_rl.strategies import ZeroStrategy, check_experts_reached
+from lit_rl.policies.weights.lora import LoraSettings, adapted_name, named_tuner_layers
+from lit_rl.policies.weights.lora_sites import coverage, default_sites, named_sites
+from lit_rl.strategies.checks import check_experts_reached
+from lit_rl.strategies.zero import ZeroStrategy
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
-from lit_rl.policies.lora import LoraSettings, adapter_parameters, add_frozen_copy, disabled_adapters, using_adapter
+from lit_rl.policies.weights.lora import LoraSettings, adapter_parameters, add_frozen_copy, disabled_adapters, using_adapter
 
 MakePolicy = Callable[..., DiffusersFlowPolicy]
 MakeInputs = Callable[[DiffusersFlowPolicy], SimpleNamespace]

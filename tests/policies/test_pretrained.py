@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lit_rl.policies.flux import FluxPolicy
-from lit_rl.policies.lora import LoraSettings
 from lit_rl.policies.pretrained import check_pretrained, check_resolution
 from lit_rl.policies.sd3 import SD3Policy
+from lit_rl.policies.weights.lora import LoraSettings
 
 
 @pytest.mark.parametrize("name", ["./nothing", "~/nothing-there", "nothing", "/no/such/folder", "a/b/c", "here/nothing"])

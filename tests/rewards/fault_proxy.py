@@ -18,7 +18,7 @@ import torch
 from aiohttp import web
 from torch import Tensor
 
-from lit_rl.rewards.wire import decode_batch
+from lit_rl.rewards.service.wire import decode_batch
 
 
 class LocalServer(ABC):

@@ -20,12 +20,12 @@ from PIL import Image
 from test_app import BINARY, Gate, aio, error_of, picture, png, served, single, until
 
 from lit_rl.errors import ConfigError
-from lit_rl.rewards.addresses import check_health
-from lit_rl.rewards.answers import retry_after
-from lit_rl.rewards.app import _decode_single
+from lit_rl.net.addresses import check_health
+from lit_rl.net.answers import retry_after
 from lit_rl.rewards.client import HTTPReward
-from lit_rl.rewards.images import MAX_ASPECT, ImageError, decode_image, pixel_error
-from lit_rl.rewards.wire import decode_answer, encode_batch
+from lit_rl.rewards.service.app import _decode_single
+from lit_rl.rewards.service.images import MAX_ASPECT, ImageError, decode_image, pixel_error
+from lit_rl.rewards.service.wire import decode_answer, encode_batch
 
 PIXELS = 2048**2
 
@@ -69,7 +69,7 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
 
 @aio
 async def test_a_deadline_holds_while_a_picture_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_rl.rewards.app._decode_single", lambda body, max_pixels: time.sleep(0.5))
+    monkeypatch.setattr("lit_rl.rewards.service.app._decode_single", lambda body, max_pixels: time.sleep(0.5))
     async with served() as (app, session):
         async with session.post("/score", json=single(png(picture())), headers={"X-Deadline-Ms": "50"}) as answer:
             assert await error_of(answer) == (504, "deadline")
@@ -253,7 +253,7 @@ async def test_an_answer_about_health_that_drips_is_not_waited_for(monkeypatch: 
             await asyncio.sleep(0.05)
         return response
 
-    monkeypatch.setattr("lit_rl.rewards.addresses.HEALTH_SECONDS", 0.3)
+    monkeypatch.setattr("lit_rl.net.addresses.HEALTH_SECONDS", 0.3)
     async with strange_server(health=drip) as url:
         with pytest.raises(ConfigError, match="does not finish its answer to GET /health in 0.3 s"):
             await asyncio.wait_for(asyncio.to_thread(check_health, url, headers={}, patience_s=1.0), 10)

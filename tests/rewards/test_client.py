@@ -17,9 +17,9 @@ import torch
 from fault_proxy import Fault, FaultProxy, RedServer, red_images
 
 from lit_rl.errors import ConfigError
-from lit_rl.rewards.addresses import check_health, check_outputs, parse_urls, servers_of_rank, token_from_environment, urls_from_environment
+from lit_rl.net.addresses import check_health, check_outputs, parse_urls, servers_of_rank, token_from_environment, urls_from_environment
+from lit_rl.net.breaker import Breaker, ServerDown
 from lit_rl.rewards.base import RewardError
-from lit_rl.rewards.breaker import Breaker, ServerDown
 from lit_rl.rewards.client import HTTPReward
 from lit_rl.rewards.server import check_arguments
 from lit_rl.rewards.server import parser as server_parser

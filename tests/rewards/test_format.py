@@ -12,9 +12,9 @@ import pytest
 from toy_text import model_folder, policy
 
 from lit_rl.methods.grpo import GRPO
+from lit_rl.miniatures.lm import PRINTABLE, char_tokenizer
 from lit_rl.policies.chat import prompt_ids
 from lit_rl.policies.reply import reply
-from lit_rl.policies.tiny_lm import PRINTABLE, char_tokenizer
 from lit_rl.rewards.text.style import FormatReward
 from lit_rl.rollouts.base import Sample
 from lit_rl.types import Answer

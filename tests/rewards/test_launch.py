@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lit_rl.net.gpus import Gpu, chosen_ids, parse
 from lit_rl.rewards import launch
-from lit_rl.rewards.gpus import Gpu, chosen_ids, parse
 from lit_rl.rewards.launch import LaunchError, Server, hold_logs, keep_alive, parser, plan, wait_ready
 
 ROOT = Path(__file__).parents[2]

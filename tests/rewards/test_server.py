@@ -20,7 +20,7 @@ import pytest
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.client import HTTPReward
 from lit_rl.rewards.server import bind, check_arguments, parser
-from lit_rl.rewards.wire import encode_batch
+from lit_rl.rewards.service.wire import encode_batch
 
 ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}

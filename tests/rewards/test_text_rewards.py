@@ -18,7 +18,7 @@ from callbacks.reward_scoring import RewardScoring
 from datamodules.mixed import PromptsAndPairs
 from datamodules.prompts_text import TextPrompts
 from lit_rl.errors import ConfigError
-from lit_rl.policies.tiny_lm import END, build_lm
+from lit_rl.miniatures.lm import END, build_lm
 from lit_rl.rewards.base import RewardError
 from lit_rl.rewards.text.function import FunctionReward
 from lit_rl.rewards.text.model import ModelReward

@@ -19,8 +19,8 @@ from toy_text import policy
 
 from lit_rl.errors import ConfigError
 from lit_rl.methods.grpo import DAPO, GRPO
+from lit_rl.modules.gradient import Correction
 from lit_rl.policies.base import TokenPolicy
-from lit_rl.policy_gradient_module import Correction
 from lit_rl.rollouts.base import Request, RolloutEngine, RolloutError, Sample, Sampling
 from lit_rl.rollouts.hf import HFEngine
 from lit_rl.rollouts.http import HTTPEngine

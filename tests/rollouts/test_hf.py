@@ -9,7 +9,7 @@ import pytest
 import torch
 from rough_lm import farthest, policy_of, ready, recomputed, requests
 
-from lit_rl.policies.tiny_lm import Family
+from lit_rl.miniatures.lm import Family
 from lit_rl.rollouts.base import Sampling
 from lit_rl.rollouts.hf import HFEngine
 

@@ -25,7 +25,7 @@ from datamodules.prompts_text import TextPrompts
 from lit_rl.errors import ConfigError
 from lit_rl.methods.grpo import GRPO
 from lit_rl.policies.causal_lm import CausalLM
-from lit_rl.policies.lora import LoraSettings
+from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.rewards.base import TextReward
 from lit_rl.rollouts.base import Request, RolloutEngine, RolloutError, Sample, Sampling
 from lit_rl.rollouts.hf import HFEngine

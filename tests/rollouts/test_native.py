@@ -11,8 +11,8 @@ from rough_lm import farthest, policy_of, ready, recomputed, requests, roughen
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lit_rl.errors import ConfigError
-from lit_rl.policies.lora import LoraSettings, disabled_adapters
-from lit_rl.policies.tiny_lm import Family
+from lit_rl.miniatures.lm import Family
+from lit_rl.policies.weights.lora import LoraSettings, disabled_adapters
 from lit_rl.rollouts.base import Request, Sample, Sampling
 from lit_rl.rollouts.decoder import Cache, Decoder, unsupported
 from lit_rl.rollouts.hf import HFEngine

@@ -16,7 +16,7 @@ from lit_rl.methods.grpo import DAPO, GRPO
 from lit_rl.methods.ppo import PPO
 from lit_rl.methods.sft import SFT
 from lit_rl.policies.causal_lm import CausalLM
-from lit_rl.policies.lora import LoraSettings
+from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.rollouts.base import Request, Sampling
 from lit_rl.rollouts.hf import HFEngine
 from lit_rl.rollouts.native import NativeEngine

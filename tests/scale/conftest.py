@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fill import build_fill
 from pair import Pair
 
-from lit_rl.policies.tiny import build_sd3
+from lit_rl.miniatures.images import build_sd3
 
 
 @pytest.fixture(scope="session")

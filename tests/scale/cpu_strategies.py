@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from lit_rl.strategies import ZeroStrategy
+from lit_rl.strategies.zero import ZeroStrategy
 
 
 class CPUZeroStrategy(ZeroStrategy):

@@ -23,7 +23,7 @@ from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.grpo import GRPO
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.rollouts.base import Sampling
-from lit_rl.strategies import FSDP2Strategy
+from lit_rl.strategies.fsdp2 import FSDP2Strategy
 
 BARS = {"tqdm": TQDMProgressBar, "rich": RichProgressBar, "ours": Progress}
 

@@ -25,22 +25,22 @@ from callbacks.reward_scoring import RewardScoring
 from callbacks.rng_state import RngState
 from datamodules.base import PromptDataModule
 from datamodules.mixed import PromptsAndPairs
-from lit_rl.credit import Advantage
+from lit_rl.credit.rules import Advantage
 from lit_rl.errors import ConfigError
 from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.flow_grpo import FlowGRPO
 from lit_rl.methods.grpo import GRPO
 from lit_rl.methods.gspo_mixed import MixedGSPO
+from lit_rl.modules.gradient import Correction
 from lit_rl.policies.base import FlowPolicy
-from lit_rl.policies.lora import LoraSettings
 from lit_rl.policies.sd3 import SD3Policy
-from lit_rl.policies.shards import gathered
-from lit_rl.policy_gradient_module import Correction
+from lit_rl.policies.weights.lora import LoraSettings
+from lit_rl.policies.weights.shards import gathered
 from lit_rl.rewards.base import Reward, TextReward
 from lit_rl.rollouts.base import Request, Sampling
 from lit_rl.rollouts.http import HTTPEngine
 from lit_rl.rollouts.native import NativeEngine
-from lit_rl.strategies import FSDP2Strategy
+from lit_rl.strategies.fsdp2 import FSDP2Strategy
 from lit_rl.types import ALL, Info, TokenRollout
 
 STRATEGIES = {

@@ -15,7 +15,7 @@ from lit_rl.checkpoints.ip_adapter import read_ip_adapter
 
 pytestmark = pytest.mark.slow
 
-TOLERANCE = 1e-6
+TOLERANCE = 3e-6  # sums of another order, whose last bits depend on the kernels of the machine: 1.2e-6 was seen
 KINDS: dict[str, dict[str, Any]] = {
     "adapter": {"style": RELEASED},
     "adapter, frozen reference": {"keep_reference": True, "gradient_checkpointing": True},

@@ -24,8 +24,8 @@ from lit_rl.methods.gspo_mixed import MixedGSPO
 from lit_rl.methods.ppo import PPO
 from lit_rl.methods.sft import SFT
 from lit_rl.policies.critic import Critic
-from lit_rl.policies.lora import LoraSettings
-from lit_rl.policies.shards import gathered
+from lit_rl.policies.weights.lora import LoraSettings
+from lit_rl.policies.weights.shards import gathered
 from lit_rl.rewards.base import TextReward
 from lit_rl.rollouts.base import Sampling
 from lit_rl.types import Info

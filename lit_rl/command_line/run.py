@@ -1,0 +1,206 @@
+"""LightningCLI for this project: one-sentence errors, one seed, checkpoints that are checked before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from callbacks.graceful_stop import GracefulStop
+from callbacks.image_writer import ImageWriter
+from callbacks.rng_state import RngState
+from callbacks.text_writer import TextWriter
+from lit_rl.checkpoints.choosing import choose_checkpoint
+from lit_rl.checkpoints.claims import claim, release
+from lit_rl.checkpoints.files import AtomicCheckpointIO, check_unused
+from lit_rl.command_line.errors import explain
+from lit_rl.command_line.failures import go_on, what_ended
+from lit_rl.command_line.saved_config import SavedConfig
+from lit_rl.command_line.yaml_files import broken_yaml
+from lit_rl.errors import ConfigError
+from lit_rl.modules.base import LitRL
+from lit_rl.rewards.base import RewardError
+from lit_rl.rollouts.base import RolloutError
+
+# A notice of Lightning's own use of torch, and an advertisement, in every run.
+warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+# Frozen parts are in evaluation mode on purpose.
+warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+ADVERTISED = ("litlogger", "litmodels")
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: not any(word in r.getMessage() for word in ADVERTISED))
+# The image processors without torchvision are those that are meant.
+logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
+
+SECONDS_TO_BE_ENDED = 3.0
+
+
+class Parser(LightningArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"allow_abbrev": False}))  # --trainer.max_epoch would be taken for max_epochs
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        """The sentence that says what is wrong, without pages of usage around it."""
+        sys.stderr.write(f"error: {explain(message, sys.argv)}\n")
+        raise SystemExit(2)
+
+
+class CLI(LightningCLI):
+    """`fit | validate | test | predict` over any `LitRL` method and any datamodule, named by dotted path in the YAML."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            LitRL,
+            L.LightningDataModule,
+            parser_class=Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_callback=SavedConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [RngState(), GracefulStop()], "enable_model_summary": False, "log_every_n_steps": 1},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ImageWriter, "images")
+        parser.add_lightning_class_args(TextWriter, "texts")
+        for target in ("model.init_args.seed", "data.init_args.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=int)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would replace the hyper-parameters of the YAML and the command line by the checkpoint's; a run means what it says."""
+
+    def parse_arguments(self, *args: Any, **kwargs: Any) -> None:
+        if broken := broken_yaml(sys.argv):
+            self.parser.error(broken)
+        super().parse_arguments(*args, **kwargs)
+        expand_home(self.config)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as error:
+            self.parser.error(str(error))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except TypeError as error:  # how Lightning refuses `devices: many`
+            raise ConfigError(str(error)) from error
+        except RuntimeError as error:
+            twin = re.match(r"Found more than one stateful callback of type `(\w+)`", str(error))
+            if twin is None:
+                raise
+            raise ConfigError(
+                f"trainer.callbacks has two {twin[1]} whose states would be one in a checkpoint: leave one out, or let them differ in what "
+                "they watch (of ModelCheckpoint monitor, mode, every_n_train_steps, every_n_epochs, train_time_interval)"
+            ) from error
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning's own would still write last.ckpt at the end
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
+        AtomicCheckpointIO.install(trainer)
+        return trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        """A callback in the run's YAML takes the place of the default one of its class."""
+        named = config.get("callbacks") or []
+        own = named if isinstance(named, list) else [named]
+        usual = [c for c in self.trainer_defaults["callbacks"] if not any(isinstance(mine, type(c)) for mine in own)]
+        self.trainer_defaults = self.trainer_defaults | {"callbacks": usual}
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "predict":
+            kwargs["return_predictions"] = False  # the writers have them
+        folders = self._checkpoint_folders()
+        try:
+            if subcommand == "fit" and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                claim(folders)
+            if subcommand == "fit" and not kwargs.get("ckpt_path"):
+                check_unused(folders)
+            elif not kwargs.get("ckpt_path"):
+                doing = {"predict": "what follows is made by", "validate": "what follows scores", "test": "what follows scores"}
+                rank_zero_warn(f"without --ckpt_path {doing[subcommand]} the model as `pretrained` has it, not as this run trained it")
+            elif kwargs.get("ckpt_path"):
+                keepers = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]  # type: ignore[attr-defined]
+                found = choose_checkpoint(kwargs["ckpt_path"], keepers, self.trainer.default_root_dir)
+                if found is None and subcommand != "fit":
+                    raise ConfigError(f"--ckpt_path last: there is no checkpoint yet in {', '.join(map(str, folders))}; run fit first")
+                kwargs["ckpt_path"] = found
+        except ConfigError as error:
+            self.parser.error(str(error))
+        return kwargs
+
+    def _checkpoint_folders(self) -> list[str]:
+        return [c.dirpath for c in self.trainer.checkpoint_callbacks if c.dirpath]  # type: ignore[attr-defined]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            with patch.object(_ChildProcessObserver, "_terminate_all", self._child_ended(subcommand)):
+                super()._run_subcommand(subcommand)
+        except (ConfigError, MisconfigurationException) as error:
+            self._stop(explain(str(error), sys.argv), code=2)
+        except (RewardError, RolloutError) as error:
+            self._stop(f"{error}{self._go_on(subcommand)}", code=1)
+        except BaseException as error:
+            sentence = None if isinstance(error, KeyboardInterrupt | SystemExit) else what_ended(error)
+            if sentence is None:
+                if note := self._go_on(subcommand).removeprefix("; "):
+                    error.add_note(note)
+                raise
+            self._stop(f"{sentence}{self._go_on(subcommand)}", code=1)
+        finally:
+            release()
+
+    def _go_on(self, subcommand: str) -> str:
+        folders = self._checkpoint_folders()
+        return f"; {go_on(folders)}" if subcommand == "fit" and folders else ""
+
+    def _child_ended(self, subcommand: str) -> Callable[[_ChildProcessObserver], None]:
+        """Lightning ends all processes in silence, this one too, seconds after one of those that it started has failed."""
+        end = _ChildProcessObserver._terminate_all
+
+        def say_and_end(observer: _ChildProcessObserver) -> None:
+            codes = {rank: process.returncode for rank, process in enumerate(observer._child_processes, start=1) if process.returncode}
+            ended = ", ".join(f"{rank} with {code if code > 0 else signal.Signals(-code).name}" for rank, code in codes.items())
+            sys.stderr.write(f"error: a process of this run has ended (process {ended}), so all do{self._go_on(subcommand)}\n")
+            sys.stderr.flush()
+            end(observer)
+
+        return say_and_end
+
+    def _stop(self, message: str, *, code: int) -> None:
+        """What stops one process mostly stops all: the first ends those it started, the others wait for that before they repeat it."""
+        if self.trainer.global_rank:
+            time.sleep(SECONDS_TO_BE_ENDED)
+        elif launcher := self.trainer.strategy.launcher:
+            launcher.kill(signal.SIGKILL)
+        sys.stderr.write(f"error: {message}\n")
+        raise SystemExit(code)
+
+
+def expand_home(values: Any) -> Any:
+    """A parsed configuration in which every text that begins with `~/` is a path in the home folder. Changes it in place."""
+    if isinstance(values, str):
+        return os.path.expanduser(values) if values == "~" or values.startswith("~/") else values
+    if isinstance(values, Namespace | dict):
+        keys: Any = vars(values) if isinstance(values, Namespace) else values
+        keys.update({key: expand_home(value) for key, value in keys.items()})
+    elif isinstance(values, list):
+        values[:] = map(expand_home, values)
+    return values

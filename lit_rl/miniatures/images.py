@@ -1,0 +1,288 @@
+"""From-config miniatures of SD3 and FLUX pipelines and of a style encoder: random weights, own tokenizers, nothing downloaded.
+
+    python -m lit_rl.miniatures.images sd3 FOLDER [--seed 0 --hidden 128 --layers 4 ...]
+
+The text encoders are random and stay so: their token embeddings have unit variance and their blocks add little to them, so a
+conditioning token says which character stands where, which is all a transformer needs to learn to render it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer, PreTrainedModel, T5EncoderModel, T5Tokenizer
+
+VaeKind = Literal["pixel", "kl"]
+
+
+def build_sd3(
+    folder: str | Path,
+    *,
+    height: int = 16,
+    width: int = 32,
+    factor: int = 2,
+    image_channels: Literal[1, 3] = 1,
+    vae: VaeKind = "pixel",
+    patch_size: int = 2,
+    hidden: int = 128,
+    heads: int = 4,
+    layers: int = 4,
+    qk_norm: str | None = "rms_norm",
+    dual_attention_layers: Sequence[int] = (),
+    text_hidden: int = 64,
+    text_length: int = 24,
+    t5_hidden: int | None = 128,
+    shift: float = 3.0,
+    scaling_factor: float = 1.0,
+    shift_factor: float = 0.0,
+    seed: int = 0,
+) -> Path:
+    """Save a random Stable Diffusion 3 pipeline for images of `height` x `width` pixels and return its folder.
+
+    factor: pixels per latent cell (a power of 2); a latent has image_channels * factor^2 channels ("pixel") or 4 ("kl", AutoencoderKL).
+    patch_size: latent cells per token, so there are height * width / (factor * patch_size)^2 image tokens.
+    text_hidden: width of each of the two CLIP encoders; text_length: their context in tokens (one per character, plus two).
+    t5_hidden: width of the T5 encoder, at least 2 * text_hidden; None leaves text_encoder_3 out (the policy
+        copes; `from_pretrained` by hand then wants text_encoder_3=None, tokenizer_3=None).
+    shift: of the sigma schedule. scaling_factor, shift_factor: latents are (pixels - shift) * scaling.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    _check_size(height, width, cell=factor * patch_size)
+    context = t5_hidden or 2 * text_hidden
+    if context < 2 * text_hidden:
+        raise ValueError(f"t5_hidden={t5_hidden} is narrower than the two CLIP encoders together: set it to at least {2 * text_hidden}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        autoencoder = _autoencoder(vae, factor, image_channels, scaling_factor, shift_factor)
+        channels = autoencoder.config.latent_channels
+        transformer = SD3Transformer2DModel(
+            sample_size=max(height, width) // factor,
+            patch_size=patch_size,
+            in_channels=channels,
+            out_channels=channels,
+            num_layers=layers,
+            attention_head_dim=hidden // heads,
+            num_attention_heads=heads,
+            joint_attention_dim=context,
+            caption_projection_dim=hidden,
+            pooled_projection_dim=2 * text_hidden,
+            pos_embed_max_size=max(height, width) // (factor * patch_size),
+            dual_attention_layers=tuple(dual_attention_layers),
+            qk_norm=qk_norm,
+        )
+        pipe: Any = StableDiffusion3Pipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+            vae=autoencoder,
+            text_encoder=_clip(text_hidden, text_length, projection=True),
+            tokenizer=_clip_tokenizer(text_length),
+            text_encoder_2=_clip(text_hidden, text_length, projection=True),
+            tokenizer_2=_clip_tokenizer(text_length),
+            text_encoder_3=_t5(t5_hidden) if t5_hidden else None,
+            tokenizer_3=_t5_tokenizer() if t5_hidden else None,
+        )
+    pipe.save_pretrained(folder)
+    return Path(folder)
+
+
+def build_flux(
+    folder: str | Path,
+    *,
+    height: int = 16,
+    width: int = 32,
+    factor: int = 2,
+    image_channels: Literal[1, 3] = 1,
+    vae: VaeKind = "pixel",
+    hidden: int = 128,
+    heads: int = 4,
+    layers: int = 2,
+    single_layers: int = 2,
+    fill: bool = False,
+    guidance_embeds: bool = True,
+    text_hidden: int = 64,
+    text_length: int = 24,
+    t5_hidden: int = 64,
+    scaling_factor: float = 1.0,
+    shift_factor: float = 0.0,
+    seed: int = 0,
+) -> Path:
+    """Save a random FLUX.1 pipeline for images of `height` x `width` pixels and return its folder. Parameters as in `build_sd3`.
+
+    fill: a FLUX.1-Fill pipeline, whose tokens carry the masked image and the mask as well.
+    guidance_embeds: True for the kind of FLUX.1-dev (embedded guidance, resolution-dependent shift), False for that of schnell.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxFillPipeline, FluxPipeline, FluxTransformer2DModel
+
+    _check_size(height, width, cell=2 * factor)
+    head = hidden // heads
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        autoencoder = _autoencoder(vae, factor, image_channels, scaling_factor, shift_factor)
+        channels = autoencoder.config.latent_channels
+        transformer = FluxTransformer2DModel(
+            in_channels=4 * (2 * channels + factor**2) if fill else 4 * channels,
+            out_channels=4 * channels,
+            num_layers=layers,
+            num_single_layers=single_layers,
+            attention_head_dim=head,
+            num_attention_heads=heads,
+            joint_attention_dim=t5_hidden,
+            pooled_projection_dim=text_hidden,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(head // 4, head // 8 * 3, head - head // 4 - head // 8 * 3),
+        )
+        pipe: Any = (FluxFillPipeline if fill else FluxPipeline)(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if guidance_embeds else 1.0, use_dynamic_shifting=guidance_embeds),
+            vae=autoencoder,
+            text_encoder=_clip(text_hidden, text_length, projection=False),
+            tokenizer=_clip_tokenizer(text_length),
+            text_encoder_2=_t5(t5_hidden),
+            tokenizer_2=_t5_tokenizer(),
+        )
+    pipe.save_pretrained(folder)
+    return Path(folder)
+
+
+def build_siglip(
+    folder: str | Path,
+    *,
+    side: int = 16,
+    patch_size: int = 4,
+    hidden: int = 64,
+    heads: int = 2,
+    layers: int = 2,
+    seed: int = 0,
+) -> Path:
+    """Save a random SigLIP vision encoder for square images of `side` pixels and return its folder.
+
+    Its pooled features, `hidden` wide, tell colours apart, and so inks, whatever is written in them.
+    """
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    _check_size(side, side, cell=patch_size)
+    config = SiglipVisionConfig(
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        image_size=side,
+        patch_size=patch_size,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        SiglipVisionModel(config).save_pretrained(folder)
+    return Path(folder)
+
+
+def _check_size(height: int, width: int, *, cell: int) -> None:
+    if height % cell or width % cell:
+        raise ValueError(f"{height} x {width} pixels do not divide into tokens of {cell} x {cell}; choose multiples of {cell}")
+
+
+def _autoencoder(kind: VaeKind, factor: int, image_channels: int, scaling_factor: float, shift_factor: float) -> Any:
+    from diffusers import AutoencoderKL
+
+    from lit_rl.miniatures.pixel_vae import PixelUnshuffleVAE
+
+    levels = factor.bit_length()
+    if factor != 2 ** (levels - 1):
+        raise ValueError(f"factor={factor} is not a power of 2")
+    if kind == "pixel":
+        return PixelUnshuffleVAE(
+            image_channels=image_channels,
+            latent_channels=image_channels * factor**2,
+            block_out_channels=(1,) * levels,
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
+        )
+    return AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=4,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def _byte_alphabet() -> list[str]:
+    """The 256 printable characters by which byte-level BPE writes bytes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return sorted(ByteLevel.alphabet())
+
+
+def _clip_tokenizer(length: int) -> CLIPTokenizer:
+    """CLIP's tokenizer with one token per byte and no merges: ids 0..255 inside a word, 256..511 at its end, then start and end of text."""
+    from transformers import CLIPTokenizer
+
+    letters = _byte_alphabet()
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=length)
+
+
+def _clip(hidden: int, length: int, *, projection: bool) -> PreTrainedModel:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    start, end = 512, 513
+    config = CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        projection_dim=hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=length,
+        bos_token_id=start,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    model = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=1.0)
+    return model.eval()
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    """T5's tokenizer over single printable ASCII characters: <pad> 0, </s> 1, <unk> 2, the word mark 3, then "!" to "~"."""
+    from transformers import T5Tokenizer
+
+    pieces = ["▁", *(chr(code) for code in range(33, 127))]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -2.0) for piece in pieces)]
+    return T5Tokenizer(vocab=vocab, extra_ids=0)
+
+
+def _t5(hidden: int) -> T5EncoderModel:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=98,
+        d_model=hidden,
+        d_kv=hidden // 2,
+        d_ff=2 * hidden,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+    model: Any = T5EncoderModel(config)
+    # T5 knows places by this bias alone, which is drawn so small that "47" and "74" would give the same tokens in another order.
+    torch.nn.init.normal_(model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight, std=4.0)
+    return model.eval()
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    auto_cli({"sd3": build_sd3, "flux": build_flux, "siglip": build_siglip}, as_positional=True)

@@ -1,0 +1,390 @@
+"""What all methods on flow-matching image models share: the policy's life, sampling, warm-up, evaluation and prediction."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lit_rl.credit.groups import group_metrics, total_reward
+from lit_rl.credit.rules import Advantage
+from lit_rl.errors import ConfigError
+from lit_rl.losses.flow import flow_matching_loss
+from lit_rl.losses.masked import finite_rows, harmless
+from lit_rl.modules.policy import LitPolicy, named
+from lit_rl.policies.base import FlowPolicy
+from lit_rl.samplers.schedules import linear_sigmas, shifted_sigmas
+from lit_rl.samplers.solvers import Solver, solve
+from lit_rl.seeding import Key, generator, normal
+from lit_rl.types import Cond, Examples, FlowRollout, Info, Prompts, take_rows
+
+StorageDtype = Literal["float32", "bfloat16", "float16"]
+
+WHAT = "latents, log-probabilities or pixels"
+"""Parts of a sample that must be finite."""
+
+
+class LitFlow(LitPolicy[FlowRollout]):
+    """Base of the methods on flow models.
+
+    Args:
+        policy: The model, e.g. `lit_rl.policies.sd3.SD3Policy`.
+        num_steps: Denoising steps of a rollout (N).
+        eval_num_steps: Denoising steps of evaluation and prediction, which use the deterministic Euler sampler.
+        eval_seed: Of the initial noise in evaluation and prediction; image i of the evaluation set always starts from the same noise.
+        rollout_micro_batch: Images denoised and decoded together; each finished batch is scored while the next one is sampled.
+        updates_per_iteration: Optimizer steps of an iteration, over all its `inner_epochs` passes; None = one of each pass. Each takes an
+            equal share of the pairs of its pass, the same ones whatever the number of processes and the size of micro-batches.
+        train_micro_batch: (sample, step) pairs in one forward on one process, at most; a memory setting: `trainer.accumulate_grad_batches`
+            becomes the number of micro-batches that an optimizer step needs. Warm-up examples count like pairs. None = that number is the
+            trainer's, 1 if it says nothing.
+        storage_dtype: Of the latents kept between rollout and training. A step is rounded through it before its log-probability.
+        schedule: Sigmas of rollouts and evaluation: the diffusers `pipeline`'s own, or equal steps from 1 to 0 that are `shifted` as
+            DanceGRPO, MixGRPO and Flow-Factory do, or `linear` as they are.
+        shift: s of the shifted schedule, sigma = s u / (1 + (s - 1) u).
+        advantage: How rewards become advantages.
+        warmup_timesteps: Distribution of t in the supervised warm-up: uniform, or SD3's logit-normal (arXiv 2403.03206, eq. 19).
+        kwargs: See `LitRL`.
+    """
+
+    policy: FlowPolicy
+    stored_with: Sequence[str] = ("num_steps", "schedule", "shift", "storage_dtype", "updates_per_iteration")
+
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        *,
+        num_steps: int = 10,
+        eval_num_steps: int = 40,
+        eval_seed: int = 0,
+        rollout_micro_batch: int = 8,
+        updates_per_iteration: int | None = None,
+        train_micro_batch: int | None = None,
+        storage_dtype: StorageDtype = "float32",
+        schedule: Literal["pipeline", "shifted", "linear"] = "pipeline",
+        shift: float = 3.0,
+        advantage: Advantage | None = None,
+        warmup_timesteps: Literal["uniform", "logit_normal"] = "logit_normal",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, **kwargs)
+        sizes: dict[str, int | None] = {
+            "num_steps": num_steps,
+            "eval_num_steps": eval_num_steps,
+            "rollout_micro_batch": rollout_micro_batch,
+        }
+        sizes |= {"updates_per_iteration": updates_per_iteration, "train_micro_batch": train_micro_batch}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"model.{name}={value} must be at least 1")
+        self.updates_per_iteration = updates_per_iteration or self.inner_epochs
+        if self.updates_per_iteration % self.inner_epochs:
+            raise ConfigError(
+                f"model.updates_per_iteration={updates_per_iteration} must be a multiple of model.inner_epochs={self.inner_epochs}, as "
+                "each pass over a rollout has as many as the others"
+            )
+        self.num_steps = num_steps
+        self.eval_num_steps = eval_num_steps
+        self.eval_seed = eval_seed
+        self.rollout_micro_batch = rollout_micro_batch
+        self.train_micro_batch = train_micro_batch
+        self.storage_dtype: torch.dtype = getattr(torch, storage_dtype)
+        if shift <= 0:
+            raise ConfigError(f"model.shift={shift} must be above 0; 1 shifts nothing, SD3 uses 3")
+        self.schedule, self.shift = schedule, shift
+        self.credit_rule = advantage or Advantage()
+        if self.group_size == 1 and self.credit_rule.kind != "history":
+            raise ConfigError(
+                "model.group_size=1 gives every sample advantage 0, as there is no sibling to compare it with: use 4 to 24, or "
+                "model.advantage.kind: history"
+            )
+        self.tracker = self.credit_rule.tracker()
+        self._finite: list[Tensor] = []  # of each sampled micro-batch Bool "B"
+        self._told: set[str] = set()
+        self.warmup_timesteps = warmup_timesteps
+
+    def on_fit_start(self) -> None:
+        """Say what the numbers of the YAML multiply to."""
+        steps = self.trained_steps()
+        rank_zero_info(f"Sigmas of a rollout: {[round(sigma, 4) for sigma in self.sigmas(self.num_steps).tolist()]}")
+        images, size = self.prompts_per_iteration * self.group_size, -(-self.pairs_of_update() // self.micro_batches_per_update)
+        rank_zero_info(
+            f"An iteration: {self.prompts_per_iteration} prompts x {self.group_size} samples = {images} images, x {steps} trained steps = "
+            f"{images * steps} pairs; optimizer steps: {self.updates_per_iteration}, each of {self.micro_batches_per_update} micro-batches "
+            f"of up to {size} pairs; processes: {self.trainer.world_size}"
+        )
+
+    # ------------------------------------------------------------------ sampling
+    def sigmas(self, num_steps: int) -> Tensor:
+        """The configured schedule, Float64 "N+1", from 1 to 0."""
+        if self.schedule == "shifted":
+            return shifted_sigmas(num_steps, shift=self.shift)
+        return linear_sigmas(num_steps) if self.schedule == "linear" else self.policy.sigmas(num_steps)
+
+    def encode(self, prompts: Prompts) -> tuple[Cond, Tensor]:
+        """Each different prompt conditioned once, and the row of the result for each of the B prompts."""
+        keys = [self.policy.condition_key(info) for info in prompts.info]
+        unique: dict[Hashable, Info] = {}
+        for key, info in zip(keys, prompts.info):
+            unique.setdefault(key, info)
+        row = {key: i for i, key in enumerate(unique)}
+        return self.policy.condition(list(unique.values())), torch.tensor([row[key] for key in keys], device=self.device)
+
+    def noise(self, keys: Sequence[tuple[Key, ...]]) -> Tensor:
+        """Standard normal latents "B *D" on the device; row i is a function of `keys[i]`."""
+        return normal(keys, self.policy.latent_shape()).to(self.device)
+
+    def render(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Images uint8 "B 3 H W" (CPU) of the deterministic sampler, and Bool "B": the finite ones.
+
+        The noise depends on `eval_seed` and the prompt's group id.
+        """
+        cond, rows = self.encode(prompts)
+        images: list[tuple[Tensor, Tensor]] = []
+        for chunk in torch.arange(len(prompts)).split(self.rollout_micro_batch):
+            x = self.noise([(self.eval_seed, "eval", int(prompts.group[i])) for i in chunk])
+            clean = self.denoise(x, take_rows(cond, rows[chunk.to(self.device)]), num_steps=self.eval_num_steps)
+            images.append(self.policy.picture(clean))
+        media, finite = zip(*images)
+        return torch.cat(media), torch.cat(finite)
+
+    def denoise(
+        self,
+        x: Tensor,
+        cond: Cond,
+        *,
+        num_steps: int,
+        solver: Solver = "ode",
+        eta: float = 0.0,
+        noise: Callable[[int], Tensor] | None = None,
+    ) -> Tensor:
+        """From noise "B *D" to clean latents, see `lit_rl.samplers.solvers.solve`."""
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            return self.policy.velocity(x, torch.full((len(x),), sigma, device=self.device), cond)
+
+        path = solve(velocity, x, sigmas=self.sigmas(num_steps).float(), solver=solver, eta=eta, noise=noise)
+        return deque(path, maxlen=1).pop()
+
+    def row_key(self, prompts: Prompts, i: int) -> tuple[Key, ...]:
+        """What the noise of trajectory i depends on: never its place in a micro-batch or on a rank."""
+        return (self.seed, "rollout", self.iteration, int(prompts.group[i]), i % self.group_size)
+
+    def show(self, x: Tensor, prompts: Prompts, chunk: Tensor, *, finite: Tensor | None = None) -> None:
+        """Decode the clean latents of a finished micro-batch, submit them for scoring and tell the callbacks.
+
+        finite: Bool "B", samples whose way there is finite; default: all.
+        """
+        (media, whole), info = self.policy.picture(x.float()), [prompts.info[i] for i in chunk]
+        self._finite.append(whole if finite is None else whole & finite.cpu())
+        self.scores().submit(media, info)
+        self.notify("on_rollout_chunk", media, info, len(prompts))
+
+    # ------------------------------------------------------------------ supervised warm-up
+    def supervised_loss(self, batch: Examples) -> Tensor:
+        """Flow matching |v - (eps - x0)|^2 on the examples (arXiv 2210.02747), one number per example."""
+        x0 = self.policy.encode_images(batch.images, batch.info)
+        finite = finite_rows(x0)
+        keys = [(self.seed, "warmup", batch.step, batch.first + i) for i in range(len(x0))]
+        draws = torch.stack([torch.randn(2, generator=generator(*key, "t")) for key in keys]).to(self.device)
+        t = torch.special.ndtr(draws[:, 0]) if self.warmup_timesteps == "uniform" else draws[:, 0].sigmoid()
+        noise = self.noise(keys)
+        cond, rows = self.encode(Prompts(group=torch.arange(len(x0)), info=batch.info))
+        at = t.view(-1, *[1] * (x0.ndim - 1))
+        given = take_rows(cond, rows)
+        for value in given.values():
+            finite = finite & finite_rows(value)
+        self.tell_of_examples(batch, finite)
+        x0, given = harmless(x0, finite), {name: harmless(value, finite) for name, value in given.items()}
+        v = self.policy.velocity((1 - at) * x0 + at * noise, t, given)
+        return torch.where(finite, flow_matching_loss(v, x0, noise), 0.0)
+
+    def tell_of_examples(self, batch: Examples, finite: Tensor) -> None:
+        """Warn once of each prompt whose example is not finite: nothing is learned from it."""
+        lost = {str(batch.info[i]["prompt"]) for i in (~finite).nonzero()[:, 0].tolist()} - self._told
+        self._told |= lost
+        if lost:
+            warnings.warn(
+                f"warm-up: examples are not finite (image latents or condition) and are left out: {named([(sorted(lost), 0, 0)])}",
+                stacklevel=2,
+            )
+
+    # ------------------------------------------------------------------ evaluation and prediction
+    def validation_step(self, batch: Prompts, batch_idx: int) -> dict[str, Any]:
+        media, finite = self.render(batch)
+        self.scores().submit(media, batch.info)
+        self.evaluated.append(batch)
+        self._finite.append(finite)
+        return {"media": media, "prompts": batch}
+
+    test_step = validation_step
+
+    def on_validation_epoch_start(self) -> None:
+        self._finite = []
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def judged(self, rewards: dict[str, Tensor], batches: Sequence[Prompts]) -> dict[str, Tensor]:
+        real = torch.cat([batch.group.cpu() for batch in batches]) >= 0  # the rest fills up the last batches
+        info = [row for batch in batches for row in batch.info]
+        rewards, lost = self.scored_finite(rewards, ~real, info, where="evaluation")
+        if lost:
+            self.report({"val/non_finite": float(lost)})
+        return rewards
+
+    def predict_step(self, batch: Prompts, batch_idx: int) -> dict[str, Any]:
+        media, finite = self.render(batch)
+        lost = [str(batch.info[i]["prompt"]) for i in (~finite).nonzero()[:, 0].tolist() if batch.group[i] >= 0]
+        if lost:
+            warnings.warn(f"predict: pictures are not finite and show nothing ({WHAT}): {named([(lost, 0, 0)])}", stacklevel=2)
+        return {"media": media, "prompts": batch}
+
+    def check_geometry(self) -> None:
+        super().check_geometry()
+        total = self.prompts_per_iteration * self.group_size * self.most_trained_steps()
+        if total < self.updates:
+            raise ConfigError(
+                f"model.updates_per_iteration={self.updates_per_iteration} asks for {self.updates} optimizer steps of a pass that has "
+                f"{total} (sample, step) pairs; lower it to at most {total * self.inner_epochs}"
+            )
+        if self.train_micro_batch is not None:
+            self.set_micro_batches(self.train_micro_batch)
+        if (pairs := self.pairs_of_update()) < self.micro_batches_per_update:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={self.micro_batches_per_update} asks for more micro-batches than an optimizer step has "
+                f"(sample, step) pairs on a process ({pairs}); lower it to at most {pairs}"
+            )
+
+    def set_micro_batches(self, size: int) -> None:
+        """As many as keep each within `size` pairs (in the warm-up: examples), or what `accumulate_grad_batches` asks for beyond."""
+        asked, needed = self.trainer.accumulate_grad_batches, -(-self.pairs_of_update() // size)
+        if 1 < asked < needed:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={asked} micro-batches of model.train_micro_batch={size} hold {asked * size} of the "
+                f"{self.pairs_of_update()} (sample, step) pairs that each of the {self.updates_per_iteration} optimizer steps of an "
+                f"iteration has on a process: leave out trainer.accumulate_grad_batches, which becomes {needed}; if more optimizer steps "
+                "are meant, set model.updates_per_iteration"
+            )
+        self.micro_batches_per_update = max(asked, needed)
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # accumulates as many throughout a run
+            self.micro_batches_per_warmup_step = self.micro_batches_per_update
+        else:
+            self.micro_batches_per_warmup_step = -(-self.warmup_batch_size // (self.trainer.world_size * size))
+
+    def pairs_of_update(self) -> int:
+        """(sample, step) pairs of an optimizer step on a process, at most."""
+        pairs = self.prompts_per_iteration // self.trainer.world_size * self.group_size * self.most_trained_steps()
+        return -(-pairs // self.updates)
+
+    # ------------------------------------------------------------------ score
+    def scored(self) -> FlowRollout:
+        self._finite = []
+        return super().scored()
+
+    def score(self, rollout: FlowRollout) -> FlowRollout:
+        """As in the base class; what is not finite has no score."""
+        rollout, place = super().score(rollout), f"iteration {self.iteration + 1}"
+        nobody = torch.zeros(len(rollout), dtype=torch.bool)
+        rewards, self.non_finite = self.scored_finite(rollout.rewards, nobody, rollout.info, where=place)
+        return replace(rollout, rewards=rewards)
+
+    def scored_finite(self, rewards: dict[str, Tensor], idle: Tensor, info: Sequence[Info], *, where: str) -> tuple[dict[str, Tensor], int]:
+        """NaN for samples that are not finite, and how many these are on all processes. idle: Bool "B", those that do not count."""
+        finite, self._finite = torch.cat(self._finite) | idle, []
+        count = self.leave_out(finite, rewards, info, where=where, what=WHAT)
+        return {name: values.where(finite, torch.nan) for name, values in rewards.items()}, count
+
+    # ------------------------------------------------------------------ credit
+    def check_kl(self, kl_coef: float) -> None:
+        """Raise on a weight of the divergence from the reference that makes no sense, or not with the advantages."""
+        if kl_coef < 0:
+            raise ConfigError(f"model.kl_coef={kl_coef} must not be negative; 0 turns the reference off")
+        if self.credit_rule.drop_zero and kl_coef:
+            raise ConfigError("model.advantage.drop_zero would drop pairs that model.kl_coef still trains: set one of them to its default")
+        if kl_coef:
+            self.policy.check_reference(after_warmup=self.warmup_steps > 0)
+
+    def chosen(self, rollout: FlowRollout) -> Tensor:
+        """Bool "B S": the actions that are trained."""
+        return rollout.mask
+
+    def credit(self, rollout: FlowRollout) -> FlowRollout:
+        """Advantages over the groups of all processes; weights so that each optimizer step is the mean over its pairs."""
+        weights = {name: weight for name, weight in self.scores().weights.items() if weight}
+        rewards = {name: self.all_ranks(rollout.rewards[name].to(self.device)).cpu() for name in weights}
+        group = self.all_ranks(rollout.group).cpu()
+        total = total_reward(rewards, weights)
+        asked = self.data.prompts(self.iteration, self.prompts_per_iteration)
+        prompts = [str(asked[g]["prompt"]) for g in group.tolist()]
+        values = self.credit_rule(rewards, total, group, weights=weights, prompts=prompts, tracker=self.tracker)
+
+        mine = slice(self.global_rank * len(rollout), (self.global_rank + 1) * len(rollout))
+        use = total[mine].isfinite() & ((values[mine] != 0) | (not self.credit_rule.drop_zero))
+        mask = self.chosen(rollout) & use[:, None].to(self.device)
+        count = self.all_ranks(mask.sum()[None]).sum()
+        self.rollout_metrics = group_metrics(total, group)
+        self.rollout_metrics |= {f"reward/{name}": float(r.nanmean()) for name, r in rewards.items()}
+        self.rollout_metrics["images"] = float(len(group))
+        self.rollout_metrics["non_finite"] = float(self.non_finite)
+        self.rollout_metrics["trained_share"] = float(count / (mask.numel() * self.trainer.world_size))
+        advantages = values[mine, None].float().expand(mask.shape).to(self.device)
+        return replace(rollout, mask=mask, advantages=advantages, weights=mask.float() * self.updates / count.clamp(min=1))
+
+    # ------------------------------------------------------------------ minibatches of (sample, step) pairs
+    @abstractmethod
+    def trained_steps(self) -> int:
+        """Trained steps of each trajectory in the current iteration (S)."""
+
+    def most_trained_steps(self) -> int:
+        """The largest number that `trained_steps` can be in any iteration."""
+        return self.trained_steps()
+
+    @property
+    def updates(self) -> int:
+        return self.updates_per_iteration // self.inner_epochs
+
+    def split(self, rollout: FlowRollout, inner_epoch: int) -> list[Tensor]:
+        """Minibatches of one pass: each optimizer step gets a share of the pairs of *every* group, by a permutation of the group's own.
+
+        So an optimizer step sees the same pairs whatever the number of processes and the size of micro-batches, and every prompt
+        weighs alike in it. Pairs without weight are left out. Rows are flat indices b * S + s; a row r < 0 is pair ~r without its weight,
+        for forwards that other processes wait for where this one has nothing to train.
+        """
+        assert rollout.weights is not None
+        used, steps = (rollout.weights != 0).flatten().cpu(), rollout.mask.shape[1]
+        filler = ~(used.nonzero()[:1, 0] if used.any() else torch.zeros(1, dtype=torch.long))
+        shares: list[list[Tensor]] = [[] for _ in range(self.updates)]
+        for first in range(0, len(rollout), self.group_size):
+            group = int(rollout.group[first])
+            pairs = self.permutation(self.group_size * steps, "split", self.iteration, inner_epoch, group) + first * steps
+            turn = group * (len(pairs) % self.updates)  # what is over goes where the last group's ended, so that steps have equally many
+            for i, part in enumerate(pairs.tensor_split(self.updates)):
+                shares[(i + turn) % self.updates].append(part)
+        minibatches: list[Tensor] = []
+        for share in shares:
+            pairs, parts = torch.cat(share), self.micro_batches_per_update
+            kept = pairs[used[pairs]]
+            minibatches += torch.cat([kept, filler.expand(max(0, parts - len(kept)))]).tensor_split(parts)
+        return minibatches
+
+    # ------------------------------------------------------------------ checkpoints
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.tracker is not None:
+            checkpoint["prompt_history"] = self.tracker.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.tracker is not None and "prompt_history" in checkpoint:
+            self.tracker.load_state_dict(checkpoint["prompt_history"])
+
+    def restore_rollout(self, fields: dict[str, Any]) -> FlowRollout:
+        return FlowRollout(**fields)

@@ -1,0 +1,259 @@
+"""What all methods on token sequences share: micro-batches of them, and what a token weighs in an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_rl.credit.weights import Aggregation, token_weights
+from lit_rl.errors import ConfigError
+from lit_rl.modules.policy import LitPolicy
+from lit_rl.policies.base import TokenPolicy
+from lit_rl.policies.causal_lm import CausalLM
+from lit_rl.replay.partition import balanced_parts, places
+from lit_rl.rollouts.start_check import check_logprobs
+from lit_rl.types import Minibatch, TokenRollout
+
+STREAMS = ("mask", "advantages", "weights", "logprobs", "behaviour", "reference", "values", "returns")
+
+
+class TokenBatch(Minibatch):
+    """N sequences, padded to the longest of them; S actions."""
+
+    tokens: Tensor  # Int "N S+1"
+    lengths: Tensor  # Int "N"
+    mask: Tensor  # Bool "N S"
+    advantages: Tensor  # Float "N S"
+    weights: Tensor  # Float "N S"
+    logprobs: Tensor  # Float "N S"
+    behaviour: Tensor | None  # Float "N S"
+    reference: Tensor | None  # Float "N S"
+    values: Tensor | None  # Float "N S"
+    returns: Tensor | None  # Float "N S"
+    preference: Tensor | None  # Int "N"
+
+
+class LitToken(LitPolicy[TokenRollout]):
+    """Base of the methods on token sequences.
+
+    Args:
+        policy: The model, e.g. `lit_rl.policies.causal_lm.CausalLM`.
+        prompts_per_update: Prompts in one optimizer step, over all processes; None = all of an iteration. Fewer make several steps of it.
+        aggregation: How the losses of tokens become one number, see `lit_rl.credit.weights.token_weights`; decided over the whole
+            optimizer step, so that micro-batches and processes do not change the gradient.
+        micro_batch_tokens: Tokens, padding among them, that a micro-batch holds at most: `trainer.accumulate_grad_batches` becomes what
+            that takes at the longest sequences that the data and `sampling` allow.
+        kwargs: See `LitRL`. `trainer.accumulate_grad_batches` is the number of micro-batches of an optimizer step on each process:
+            sequences are sorted by length and cut so that each costs about the same.
+    """
+
+    samples, actions = "answers", "tokens"
+    policy: TokenPolicy
+    together = 1
+    """Neighbouring sequences that must stand in the same micro-batch."""
+
+    stored_with: Sequence[str] = ("prompts_per_update",)
+
+    def __init__(
+        self,
+        policy: TokenPolicy,
+        *,
+        prompts_per_update: int | None = None,
+        aggregation: Aggregation = "token-mean",
+        micro_batch_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, **kwargs)
+        self.micro_batch_tokens = micro_batch_tokens
+        self.prompts_per_update = prompts_per_update or self.prompts_per_iteration
+        if self.prompts_per_iteration % self.prompts_per_update:
+            raise ConfigError(
+                f"model.prompts_per_update={prompts_per_update} must divide model.prompts_per_iteration={self.prompts_per_iteration}"
+            )
+        self.aggregation: Aggregation = aggregation
+
+    def setup(self, stage: str) -> None:
+        self.check_sizes()
+        super().setup(stage)
+
+    def check_sizes(self) -> None:
+        """Raise ConfigError on tokens and lengths that the model does not have, before any weights are read."""
+        if isinstance(self.policy, CausalLM):
+            self.policy.check_sizes(self.longest_row(), what="the longest sequence of the data has", remedy="set data.max_length to less")
+
+    def longest_row(self) -> int:
+        """Tokens of the longest sequence in the data, as far as the datamodule has looked at them."""
+        return max(getattr(self.data, "longest", {}).values(), default=0)
+
+    def on_fit_start(self) -> None:
+        if isinstance(self.policy, CausalLM):
+            coarsest = getattr(self.trainer.strategy, "gather_dtype", None)
+            check_logprobs(self.policy, world_size=self.trainer.world_size, coarsest=coarsest)
+
+    def check_geometry(self) -> None:
+        if self.micro_batch_tokens is not None:
+            self.micro_batches_per_update = self.micro_batches_within(self.micro_batch_tokens)
+        super().check_geometry()
+        world, accumulate = self.trainer.world_size, self.micro_batches_per_update
+        if self.prompts_per_update % world:
+            raise ConfigError(
+                f"model.prompts_per_update={self.prompts_per_update} does not divide among {world} processes; use a multiple of {world}"
+            )
+        units = self.prompts_per_update // world * self.units_per_prompt
+        if units < accumulate:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={accumulate} asks for more micro-batches than there is to share out in an optimizer "
+                f"step on a process ({units}); lower it to at most {units}"
+            )
+
+    def micro_batches_within(self, tokens: int) -> int:
+        """How many an optimizer step needs on each process so that the longest sequences there can be fit into so many tokens each."""
+        longest = self.longest_sequence()
+        fit = tokens // longest // self.together * self.together
+        if fit < 1:
+            raise ConfigError(
+                f"model.micro_batch_tokens={tokens} holds no {self.together} of the longest sequences, which have {longest} tokens: set it "
+                f"to at least {longest * self.together}, or allow shorter ones"
+            )
+        needed = -(-self.prompts_per_update // self.trainer.world_size * self.group_size // fit)
+        if self.trainer.accumulate_grad_batches not in (1, needed):
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches} and model.micro_batch_tokens={tokens}, which asks "
+                f"for {needed}, both set the number of micro-batches: leave one out"
+            )
+        return needed
+
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that the options let through."""
+        return self.data.max_length  # type: ignore[attr-defined]
+
+    @property
+    def units_per_prompt(self) -> int:
+        """Pieces of a prompt's sequences that may stand in different micro-batches, at least."""
+        return self.group_size // self.together
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of one pass over a rollout."""
+        return self.prompts_per_iteration // self.prompts_per_update
+
+    def step_of(self, rollout: TokenRollout) -> Tensor:
+        """Int "B": the optimizer step of a pass that a sequence belongs to, whatever the number of processes."""
+        return rollout.group % self.updates
+
+    # ------------------------------------------------------------------ weights
+    def longest(self) -> float | None:
+        """The constant length that the aggregation `dr-grpo` divides by."""
+        return None
+
+    def token_weights(self, rollout: TokenRollout) -> Tensor:
+        """Float "B S": each optimizer step aggregates over the tokens and sequences of all processes."""
+        step = self.step_of(rollout)
+        result = torch.zeros(rollout.mask.shape, device=rollout.mask.device)
+        for update in range(self.updates):
+            rows = step == update
+            mask = rollout.mask[rows]
+            counts = torch.stack([mask.sum(), mask.any(1).sum()]).double()
+            tokens, sequences = map(int, self.all_ranks(counts[None]).sum(0).clamp(min=1).tolist())
+            result[rows] = token_weights(mask, self.aggregation, tokens=tokens, sequences=sequences, scale=self.longest())
+        return result
+
+    # ------------------------------------------------------------------ micro-batches
+    def split(self, rollout: TokenRollout, inner_epoch: int) -> list[Tensor]:
+        """Micro-batches of one pass in order of optimizer steps, without the sequences that have no gradient."""
+        step, useful, parts = self.step_of(rollout).cpu(), self.useful(rollout).cpu(), self.micro_batches_per_update
+        minibatches: list[Tensor] = []
+        for update in range(self.updates):
+            rows = (step == update).nonzero()[:, 0]
+            units, filler = self.units(rollout, rows[useful[rows]]), self.units(rollout, rows[~useful[rows]])
+            # Every process needs a forward for each micro-batch, even of weight 0.
+            minibatches += self.micro_batches(rollout, units + filler[: max(0, parts - len(units))], parts)
+        return [torch.where(useful[rows], rows, ~rows) for rows in minibatches]  # fillers keep no weight, see `places`
+
+    def useful(self, rollout: TokenRollout) -> Tensor:
+        """Bool "B": sequences whose loss has a gradient."""
+        assert rollout.weights is not None
+        return (rollout.weights != 0).any(1)
+
+    def units(self, rollout: TokenRollout, rows: Tensor) -> list[Tensor]:
+        """`rows` in pieces that stay whole."""
+        return list(rows.view(-1, self.together))
+
+    def micro_batches(self, rollout: TokenRollout, units: Sequence[Tensor], parts: int) -> list[Tensor]:
+        """`units` in `parts` of about equal cost, each of similar lengths."""
+        lengths = rollout.lengths.tolist()
+        costs = [len(unit) * max(lengths[row] for row in unit.tolist()) for unit in units]
+        return [torch.cat([units[i] for i in part]) for part in balanced_parts(costs, parts=parts)]
+
+    def minibatch(self, rollout: TokenRollout, rows: Tensor) -> TokenBatch:
+        """The rows of a rollout, as wide as the longest of them. What has no weight is replaced, so that nothing in it can matter."""
+        rows, kept = places(rows.to(rollout.lengths.device))
+        preference = None if rollout.preference is None else rollout.preference[rows]
+        lengths = rollout.lengths[rows]
+        weighed = torch.ones_like(rollout.lengths, dtype=torch.bool) if rollout.weights is None else (rollout.weights != 0).any(1)
+        used = weighed[rows]
+        if not used.all():  # the beginning of a sequence that trains, in the place of each that does not: 0 x NaN is NaN
+            instead = weighed.nonzero()[:1, 0]
+            rows = torch.where(used, rows, instead if len(instead) else rows)
+            lengths = torch.where(used, lengths, lengths.clamp(max=2))
+        width = int(lengths.max())
+        streams = {name: None if (v := getattr(rollout, name)) is None else v[rows, : width - 1] for name in STREAMS}
+        streams = {name: None if v is None else torch.where(used[:, None], v, torch.zeros_like(v)) for name, v in streams.items()}
+        if streams["weights"] is not None:
+            streams["weights"] = streams["weights"].where(kept[:, None], 0.0)
+        return TokenBatch(tokens=rollout.tokens[rows, :width], lengths=lengths, preference=preference, **streams)
+
+    def finite(self, rollout: TokenRollout) -> Tensor:
+        """Bool "B": sequences of which all that was computed of their chosen tokens is finite."""
+        streams = (rollout.logprobs, rollout.behaviour, rollout.reference, rollout.values)
+        known = [(stream.isfinite() | ~rollout.mask).all(1) for stream in streams if stream is not None]
+        return torch.stack(known).all(0)
+
+    def without_broken(self, rollout: TokenRollout) -> TokenRollout:
+        """Sequences that are not finite have no score, no chosen token and no part in the loss; they are counted and named. Collective."""
+        finite = self.finite(rollout)
+        what = "log-probabilities of policy, sampler or reference, or values"
+        self.non_finite = self.leave_out(finite, rollout.rewards, rollout.info, where=f"iteration {self.iteration + 1}", what=what)
+        if not self.non_finite:
+            return rollout
+        streams = {name: getattr(rollout, name) for name in ("logprobs", "behaviour", "reference", "values")}
+        clean: dict[str, Any] = {
+            name: v if v is None else torch.where(finite[:, None], v, torch.zeros_like(v)) for name, v in streams.items()
+        }
+        rewards = {name: values.where(finite.to(values.device), torch.nan) for name, values in rollout.rewards.items()}
+        return replace(rollout, mask=rollout.mask & finite[:, None], rewards=rewards, **clean)
+
+    def count_actions(self, batch: Minibatch) -> int:
+        return int(batch.mask.sum())
+
+    def all_logprobs(self, rollout: TokenRollout, *, temperature: float = 1.0, rows: Tensor | None = None) -> Tensor:
+        """Log-probabilities Float32 "B S" of the chosen tokens (of `rows` alone, if given), micro-batch by micro-batch."""
+
+        def of(batch: TokenBatch) -> Tensor:
+            return self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature)[0]
+
+        return self.each_action(rollout, of, rows=rows)
+
+    @torch.no_grad()
+    def each_action(self, rollout: TokenRollout, of: Callable[[TokenBatch], Tensor], *, rows: Tensor | None = None) -> Tensor:
+        """`of` every micro-batch of `rows` (default: all), as Float32 "B S"; 0 for the other rows. Collective."""
+        result = torch.zeros(rollout.mask.shape, device=self.device)
+        everything = torch.arange(len(rollout))
+        units = self.units(rollout, everything if rows is None else rows.cpu())
+        counts = self.all_ranks(torch.tensor([len(units)], device=self.device))
+        if not counts.any():
+            return result
+        asked = units or self.units(rollout, everything)[:1]  # sharded weights want as many forwards on every process
+        for here in self.micro_batches(rollout, asked, min(self.minibatches_per_pass(), max(1, int(counts.min())))):
+            batch = self.minibatch(rollout, here)
+            values = of(batch).float()
+            if units:
+                result[here.to(self.device), : values.shape[1]] = values
+        return result
+
+    def restore_rollout(self, fields: dict[str, Any]) -> TokenRollout:
+        return TokenRollout(**fields)

@@ -1,0 +1,110 @@
+"""DeepSpeed ZeRO with checkpoints that hold the weights a module names, and appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_rl.checkpoints.layout import check_layout, checkpointed
+from lit_rl.checkpoints.restricted import deepspeed_reads_plain_files
+from lit_rl.errors import ConfigError
+from lit_rl.policies.weights.shards import gathered
+from lit_rl.strategies.folders import check_intact, check_moments, refuse_nan, replaced
+
+LAYOUT_FILE = "weights.json"
+"""In a DeepSpeed checkpoint: shape of every weight by name."""
+
+OPTIMIZER_FILE = "optimizer.json"
+"""In a DeepSpeed checkpoint: `checkpoint["optimizer"]`, which DeepSpeed itself gives back only after it has restored the moments."""
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """DeepSpeed ZeRO. Stage 1 shards optimizer states, stage 2 gradients too, stage 3 weights too.
+
+    Two defaults differ from DeepSpeed's: in stage 3 small parameters do not stay gathered between forwards, because edits of the shards
+    (weight averages, references) would not reach them; and an offloaded optimizer may be any, not only `DeepSpeedCPUAdam`, which is
+    faster there but compiles itself at first use. Frozen weights that the policy reads from its pretrained folder are not saved.
+
+    Args:
+        stage: 1, 2 or 3.
+        config: DeepSpeed's own JSON, as a file or a mapping; replaces all other arguments.
+        kwargs: See `lightning.pytorch.strategies.DeepSpeedStrategy` (offload_optimizer, offload_parameters, overlap_comm, ...).
+    """
+
+    def __init__(self, *, stage: Literal[1, 2, 3] = 2, config: str | dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(stage=stage, config=config, logging_batch_size_per_gpu=1, **kwargs)
+        assert isinstance(self.config, dict)
+        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+        zero = self.config.setdefault("zero_optimization", {})
+        if zero.get("stage") == 3:
+            zero.setdefault("stage3_param_persistence_threshold", 0)
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """Let `lit_rl.policies.weights.shards.reshard` in: in stage 3 weights that are used again soon stay gathered between forwards."""
+        self._init_config_if_needed()
+        cast(dict[str, Any], self.config)["gradient_accumulation_steps"] = trainer.accumulate_grad_batches  # the method may have set it
+        super().setup(trainer)
+        if self.zero_stage_3:
+            optimizer = self.deepspeed_engine.optimizer
+            offload = getattr(optimizer, "parameter_offload", optimizer)  # without an optimizer to train with it is that itself
+            for network in checkpointed(self.lightning_module).networks():
+                network.reshard = offload.partition_all_parameters  # type: ignore[assignment]
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning has divided the loss by `accumulate_grad_batches`; DeepSpeed would again, and clip at a multiple of what was asked."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        module, named = self._module(), checkpointed(self.lightning_module)
+        keys = named.checkpoint_keys()
+        frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+        self.exclude_frozen_parameters = not frozen <= keys  # DeepSpeed saves all frozen ones or none
+        if self.exclude_frozen_parameters:
+            checkpoint["frozen"] = {name: w if self.is_global_zero else None for name, w in gathered(module, frozen & keys)}
+        with replaced(self, filepath) as folder:
+            super().save_checkpoint(checkpoint, folder, storage_options)
+            if self.is_global_zero:
+                (folder / LAYOUT_FILE).write_text(json.dumps(named.checkpoint_shapes()))
+                (folder / OPTIMIZER_FILE).write_text(json.dumps(checkpoint.get("optimizer", {}), default=str))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(checkpoint_path)
+        if not (path / LAYOUT_FILE).is_file():
+            kind = "a single file" if path.is_file() else "no folder of DeepSpeed's shards"
+            raise ConfigError(
+                f"--ckpt_path {path} is {kind}, and DeepSpeed continues from its own folders only: continue with the configs/base/*.yaml "
+                "it was written under"
+            )
+        check_intact(self, path)
+        check_layout(json.loads((path / LAYOUT_FILE).read_text()), checkpointed(self.lightning_module).checkpoint_shapes())
+        if (path / OPTIMIZER_FILE).is_file():
+            check_moments(self, json.loads((path / OPTIMIZER_FILE).read_text()))
+        with nullcontext() if weights_only is False else deepspeed_reads_plain_files():
+            checkpoint = super().load_checkpoint(path, weights_only)
+        self._load_frozen(checkpoint.pop("frozen", {}))
+        keys = checkpointed(self.lightning_module).checkpoint_keys()
+        refuse_nan(self, path, {name: weight for name, weight in self._module().named_parameters() if name in keys})
+        return checkpoint
+
+    @torch.no_grad()
+    def _load_frozen(self, weights: dict[str, Tensor | None]) -> None:
+        """In stage 3 each process has read what it wrote itself, and the first one's weights are cut for all."""
+        import deepspeed
+
+        parameters = dict(self._module().named_parameters())
+        for name, weight in weights.items():
+            with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0):
+                if weight is not None:
+                    parameters[name].copy_(weight)
+
+    def _module(self) -> L.LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
