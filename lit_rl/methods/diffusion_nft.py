@@ -13,6 +13,7 @@ from lit_rl.losses.flow import gaussian_kl
 from lit_rl.losses.masked import harmless, weighted_means
 from lit_rl.losses.nft import AdvantageMode, MatchingWeight, matching_logprob, nft_loss, optimality
 from lit_rl.losses.policy_gradient import clipped_surrogate, policy_metrics
+from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.flow import LitFlow
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.weights.copies import OldPolicy
@@ -178,7 +179,7 @@ class DiffusionNFT(LitFlow):
             advantages=rollout.advantages[b, s], weights=weights, cond={name: harmless(value, used) for name, value in cond.items()},
         )  # fmt: skip
 
-    def loss(self, minibatch: PointBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def loss(self, minibatch: PointBatch) -> Terms:  # type: ignore[override]
         """The surrogate + kl_coef mean (v - v_ref)^2, per pair."""
         assert self.old_policy is not None
         batch, old = minibatch, None
@@ -189,15 +190,15 @@ class DiffusionNFT(LitFlow):
                 old = self.policy.velocity(x, batch.sigma, batch.cond)
         new = self.policy.velocity(x, batch.sigma, batch.cond)
         old = new.detach() if old is None else old
-        losses = self.surrogate(new, old, x, batch)
+        terms = {"policy": Term(self.surrogate(new, old, x, batch), batch.weights)}
         metrics = {"old_deviation": gaussian_kl(new, old, kind="v")}
         if self.kl_coef:
             with torch.no_grad(), self.policy.reference():
                 ref = self.policy.velocity(x, batch.sigma, batch.cond)
             metrics["kl"] = gaussian_kl(new, ref, kind="v")
-            losses = losses + self.kl_coef * metrics["kl"]
+            terms["kl"] = Term(metrics["kl"], batch.weights, self.kl_coef)
         self.meters.mean(weighted_means(metrics, batch.weights), weight=batch.weights.sum())
-        return losses, batch.weights
+        return terms
 
     def surrogate(self, new: Tensor, old: Tensor, x: Tensor, batch: PointBatch) -> Tensor:
         """What makes the policy better, per pair."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.losses.preference import PreferenceLoss, ld_sequence_logprobs, preference_loss, preference_metrics
+from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.tokens import LitToken
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.ranks import gather_objects
@@ -150,14 +151,14 @@ class DPO(LitToken):
         return super().finite(rollout).view(-1, 2).all(1).repeat_interleave(2)
 
     # ------------------------------------------------------------------ loss
-    def loss(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
-        losses, metrics = self.of_pairs(batch)
+    def loss(self, batch: Minibatch) -> Terms:
         weights = batch.weights[::2, 0]
+        terms, metrics = self.of_pairs(batch, weights)
         self.meters.mean(metrics, weight=(weights != 0).sum())
-        return losses, weights
+        return terms
 
-    def of_pairs(self, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss Float "N/2" and metrics of the pairs of a batch."""
+    def of_pairs(self, batch: Minibatch, weights: Tensor) -> tuple[dict[str, Term], dict[str, Tensor]]:
+        """Terms with these weights Float "N/2", and metrics of the pairs of a batch."""
         new, _ = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask)
         assert batch.reference is not None
         count = batch.mask.sum(1)
@@ -170,9 +171,10 @@ class DPO(LitToken):
             label_smoothing=self.label_smoothing,
             lengths=(count[::2], count[1::2]),
         )
+        terms = {"preference": Term(losses.float(), weights)}
         if self.sft_coef:
-            losses = losses - self.sft_coef * mine[::2] / count[::2].clamp(min=1)
-        return losses.float(), {name: value.float() for name, value in preference_metrics(*four, beta=self.beta).items()}
+            terms["sft"] = Term((-mine[::2] / count[::2].clamp(min=1)).float(), weights, self.sft_coef)
+        return terms, {name: value.float() for name, value in preference_metrics(*four, beta=self.beta).items()}
 
     # ------------------------------------------------------------------ evaluation
     def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:
@@ -181,7 +183,8 @@ class DPO(LitToken):
         held_out = self.pairs(Prompts(group=batch.group[rows], info=[batch.info[i] for i in rows]))
         finite = self.finite(held_out)
         known = finite.nonzero()[:, 0] if finite.any() else torch.arange(len(held_out))
-        losses, metrics = self.of_pairs(self.minibatch(held_out, known))
+        terms, metrics = self.of_pairs(self.minibatch(held_out, known), torch.ones(len(known) // 2, device=self.device))
+        losses = torch.stack([term.coef * term.losses for term in terms.values()]).sum(0)
         count = int(finite.sum()) // 2 if real else 0
         numbers = {name: value if count else torch.zeros_like(value) for name, value in ({"loss": losses.mean()} | metrics).items()}
         self._held_out += [numbers | {"pairs": losses.new_tensor(count)}]

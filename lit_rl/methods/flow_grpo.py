@@ -14,6 +14,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.losses.flow import KLKind, gaussian_kl
 from lit_rl.losses.masked import finite_rows, harmless, weighted_means
 from lit_rl.losses.policy_gradient import clipped_ratio_loss, guard_logratio, policy_metrics
+from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.flow import LitFlow
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.replay.partition import places
@@ -183,20 +184,21 @@ class FlowGRPO(LitFlow):
             means=None if rollout.means is None else harmless(rollout.means[b, s], used),
         )  # fmt: skip
 
-    def loss(self, minibatch: PairBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def loss(self, minibatch: PairBatch) -> Terms:  # type: ignore[override]
         """max(-A r, -A clip(r)) + kl_coef KL, per pair."""
         v = self.policy.velocity(minibatch.x, minibatch.sigma, minibatch.cond)
         step = self.replay_step(v, minibatch)
         losses = clipped_ratio_loss(self.log_ratio(step, minibatch), minibatch.advantages, clip_low=self.clip_low, clip_high=self.clip_high)
         clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
         self.log_policy(policy_metrics(step.logprob, minibatch.logprobs, **clip, weights=minibatch.weights), minibatch.weights)
+        terms = {"policy": Term(losses, minibatch.weights)}
         if self.kl_coef:
             with torch.no_grad(), self.policy.reference():
                 ref_v = self.policy.velocity(minibatch.x, minibatch.sigma, minibatch.cond)
             kl = self.kl(v, step, ref_v, minibatch)
             self.meters.mean(weighted_means({"kl": kl}, minibatch.weights), weight=minibatch.weights.sum())
-            losses = losses + self.kl_coef * kl
-        return losses, minibatch.weights
+            terms["kl"] = Term(kl, minibatch.weights, self.kl_coef)
+        return terms
 
     def log_policy(self, metrics: dict[str, Tensor], weights: Tensor) -> None:
         """Means over the iteration; the largest deviation of the ratio from 1, and that of the first update, where it is an error."""

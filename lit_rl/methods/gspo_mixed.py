@@ -18,6 +18,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import row_mean
 from lit_rl.losses.preference import preference_loss, sequence_logprobs
 from lit_rl.losses.surrogates import is_clipped
+from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.gradient import LitPolicyGradient, Surrogate
 from lit_rl.modules.tokens import LitToken, TokenBatch
 from lit_rl.policies.base import TokenPolicy
@@ -222,17 +223,17 @@ class MixedGSPO(LitPolicyGradient):
         return some if self.kl_coef or self.entropy_coef else some & (is_given(rollout) | self.teaches(rollout))
 
     # ------------------------------------------------------------------ loss
-    def loss(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Minibatch) -> Terms:
         """One forward for both kinds, so that sharded processes keep step whatever they hold."""
         new, entropy = self.forward_policy(batch)
         given = is_given(batch)
         own = TokenBatch(**vars(batch) | {"mask": batch.mask & ~given[:, None], "weights": batch.weights.where(~given[:, None], 0.0)})
-        losses, metrics = self.policy_loss(new, entropy, own)
+        terms, metrics = self.policy_terms(new, entropy, own)
         of_pairs, of_pair_weights, more = self.of_pairs(new, batch)
         ratio = self.of_ratios(new.detach(), own)
         self.track(metrics, own)
         self.meters.mean(more | ratio)
-        return torch.cat([losses.flatten(), of_pairs]), torch.cat([own.weights.flatten(), of_pair_weights])
+        return {**terms, "preference": Term(of_pairs, of_pair_weights)}
 
     def of_pairs(self, new: Tensor, batch: Minibatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """DPO's losses, their weights, and what to log; of no pairs three times nothing."""
@@ -285,8 +286,8 @@ class MixedGSPO(LitPolicyGradient):
     on_test_epoch_end = on_validation_epoch_end
 
     def share(self, part: Tensor, of: str) -> Tensor:
-        """A micro-batch's part of an iteration's mean over `rollout_metrics[of]` things, as `whole_step` has it."""
-        return self.whole_step(part) * self.updates / max(self.rollout_metrics[of], 1)
+        """A micro-batch's part of an iteration's mean over `rollout_metrics[of]` things."""
+        return self.of_step(part) * self.updates / max(self.rollout_metrics[of], 1)
 
 
 def is_pair(info: Info) -> bool:

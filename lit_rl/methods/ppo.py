@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lit_rl.credit.tokens import gae
 from lit_rl.errors import ConfigError
-from lit_rl.losses.masked import COUNT_EPS, weighted_sum
+from lit_rl.losses.masked import COUNT_EPS
+from lit_rl.losses.terms import Term, Terms
 from lit_rl.losses.value import value_loss, value_metrics
 from lit_rl.modules.gradient import LitPolicyGradient
 from lit_rl.modules.policy import Shardable
@@ -139,19 +140,17 @@ class PPO(LitPolicyGradient):
         return {"value_mean": value / n, "return_mean": total / n, "explained_variance": 1 - unexplained}
 
     # ------------------------------------------------------------------ loss
-    def loss(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Minibatch) -> Terms:
         """The critic's loss beside the policy's: they share no weight, so their sum has the gradients of both."""
         assert batch.values is not None and batch.returns is not None
         new = self.values(batch)
-        of_critic = value_loss(new, batch.values, batch.returns, clip=self.value_clip)
-        self.meters.mean({"value_loss": self.whole_step(weighted_sum(of_critic.detach(), batch.weights))})
+        value = Term(value_loss(new, batch.values, batch.returns, clip=self.value_clip), batch.weights)
         if self.value_clip is not None:
             found = value_metrics(new, batch.values, batch.returns, batch.mask, clip=self.value_clip)
             self.track({"value_clip_fraction": found["value_clip_fraction"]}, batch)
         if self.critic_alone:
-            return of_critic + self.untouched(), batch.weights
-        losses, weights = super().loss(batch)
-        return losses + of_critic, weights
+            return {"value": replace(value, losses=value.losses + self.untouched())}
+        return {**super().loss(batch), "value": value}
 
     def untouched(self) -> Tensor:
         """0, with a gradient of 0 for the policy: DDP waits for one of every parameter."""

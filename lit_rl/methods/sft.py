@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from lit_rl.losses.supervised import dft_loss, nll_loss
+from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.answers import LitGeneration
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.replay.sequences import sequences
@@ -68,9 +68,9 @@ class SFT(LitGeneration):
         return replace(rollout, weights=self.token_weights(rollout))
 
     # ------------------------------------------------------------------ loss
-    def loss(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Minibatch) -> Terms:
         new, _ = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask)
-        return self.token_loss(new), batch.weights
+        return {"sft": Term(self.token_loss(new), batch.weights)}
 
     # ------------------------------------------------------------------ evaluation
     def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:

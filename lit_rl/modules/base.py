@@ -26,7 +26,7 @@ from lit_rl.checkpoints.optimizer import Groups, check_moment_shapes, check_same
 from lit_rl.checkpoints.options import REMEDY, check_options, options_of
 from lit_rl.checkpoints.progress import Place, continue_at, log_again, logged, place_of, remember_saved, saved_at, set_counters
 from lit_rl.errors import ConfigError
-from lit_rl.losses.masked import weighted_sum
+from lit_rl.losses.terms import Terms
 from lit_rl.modules.meters import Meters
 from lit_rl.ranks import gather_objects, gather_to_first
 from lit_rl.replay.loader import ReplayLoader
@@ -43,7 +43,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
     """Base of all methods. One epoch is one iteration is one rollout; epoch 0 is the supervised warm-up if there is one.
 
     Optimization is Lightning's automatic one, so accumulation, clipping, precision, schedulers, checkpoints and strategies keep their
-    documented meaning. `training_step` returns sum(loss * weights), scaled so that after Lightning's division by
+    documented meaning. `training_step` returns the sum of the terms of `loss`, scaled so that after Lightning's division by
     `accumulate_grad_batches` and the strategy's mean over ranks the gradient is that of the global weighted sum.
 
     Args:
@@ -136,8 +136,8 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         """The rows of a rollout that one forward needs, on `self.device`."""
 
     @abstractmethod
-    def loss(self, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
-        """The paper's loss, one number per row, and the rows' weights."""
+    def loss(self, minibatch: Minibatch) -> Terms:
+        """The paper's loss as named terms, e.g. {"policy": Term(losses, weights), "kl": Term(kl, weights, coef=0.1)}."""
 
     def supervised_loss(self, batch: Examples) -> Tensor:
         """Warm-up loss, one number per example."""
@@ -253,11 +253,15 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             loss = self.supervised_loss(batch).mean() * batch.share
             self.step_meters.mean({"warmup/loss": loss})
             return loss
-        losses, weights = self.loss(batch)
-        # What has no weight must not matter: 0 x NaN is NaN.
-        loss = weighted_sum(losses, weights) * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        self.meters.mean({"loss": loss})
+        terms = self.loss(batch)
+        sums = {name: self.of_step(term.sum()) for name, term in terms.items()}
+        loss = torch.stack([term.coef * sums[name] for name, term in terms.items()]).sum()
+        self.meters.mean({"loss": loss} | {f"{name}_loss": value for name, value in sums.items()})
         return loss
+
+    def of_step(self, part: Tensor) -> Tensor:
+        """A micro-batch's share of a step's sum, scaled so that the mean over micro-batches and processes is the sum."""
+        return part * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     # ------------------------------------------------------------------ what is logged
     def report(self, values: Mapping[str, float], *, bar: Collection[str] = ()) -> None:

@@ -15,10 +15,11 @@ from lit_rl.credit.groups import total_reward
 from lit_rl.credit.tokens import overlong_penalty, token_rewards
 from lit_rl.errors import ConfigError
 from lit_rl.losses.kl import AdaptiveKL, FixedKL, KLEstimator, kl_estimate
-from lit_rl.losses.masked import masked_mean, row_mean, weighted_sum
+from lit_rl.losses.masked import masked_mean, row_mean
 from lit_rl.losses.off_policy import Level, importance_weights, mismatch_metrics
 from lit_rl.losses.policy_gradient import clipped_ratio_loss
 from lit_rl.losses.surrogates import cispo_loss, geo_mean_loss, reinforce_loss, sapo_loss, sequence_log_ratio, surrogate_metrics
+from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.answers import LitGeneration
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.types import Minibatch, TokenRollout
@@ -219,10 +220,10 @@ class LitPolicyGradient(LitGeneration):
             self.kl_in_reward.load_state_dict(checkpoint["kl_in_reward"])
 
     # ------------------------------------------------------------------ loss
-    def loss(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
-        losses, metrics = self.policy_loss(*self.forward_policy(batch), batch)
+    def loss(self, batch: Minibatch) -> Terms:
+        terms, metrics = self.policy_terms(*self.forward_policy(batch), batch)
         self.track(metrics, batch)
-        return losses, batch.weights
+        return terms
 
     def track(self, metrics: dict[str, Tensor], batch: Minibatch) -> None:
         """Take note of means over the tokens of a minibatch; one without weight, which only fills up, does not count."""
@@ -233,8 +234,8 @@ class LitPolicyGradient(LitGeneration):
         temperature, look = self.sampling.temperature, self.entropy_coef != 0
         return self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature, entropy=look)
 
-    def policy_loss(self, new: Tensor, entropy: Tensor | None, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each token Float "N S", and what to log."""
+    def policy_terms(self, new: Tensor, entropy: Tensor | None, batch: Minibatch) -> tuple[dict[str, Term], dict[str, Tensor]]:
+        """The surrogate, the divergence and the entropy of each token, and what to log."""
         old = batch.logprobs if self.needs_logprobs() or self.old_logprobs == "rollout" else new.detach()
         losses, log_ratio = self.surrogate_loss(new, old, batch)
         metrics = surrogate_metrics(log_ratio, batch.advantages, batch.mask, clip_low=self.clip_low, clip_high=self.clip_high)
@@ -242,18 +243,18 @@ class LitPolicyGradient(LitGeneration):
             c = self.correction
             given = {"level": c.level, "low": c.low, "high": c.high, "outside": c.outside}
             losses = losses * importance_weights(batch.logprobs, batch.behaviour, batch.mask, **given)  # type: ignore[arg-type]
-        self.meters.mean({"policy_loss": self.whole_step(weighted_sum(losses.detach(), batch.weights))})
+        terms = {"policy": Term(losses, batch.weights)}
         if self.kl_coef:
             assert batch.reference is not None
             kl = kl_estimate(new, batch.reference, kind=self.kl_kind)
             metrics["kl_divergence"] = masked_mean(kl.detach(), batch.mask)
-            losses = losses + self.kl_coef * kl
+            terms["kl"] = Term(kl, batch.weights, self.kl_coef)
         if entropy is not None:
             metrics["entropy"] = masked_mean(entropy.detach(), batch.mask)
-            losses = losses - self.entropy_coef * entropy
+            terms["entropy"] = Term(-entropy, batch.weights, self.entropy_coef)
         if batch.behaviour is not None:
             metrics["rollout_kl"] = mismatch_metrics(batch.logprobs, batch.behaviour, batch.mask)["kl"]
-        return losses, metrics
+        return terms, metrics
 
     def surrogate_loss(self, new: Tensor, old: Tensor, batch: Minibatch) -> tuple[Tensor, Tensor]:
         """The loss of each token Float "N S", and the log-ratio that it clips."""
@@ -266,7 +267,3 @@ class LitPolicyGradient(LitGeneration):
         if self.surrogate == "gmpo":
             return geo_mean_loss(new, old, batch.advantages, batch.mask, **clip), log_ratio
         return (sapo_loss(new, old, batch.advantages) if self.surrogate == "sapo" else reinforce_loss(new, batch.advantages)), log_ratio
-
-    def whole_step(self, part: Tensor) -> Tensor:
-        """A micro-batch's share of a step's sum, scaled so that the mean over micro-batches and processes is the sum."""
-        return part * self.trainer.accumulate_grad_batches * self.trainer.world_size
