@@ -64,7 +64,7 @@ def _check_apart(policy: CausalLM, rows: Sequence[Tensor], *, limit: float, worl
     other = torch.full_like(rows[0], int(rows[0][0]))
     before, after = (_trained(policy, [first, rows[1]])[1] for first in (rows[0], other))
     exact = limit == EXACT
-    moved = max(everywhere(float((after - before).abs().max()) if exact else typical(after - before), world_size))
+    moved = max(gather_objects(float((after - before).abs().max()) if exact else typical(after - before)))
     if moved > (SEEN if exact else limit):
         raise ConfigError(f"{_name(policy)}: the words of one sequence move the log-probabilities of another by {moved:.3g}: {MINGLES}")
 
