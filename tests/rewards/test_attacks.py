@@ -21,7 +21,7 @@ from test_app import BINARY, Gate, aio, error_of, picture, png, served, single, 
 
 from lit_rl.errors import ConfigError
 from lit_rl.net.addresses import check_health
-from lit_rl.net.answers import retry_after
+from lit_rl.net.bodies import retry_after
 from lit_rl.rewards.client import HTTPReward
 from lit_rl.rewards.service.app import _decode_single
 from lit_rl.rewards.service.images import MAX_ASPECT, ImageError, decode_image, pixel_error
