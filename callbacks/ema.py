@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from callbacks.alone import check_alone
+from callbacks.base import RLCallback, check_alone
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.weights.copies import WeightCopy
@@ -15,7 +15,7 @@ from lit_rl.policies.weights.decay import ema_decay, ema_is_due
 from lit_rl.strategies.checks import check_swaps_reach
 
 
-class EMA(L.Callback):
+class EMA(RLCallback):
     """average <- d average + (1 - d) weights after every optimizer step, d = min((1 + s) / (warmup_steps + s), decay) at step s = 0, 1, ...
 
     Of the trainable weights only, see `lit_rl.policies.weights.copies.WeightCopy` for what it costs. The checkpoint holds whole tensors and

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import lightning as L
 from torch import Tensor
 
+from callbacks.base import RLCallback, callbacks_of
 from callbacks.ema import EMA
 from callbacks.graceful_stop import GracefulStop
 from lit_rl.checkpoints.ip_adapter import Format
@@ -21,7 +22,7 @@ from lit_rl.policies.weights.shards import gathered
 FOLDERS = {"iteration": "iteration-{iteration}", "checkpoint": "checkpoint-{step}"}
 
 
-class Export(L.Callback):
+class Export(RLCallback):
     """Folders in `dirpath` with the weights as the policy's `save` writes them: what stock diffusers takes, or `ip-adapter.bin`.
 
     A folder appears whole or not at all, with the checksums of its files in `manifest.json`. Weights are gathered one tensor at a time on
@@ -71,7 +72,7 @@ class Export(L.Callback):
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if self.weights == "ema" and self._ema(trainer) is None:
             raise ConfigError("Export weights=ema needs callbacks.ema.EMA in trainer.callbacks; or set weights=live")
-        exports = [c for c in trainer.callbacks if isinstance(c, Export)]  # type: ignore[attr-defined]
+        exports = callbacks_of(trainer, Export)
         if any(c is not self and (c.dirpath, c.folder) == (self.dirpath, self.folder) for c in exports):
             raise ConfigError(f"two Exports write {self.dirpath / self.folder}: give one of them another dirpath or folder")
 
@@ -127,11 +128,11 @@ class Export(L.Callback):
         return {name: tensor for name, tensor in gathered(module.policy, names) if trainer.is_global_zero}
 
     def _ema(self, trainer: L.Trainer) -> EMA | None:
-        return next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
+        return next(iter(callbacks_of(trainer, EMA)), None)
 
     def _in_haste(self, trainer: L.Trainer) -> bool:
         """Time may be short, and the checkpoint is what counts."""
-        return any(isinstance(c, GracefulStop) and c.leaving for c in trainer.callbacks)  # type: ignore[attr-defined]
+        return any(stop.leaving for stop in callbacks_of(trainer, GracefulStop))
 
     # ------------------------------------------------------------------ folders
     def _check_folder(self) -> None:

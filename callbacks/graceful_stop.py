@@ -16,11 +16,13 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from callbacks.base import RLCallback, callbacks_of
+
 EXIT_CODE = 128 + signal.SIGTERM
 """143: what a process ended by SIGTERM reports; here it means stopped on request, with a checkpoint to continue from."""
 
 
-class GracefulStop(L.Callback):
+class GracefulStop(RLCallback):
     """SIGTERM, SIGINT (Ctrl+C) or a STOP file end training after the current optimizer step, with a checkpoint that continues exactly.
 
     A signal only sets a flag, in whichever processes it reaches; after each optimizer step the processes agree (one flag reduced over
@@ -51,7 +53,7 @@ class GracefulStop(L.Callback):
         self._listen(trainer)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        trainer.callbacks = [c for c in trainer.callbacks if c is not self] + [self]  # type: ignore[attr-defined]  # others' states come first
+        trainer.callbacks = [c for c in callbacks_of(trainer, L.Callback) if c is not self] + [self]  # type: ignore[attr-defined]  # others' states first
         self._listen(trainer)
         self._step = trainer.global_step
         stop = self._stop_path(trainer)

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from callbacks.base import RLCallback
 from lit_rl.errors import ConfigError
 from lit_rl.ranks import gather_objects
 from lit_rl.types import Info, Prompts
 
 
-class ImageWriter(L.Callback):
+class ImageWriter(RLCallback):
     """One PNG per prompt, named by its number and first words, and `prompts.jsonl` that says which file shows which prompt (and its `id`).
 
     Part of every run; does nothing outside `predict`, and where no images are made. Files of an earlier prediction with the same names are

@@ -7,8 +7,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import LearningRateMonitor
 
+from callbacks.base import RLCallback
 
-class LearningRate(LearningRateMonitor):
+
+class LearningRate(RLCallback, LearningRateMonitor):
     """Lightning's monitor, with one point per optimizer step: that one logs another at an epoch's start and for each micro-batch.
 
     kwargs: See `lightning.pytorch.callbacks.LearningRateMonitor` (log_momentum, log_weight_decay).

@@ -8,14 +8,14 @@ from typing import Any, Literal
 import lightning as L
 from torch import Tensor
 
-from callbacks.alone import check_alone
+from callbacks.base import RLCallback, check_alone
 from lit_rl.errors import ConfigError
 from lit_rl.policies.weights.copies import WeightCopy
 from lit_rl.policies.weights.decay import DECAY_TYPES, OLD_POLICY_DECAYS, OldPolicyDecay, ramp_decay
 from lit_rl.strategies.checks import check_swaps_reach
 
 
-class OldPolicySync(L.Callback):
+class OldPolicySync(RLCallback):
     """old <- d old + (1 - d) weights before every rollout, d = decay(s) after s optimizer steps of reinforcement learning.
 
     It copies the trainable weights only (LoRA, adapters or all); `lit_rl.policies.weights.copies.WeightCopy` tells the cost. It starts as

@@ -10,8 +10,10 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from callbacks.base import Method, RLCallback
 
-class Progress(TQDMProgressBar):
+
+class Progress(RLCallback, TQDMProgressBar):
     """Live bar on a terminal; in a log file or CI plain lines, one per iteration and one now and then in between.
 
     Args:
@@ -70,21 +72,21 @@ class Progress(TQDMProgressBar):
             self.print(line())
 
     # ------------------------------------------------------------------ rollout and scoring
-    def on_phase_start(self, trainer: L.Trainer, module: Any, name: str) -> None:
+    def on_phase_start(self, trainer: L.Trainer, module: Method, name: str) -> None:
         if name == "rollout":
             samples = module.prompts_per_iteration // trainer.world_size * module.group_size
             self._show(trainer, module, "rollout", samples, module.samples)
         elif name == "score":
             self.train_progress_bar.set_description(f"{self.label(trainer, module)} waiting for rewards")
 
-    def on_rollout_chunk(self, trainer: L.Trainer, module: Any, media: Sized, info: Sequence[Any], total: int) -> None:
+    def on_rollout_chunk(self, trainer: L.Trainer, module: Method, media: Sized, info: Sequence[Any], total: int) -> None:
         self._done += len(media)
         bar = self.train_progress_bar
         bar.total, bar.n = total, self._done
         bar.refresh()
         self._say(lambda: f"{self.label(trainer, module)}: rollout {self._done}/{total} {module.samples}")
 
-    def on_rollout_end(self, trainer: L.Trainer, module: Any, rollout: Any) -> None:
+    def on_rollout_end(self, trainer: L.Trainer, module: Method, rollout: Rollout) -> None:
         self._show(trainer, module, "training", self.total_train_batches, "minibatches")
         self.train_progress_bar.set_postfix(self.get_metrics(trainer, module))
 

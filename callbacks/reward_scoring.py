@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from callbacks.alone import check_alone
+from callbacks.base import Method, RLCallback, check_alone
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.background import Background
 from lit_rl.rewards.base import Reward, RewardError, Scorer
@@ -30,7 +29,7 @@ DEBUG_VARIABLE = "DISABLE_RL_REWARD_MODEL"
 YES, NO = ("1", "true", "yes", "on", "y", "t"), ("", "0", "false", "no", "off", "n", "f")
 
 
-class RewardScoring(Callback, Scorer):
+class RewardScoring(RLCallback, Scorer):
     """Owns the rewards: chunks are submitted while the next one is sampled, `gather` waits for what is still under way.
 
     With DISABLE_RL_REWARD_MODEL=true in the environment no reward is asked: every score is a hash of prompt and pixels.
@@ -102,9 +101,9 @@ class RewardScoring(Callback, Scorer):
             if rows is not None and reward.counted != [] and type(reward).check is not Reward.check:  # reading all rows takes time
                 reward.check(rows(stage))
 
-    def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Any) -> None:
+    def on_rollout_end(self, trainer: Trainer, module: Method, rollout: Rollout) -> None:
         """Have the module log `metrics`."""
-        pl_module.rollout_metrics |= self.metrics()  # type: ignore[operator,assignment]
+        module.rollout_metrics |= self.metrics()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.close()

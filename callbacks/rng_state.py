@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from callbacks.base import RLCallback
 from lit_rl.ranks import gather_objects
 
 
-class RngState(L.Callback):
+class RngState(RLCallback):
     """Python's, NumPy's, torch's and CUDA's generator of each process: saved with every checkpoint, restored when training starts.
 
     Rollouts, prompts, minibatches and evaluation do not need it: their draws are functions of (seed, purpose, iteration, ...). What is

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from callbacks.base import Method, RLCallback
 from callbacks.image_writer import to_image
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import logged_step
@@ -21,7 +22,7 @@ TEXT_SIZE = 12
 CAPTION_LINES = 3
 
 
-class SampleGallery(L.Callback):
+class SampleGallery(RLCallback):
     """Shows a few images of the rollout every n iterations, and of every evaluation, to each logger that takes images.
 
     TensorBoard gets one contact sheet, loggers with `log_image` (W&B, SwanLab) the single images with captions. The first process
@@ -43,18 +44,18 @@ class SampleGallery(L.Callback):
         self._kept: list[tuple[int, Tensor, Info]] = []  # row of the rollout or evaluation, image, prompt
 
     # ------------------------------------------------------------------ training samples
-    def on_phase_start(self, trainer: L.Trainer, module: Any, name: str) -> None:
+    def on_phase_start(self, trainer: L.Trainer, module: Method, name: str) -> None:
         if name == "rollout":
             self._seen, self._kept = 0, []
 
-    def on_rollout_chunk(self, trainer: L.Trainer, module: Any, media: Tensor, info: Sequence[Info], total: int) -> None:
+    def on_rollout_chunk(self, trainer: L.Trainer, module: Method, media: Tensor, info: Sequence[Info], total: int) -> None:
         rows = range(self._seen, self._seen + len(media))
         self._seen += len(media)
         if trainer.is_global_zero and module.iteration % self.every_n_iterations == 0:
             wanted = spread(total, self.max_images)
             self._kept += [(row, image.clone(), prompt) for row, image, prompt in zip(rows, media, info) if row in wanted]
 
-    def on_rollout_end(self, trainer: L.Trainer, module: Any, rollout: Any) -> None:
+    def on_rollout_end(self, trainer: L.Trainer, module: Method, rollout: Rollout) -> None:
         self._show(trainer, module, "samples/rollout", f"rollout-{module.iteration + 1:05d}", rollout.rewards)
 
     # ------------------------------------------------------------------ evaluation samples
@@ -70,7 +71,7 @@ class SampleGallery(L.Callback):
                 self._kept.append((self._seen + i, image.clone(), prompts.info[i]))
         self._seen += len(prompts)
 
-    def on_evaluation_end(self, trainer: L.Trainer, module: Any, prompts: Prompts, rewards: Mapping[str, Tensor]) -> None:
+    def on_evaluation_end(self, trainer: L.Trainer, module: Method, prompts: Prompts, rewards: Mapping[str, Tensor]) -> None:
         if not trainer.sanity_checking:
             self._show(trainer, module, "samples/evaluation", f"evaluation-{trainer.global_step:06d}", rewards)
 

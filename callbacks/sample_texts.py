@@ -8,12 +8,13 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from callbacks.base import Method, RLCallback
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import logged_step
 from lit_rl.types import Info, Prompts, TokenRollout
 
 
-class SampleTexts(L.Callback):
+class SampleTexts(RLCallback):
     """Shows answers every n iterations, and of every evaluation, to loggers that take texts (TensorBoard) and, of rollouts, on the console.
 
     The first process shows the first ones of its share.
@@ -35,11 +36,11 @@ class SampleTexts(L.Callback):
         self._kept: list[tuple[str, Info]] = []
 
     # ------------------------------------------------------------------ training
-    def on_phase_start(self, trainer: L.Trainer, module: Any, name: str) -> None:
+    def on_phase_start(self, trainer: L.Trainer, module: Method, name: str) -> None:
         if name == "rollout":
             self._kept = []
 
-    def on_rollout_chunk(self, trainer: L.Trainer, module: Any, texts: Sequence[str], info: Sequence[Info], total: int) -> None:
+    def on_rollout_chunk(self, trainer: L.Trainer, module: Method, texts: Sequence[str], info: Sequence[Info], total: int) -> None:
         if trainer.is_global_zero and module.iteration % self.every_n_iterations == 0:
             self._kept += list(zip(texts, info))[: self.max_texts - len(self._kept)]
 
@@ -50,7 +51,7 @@ class SampleTexts(L.Callback):
         self._kept = []
         self.on_rollout_chunk(trainer, module, texts, rollout.info[: len(first)], len(rollout))
 
-    def on_rollout_end(self, trainer: L.Trainer, module: Any, rollout: Any) -> None:
+    def on_rollout_end(self, trainer: L.Trainer, module: Method, rollout: Rollout) -> None:
         rows = self._take(rollout.rewards)
         self._show(trainer, module, "samples/rollout", rows)
         if self.console:
@@ -67,7 +68,7 @@ class SampleTexts(L.Callback):
         if trainer.is_global_zero and "texts" in outputs:
             self._kept += list(zip(outputs["texts"], outputs["prompts"].info))[: self.max_texts - len(self._kept)]
 
-    def on_evaluation_end(self, trainer: L.Trainer, module: Any, prompts: Prompts, rewards: Mapping[str, Tensor]) -> None:
+    def on_evaluation_end(self, trainer: L.Trainer, module: Method, prompts: Prompts, rewards: Mapping[str, Tensor]) -> None:
         if not trainer.sanity_checking:
             self._show(trainer, module, "samples/evaluation", self._take(rewards))
 

@@ -9,11 +9,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from callbacks.base import RLCallback
 from lit_rl.ranks import gather_objects
 from lit_rl.types import Prompts
 
 
-class TextWriter(L.Callback):
+class TextWriter(RLCallback):
     """One JSON object per prompt, in order: `prompt`, `response`, and the row's `id` and `data_source` where it has them.
 
     Part of every run; does nothing outside `predict`, and where no texts are made.

@@ -11,12 +11,13 @@ from typing import Any, Literal, get_args
 import lightning as L
 import torch
 
+from callbacks.base import Method, RLCallback
 from lit_rl.ranks import gather_objects
 
 Phase = Literal["rollout", "score", "train", "validation", "other"]
 
 
-class Throughput(L.Callback):
+class Throughput(RLCallback):
     """Wall-clock seconds of each iteration by what the process was doing, samples and trained actions per second.
 
     Logged once per iteration, as means over the processes:
@@ -40,13 +41,13 @@ class Throughput(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._clock.restart()
 
-    def on_phase_start(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> None:
+    def on_phase_start(self, trainer: L.Trainer, module: Method, name: str) -> None:
         self._clock.enter(name)
 
-    def on_phase_end(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> None:
+    def on_phase_end(self, trainer: L.Trainer, module: Method, name: str) -> None:
         self._clock.enter("other")
 
-    def on_rollout_chunk(self, trainer: L.Trainer, module: L.LightningModule, media: Sized, info: Sequence[Any], total: int) -> None:
+    def on_rollout_chunk(self, trainer: L.Trainer, module: Method, media: Sized, info: Sequence[Any], total: int) -> None:
         self._samples += len(media)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
