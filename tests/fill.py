@@ -12,7 +12,8 @@ from torch import Tensor
 
 from datamodules.base import PromptDataModule
 from lit_rl.miniatures.images import build_flux
-from lit_rl.policies.flux_fill import FluxFillPolicy, StyleSettings
+from lit_rl.policies.flux_fill import FluxFillPolicy
+from lit_rl.policies.style import StyleSettings
 from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.types import ALL, Info
 

@@ -19,7 +19,8 @@ from lit_rl.credit.rules import Advantage
 from lit_rl.doctor.__main__ import parser as doctor_parser
 from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.flow_grpo import FlowGRPO
-from lit_rl.policies.flux_fill import FluxFillPolicy, StyleSettings
+from lit_rl.policies.flux_fill import FluxFillPolicy
+from lit_rl.policies.style import StyleSettings
 from lit_rl.rewards import launch, server
 
 ROOT = Path(__file__).parent.parent

@@ -31,8 +31,8 @@ from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL
 from lit_rl.net.gpus import Gpu
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
-from lit_rl.policies.flux_fill import count_new_adapter
 from lit_rl.policies.pretrained import component_config
+from lit_rl.policies.style import count_new_adapter
 from lit_rl.rewards.client import HTTPReward
 
 PATH_KEYS = ("pretrained", "encoder", "initial", "model_path")

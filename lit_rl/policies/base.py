@@ -43,8 +43,10 @@ class Policy(nn.Module, ABC):
     def reference(self) -> AbstractContextManager[None]:
         """Inside it the initial weights answer: LoRA disabled, or the frozen copy of a full fine-tune."""
 
-    has_reference = False
-    """Whether `reference()` has weights to answer with."""
+    @property
+    def has_reference(self) -> bool:
+        """`reference()` has weights to answer with."""
+        return False
 
     def check_reference(self, *, after_warmup: bool) -> None:
         """Raise ConfigError if `reference()` would have no weights to answer with, or, after a warm-up, those from before it."""

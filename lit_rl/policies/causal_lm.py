@@ -151,7 +151,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         head = recognized(lm)
         if stops := self.stop_ids:  # what this run learns as ends, the export says too
             lm.config.eos_token_id = lm.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
-        self.adopt(lm, add=lambda lora: add_language_lora(lm, lora, seed=torch.initial_seed()), frozen=self.dtype)
+        self.set_network(lm, add=lambda lora: add_language_lora(lm, lora, seed=torch.initial_seed()), dtype=self.dtype)
         self.network = TokenNetwork(lm, head)
         if self.reference_network is not None:
             self.reference_network = TokenNetwork(self.reference_network, head)
@@ -234,7 +234,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
             real = column < (lengths - 1)[:, None]
             at = (real.flatten().cumsum(0) - 1)[places]
             inputs, positions = inputs[real][None], column[real][None]
-        new, entropies = self.answering()(inputs, at, targets, positions=positions, temperature=temperature, entropy=entropy)
+        new, entropies = self.active_network(inputs, at, targets, positions=positions, temperature=temperature, entropy=entropy)
 
         def spread(values: Tensor) -> Tensor:
             flat = values.new_zeros(chosen.numel()).index_put((places,), values)
@@ -245,7 +245,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
     def plain_logprobs(self, ids: Tensor) -> Tensor:
         """Float32 "T-1" of one sequence Int "T", from the logits of the model's plain forward."""
         places = torch.arange(len(ids) - 1, device=ids.device)
-        return self.answering()(ids[None], places, ids[1:], positions=None, temperature=1.0, entropy=False, plain=True)[0]
+        return self.active_network(ids[None], places, ids[1:], positions=None, temperature=1.0, entropy=False, plain=True)[0]
 
     # ------------------------------------------------------------------ saving
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:

@@ -135,7 +135,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         self._pipe: Any = pipe  # no nn.Module, so that nobody shards, moves or saves what is frozen in it
         check_resolution(self.resolution, cell=self.vae_factor * self.tokens_side(pipe.transformer.config))
         self._network_class = type(pipe.transformer)
-        self.adopt(pipe.transformer, add=self._add_adapter, frozen=self.dtype)
+        self.set_network(pipe.transformer, add=self._add_adapter, dtype=self.dtype)
         for network in self.networks():
             if self.gradient_checkpointing:
                 network.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -212,7 +212,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         """The inputs in the network's own precision, or as they are where autocast chooses."""
         if torch.is_autocast_enabled(self.device.type):
             return list(tensors)
-        network: Any = self.answering()
+        network: Any = self.active_network
         dtype = network.context_embedder.weight.dtype
         return [tensor.to(dtype) for tensor in tensors]
 

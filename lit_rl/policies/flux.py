@@ -58,7 +58,7 @@ class FluxPolicy(DiffusersFlowPolicy):
         return None
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        network = self.answering()
+        network = self.active_network
         image, embeds, pooled = self.compute_dtype(self.tokens(x, cond), cond["prompt_embeds"], cond["pooled"])
         guidance = (
             t.new_full((len(x),), self.guidance_scale, dtype=torch.float32) if self._pipe.transformer.config.guidance_embeds else None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,51 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_rl.checkpoints.ip_adapter import Format, Weights, read_ip_adapter, write_ip_adapter
+from lit_rl.checkpoints.ip_adapter import Format, read_ip_adapter, write_ip_adapter
 from lit_rl.errors import ConfigError
 from lit_rl.policies.flux import FluxPolicy
-from lit_rl.policies.ip_adapter import (
-    FEATURES,
-    FROZEN,
-    ImageProjection,
-    MLPProjection,
-    QFormerProjection,
-    StyleAttention,
-    adapter_names,
-    add_frozen_style,
-    add_ip_adapter,
-    frozen_style,
-    load_ip_adapter,
-    refresh_frozen_style,
-    to_sections,
-)
+from lit_rl.policies.ip_adapter import FEATURES, FROZEN, adapter_names, to_sections
+from lit_rl.policies.style import FrozenStyle, StyleOff, StyleSettings, add_style, letterbox, strip
+from lit_rl.policies.weights.reference import Combined
 from lit_rl.types import Cond, Info
 
 ADAPTER_FILE = "ip-adapter.bin"
-
-
-@dataclass(kw_only=True)
-class StyleSettings:
-    """Style tokens from the features of a SigLIP vision encoder.
-
-    encoder: its folder or hub id. initial: a standard, legacy or released adapter file to start from, whose sizes hold then; None draws a
-    new adapter that says nothing yet, with `tokens` style tokens, and a Q-Former over `key_tokens` keys beside the MLP if `qformer`.
-    heads: of the Q-Former, which no file tells. scale: weight of the style in every attention.
-    """
-
-    encoder: str
-    initial: str | None = None
-    tokens: int = 128
-    qformer: bool = False
-    key_tokens: int = 32
-    heads: int = 8
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if min(self.tokens, self.key_tokens, self.heads) < 1:
-            raise ConfigError(f"style: tokens, key_tokens and heads must be at least 1, got {self.tokens}, {self.key_tokens}, {self.heads}")
-        if self.initial is not None and not Path(self.initial).expanduser().is_file():
-            raise ConfigError(f"style.initial: no such file {self.initial!r}")
 
 
 class FluxFillPolicy(FluxPolicy):
@@ -101,7 +63,9 @@ class FluxFillPolicy(FluxPolicy):
         self.style = style
         self.train_what = train
         self.context_height = context_height
-        self._styleless = False
+        if style is not None and train == "adapter":
+            without_style = FrozenStyle() if self.keep_reference else StyleOff()
+            self.reference_weights = Combined(without_style, *((self.reference_weights,) if self.lora else ()))
 
     @property
     def full(self) -> bool:
@@ -117,8 +81,6 @@ class FluxFillPolicy(FluxPolicy):
                 self.network.requires_grad_(False)
             for name in adapter_names(self.network):
                 self.network.get_parameter(name).requires_grad_(True)
-            if self.keep_reference:
-                add_frozen_style(self.network)
 
     def _read_pipeline(self) -> Any:
         initial = read_ip_adapter(self.style.initial) if self.style and self.style.initial else None  # errors before minutes of reading
@@ -129,23 +91,8 @@ class FluxFillPolicy(FluxPolicy):
                 f"pretrained: {self.pretrained!r} has a transformer of {have} channels in; with its VAE, Fill needs {channels}"
             )
         if self.style:
-            self._add_style(pipe, self.style, initial)
+            add_style(pipe, self.style, initial, dtype=self.dtype)
         return pipe
-
-    def _add_style(self, pipe: Any, style: StyleSettings, weights: Weights | None) -> None:
-        from transformers import SiglipVisionModel
-
-        # An attribute, not a component: it is woken with the other frozen parts and not saved.
-        pipe.style_encoder = SiglipVisionModel.from_pretrained(style.encoder, dtype=self.dtype).requires_grad_(False).eval()
-        features, width = pipe.style_encoder.config.hidden_size, pipe.transformer.config.joint_attention_dim
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch.initial_seed())
-            projection = ImageProjection.like(weights, heads=style.heads) if weights else _new_projection(style, features, width)
-        if (asked := projection.mlp.features) != features:
-            raise ConfigError(f"style.initial: {style.initial!r} projects {asked} features, the encoder {style.encoder!r} has {features}")
-        add_ip_adapter(pipe.transformer, projection, scale=style.scale, seed=torch.initial_seed())
-        if weights:
-            load_ip_adapter(pipe.transformer, weights)
 
     @staticmethod
     def _factor(pipe: Any) -> int:
@@ -224,35 +171,10 @@ class FluxFillPolicy(FluxPolicy):
         return torch.cat([x, cond["fill"].to(x.dtype)], dim=-1)
 
     def attention_inputs(self, cond: Cond) -> dict[str, Any] | None:
-        return {FEATURES: cond[FEATURES]} if self.style and not self._styleless else None
+        return {FEATURES: cond[FEATURES]} if self.style else None
 
     def decode(self, x: Tensor) -> Tensor:
         return super().decode(x)[:, :, self.context_height :]
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        styled = self.style is not None and not self.full
-        style = (frozen_style(self.network) if self.keep_reference else self._without_style()) if styled else nullcontext()
-        with style, super().reference():
-            yield
-
-    @contextmanager
-    def _without_style(self) -> Iterator[None]:
-        before, self._styleless = self._styleless, True
-        try:
-            yield
-        finally:
-            self._styleless = before
-
-    def refresh_reference(self) -> None:
-        super().refresh_reference()
-        if self.style and self.keep_reference and not self.full:
-            refresh_frozen_style(self.network)
-
-    def check_reference(self, *, after_warmup: bool) -> None:
-        """A style adapter has a reference always; LoRA alone and full fine-tunes as in `FluxPolicy`."""
-        if self.full or self.style is None:
-            super().check_reference(after_warmup=after_warmup)
 
     # ------------------------------------------------------------------ saving
     def checkpoint_keys(self) -> set[str]:
@@ -277,46 +199,3 @@ class FluxFillPolicy(FluxPolicy):
         if names:
             sections = to_sections({names[n]: tensor for n, tensor in weights.items() if n in names})
             write_ip_adapter(folder / ADAPTER_FILE, sections, format=format)
-
-
-def strip(reference: Tensor, height: int, width: int) -> Tensor:
-    """uint8 "3 h w" -> uint8 "3 height width": scaled to the width; a higher one to the height instead, in the middle of black.
-
-    Black is above a lower one, so that it touches the image below. A height that is off by at most 8 pixels is stretched: Calligrapher
-    takes the nearest multiple of 16.
-    """
-    have, wide = reference.shape[1:]
-    scale = min(width / wide, height / have)
-    new = [max(1, round(have * scale)), max(1, round(wide * scale))]
-    if abs(round(have * width / wide) - height) <= 8:
-        new = [height, width]
-    scaled = F.interpolate(reference[None].float(), size=new, mode="bilinear", antialias=True)[0].round().clamp(0, 255).to(torch.uint8)
-    left = (width - new[1]) // 2
-    return F.pad(scaled, (left, width - new[1] - left, height - new[0], 0))
-
-
-def letterbox(image: Tensor, side: int) -> Tensor:
-    """uint8 "3 h w" -> Float "3 side side" in [0, 1]: scaled to fit (bicubic), in the middle of a black square."""
-    height, width = image.shape[1:]
-    longest = max(height, width)
-    new = [max(1, round(length * side / longest)) for length in (height, width)]
-    scaled = F.interpolate(image[None].float() / 255, size=new, mode="bicubic", antialias=True)[0].clamp(0, 1)
-    above, left = ((side - length) // 2 for length in new)
-    return F.pad(scaled, (left, side - new[1] - left, above, side - new[0] - above))
-
-
-def count_new_adapter(style: StyleSettings, *, features: int, transformer: Mapping[str, Any]) -> int:
-    """Weights of the adapter that `style` draws beside a transformer of this config. features: width of the encoder's."""
-    context, width = transformer["joint_attention_dim"], transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    with torch.device("meta"):
-        projection, attention = _new_projection(style, features, context), StyleAttention(width, context)
-    blocks = transformer["num_layers"] + transformer["num_single_layers"]
-    return sum(p.numel() for p in projection.parameters()) + blocks * sum(p.numel() for p in attention.parameters())
-
-
-def _new_projection(style: StyleSettings, features: int, width: int) -> ImageProjection:
-    mlp = MLPProjection(features, tokens=style.tokens, width=width)
-    if not style.qformer:
-        return ImageProjection(mlp)
-    qformer = QFormerProjection(features, tokens=style.tokens, width=width, key_tokens=style.key_tokens, heads=style.heads)
-    return ImageProjection(mlp, qformer)

@@ -6,9 +6,7 @@ own (`StyleAttention`). Both are submodules of the transformer, so strategies sh
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError, listed
-from lit_rl.policies.weights.shards import local, reshard
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_flux import FluxAttention
@@ -45,7 +42,7 @@ class StyleAttention(nn.Module):
         super().__init__()
         self.scale = scale
         self.frozen: Any = None
-        self.frozen_answers = False
+        self.frozen_is_active = False
         self.to_k_ip = nn.Linear(context, width, bias=False)
         self.to_v_ip = nn.Linear(context, width, bias=False)
         nn.init.zeros_(self.to_v_ip.weight)
@@ -83,7 +80,7 @@ class StyleAttention(nn.Module):
 
     def style(self, query: Tensor, tokens: Tensor) -> Tensor:
         """What the tokens Float "B N C" say to the queries Float "B L H D": Float "B L H*D"."""
-        if self.frozen_answers:
+        if self.frozen_is_active:
             return self.frozen.style(query, tokens)
         tokens = tokens.to(self.to_k_ip.weight.dtype)
         key, value = (layer(tokens).unflatten(-1, query.shape[2:]) for layer in (self.to_k_ip, self.to_v_ip))
@@ -137,12 +134,13 @@ class ImageProjection(nn.Module):
         super().__init__()
         self.mlp = mlp
         self.qformer = qformer
+        self.is_off = False  # then the network has no style, whatever features it gets
         self.frozen: Any = None
-        self.frozen_answers = False
+        self.frozen_is_active = False
 
     def forward(self, features: Tensor) -> Tensor:
         """Float "B F" -> Float "B N C". A sample without style has features of zeros, which no encoder gives to an image."""
-        if self.frozen_answers:
+        if self.frozen_is_active:
             return self.frozen(features)
         features = features.to(self.mlp.norm.weight.dtype)
         tokens = self.mlp(features) if self.qformer is None else self.mlp(features) + self.qformer(features)
@@ -185,7 +183,8 @@ def _project(network: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
     if FEATURES not in joint:
         return args, kwargs
     rest = {key: value for key, value in joint.items() if key != FEATURES}
-    return args, {**kwargs, "joint_attention_kwargs": {**rest, TOKENS: network.image_proj(joint[FEATURES])}}
+    tokens = {} if network.image_proj.is_off else {TOKENS: network.image_proj(joint[FEATURES])}
+    return args, {**kwargs, "joint_attention_kwargs": {**rest, **tokens}}
 
 
 def set_style_scale(network: nn.Module, scale: float) -> None:
@@ -199,36 +198,8 @@ def style_attentions(network: nn.Module) -> list[StyleAttention]:
     return [block.attn.processor for block in flux_blocks(network)]
 
 
-def add_frozen_style(network: Any) -> None:
-    """Keep a frozen copy of the adapter beside the trained one, which stays the one that answers."""
-    for home in _homes(network):
-        home.frozen = copy.deepcopy(home).requires_grad_(False)
-
-
-@torch.no_grad()
-def refresh_frozen_style(network: Any) -> None:
-    """The frozen copy <- the adapter as it is now; local shards when sharded."""
-    reshard(network)
-    for home in _homes(network):
-        for name, parameter in home.frozen.named_parameters():
-            local(parameter).copy_(local(home.get_parameter(name)))
-
-
-@contextmanager
-def frozen_style(network: Any) -> Iterator[None]:
-    """Inside it the frozen copy answers in place of the adapter."""
-    homes = _homes(network)
-    before = [home.frozen_answers for home in homes]
-    try:
-        for home in homes:
-            home.frozen_answers = True
-        yield
-    finally:
-        for home, answered in zip(homes, before):
-            home.frozen_answers = answered
-
-
-def _homes(network: Any) -> list[Any]:
+def style_modules(network: Any) -> list[Any]:
+    """The modules of the adapter: the image projection and every style attention."""
     return [network.image_proj, *style_attentions(network)]
 
 

@@ -59,7 +59,7 @@ class SD3Policy(DiffusersFlowPolicy):
             embeds = torch.cat([cond["negative_prompt_embeds"].expand_as(embeds), embeds])
             pooled = torch.cat([cond["negative_pooled"].expand_as(pooled), pooled])
         x, embeds, pooled = self.compute_dtype(x, embeds, pooled)
-        v = self.answering()(
+        v = self.active_network(
             hidden_states=x, timestep=t.float() * 1000, encoder_hidden_states=embeds, pooled_projections=pooled, return_dict=False
         )[0].float()
         if self.guided:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Policy
-from lit_rl.policies.weights.lora import TRAINED, LoraSettings, add_frozen_copy, copy_adapter, disabled_adapters, geometry, using_adapter
-from lit_rl.policies.weights.shards import copy_weights, reshard
-
-REFERENCE = "reference"
+from lit_rl.policies.weights.lora import LoraSettings, geometry
+from lit_rl.policies.weights.reference import Reference, reference_of
 
 
 class TrainedPolicy(Policy):
@@ -32,32 +29,30 @@ class TrainedPolicy(Policy):
         super().__init__()
         self.lora = lora
         self.keep_reference = keep_reference or (lora is not None and lora.initial is not None)
+        self.reference_weights: Reference = reference_of(adapter=lora is not None, copied=self.keep_reference)
         self.reference_network: nn.Module | None = None
         self.adapter: dict[str, Any] | None = None  # layers and strengths of the trained adapter, for checkpoints
-        self._reference_answers = False
-        self.has_reference = lora is not None or keep_reference
         self.drops = False
 
     @property
     def full(self) -> bool:
-        """Whether every weight of the network is trained."""
+        """Every weight of the network is trained."""
         return self.lora is None
 
-    def adopt(self, network: nn.Module, *, add: Callable[[LoraSettings], None], frozen: torch.dtype) -> None:
-        """Take `network` as the one that is trained.
+    def set_network(self, network: nn.Module, *, add: Callable[[LoraSettings], None], dtype: torch.dtype) -> None:
+        """Train `network`, and keep its reference.
 
-        add: freezes it and adds the trained adapter, a new one or that of `lora.initial`. frozen: precision of a reference network.
+        add: Freezes it and adds the trained adapter, a new one or that of `lora.initial`. dtype: Precision of a frozen copy of the network.
         """
         self.network = network
         if self.lora:
             add(self.lora)
             self.adapter = geometry(network)
-            if self.keep_reference:
-                add_frozen_copy(network, REFERENCE)
         else:
             network.requires_grad_(True)
-            if self.keep_reference and self.full:
-                self.reference_network = copy.deepcopy(network).requires_grad_(False).to(frozen)
+        self.reference_weights.add(self, dtype=dtype)
+        if size := self.reference_weights.bytes(self):
+            rank_zero_info(f"Reference: a copy of what is trained, {size / 2**20:,.1f} MiB")
 
     def train(self, mode: bool = True) -> Self:
         """Training mode reaches the network only where a method sets `drops`.
@@ -75,39 +70,23 @@ class TrainedPolicy(Policy):
         """The trained network, and the frozen copy of it where one is kept: each is sharded on its own."""
         return [self.network] if self.reference_network is None else [self.network, self.reference_network]
 
-    def answering(self) -> nn.Module:
-        """The network that is asked at the moment."""
-        return self.reference_network if self._reference_answers and self.reference_network is not None else self.network
+    @property
+    def active_network(self) -> nn.Module:
+        """The network to call: inside `reference()` the frozen copy where one is kept, else the trained one."""
+        return self.reference_weights.network(self)
 
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        if self.lora:
-            with using_adapter(self.network, REFERENCE) if self.keep_reference else disabled_adapters(self.network):
-                yield
-            return
-        before, self._reference_answers = self._reference_answers, True
-        try:
-            yield
-        finally:
-            self._reference_answers = before
+    @property
+    def has_reference(self) -> bool:
+        return self.reference_weights.exists
+
+    def reference(self) -> AbstractContextManager[None]:
+        return self.reference_weights.active(self)
 
     def check_reference(self, *, after_warmup: bool) -> None:
-        if not self.lora and not self.keep_reference:
-            raise ConfigError("a full fine-tune has no reference weights: set model.policy.keep_reference to true, or model.kl_coef to 0")
-        if after_warmup and not self.keep_reference:
-            raise ConfigError(
-                "LoRA's reference is the base from before the warm-up: set model.policy.keep_reference to true, or model.kl_coef to 0"
-            )
+        self.reference_weights.check(after_warmup=after_warmup)
 
     def refresh_reference(self) -> None:
-        """The kept copy <- the current weights, e.g. when a warm-up ends; nothing where no copy is kept."""
-        if not self.keep_reference:
-            return
-        if self.lora:
-            reshard(self.network)
-            copy_adapter(self.network, source=TRAINED, target=REFERENCE)
-        elif self.reference_network is not None:
-            copy_weights(self.network, self.reference_network)
+        self.reference_weights.refresh(self)
 
     def checkpoint_keys(self) -> set[str]:
         """Everything in a full fine-tune, its reference included; with LoRA all adapters, trained or not, without the base network."""

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lit_rl.checkpoints.ip_adapter import read_ip_adapter, write_ip_adapter
 from lit_rl.errors import ConfigError
 from lit_rl.miniatures.images import build_flux, build_siglip
-from lit_rl.policies.flux_fill import FluxFillPolicy, StyleSettings, count_new_adapter, letterbox, strip
+from lit_rl.policies.flux_fill import FluxFillPolicy
 from lit_rl.policies.ip_adapter import adapter_names, style_attentions
+from lit_rl.policies.style import StyleSettings, count_new_adapter, letterbox, strip
 from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.types import Cond
 

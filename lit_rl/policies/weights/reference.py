@@ -1,0 +1,172 @@
+"""Four ways in which a policy keeps its reference beside the weights that are trained, and the case without one.
+
+A `Reference` is chosen when the policy is constructed, before any weights are read, and gets its weights when they are loaded.
+
+| class | reference | memory | after a warm-up |
+| --- | --- | --- | --- |
+| `AdapterOff` | the base network, its adapters switched off | none | stays the base from before it |
+| `FrozenAdapter` | a second adapter in the same base | the adapter again, in float32 | becomes the current adapter |
+| `FrozenNetwork` | a copy of the network | all its weights in the policy's `dtype` | becomes the current weights |
+| `lit_rl.policies.style` | the style adapter switched off, or a copy of it | none, or that adapter again | stays, or becomes current |
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from lit_rl.errors import ConfigError
+from lit_rl.policies.weights.lora import TRAINED, adapter_parameters, add_frozen_copy, copy_adapter, disabled_adapters, using_adapter
+from lit_rl.policies.weights.shards import copy_weights, reshard
+
+REFERENCE = "reference"
+"""Name of the frozen adapter."""
+
+
+class Referenced(Protocol):
+    """A policy as its reference sees it: the trained network, and the frozen one where a `FrozenNetwork` is kept."""
+
+    network: nn.Module
+    reference_network: nn.Module | None
+
+
+class Reference:
+    """Weights that answer inside `active(policy)`."""
+
+    exists = True
+    """False where a policy has no weights to answer with."""
+
+    def add(self, policy: Referenced, *, dtype: torch.dtype) -> None:
+        """Called once when the policy's weights are read. dtype: precision of the policy's frozen weights."""
+
+    def active(self, policy: Referenced) -> AbstractContextManager[None]:
+        """Inside it the reference answers in place of the trained weights."""
+        raise NotImplementedError
+
+    def refresh(self, policy: Referenced) -> None:
+        """The reference <- the current weights, in place, shard by shard; nothing where no copy is kept."""
+
+    def check(self, *, after_warmup: bool) -> None:
+        """Raise ConfigError if there are no weights to answer with, or, after a warm-up, those from before it."""
+
+    def network(self, policy: Referenced) -> nn.Module:
+        """The network to call: the trained one, but for a `FrozenNetwork` that is active."""
+        return policy.network
+
+    def bytes(self, policy: Referenced) -> int:
+        """Memory of the reference's own weights, before a strategy shards them."""
+        return 0
+
+
+class NoReference(Reference):
+    """A full fine-tune without a copy of its initial weights."""
+
+    exists = False
+
+    @contextmanager
+    def active(self, policy: Referenced) -> Iterator[None]:
+        yield
+
+    def check(self, *, after_warmup: bool) -> None:
+        raise ConfigError("a full fine-tune has no reference weights: set model.policy.keep_reference to true, or model.kl_coef to 0")
+
+
+class AdapterOff(Reference):
+    """LoRA's base network. It needs no memory and cannot be refreshed."""
+
+    def active(self, policy: Referenced) -> AbstractContextManager[None]:
+        return disabled_adapters(policy.network)
+
+    def check(self, *, after_warmup: bool) -> None:
+        if after_warmup:
+            raise ConfigError(
+                "LoRA's reference is the base from before the warm-up: set model.policy.keep_reference to true, or model.kl_coef to 0"
+            )
+
+
+class FrozenAdapter(Reference):
+    """A frozen copy of the trained adapter beside it, in float32. The base network is shared."""
+
+    def add(self, policy: Referenced, *, dtype: torch.dtype) -> None:
+        add_frozen_copy(policy.network, REFERENCE)
+
+    def active(self, policy: Referenced) -> AbstractContextManager[None]:
+        return using_adapter(policy.network, REFERENCE)
+
+    def refresh(self, policy: Referenced) -> None:
+        reshard(policy.network)
+        copy_adapter(policy.network, source=TRAINED, target=REFERENCE)
+
+    def bytes(self, policy: Referenced) -> int:
+        return sum(p.nbytes for p in adapter_parameters(policy.network, REFERENCE).values())
+
+
+class FrozenNetwork(Reference):
+    """A frozen copy of the whole network, `policy.reference_network`, in the precision of the policy's frozen weights."""
+
+    def __init__(self) -> None:
+        self.is_active = False
+
+    def add(self, policy: Referenced, *, dtype: torch.dtype) -> None:
+        policy.reference_network = copy.deepcopy(policy.network).requires_grad_(False).to(dtype)
+
+    @contextmanager
+    def active(self, policy: Referenced) -> Iterator[None]:
+        before, self.is_active = self.is_active, True
+        try:
+            yield
+        finally:
+            self.is_active = before
+
+    def refresh(self, policy: Referenced) -> None:
+        copy_weights(policy.network, self._frozen(policy))
+
+    def network(self, policy: Referenced) -> nn.Module:
+        return self._frozen(policy) if self.is_active else policy.network
+
+    def bytes(self, policy: Referenced) -> int:
+        return sum(p.nbytes for p in self._frozen(policy).parameters())
+
+    def _frozen(self, policy: Referenced) -> nn.Module:
+        assert policy.reference_network is not None, "the copy is made when the policy is loaded"
+        return policy.reference_network
+
+
+class Combined(Reference):
+    """References of several parts of one network, e.g. of a style adapter and of LoRA; the first one decides in `check`."""
+
+    def __init__(self, *parts: Reference) -> None:
+        self.parts = parts
+
+    def add(self, policy: Referenced, *, dtype: torch.dtype) -> None:
+        for part in self.parts:
+            part.add(policy, dtype=dtype)
+
+    @contextmanager
+    def active(self, policy: Referenced) -> Iterator[None]:
+        with ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(part.active(policy))
+            yield
+
+    def refresh(self, policy: Referenced) -> None:
+        for part in self.parts:
+            part.refresh(policy)
+
+    def check(self, *, after_warmup: bool) -> None:
+        self.parts[0].check(after_warmup=after_warmup)
+
+    def bytes(self, policy: Referenced) -> int:
+        return sum(part.bytes(policy) for part in self.parts)
+
+
+def reference_of(*, adapter: bool, copied: bool) -> Reference:
+    """The reference of a policy that trains LoRA (adapter) or all weights, with a frozen copy of what is trained or without one."""
+    if adapter:
+        return FrozenAdapter() if copied else AdapterOff()
+    return FrozenNetwork() if copied else NoReference()
