@@ -110,9 +110,10 @@ def write_parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    unfinished = path.with_suffix(".part")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), unfinished)
-    unfinished.replace(path)
+    from lit_rl.checkpoints.replacing import atomic_file
+
+    with atomic_file(path) as file:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
 
 
 # ---------------------------------------------------------------------- downloads

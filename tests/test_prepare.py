@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from text_rows import jsonl, parquet
 
 from datamodules.pairs import PreferencePairs
 from datamodules.prompts_text import TextPrompts
 from datamodules.supervised import SupervisedText
-from lit_rl.prepare import main
+from lit_rl.prepare import main, write_parquet
 from lit_rl.rewards.text.rules import RuleReward
 
 ROW = {"question": "Natalia sold 48 clips and half as many. How many?", "answer": "48/2 = <<48/2=24>>24.\n#### 1,072"}
@@ -19,8 +22,6 @@ PAIR = {"prompt": "\n\nHuman: hi\n\nAssistant:", "response": " x", "chosen": " H
 
 
 def columns(path: Path) -> list[dict]:
-    import pyarrow.parquet
-
     return pyarrow.parquet.read_table(path).to_pylist()
 
 
@@ -99,3 +100,19 @@ def test_downloads_go_where_they_are_asked_to(tmp_path: Path, monkeypatch: pytes
     assert len(columns(tmp_path / "data" / "train.parquet")) == 1
     main(["model", "--from", "owner/name", "--out", str(tmp_path / "model")])
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "model") and (tmp_path / "model").is_dir()
+
+
+def test_two_runs_that_write_one_file_leave_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have written their rows before the first gives the file its name."""
+    path, written, write_table = tmp_path / "train.parquet", threading.Barrier(2), pyarrow.parquet.write_table
+
+    def slowly(table: pyarrow.Table, where: object) -> None:
+        write_table(table, where)
+        written.wait(30)
+
+    monkeypatch.setattr(pyarrow.parquet, "write_table", slowly)
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(write_parquet, [{"name": name}] * 9, path) for name in ("a", "b")]:
+            done.result()
+    assert columns(path) in ([{"name": "a"}] * 9, [{"name": "b"}] * 9)
+    assert [file.name for file in tmp_path.iterdir()] == ["train.parquet"]

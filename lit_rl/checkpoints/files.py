@@ -69,9 +69,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def resolve_checkpoint(path: str, folders: Sequence[str | os.PathLike]) -> str | None:
     """What `--ckpt_path` means: a complete checkpoint's path, or None to start from scratch.
 
-    "last" is the `last*.ckpt` of `folders` (the `dirpath`s of the checkpoint callbacks) after most optimizer steps, None with a notice if
-    there is none yet. Raises ConfigError if nothing is there or if it is incomplete (a run was killed while writing, a disk was full),
-    naming the newest undamaged checkpoint beside it.
+    "last" is the `last*.ckpt` of `folders` (the `dirpath`s of the checkpoint callbacks) after most optimizer steps, where there is none the
+    complete checkpoint after most, None with a notice if there is nothing yet. Raises ConfigError if nothing is at `path`, or if it is
+    incomplete (a run was killed while writing, a disk was full), naming the newest undamaged checkpoint beside it.
     """
     recover_all([*folders, Path(path).parent])
     if path == "last":
@@ -161,14 +161,25 @@ def _resolve_last(folders: list[Path]) -> str | None:
         raise ConfigError(
             "--ckpt_path last looks into the dirpath of ModelCheckpoint, and none is set: add dirpath to it in trainer.callbacks"
         )
-    found = [file for folder in folders for file in folder.glob("last*.ckpt")]
+    found = [file for folder in folders for file in folder.glob("last*.ckpt") if file.exists()]  # a link may point to what was removed
     if not found:
-        rank_zero_info(f"no checkpoint in {', '.join(str(f) for f in folders)} yet, starting from scratch")
-        return None
+        return _without_last(folders)
     youngest = max(found, key=lambda path: path.stat().st_mtime_ns)
     newest = youngest if what_is_missing(youngest) else max(found, key=_age_key)
     _refuse_incomplete(newest)
     return str(newest)
+
+
+def _without_last(folders: list[Path]) -> str | None:
+    """ModelCheckpoint's `save_last: link` removes the link before it makes the new one: a run can be killed in between."""
+    where = ", ".join(str(folder) for folder in folders)
+    found = newest_first(path for folder in folders for path in _complete_in(folder))
+    if not found:
+        rank_zero_info(f"no checkpoint in {where} yet, starting from scratch")
+        return None
+    rank_zero_info(f"no last.ckpt in {where}: continuing from the checkpoint after most optimizer steps, {found[0]}")
+    _refuse_incomplete(found[0])
+    return str(found[0])
 
 
 def _refuse_incomplete(checkpoint: Path) -> None:

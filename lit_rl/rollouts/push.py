@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lit_rl.checkpoints.replacing import beside, put_in_place, remove, swept
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.weights.shards import gathered, part, reshard
@@ -43,13 +43,14 @@ def digest(weights: dict[str, Tensor]) -> str:
 
 
 def write(policy: TokenPolicy, weights: dict[str, Tensor], folder: Path) -> None:
-    """`folder` with the weights as `policy.save` writes them: it appears whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    for leftover in (temporary, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """`folder` with the weights as `policy.save` writes them: it appears whole or not at all, whoever else writes it."""
+    temporary = beside(folder)
     try:
+        swept(folder, lambda path: False)  # what a killed run has left
         temporary.mkdir(parents=True)
         policy.save(temporary, weights)
-        temporary.rename(folder)
+        put_in_place(temporary, folder)
     except OSError as error:
         raise ConfigError(f"engine.sync_dir={folder.parent} cannot be written: {error}") from error
+    finally:
+        remove(temporary)

@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lit_rl.checkpoints.files import AtomicCheckpointIO, newest_complete, resolve_checkpoint, what_is_missing
@@ -93,6 +94,33 @@ def test_last_is_the_newest_of_all_folders(tmp_path: Path) -> None:
 
 def test_last_of_nothing_starts_from_scratch(tmp_path: Path) -> None:
     assert resolve_checkpoint("last", [tmp_path, tmp_path / "not-there"]) is None
+
+
+@pytest.mark.parametrize("link", ["gone", "dangling"])
+def test_a_run_killed_while_its_link_moved_goes_on(link: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`save_last: link`: Lightning removes the old checkpoint, then the link, then makes the new link."""
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, default_root_dir=tmp_path)
+    first, second = (save(tmp_path / f"{step}.ckpt", step=step) for step in (10, 20))
+    last = tmp_path / "last.ckpt"
+    ModelCheckpoint._link_checkpoint(trainer, str(first), str(last))
+    assert resolve_checkpoint("last", [tmp_path]) == str(last) and last.resolve() == first
+    if link == "dangling":
+        first.unlink()
+    else:
+        monkeypatch.setattr(os, "symlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ModelCheckpoint._link_checkpoint(trainer, str(second), str(last))
+    assert not last.exists()
+    assert resolve_checkpoint("last", [tmp_path]) == str(second)
+
+
+def save(path: Path, *, step: int) -> Path:
+    AtomicCheckpointIO().save_checkpoint({"global_step": step, "state_dict": {"w": torch.zeros(3)}}, path)
+    return path
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_last_without_a_folder_says_which_knob(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,7 @@ from lit_rl.rewards.base import TextReward
 from lit_rl.rollouts.base import Request, RolloutEngine, RolloutError, Sample, Sampling
 from lit_rl.rollouts.hf import HFEngine
 from lit_rl.rollouts.http import HTTPEngine
+from lit_rl.rollouts.push import gather, write
 from lit_rl.types import Info
 
 SHORT = Sampling(max_new_tokens=6)
@@ -206,6 +209,24 @@ def test_weights_are_pushed_when_their_contents_change(base: Path, server: FakeS
     assert sorted(folder.name for folder in (tmp_path / "sync").iterdir()) == sorted(names[-2:])
     made.generate(requests(answering), SHORT)
     assert {body["model"] for body in server.asked} == {names[-1]}
+
+
+def test_two_runs_that_push_the_same_weights_do_not_meet(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have written their files before the first gives the folder its name."""
+    answering, written = loaded(base, LORA), threading.Barrier(2)
+    save, folder = answering.save, tmp_path / "policy-v0"
+
+    def slowly(*given: Any) -> None:
+        save(*given)
+        written.wait(30)
+
+    monkeypatch.setattr(answering, "save", slowly)
+    weights = gather(answering, keep=True)
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(write, answering, weights, folder) for _ in range(2)]:
+            done.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["policy-v0"]
+    assert {path.name for path in folder.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
 
 
 @ways
