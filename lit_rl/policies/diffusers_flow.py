@@ -1,21 +1,19 @@
-"""What the policies around a diffusers pipeline share: loading, LoRA, reference, prompt cache, decoding, saving."""
+"""Base of the policies around a diffusers pipeline: loading, LoRA, geometry, saving."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.losses.masked import finite_rows
 from lit_rl.policies.base import FlowPolicy
-from lit_rl.policies.pretrained import check_index, check_pretrained, check_resolution, component_config, vae_factor, without_bars
+from lit_rl.policies.frozen import FrozenParts, read_pipeline
+from lit_rl.policies.pretrained import check_pretrained, check_resolution, component_config, vae_factor
 from lit_rl.policies.trained import TrainedPolicy
 from lit_rl.policies.weights.lora import LoraSettings, add_lora, base_name
 from lit_rl.policies.weights.pipeline_lora import load_initial, save_adapter, split_adapter
@@ -101,12 +99,10 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         self.compile_blocks = compile
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.vae_dtype: torch.dtype = getattr(torch, vae_dtype)
-        self.offload_text_encoders = offload_text_encoders
-        self.offload_vae = offload_vae
+        self.offload = {"offload_text_encoders": offload_text_encoders, "offload_vae": offload_vae}
         self.vae_slice = vae_slice
         self.cache_prompts = cache_prompts
         self.source = {"revision": revision, "variant": variant}
-        self._encoded: OrderedDict[str, Cond] = OrderedDict()
 
     # ------------------------------------------------------------------ what a family says
     @staticmethod
@@ -133,6 +129,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
             return
         pipe = self._read_pipeline()
         self._pipe: Any = pipe  # no nn.Module, so that nobody shards, moves or saves what is frozen in it
+        self.frozen = FrozenParts(pipe, **self.offload, vae_slice=self.vae_slice, cache_prompts=self.cache_prompts)
         check_resolution(self.resolution, cell=self.vae_factor * self.tokens_side(pipe.transformer.config))
         self._network_class = type(pipe.transformer)
         self.set_network(pipe.transformer, add=self._add_adapter, dtype=self.dtype)
@@ -150,28 +147,9 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
             add_lora(self.network, lora, targets=lora.named or self.lora_targets, seed=torch.initial_seed())
 
     def _read_pipeline(self) -> Any:
-        import diffusers
-
-        import lit_rl.miniatures.pixel_vae  # noqa: F401  (diffusers looks it up among the imported modules)
-
-        pipeline = getattr(diffusers, self.pipeline)
-        where = str(self.folder or self.pretrained)
-        try:
-            index = pipeline.load_config(where, revision=self.source["revision"])
-        except OSError as error:
-            raise ConfigError(f"pretrained: {where!r} is neither a folder nor a hub repository that can be read: {error}") from error
-        check_index(index, where, pipeline=self.pipeline, policies=POLICIES)
-        if self.max_sequence_length == 0 and any(part[1] == "T5EncoderModel" for part in index.values() if isinstance(part, list | tuple)):
-            raise ConfigError(f"max_sequence_length: 0 asks the T5 encoder of {where!r} for no token; set it to at least 1")
-        absent = {name: None for name, part in index.items() if isinstance(part, list | tuple) and part[0] is None}
-        network_dtype = torch.float32 if self.full else self.dtype
-        dtypes = {"transformer": network_dtype, "vae": self.vae_dtype, "default": self.dtype}
-        without_bars()
-        pipe = pipeline.from_pretrained(where, dtype=dtypes, **self.source, **absent)
-        for part in pipe.components.values():
-            if isinstance(part, nn.Module):
-                part.requires_grad_(False)
-        return pipe
+        dtypes = {"transformer": torch.float32 if self.full else self.dtype, "vae": self.vae_dtype, "default": self.dtype}
+        where, text = str(self.folder or self.pretrained), self.max_sequence_length > 0
+        return read_pipeline(self.pipeline, where, policies=POLICIES, dtypes=dtypes, text=text, **self.source)
 
     # ------------------------------------------------------------------ geometry
     @classmethod
@@ -216,60 +194,21 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         dtype = network.context_embedder.weight.dtype
         return [tensor.to(dtype) for tensor in tensors]
 
-    # ------------------------------------------------------------------ frozen parts
-    @contextmanager
-    def _awake(self, names: Sequence[str], *, offload: bool) -> Iterator[None]:
-        """Inside it these parts of the pipeline are on `self.device`, in their own precision and without gradients."""
-        parts = [part for name in names if (part := getattr(self._pipe, name, None)) is not None]
-        homes = [(parameter, parameter.data) for part in parts for parameter in part.parameters()] if offload else []
-        for part in parts:
-            part.to(self.device)
-        try:
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                yield
-        finally:
-            if offload:
-                for parameter, home in homes:
-                    parameter.data = home  # nothing has changed it, so nothing is copied back
-                for part in parts:
-                    part.to("cpu")
-
+    # ------------------------------------------------------------------ text and images
     def encode(self, prompts: Sequence[str]) -> Cond:
-        """See the base class. One prompt at a time: the result depends on nothing else in the batch, so a cache hit equals a miss."""
-        guided = ("",) if self.guided else ()
-        wanted = dict.fromkeys((*prompts, *guided))
-        missing = [text for text in wanted if text not in self._encoded]
-        if missing:
-            with self._awake(("text_encoder", "text_encoder_2", "text_encoder_3"), offload=self.offload_text_encoders):
-                for text in missing:
-                    self._encoded[text] = {key: value.cpu() for key, value in self.encode_one(text).items()}
-        for text in wanted:
-            self._encoded.move_to_end(text)
-        rows = {text: self._encoded[text] for text in wanted}
-        while len(self._encoded) > self.cache_prompts:
-            self._encoded.popitem(last=False)
-        cond = {key: torch.cat([rows[text][key] for text in prompts]).to(self.device) for key in rows[prompts[0]]}
-        return cond | {f"negative_{key}": value.to(self.device) for text in guided for key, value in rows[text].items()}
+        return self.frozen.encode(prompts, self.encode_one, device=self.device, negative="" if self.guided else None)
 
     @property
     def guided(self) -> bool:
-        """Whether `velocity` also asks for the empty prompt."""
+        """`velocity` asks for the empty prompt too."""
         return False
 
     def decode(self, x: Tensor) -> Tensor:
-        config = self._pipe.vae.config
-        z = self.unpack(x.float()) / config.scaling_factor + (config.shift_factor or 0.0)
-        with self._awake(("vae",), offload=self.offload_vae):
-            images = [self._pipe.vae.decode(part, return_dict=False)[0] for part in z.to(self.device, self.vae_dtype).split(self.vae_slice)]
-        self.finite_pixels = torch.cat([finite_rows(image) for image in images])
-        return torch.cat([((image.float().nan_to_num() * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8) for image in images])
+        images, self.finite_pixels = self.frozen.images(self.unpack(x.float()), device=self.device)
+        return images
 
     def encode_images(self, images: Tensor, info: Sequence[Info] = ()) -> Tensor:
-        config = self._pipe.vae.config
-        pixels = (images.to(self.device).float() / 255 * 2 - 1).to(self.vae_dtype)
-        with self._awake(("vae",), offload=self.offload_vae):
-            z = torch.cat([self._pipe.vae.encode(part).latent_dist.mode() for part in pixels.split(self.vae_slice)])
-        return self.pack((z.float() - (config.shift_factor or 0.0)) * config.scaling_factor)
+        return self.pack(self.frozen.latents(images.to(self.device).float() / 255 * 2 - 1))
 
     # ------------------------------------------------------------------ saving
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:

@@ -142,17 +142,12 @@ class FluxFillPolicy(FluxPolicy):
         return super().encode_images(self.canvas(images, info))
 
     def fill(self, source: Tensor, mask: Tensor) -> Tensor:
-        """Images uint8 "B 3 H W", masks uint8 "B 1 H W" -> what stands beside the noisy latents: Float "B L 4C+4f^2".
+        """Images uint8 "B 3 H W", masks uint8 "B 1 H W" -> the channels beside the noisy latents: Float "B L 4C+4f^2".
 
         The posterior's mode, where the pipeline draws from it: the same image has the same conditioning at every step.
         """
-        config = self._pipe.vae.config
         white = (mask.to(self.device) > 127).float()
-        pixels = (source.to(self.device).float() / 255 * 2 - 1) * (1 - white)
-        with self._awake(("vae",), offload=self.offload_vae):
-            parts = pixels.to(self.vae_dtype).split(self.vae_slice)
-            z = torch.cat([self._pipe.vae.encode(part).latent_dist.mode() for part in parts]).float()
-        z = (z - (config.shift_factor or 0.0)) * config.scaling_factor
+        z = self.frozen.latents((source.to(self.device).float() / 255 * 2 - 1) * (1 - white))
         return torch.cat([self.pack(z), self.pack(F.pixel_unshuffle(white, self.vae_factor))], dim=-1)
 
     def style_features(self, images: Sequence[Tensor | None]) -> Tensor:
@@ -162,7 +157,7 @@ class FluxFillPolicy(FluxPolicy):
         features = torch.zeros(len(images), encoder.config.hidden_size, device=self.device)
         if there:
             squares = torch.stack([letterbox(images[i].to(self.device), encoder.config.image_size) for i in there])  # type: ignore[union-attr]
-            with self._awake(("style_encoder",), offload=self.offload_text_encoders):
+            with self.frozen.on_device(("style_encoder",), self.device, offload=self.frozen.offload_text_encoders):
                 features[there] = encoder(pixel_values=(squares * 2 - 1).to(self.dtype)).pooler_output.float()
         return features
 

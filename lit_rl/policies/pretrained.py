@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ def check_pretrained(pretrained: str, *, pipeline: str, policies: dict[str, str]
     return folder
 
 
-def check_index(index: dict[str, Any], pretrained: str, *, pipeline: str, policies: dict[str, str]) -> None:
+def check_index(index: dict[str, Any], pretrained: str, *, pipeline: str, policies: Mapping[str, str]) -> None:
     """Raises ValueError when `model_index.json` is of another pipeline class than `pipeline`."""
-    stored = index.get("_class_name")
+    stored = str(index.get("_class_name"))
     if stored != pipeline:
         hint = f"; {policies[stored]} serves that" if stored in policies else ""
         raise ConfigError(f"pretrained: {pretrained!r} holds a {stored}, not a {pipeline}{hint}")

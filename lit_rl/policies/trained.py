@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lit_rl.policies.base import Policy
@@ -52,6 +51,8 @@ class TrainedPolicy(Policy):
             network.requires_grad_(True)
         self.reference_weights.add(self, dtype=dtype)
         if size := self.reference_weights.bytes(self):
+            from lightning.pytorch.utilities.rank_zero import rank_zero_info  # not before there is a model to read: it takes seconds
+
             rank_zero_info(f"Reference: a copy of what is trained, {size / 2**20:,.1f} MiB")
 
     def train(self, mode: bool = True) -> Self:

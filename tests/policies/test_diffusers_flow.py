@@ -258,10 +258,10 @@ def test_idle_parts_leave_the_device(offload: bool, make_policy: MakePolicy, mon
     encoders = ["text_encoder", "text_encoder_2", "text_encoder_3"]
     monkeypatch.setattr(type(policy), "device", SimpleNamespace(type="cpu", __str__=lambda _: "there"))
     away = [(part, "cpu") for part in encoders] if offload else []
-    with policy._awake(encoders, offload=offload):
+    with policy.frozen.on_device(encoders, policy.device, offload=offload):
         assert [part for part, _ in moves] == encoders and ("text_encoder", "cpu") not in moves
     assert moves[3:] == away
-    with pytest.raises(KeyError), policy._awake(["vae"], offload=offload):
+    with pytest.raises(KeyError), policy.frozen.on_device(["vae"], policy.device, offload=offload):
         raise KeyError
     assert (moves[-1] == ("vae", "cpu")) == offload
 
