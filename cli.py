@@ -20,6 +20,9 @@ what a run is
                             (cpu, one_gpu, ddp, fsdp, deepspeed_zero2, ...), configs/<method>/*.yaml what is trained
   --ckpt_path PATH|last|best  continue exactly where this checkpoint stopped; `last` finds the newest one of the run, `best` the one that a
                             ModelCheckpoint with a monitor calls so
+  --run.dir DIR, --run.name NAME   all that the run writes is in DIR/NAME: logs, checkpoints, best, export, samples, predictions
+  --run.callbacks.NAME null leave out a callback that every run has: progress, learning_rate, throughput, samples, newest, graceful_stop,
+                            rng_state; {{...}} in place of null sets its options, one of its kind in trainer.callbacks replaces it
   --seed_everything INT     one seed for prompts, rollouts, minibatches and evaluation
   --print_config            show the run as one YAML, every default included, and stop
 

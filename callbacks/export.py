@@ -30,7 +30,8 @@ class Export(RLCallback):
     two of them with a `dirpath` each.
 
     Args:
-        dirpath: Folder of the exported folders.
+        dirpath: Folder of the exported folders; by default `export` in the run's folder, and that folder itself at checkpoints, with
+            `ema` in it for averaged weights where live ones are exported too.
         at: Export after an "iteration", or with every "checkpoint" that is written (but one that GracefulStop writes in haste).
         every_n_epochs: Iterations between two exports (the warm-up counts as one).
         folder: Name of an exported folder, with {iteration} (finished rollouts) and {step} (optimizer steps) in it; by default
@@ -43,7 +44,7 @@ class Export(RLCallback):
 
     def __init__(
         self,
-        dirpath: str,
+        dirpath: str | None = None,
         *,
         at: Literal["iteration", "checkpoint"] = "iteration",
         every_n_epochs: int = 1,
@@ -59,7 +60,7 @@ class Export(RLCallback):
                 f"Export at=checkpoint writes when ModelCheckpoint does, every_n_epochs={every_n_epochs} has no part in it: "
                 "leave it out here and set it there, or set at: iteration"
             )
-        self.dirpath = Path(dirpath)
+        self.dirpath = Path(dirpath or "export")
         self.at = at
         self.every_n_epochs = every_n_epochs
         self.folder = FOLDERS[at] if folder is None else folder

@@ -26,13 +26,13 @@ class ImageWriter(RLCallback):
     overwritten.
 
     Args:
-        output_dir: Folder of the images.
+        output_dir: Folder of the images; by default `predictions` in the run's folder.
         triptych: For inpainting: beside each `name.png` a `triptych-name.png` of the source with its mask outlined, the reference, and
             the image.
     """
 
-    def __init__(self, output_dir: str = "outputs/predictions", *, triptych: bool = False) -> None:
-        self.output_dir = Path(output_dir)
+    def __init__(self, output_dir: str | None = None, *, triptych: bool = False) -> None:
+        self.output_dir = Path(output_dir or "predictions")
         self.triptych = triptych
         self._written: list[dict[str, Any]] = []
 

@@ -31,7 +31,8 @@ class SampleGallery(RLCallback):
     Args:
         max_images: Images on a sheet.
         every_n_iterations: Of the rollouts; evaluations are always shown.
-        folder: Also write each sheet there as `rollout-<iteration>.png` or `evaluation-<step>.png`.
+        folder: Also write each sheet there as `rollout-<iteration>.png` or `evaluation-<step>.png`; the command line fills in
+            `samples` in the run's folder.
     """
 
     def __init__(self, max_images: int = 8, *, every_n_iterations: int = 10, folder: str | None = None) -> None:

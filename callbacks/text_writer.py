@@ -20,11 +20,11 @@ class TextWriter(RLCallback):
     Part of every run; does nothing outside `predict`, and where no texts are made.
 
     Args:
-        output_file: `.jsonl` file; overwritten.
+        output_file: `.jsonl` file, overwritten; by default `predictions/answers.jsonl` in the run's folder.
     """
 
-    def __init__(self, output_file: str = "outputs/predictions/answers.jsonl") -> None:
-        self.output_file = Path(output_file)
+    def __init__(self, output_file: str | None = None) -> None:
+        self.output_file = Path(output_file or "predictions/answers.jsonl")
         self._written: list[tuple[int, dict[str, Any]]] = []
 
     def on_predict_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""configs/base/*.yaml say where a run happens, and nothing about what it is."""
+"""configs/base/*.yaml say where a run happens, and nothing about what it is; lora.yaml says what is trained of a language model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lit_rl.strategies.fsdp2 import FSDP2Strategy
 from lit_rl.strategies.zero import ZeroStrategy
 
 ROOT = Path(__file__).parent.parent
-BASES = sorted((ROOT / "configs" / "base").glob("*.yaml"))
+BASES = sorted(path for path in (ROOT / "configs" / "base").glob("*.yaml") if path.stem != "lora")
 RUN = ROOT / "configs" / "flow_grpo" / "flux_ocr.yaml"
 STRATEGIES: dict[str, type] = {"cpu": str, "one_gpu": str, "ddp": DDPStrategy, "fsdp": FSDP2Strategy}
 
@@ -57,3 +57,20 @@ def test_base_is_laid_under_any_run(base: Path, monkeypatch: pytest.MonkeyPatch,
 def test_all_bases_are_there() -> None:
     names = {"cpu", "one_gpu", "ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"}
     assert {base.stem for base in BASES} == names
+
+
+def test_lora_is_laid_over_any_run_of_a_language_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An adapter in place of every weight; whatever else the run says stays."""
+    run, overlay = ROOT / "configs/grpo/qwen25_7b_gsm8k.yaml", ROOT / "configs/base/lora.yaml"
+    full, adapted = (
+        parsed("--config", str(run), *more, monkeypatch=monkeypatch, capsys=capsys)
+        for more in ((), ("--config", str(overlay), "--model.optimizer.lr", "1e-5"))
+    )
+    policy = adapted["model"]["init_args"]["policy"]["init_args"]
+    assert (policy["lora"]["rank"], policy["lora"]["alpha"], policy["keep_reference"], policy["dtype"]) == (32, 64, False, "bfloat16")
+    assert adapted["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 1e-5
+    for run in (full, adapted):
+        for changed in ("lora", "keep_reference", "dtype"):
+            del run["model"]["init_args"]["policy"]["init_args"][changed]
+        del run["model"]["init_args"]["optimizer"]["init_args"]["lr"]
+    assert full == adapted

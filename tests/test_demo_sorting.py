@@ -39,12 +39,12 @@ def test_its_stages_hand_over_what_the_next_one_needs(tmp_path: Path, monkeypatc
     few = [*fit, "--data.init_args.max_val", "8", "--model.init_args.prompts_per_iteration", "8"]
     sft = ["--config", str(ROOT / "configs/demo/sft_sort.yaml"), "--model.init_args.prompts_per_update", "4"]
     run(monkeypatch, "fit", *sft, *few)
-    model = ["--model.init_args.policy.init_args.pretrained", str(out / "sft/iteration-1")]
+    model = ["--model.init_args.policy.init_args.pretrained", str(out / "sft/export/iteration-1")]
     grpo = ["--config", str(ROOT / "configs/demo/grpo_sort.yaml"), *model, *few]
     run(monkeypatch, "fit", *grpo)
     run(monkeypatch, "predict", *grpo, "--ckpt_path", "last", "--texts.output_file", str(out / "answers.jsonl"))
     assert len((out / "answers.jsonl").read_text().splitlines()) == 8
-    before, curves = read_curves(out / "logs/sft")[ACCURACY].values[-1], read_curves(out / "logs/grpo")
+    before, curves = read_curves(out / "sft/logs")[ACCURACY].values[-1], read_curves(out / "grpo/logs")
     summary = summarize(before, 0.75, curves, seconds={"warmup": 1.0, "rl": 2.0}, seed=0)
     assert summary["answers_trained"] == 64 and summary["held_out_accuracy"] == {"after_warmup": round(before, 4), "after_rl": 0.75}
     for known in (curves, {name: curve for name, curve in curves.items() if name in ("loss", "samples")}):

@@ -14,6 +14,7 @@ from datamodules.pairs import PreferencePairs
 from datamodules.prompts_text import TextPrompts
 from datamodules.supervised import SupervisedText
 from lit_rl import prepare
+from lit_rl.command_line.usual import RunFolder, UsualCallbacks
 from lit_rl.methods.dpo import DPO
 from lit_rl.methods.grpo import DAPO, GRPO
 from lit_rl.methods.ppo import PPO
@@ -49,6 +50,8 @@ ROOMS: dict[str, list[type]] = {
     "model.init_args.optimizer.init_args": [torch.optim.AdamW],
     "model.init_args": METHODS,
     "data.init_args": [SupervisedText, PreferencePairs, TextPrompts],
+    "run.callbacks": [UsualCallbacks],
+    "run": [RunFolder],
     "trainer": [L.Trainer],
 }
 REINFORCED = (

@@ -72,9 +72,13 @@ def shrunk(run: dict[str, Any], home: Path) -> dict[str, Any]:
     trainer |= {"max_epochs": 2 if model.get("warmup_steps") else 1, "enable_model_summary": False}
     if trainer["precision"] == "16-mixed":  # which CPUs do not have
         trainer["precision"], policy["dtype"] = "bf16-mixed", "bfloat16"
-    for callback in trainer["callbacks"]:
-        if "every_n_epochs" in callback.get("init_args", {}):
-            callback["init_args"]["every_n_epochs"] = 1
+    return saved_every_iteration(run)
+
+
+def saved_every_iteration(run: dict[str, Any]) -> dict[str, Any]:
+    usual = run["run"].get("callbacks", {})
+    for options in [callback.get("init_args", {}) for callback in run["trainer"].get("callbacks", [])] + list(usual.values()):
+        options |= {key: 1 for key in ("every_n_epochs",) if key in options}
     return run
 
 
@@ -152,10 +156,7 @@ def shrunk_text(run: dict[str, Any], folder: Path) -> dict[str, Any]:
     data |= {"train": jsonl(folder / "train.jsonl", *rows * 8), "val": jsonl(folder / "val.jsonl", *rows)}
     trainer |= {"accelerator": "cpu", "devices": 1, "accumulate_grad_batches": 2, "check_val_every_n_epoch": 1, "max_epochs": 1}
     trainer["enable_model_summary"] = False
-    for callback in trainer["callbacks"]:
-        if "every_n_epochs" in callback.get("init_args", {}):
-            callback["init_args"]["every_n_epochs"] = 1
-    return run
+    return saved_every_iteration(run)
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=[f"{p.parent.name}/{p.stem}" for p in TEXTS])
@@ -169,7 +170,9 @@ def test_run_on_texts_trains_on_a_miniature(
     updates = run["model"]["init_args"]["prompts_per_iteration"] // run["model"]["init_args"].get("prompts_per_update", 4)
     assert trainer.global_step == updates and np.isfinite(metrics["loss"])
     assert f"Step {updates}/{updates} | Loss: " in capsys.readouterr().out
-    weights = next((c["init_args"]["weights"] for c in run["trainer"]["callbacks"] if "RewardScoring" in c["class_path"]), {"loss": 1})
+    weights = next(
+        (c["init_args"]["weights"] for c in run["trainer"].get("callbacks", []) if "RewardScoring" in c["class_path"]), {"loss": 1}
+    )
     assert metrics.keys() >= {f"val/{name}" for name in weights}
 
     folder = Path(trainer.logger.save_dir)

@@ -57,10 +57,12 @@ def options(argv: Sequence[str]) -> list[Option]:
     """The parameters of the trainer and of every class that the run names, with the fields of parameters that are dataclasses."""
     import lightning as L
 
-    found = [Option(name, L.Trainer, False) for name in ("model", "data", "trainer", "seed_everything", "ckpt_path")]
-    found += _parameters(L.Trainer, "trainer")
+    from lit_rl.command_line.usual import RunFolder
+
+    found = [Option(name, L.Trainer, False) for name in ("model", "data", "trainer", "run", "seed_everything", "ckpt_path")]
+    found += _parameters(L.Trainer, "trainer") + _parameters(RunFolder, "run")
     for path, class_path in named_classes(argv).items():
-        found += _parameters(_imported(class_path), f"{path}.init_args")
+        found += _parameters(imported(class_path), f"{path}.init_args")
     return found
 
 
@@ -70,7 +72,7 @@ def named_classes(argv: Sequence[str]) -> dict[str, str]:
     for file in config_files(argv):
         found |= {path.removesuffix(".class_path"): value for path, value, _ in _keys(file, full=True) if path.endswith(".class_path")}
     for path, value in _options(argv, full=True):
-        if path.endswith(".class_path") or (inspect.isclass(_imported(value)) and "." in value):
+        if path.endswith(".class_path") or (inspect.isclass(imported(value)) and "." in value):
             found[_with_init_args(path.removesuffix(".class_path"), found)] = value
     return found
 
@@ -164,7 +166,8 @@ def _fields(cls: Any, parameter: str) -> list[str]:
     return [field.name for kind in kinds if dataclasses.is_dataclass(kind) and kind is not Any for field in dataclasses.fields(kind)]
 
 
-def _imported(class_path: str) -> Any:
+def imported(class_path: str) -> Any:
+    """What a dotted path names, or None."""
     module, _, name = class_path.rpartition(".")
     try:
         return getattr(import_module(module), name, None) if module else None

@@ -21,9 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from callbacks.graceful_stop import GracefulStop
 from callbacks.image_writer import ImageWriter
-from callbacks.rng_state import RngState
 from callbacks.text_writer import TextWriter
 from lit_rl.checkpoints.choosing import choose_checkpoint
 from lit_rl.checkpoints.claims import claim, release
@@ -31,6 +29,7 @@ from lit_rl.checkpoints.files import AtomicCheckpointIO, check_unused
 from lit_rl.command_line.errors import explain
 from lit_rl.command_line.failures import go_on, what_ended
 from lit_rl.command_line.saved_config import SavedConfig
+from lit_rl.command_line.usual import RunFolder, filled_in
 from lit_rl.command_line.yaml_files import broken_yaml
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL
@@ -73,10 +72,11 @@ class CLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=SavedConfig,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [RngState(), GracefulStop()], "enable_model_summary": False, "log_every_n_steps": 1},
+            trainer_defaults={"enable_model_summary": False, "log_every_n_steps": 1, "num_sanity_val_steps": 0},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(RunFolder, "run")
         parser.add_lightning_class_args(ImageWriter, "images")
         parser.add_lightning_class_args(TextWriter, "texts")
         for target in ("model.init_args.seed", "data.init_args.seed"):
@@ -92,7 +92,10 @@ class CLI(LightningCLI):
         expand_home(self.config)
 
     def instantiate_classes(self) -> None:
+        """From the options with the run's folder and usual callbacks in them; `config.yaml` holds them as they were asked for."""
+        self.asked = self.config
         try:
+            self.config = Namespace({**vars(self.asked), self.subcommand: filled_in(self.asked[self.subcommand])})
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
             self.parser.error(str(error))
@@ -116,11 +119,7 @@ class CLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
-        """A callback in the run's YAML takes the place of the default one of its class."""
-        named = config.get("callbacks") or []
-        own = named if isinstance(named, list) else [named]
-        usual = [c for c in self.trainer_defaults["callbacks"] if not any(isinstance(mine, type(c)) for mine in own)]
-        self.trainer_defaults = self.trainer_defaults | {"callbacks": usual}
+        self.config = self.asked
         return super()._instantiate_trainer(config, callbacks)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

@@ -39,9 +39,9 @@ def main() -> None:
     os.environ |= QUIET
     started = time.perf_counter()
     seconds = {"warmup": fine_tune(args.seed)}
-    logs, evaluation = OUT / "logs" / method, f"{method}-learned"
-    for old in (OUT / "checkpoints" / method, logs, OUT / "logs" / evaluation, OUT / method):
-        shutil.rmtree(old, ignore_errors=True)
+    evaluation = f"{method}-learned"
+    for old in (method, evaluation):
+        shutil.rmtree(OUT / old, ignore_errors=True)
     if method == "dpo":
         say("eight answers of the fine-tuned model to each prompt; a right and a wrong one become a pair")
         pairs = write_pairs(OUT / "data", seed)
@@ -49,11 +49,11 @@ def main() -> None:
     else:
         say(f"{title} against the gsm8k rule, from the exported model")
     seconds["rl"] = cli("fit", "--config", config(method), *seed)
-    learned = ["--model.init_args.policy.init_args.pretrained", str(exported(method)), "--trainer.logger.init_args.version", evaluation]
+    learned = ["--model.init_args.policy.init_args.pretrained", str(exported(method)), "--run.name", evaluation]
     cli("validate", "--config", config("grpo"), *learned, *seed)
     cli("predict", "--config", config("grpo"), *learned, *seed, "--texts.output_file", str(OUT / method / "answers.jsonl"))
-    before, after = (read_curves(OUT / "logs" / name)[ACCURACY].values[-1] for name in ("sft", evaluation))
-    curves = read_curves(logs)
+    before, after = (read_curves(OUT / name / "logs")[ACCURACY].values[-1] for name in ("sft", evaluation))
+    curves = read_curves(OUT / method / "logs")
     summary = summarize(before, after, curves, seconds=seconds, seed=args.seed)
     written = OUT / ("summary.json" if method == "grpo" else f"summary-{method}.json")
     written.write_text(json.dumps(summary, indent=2) + "\n")
@@ -73,7 +73,7 @@ def config(stage: str) -> str:
 
 def exported(stage: str) -> Path:
     """The folder of the model that a stage wrote last."""
-    return max((OUT / stage).glob("iteration-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    return max((OUT / stage / "export").glob("iteration-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
 
 
 def fine_tune(seed: int) -> float:

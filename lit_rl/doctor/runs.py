@@ -24,6 +24,7 @@ from callbacks.reward_scoring import DEBUG_VARIABLE, RewardScoring
 from lit_rl.checkpoints.files import check_unused
 from lit_rl.command_line.errors import explain
 from lit_rl.command_line.run import CLI
+from lit_rl.command_line.usual import filled_in
 from lit_rl.doctor import models, servers
 from lit_rl.doctor.machine import room
 from lit_rl.doctor.report import Finding, ok, problem, warning
@@ -62,7 +63,7 @@ def parse(options: Sequence[str]) -> Namespace:
     sys.argv = ["cli.py", "fit", *options]
     try:
         with contextlib.redirect_stderr(said):
-            return Inspector().config.fit
+            return filled_in(Inspector().config.fit)
     except SystemExit as error:
         raise ConfigError(said.getvalue().rpartition("error: ")[2].strip()) from error
     finally:

@@ -1,0 +1,176 @@
+"""The folder of a run, and the callbacks that every run has: written into the options before anything is built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import lightning as L
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
+
+from callbacks.export import Export
+from callbacks.graceful_stop import GracefulStop
+from callbacks.rng_state import RngState
+from callbacks.sample_gallery import SampleGallery
+from callbacks.sample_texts import SampleTexts
+from callbacks.throughput import Throughput
+from lit_rl.command_line.options import imported
+from lit_rl.errors import ConfigError
+
+Options = dict[str, Any]
+
+
+@dataclass
+class UsualCallbacks:
+    """Callbacks that every run has. A mapping sets options of one, null leaves it out; one of its kind in trainer.callbacks replaces it.
+
+    Args:
+        progress: A bar, or lines in a log file: callbacks.progress.Progress.
+        learning_rate: The learning rate of each optimizer step: callbacks.learning_rate.LearningRate.
+        throughput: Where the time of an iteration goes: callbacks.throughput.Throughput.
+        samples: Pictures or answers: callbacks.sample_gallery.SampleGallery or callbacks.sample_texts.SampleTexts.
+        newest: The newest checkpoint, for --ckpt_path last: ModelCheckpoint. A ModelCheckpoint without monitor replaces it.
+        graceful_stop: A checkpoint on SIGTERM and on a STOP file: callbacks.graceful_stop.GracefulStop.
+        rng_state: Global random streams in checkpoints: callbacks.rng_state.RngState.
+    """
+
+    progress: Options | None = field(default_factory=dict)
+    learning_rate: Options | None = field(default_factory=dict)
+    throughput: Options | None = field(default_factory=dict)
+    samples: Options | None = field(default_factory=dict)
+    newest: Options | None = field(default_factory=dict)
+    graceful_stop: Options | None = field(default_factory=dict)
+    rng_state: Options | None = field(default_factory=dict)
+
+
+@dataclass
+class RunFolder:
+    """Where a run writes: logs, checkpoints, best, export, samples and predictions in one folder, `dir`/`name`.
+
+    Args:
+        dir: The folder of all runs.
+        name: The run's folder in it; trainer.default_root_dir, or "run", if left out.
+        callbacks: Callbacks that every run has; {NAME: null} leaves one out.
+    """
+
+    dir: str = "outputs"
+    name: str | None = None
+    callbacks: UsualCallbacks = field(default_factory=UsualCallbacks)
+
+
+class Usual(NamedTuple):
+    """One of `UsualCallbacks`: its class, the classes that take its place, and its options where the run sets none."""
+
+    class_path: str
+    kind: type | tuple[type, ...]
+    options: Mapping[str, Any] = MappingProxyType({})
+    before: bool = False
+    """Its hooks run before those of trainer.callbacks."""
+
+
+NEWEST: Options = {"every_n_epochs": 1, "save_on_train_epoch_end": True, "save_top_k": 1, "save_last": True}
+SAMPLES = {"images": "callbacks.sample_gallery.SampleGallery"}
+"""By `LitRL.samples`; of all other kinds texts are shown."""
+
+USUAL = {
+    "progress": Usual("callbacks.progress.Progress", ProgressBar, before=True),
+    "learning_rate": Usual("callbacks.learning_rate.LearningRate", LearningRateMonitor, before=True),
+    "throughput": Usual("callbacks.throughput.Throughput", Throughput, before=True),
+    "samples": Usual("callbacks.sample_texts.SampleTexts", (SampleGallery, SampleTexts), before=True),
+    "newest": Usual("lightning.pytorch.callbacks.ModelCheckpoint", ModelCheckpoint, NEWEST),
+    "rng_state": Usual("callbacks.rng_state.RngState", RngState),
+    "graceful_stop": Usual("callbacks.graceful_stop.GracefulStop", GracefulStop),
+}
+
+
+def filled_in(options: Namespace) -> Namespace:
+    """A copy of a subcommand's options with the usual callbacks in it, and with a folder wherever it leaves one open."""
+    run, folder = options.clone(), run_folder(options)
+    trainer = run.trainer
+    trainer.default_root_dir = trainer.default_root_dir or str(folder)
+    if trainer.logger in (None, True):
+        logger = {"save_dir": str(folder), "name": "logs", "version": ""}
+        trainer.logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=Namespace(**logger))
+    own = trainer.callbacks or []
+    own = list(own) if isinstance(own, list) else [own]
+    usual = dict(_usual(run, own))
+    before = [spec for name, spec in usual.items() if USUAL[name].before]
+    trainer.callbacks = [*before, *own, *(spec for name, spec in usual.items() if not USUAL[name].before)]
+    for spec in trainer.callbacks:
+        _place(spec, folder, trainer.callbacks)
+    if "images" in run and run.images.output_dir is None:
+        run.images.output_dir = str(folder / "predictions")
+    if "texts" in run and run.texts.output_file is None:
+        run.texts.output_file = str(folder / "predictions/answers.jsonl")
+    return run
+
+
+def run_folder(options: Namespace) -> Path:
+    """`run.dir`/`run.name`. Raises ConfigError for a name that leads out of `run.dir`."""
+    name, root = options.run.name, options.trainer.default_root_dir
+    if name is None:
+        return Path(root) if root else Path(options.run.dir) / "run"
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ConfigError(f"run.name={name!r} must be a folder in run.dir={options.run.dir}: set run.dir to another place")
+    return Path(options.run.dir) / name
+
+
+def _usual(run: Namespace, own: list[Namespace]) -> Iterator[tuple[str, Namespace]]:
+    """Name and options of each usual callback that the run has not replaced, left out or made impossible."""
+    impossible = {
+        "progress": run.trainer.enable_progress_bar is False,
+        "learning_rate": run.trainer.logger is False,  # it only logs
+        "newest": run.trainer.enable_checkpointing is False,
+    }
+    for name, usual in USUAL.items():
+        said = run.run.callbacks[name]
+        if said is None or impossible.get(name):
+            continue
+        if any(_replaces(spec, usual.kind) for spec in own):
+            if said:
+                raise ConfigError(f"run.callbacks.{name}={said} has no part in a run whose trainer.callbacks names its own: set them there")
+            continue
+        path = (
+            SAMPLES.get(getattr(imported(run.model.class_path), "samples", ""), usual.class_path) if name == "samples" else usual.class_path
+        )
+        yield name, _checked(name, {"class_path": path, "init_args": {**usual.options, **said}})
+
+
+def _replaces(spec: Namespace, kind: type | tuple[type, ...]) -> bool:
+    cls = imported(spec.class_path)
+    best = cls is not None and issubclass(cls, ModelCheckpoint) and spec.get("init_args", Namespace()).get("monitor") is not None
+    return cls is not None and issubclass(cls, kind) and not best
+
+
+def _checked(name: str, spec: Options) -> Namespace:
+    """The callback's options with its defaults. Raises ConfigError for those that it does not have."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=L.Callback)
+    try:
+        return parser.parse_object({"callback": spec}).callback
+    except ArgumentError as error:
+        given = ", ".join(f"{key}: {value}" for key, value in spec["init_args"].items())
+        raise ConfigError(f"run.callbacks.{name} are options of {spec['class_path']}, which does not take {{{given}}}: {error}") from error
+
+
+def _place(spec: Namespace, folder: Path, every: list[Namespace]) -> None:
+    """Fill in where a callback writes. Changes `spec`."""
+    cls, options = imported(spec.class_path), spec.get("init_args", Namespace())
+    if cls is None:
+        return
+    if issubclass(cls, ModelCheckpoint):
+        if options.get("dirpath") is None:
+            options.dirpath = str(folder / ("checkpoints" if options.get("monitor") is None else "best"))
+        if options.get("filename") is None:
+            options.filename, options.auto_insert_metric_name = "iteration-{iteration:.0f}", False
+    elif issubclass(cls, Export) and options.get("dirpath") is None:
+        exported = [other.init_args.get("weights") for other in every if issubclass(imported(other.class_path) or object, Export)]
+        beside = options.get("weights") == "ema" and any(weights != "ema" for weights in exported)
+        options.dirpath = str(folder / ("" if options.get("at") == "checkpoint" else "export") / ("ema" if beside else ""))
+    elif issubclass(cls, SampleGallery) and options.get("folder") is None:
+        options.folder = str(folder / "samples")
+    spec.init_args = options
