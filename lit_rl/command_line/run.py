@@ -26,8 +26,10 @@ from callbacks.text_writer import TextWriter
 from lit_rl.checkpoints.choosing import choose_checkpoint
 from lit_rl.checkpoints.claims import claim, release
 from lit_rl.checkpoints.files import AtomicCheckpointIO, check_unused
+from lit_rl.command_line.class_change import install, replaced_components
 from lit_rl.command_line.errors import explain
 from lit_rl.command_line.failures import go_on, what_ended
+from lit_rl.command_line.options import imported
 from lit_rl.command_line.saved_config import SavedConfig
 from lit_rl.command_line.usual import RunFolder, filled_in
 from lit_rl.command_line.yaml_files import broken_yaml
@@ -62,6 +64,7 @@ class CLI(LightningCLI):
     """`fit | validate | test | predict` over any `LitRL` method and any datamodule, named by dotted path in the YAML."""
 
     def __init__(self) -> None:
+        install()
         super().__init__(
             LitRL,
             L.LightningDataModule,
@@ -94,6 +97,9 @@ class CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """From the options with the run's folder and usual callbacks in them; `config.yaml` holds them as they were asked for."""
         self.asked = self.config
+        model = self.asked[self.subcommand].model
+        for sentence in replaced_components(imported(model.class_path), model.init_args):
+            rank_zero_warn(sentence)
         try:
             self.config = Namespace({**vars(self.asked), self.subcommand: filled_in(self.asked[self.subcommand])})
             super().instantiate_classes()

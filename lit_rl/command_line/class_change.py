@@ -1,0 +1,97 @@
+"""What happens to the options of a class when a later file or option of the run names another class in its place.
+
+jsonargparse keeps every option whose name the new class has too. A clip range of 0.2 for ratios of tokens becomes one of 0.2 for ratios of
+whole answers, a thousand times too wide, and nothing is said. Here a class that takes another's place starts from its own defaults.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lightning as L
+from jsonargparse import Namespace, _typehints
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lit_rl.command_line.options import imported
+from lit_rl.modules.base import LitRL
+
+HOOK = "discard_init_args_on_class_path_change"
+"""jsonargparse's function that decides what is kept. It is no public name: `tests/command_line/test_class_change.py` fails without it."""
+
+WHOLE = (LitRL, L.LightningDataModule)
+"""Another method or datamodule is named to run the same thing otherwise: it keeps what both understand in the same way."""
+
+
+def install() -> None:
+    """Let `start_anew` decide for every parser of this process."""
+    if not callable(getattr(_typehints, HOOK, None)):
+        raise RuntimeError(f"this version of jsonargparse has no {HOOK}: install the one in constraints.txt")
+    setattr(_typehints, HOOK, start_anew)
+
+
+def start_anew(parser_or_action: Any, before: Any, value: Any) -> None:
+    """Remove from `before.init_args` the options that the class of `value` does not take over. Changes `before`."""
+    if not before or not isinstance(before.get("init_args"), Namespace | dict):
+        return
+    old, new = imported(before["class_path"]), imported(value["class_path"])
+    if old is new or old is None or new is None:
+        return
+    set_anew, options = value.get("init_args") or {}, before["init_args"]
+    names = dict(options.items(branches=True, nested=False) if isinstance(options, Namespace) else options)
+    dropped = {name: options.pop(name) for name in names if not keeps(old, new, name)}
+    defaults = dict(_defaults(old))
+    told = [f"{n}: {_short(v)}" for n, v in dropped.items() if n not in set_anew and v is not None and defaults.get(n, v) != v]
+    if told:
+        rank_zero_info(f"{new.__name__} takes the place of {old.__name__} and starts from its own defaults; left out: {', '.join(told)}")
+
+
+def keeps(old: type, new: type, name: str) -> bool:
+    """Whether the value of the option `name` of `old` holds for `new`: of a component never; of a method or datamodule where `new` cannot
+    be built without it, or where both have the option from the same constructor."""
+    if not any(issubclass(old, kind) and issubclass(new, kind) for kind in WHOLE):
+        return False
+    owner = definer(new, name)
+    if owner is None:
+        return False
+    return inspect.signature(owner.__init__).parameters[name].default is inspect.Parameter.empty or owner is definer(old, name)
+
+
+def definer(cls: type, name: str) -> Any:
+    """The class whose constructor names the option, where those below it hand `**kwargs` on; None if there is none."""
+    return next((owner for owner, parameters in _constructors(cls) if name in parameters), None)
+
+
+def replaced_components(method: type, options: Mapping[str, Any]) -> list[str]:
+    """Sentences about components that define `method` (its `defines`) where the run's init_args put others in their place."""
+    sentences = []
+    for name, own in getattr(method, "defines", {}).items():
+        given = options.get(name)
+        other = imported(given["class_path"]) if isinstance(given, Namespace | dict) and "class_path" in given else None
+        if other is not None and other is not own:
+            sentences.append(
+                f"{method.__name__} is defined by {name}={own.__name__}, and this run sets model.{name} to {other.__name__}, which is "
+                f"another method: leave model.{name} out for {method.__name__} itself"
+            )
+    return sentences
+
+
+def _constructors(cls: type) -> Iterator[tuple[Any, Mapping[str, inspect.Parameter]]]:
+    for owner in inspect.getmro(cls):
+        if "__init__" in vars(owner):
+            parameters = inspect.signature(owner.__init__).parameters
+            yield owner, parameters
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                return
+
+
+def _defaults(cls: type) -> Iterator[tuple[str, Any]]:
+    for _, parameters in reversed(list(_constructors(cls))):
+        yield from ((name, p.default) for name, p in parameters.items() if p.default is not p.empty)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Namespace | dict) and "class_path" in value:
+        return str(value["class_path"]).rpartition(".")[2]
+    return str(value.as_dict() if isinstance(value, Namespace) else value)

@@ -1,0 +1,133 @@
+"""A class that takes another's place starts from its own defaults."""
+
+from __future__ import annotations
+
+from abc import ABC
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jsonargparse._typehints as typehints
+import pytest
+import yaml
+from toy import toy_config
+
+from lit_rl.command_line import class_change
+from lit_rl.command_line.class_change import definer, keeps, replaced_components, start_anew
+from lit_rl.doctor.runs import parse
+from lit_rl.methods.flow_grpo import FlowGRPO
+
+
+class Surrogate(ABC):  # noqa: B024
+    """A component."""
+
+
+@dataclass
+class Clip(Surrogate):
+    """Of ratios of tokens."""
+
+    low: float = 0.2
+    high: float = 0.2
+
+
+@dataclass
+class SequenceClip(Surrogate):
+    """Of ratios of whole answers."""
+
+    low: float = 3e-4
+    high: float = 4e-4
+
+
+class Method(FlowGRPO):
+    """A method that has a component."""
+
+    defines: ClassVar[dict[str, type]] = {"surrogate": Clip}
+
+    def __init__(self, policy: Any, *, surrogate: Surrogate | None = None, bonus: float = 0.5, **kwargs: Any) -> None:
+        super().__init__(policy, **kwargs)
+
+
+class Relative(Method):
+    """Another by its component."""
+
+    defines: ClassVar[dict[str, type]] = {"surrogate": SequenceClip}
+
+    def __init__(self, policy: Any, *, surrogate: Surrogate | None = None, **kwargs: Any) -> None:
+        super().__init__(policy, surrogate=surrogate or SequenceClip(), **kwargs)
+
+
+HERE = "test_class_change"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> list[str]:
+    """Options of a run with a component whose range is set."""
+    surrogate = {"class_path": f"{HERE}.Clip", "init_args": {"low": 0.2, "high": 0.28}}
+    config = toy_config(tmp_path, surrogate=surrogate, bonus=0.75, group_size=6)
+    config["model"]["class_path"] = f"{HERE}.Method"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    return ["--config", str(tmp_path / "run.yaml")]
+
+
+def test_jsonargparse_asks_us() -> None:
+    """It is a private name of jsonargparse's."""
+    class_change.install()
+    assert getattr(typehints, class_change.HOOK) is start_anew
+
+
+def test_another_component_starts_from_its_own_defaults(run: list[str]) -> None:
+    """The range was 0.2 ... 0.28, a thousand times that of whole answers."""
+    model = parse([*run, "--model.surrogate", f"{HERE}.SequenceClip"]).model.init_args
+    assert model.surrogate.init_args.as_dict() == {"low": 3e-4, "high": 4e-4} and (model.group_size, model.bonus) == (6, 0.75)
+
+
+def test_what_is_said_of_the_new_class_holds(run: list[str], tmp_path: Path) -> None:
+    said = parse([*run, "--model.surrogate", f"{HERE}.SequenceClip", "--model.surrogate.high", "0.01"]).model.init_args
+    assert said.surrogate.init_args.as_dict() == {"low": 3e-4, "high": 0.01}
+    overlay = {"model": {"init_args": {"surrogate": {"class_path": f"{HERE}.SequenceClip", "init_args": {"low": 0.02}}}}}
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+    laid_over = parse([*run, "--config", str(tmp_path / "overlay.yaml")]).model.init_args
+    assert laid_over.surrogate.init_args.as_dict() == {"low": 0.02, "high": 4e-4}
+
+
+def test_the_same_class_named_again_keeps_its_options(run: list[str]) -> None:
+    assert parse([*run, "--model.surrogate", f"{HERE}.Clip"]).model.init_args.surrogate.init_args.high == 0.28
+
+
+def test_another_optimizer_has_its_own_rate(run: list[str]) -> None:
+    optimizer = parse([*run, "--model.optimizer", "torch.optim.SGD"]).model.init_args.optimizer
+    assert optimizer.class_path == "torch.optim.SGD" and optimizer.init_args.lr == 0.001
+
+
+def test_another_method_keeps_what_both_mean_alike_but_not_what_defines_it(run: list[str]) -> None:
+    model = parse([*run, "--model", f"{HERE}.Relative"]).model
+    assert model.class_path == f"{HERE}.Relative" and model.init_args.surrogate is None
+    options = model.init_args
+    assert (options.group_size, options.bonus, options.policy.class_path, options.optimizer.init_args.lr) == (
+        6,
+        0.75,
+        "toy.ToyPolicy",
+        0.01,
+    )
+
+
+def test_options_that_two_methods_define_each_for_itself_are_not_taken_over() -> None:
+    from lit_rl.methods.diffusion_nft import DiffusionNFT
+
+    assert keeps(FlowGRPO, DiffusionNFT, "policy"), "it cannot be built without"
+    assert keeps(FlowGRPO, DiffusionNFT, "num_steps"), "of the module that both are"
+    assert not keeps(FlowGRPO, DiffusionNFT, "kl_coef") and not keeps(FlowGRPO, DiffusionNFT, "noise_level")
+    assert definer(Relative, "bonus") is Method and definer(Relative, "nonsense") is None
+
+
+def test_what_is_left_out_is_said(run: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        parse([*run, "--model.surrogate", f"{HERE}.SequenceClip"])
+    assert "SequenceClip takes the place of Clip and starts from its own defaults; left out: high: 0.28" in caplog.text
+
+
+def test_a_method_whose_defining_component_is_replaced_says_so(run: list[str]) -> None:
+    options = parse([*run, "--model", f"{HERE}.Relative", "--model.surrogate", f"{HERE}.Clip"]).model.init_args
+    (said,) = replaced_components(Relative, options)
+    assert "Relative is defined by surrogate=SequenceClip, and this run sets model.surrogate to Clip" in said
+    assert not replaced_components(Method, options) and not replaced_components(Relative, {"surrogate": None})
