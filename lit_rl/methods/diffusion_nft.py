@@ -14,27 +14,25 @@ from lit_rl.losses.masked import harmless, weighted_means
 from lit_rl.losses.nft import AdvantageMode, MatchingWeight, matching_logprob, nft_loss, optimality
 from lit_rl.losses.policy_gradient import clipped_surrogate, policy_metrics
 from lit_rl.losses.terms import Term, Terms
-from lit_rl.modules.flow import LitFlow
+from lit_rl.modules.flow import FlowBatch, LitFlow
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.weights.copies import OldPolicy
 from lit_rl.replay.partition import places
 from lit_rl.samplers.schedules import shift_sigmas
 from lit_rl.samplers.solvers import Solver
 from lit_rl.seeding import generator
-from lit_rl.types import Cond, FlowRollout, Minibatch, Prompts, take_rows
+from lit_rl.types import Cond, FlowRollout, Prompts, take_rows
 
 Distribution = Literal["schedule", "uniform", "logit_normal"]
 
 
-class PointBatch(Minibatch):
+class PointBatch(FlowBatch):
     """N (sample, slot) pairs: a clean sample and where on its way to which noise it is looked at."""
 
     x0: Tensor  # Float "N *D"
     noise: Tensor  # Float "N *D"
     sigma: Tensor  # Float "N"
     advantages: Tensor  # Float "N"
-    weights: Tensor  # Float "N"
-    cond: Cond  # "N ..."
 
 
 class DiffusionNFT(LitFlow):
@@ -177,6 +175,7 @@ class DiffusionNFT(LitFlow):
         return PointBatch(
             x0=harmless(rollout.latents[b, 0].float(), used), noise=noise, sigma=rollout.times[b, s],
             advantages=rollout.advantages[b, s], weights=weights, cond={name: harmless(value, used) for name, value in cond.items()},
+            info=self.info_to_condition(rollout, row),
         )  # fmt: skip
 
     def loss(self, minibatch: PointBatch) -> Terms:  # type: ignore[override]
@@ -187,14 +186,14 @@ class DiffusionNFT(LitFlow):
         x = (1 - at) * batch.x0 + at * batch.noise
         if not self.old_policy.is_current:  # before the new forward, whose backward must find the weights untouched
             with torch.no_grad(), self.old_policy.acting():
-                old = self.policy.velocity(x, batch.sigma, batch.cond)
-        new = self.policy.velocity(x, batch.sigma, batch.cond)
+                old = self.policy.velocity(x, batch.sigma, self.conditions(batch))
+        new = self.policy.velocity(x, batch.sigma, self.conditions(batch))
         old = new.detach() if old is None else old
         terms = {"policy": Term(self.surrogate(new, old, x, batch), batch.weights)}
         metrics = {"old_deviation": gaussian_kl(new, old, kind="v")}
         if self.kl_coef:
             with torch.no_grad(), self.policy.reference():
-                ref = self.policy.velocity(x, batch.sigma, batch.cond)
+                ref = self.policy.velocity(x, batch.sigma, self.conditions(batch))
             metrics["kl"] = gaussian_kl(new, ref, kind="v")
             terms["kl"] = Term(metrics["kl"], batch.weights, self.kl_coef)
         self.meters.mean(weighted_means(metrics, batch.weights), weight=batch.weights.sum())

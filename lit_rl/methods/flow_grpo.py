@@ -15,16 +15,16 @@ from lit_rl.losses.flow import KLKind, gaussian_kl
 from lit_rl.losses.masked import finite_rows, harmless, weighted_means
 from lit_rl.losses.policy_gradient import clipped_ratio_loss, guard_logratio, policy_metrics
 from lit_rl.losses.terms import Term, Terms
-from lit_rl.modules.flow import LitFlow
+from lit_rl.modules.flow import FlowBatch, LitFlow
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.replay.partition import places
 from lit_rl.samplers.flow import Dynamics, Step, sde_step
 from lit_rl.samplers.windows import MixStrategy, full_window, mix_window, random_subset, random_window
 from lit_rl.seeding import Key, generator, seed_of
-from lit_rl.types import Cond, FlowRollout, Minibatch, Prompts, take_rows
+from lit_rl.types import Cond, FlowRollout, Prompts, take_rows
 
 
-class PairBatch(Minibatch):
+class PairBatch(FlowBatch):
     """N (sample, step) pairs: the action that went from `x` at `sigma` to `x_next` at `sigma_next`."""
 
     x: Tensor  # Float "N *D"
@@ -33,8 +33,6 @@ class PairBatch(Minibatch):
     sigma_next: Tensor  # Float "N"
     logprobs: Tensor  # Float "N"
     advantages: Tensor  # Float "N"
-    weights: Tensor  # Float "N"
-    cond: Cond  # "N ..."
     means: Tensor | None  # Float "N *D", GRPO-Guard only
 
 
@@ -180,13 +178,13 @@ class FlowGRPO(LitFlow):
             x=harmless(rollout.latents[b, s].float(), used), x_next=harmless(rollout.latents[b, s + 1], used),
             sigma=rollout.times[b, s], sigma_next=rollout.times[b, s + 1],
             logprobs=harmless(rollout.logprobs[b, s], used), advantages=rollout.advantages[b, s], weights=weights,
-            cond={name: harmless(value, used) for name, value in cond.items()},
+            cond={name: harmless(value, used) for name, value in cond.items()}, info=self.info_to_condition(rollout, b),
             means=None if rollout.means is None else harmless(rollout.means[b, s], used),
         )  # fmt: skip
 
     def loss(self, minibatch: PairBatch) -> Terms:  # type: ignore[override]
         """max(-A r, -A clip(r)) + kl_coef KL, per pair."""
-        v = self.policy.velocity(minibatch.x, minibatch.sigma, minibatch.cond)
+        v = self.policy.velocity(minibatch.x, minibatch.sigma, self.conditions(minibatch))
         step = self.replay_step(v, minibatch)
         losses = clipped_ratio_loss(self.log_ratio(step, minibatch), minibatch.advantages, clip_low=self.clip_low, clip_high=self.clip_high)
         clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
@@ -194,7 +192,7 @@ class FlowGRPO(LitFlow):
         terms = {"policy": Term(losses, minibatch.weights)}
         if self.kl_coef:
             with torch.no_grad(), self.policy.reference():
-                ref_v = self.policy.velocity(minibatch.x, minibatch.sigma, minibatch.cond)
+                ref_v = self.policy.velocity(minibatch.x, minibatch.sigma, self.conditions(minibatch))
             kl = self.kl(v, step, ref_v, minibatch)
             self.meters.mean(weighted_means({"kl": kl}, minibatch.weights), weight=minibatch.weights.sum())
             terms["kl"] = Term(kl, minibatch.weights, self.kl_coef)

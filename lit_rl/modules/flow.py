@@ -24,12 +24,20 @@ from lit_rl.policies.base import FlowPolicy
 from lit_rl.samplers.schedules import linear_sigmas, shifted_sigmas
 from lit_rl.samplers.solvers import Solver, solve
 from lit_rl.seeding import Key, generator, normal
-from lit_rl.types import Cond, Examples, FlowRollout, Info, Prompts, take_rows
+from lit_rl.types import Cond, Examples, FlowRollout, Info, Minibatch, Prompts, take_rows
 
 StorageDtype = Literal["float32", "bfloat16", "float16"]
 
 WHAT = "latents, log-probabilities or pixels"
 """Parts of a sample that must be finite."""
+
+
+class FlowBatch(Minibatch):
+    """N rows of a rollout with the conditioning of their prompts."""
+
+    weights: Tensor  # Float "N"
+    cond: Cond  # "N ...", of the rollout
+    info: Sequence[Info]  # N prompts where `cond` is computed again, else none
 
 
 class LitFlow(LitPolicy[FlowRollout]):
@@ -137,6 +145,17 @@ class LitFlow(LitPolicy[FlowRollout]):
             unique.setdefault(key, info)
         row = {key: i for i, key in enumerate(unique)}
         return self.policy.condition(list(unique.values())), torch.tensor([row[key] for key in keys], device=self.device)
+
+    def info_to_condition(self, rollout: FlowRollout, rows: Tensor) -> Sequence[Info]:
+        """The prompts of these trajectories where the loss conditions on them again, see `conditions`; else none."""
+        return [rollout.info[i] for i in rows.tolist()] if self.policy.trains_condition else ()
+
+    def conditions(self, batch: FlowBatch) -> Cond:
+        """Conditioning "N ..." of a minibatch: that of the rollout, or where the policy trains it a new one, with gradient."""
+        if not self.policy.trains_condition:
+            return batch.cond
+        cond, rows = self.encode(Prompts(torch.arange(len(batch.info)), batch.info))
+        return {name: harmless(value, batch.weights != 0) for name, value in take_rows(cond, rows).items()}
 
     def noise(self, keys: Sequence[tuple[Key, ...]]) -> Tensor:
         """Standard normal latents "B *D" on the device; row i is a function of `keys[i]`."""

@@ -87,8 +87,11 @@ class FlowPolicy(Policy):
     def encode(self, prompts: Sequence[str]) -> Cond:
         """U unique prompts -> their conditioning on `self.device`, guidance's negative prompt included as one-row entries."""
 
+    trains_condition = False
+    """`condition` depends on trained weights. Then a loss computes it again, with gradient, where it else takes that of the rollout."""
+
     def condition(self, info: Sequence[Info]) -> Cond:
-        """What `velocity` needs to know of U prompts, one row each; by default their text alone, as `encode` has it."""
+        """Conditioning of U prompts for `velocity`, one row each; by default of their text alone, by `encode`."""
         return self.encode([str(row["prompt"]) for row in info])
 
     def condition_key(self, info: Info) -> Hashable:
