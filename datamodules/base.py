@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL
 from lit_rl.replay.loader import ReplayLoader
+from lit_rl.replay.sources import PromptSource
 from lit_rl.seeding import generator
 from lit_rl.types import ALL, Info, Prompts
 
@@ -28,7 +29,7 @@ class Batches:
         return iter(self.batches)
 
 
-class PromptDataModule(L.LightningDataModule):
+class PromptDataModule(L.LightningDataModule, PromptSource):
     """Training prompts in seeded order, and held-out prompts in file order.
 
     Args:

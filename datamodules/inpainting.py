@@ -22,6 +22,7 @@ from datamodules.inpainting_files import Item, read_items, read_rows
 from datamodules.lazy import ImageCache, LazyRow, Reader, Size, read_mask, read_picture, unreadable
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL
+from lit_rl.replay.sources import ExampleSource
 from lit_rl.seeding import generator
 from lit_rl.types import ALL, Info
 
@@ -30,7 +31,7 @@ LONGEST_REFERENCE = 1024
 """Pixels of the longer side to which a larger reference is reduced, or the width of the canvas if that is more."""
 
 
-class Inpainting(PromptDataModule):
+class Inpainting(PromptDataModule, ExampleSource):
     """Inpainting items from .json or .jsonl files or a benchmark folder; docs/inpainting.md has the format.
 
     An item is as many prompts as it has references, one after the other. A prompt has `prompt`, `id`, `text` and `target` (both the wanted

@@ -12,10 +12,11 @@ from datamodules.text_files import Fields, Rows
 from datamodules.text_rows import pair_fields, row_kind
 from lit_rl.errors import ConfigError
 from lit_rl.policies.chat import AnswerIds
+from lit_rl.replay.sources import PairSource
 from lit_rl.types import Info
 
 
-class PromptsAndPairs(TextPrompts):
+class PromptsAndPairs(TextPrompts, PairSource):
     """Rows `{prompt}`, `{prompt, self_play: true}` and `{prompt, chosen, rejected}`; `info["kind"]` is `self_play` or `pair`.
 
     Held-out pairs are `held_out_pairs`, the other held-out rows those that are answered and scored. Batches of either kind are evaluated.

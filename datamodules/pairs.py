@@ -9,12 +9,13 @@ from datamodules.text_files import Fields, InvalidRow
 from datamodules.text_rows import pair_fields
 from lit_rl.errors import ConfigError
 from lit_rl.policies.chat import AnswerIds
+from lit_rl.replay.sources import PairSource
 from lit_rl.types import Info
 
 PairTruncation = Literal["error", "left", "right"]
 
 
-class PreferencePairs(TextData):
+class PreferencePairs(TextData, PairSource):
     """Rows of a prompt and two answers, of which one was preferred: strings, or lists of messages.
 
     Without a prompt, two conversations must begin alike: what they share is the prompt. `chosen` and `rejected` may repeat the prompt.

@@ -8,10 +8,11 @@ from datamodules.text import TextData, Truncation, truncated
 from datamodules.text_files import Fields, InvalidRow
 from datamodules.text_rows import prompt_fields
 from lit_rl.errors import ConfigError
+from lit_rl.replay.sources import TextSource
 from lit_rl.types import Info
 
 
-class TextPrompts(TextData):
+class TextPrompts(TextData, TextSource):
     """Prompts that a language model answers: strings or lists of messages, with what rewards need to know beside them.
 
     Rows as verl writes them are understood: `data_source`, `prompt`, `ability`, `reward_model: {style, ground_truth}`, `extra_info`.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from datamodules.base import PromptDataModule
 from lit_rl.errors import ConfigError
+from lit_rl.replay.sources import ExampleSource
 from lit_rl.seeding import generator
 from lit_rl.types import ALL, Info
 
@@ -22,7 +23,7 @@ LINE_DISTANCE = 3
 """Rows from one printed line to the next: with font size 12 on 16 x 16 pixels, PP-OCRv6 reads one number in three through them."""
 
 
-class RenderedText(PromptDataModule):
+class RenderedText(PromptDataModule, ExampleSource):
     """Prompts such as `a sign that says "47"` with black-on-white renderings for the warm-up; held-out numbers are never trained on.
 
     Args:

@@ -9,10 +9,11 @@ from datamodules.text_files import Fields
 from datamodules.text_rows import supervised_fields
 from lit_rl.errors import ConfigError
 from lit_rl.policies.chat import conversation_ids
+from lit_rl.replay.sources import SupervisedSource
 from lit_rl.types import Info
 
 
-class SupervisedText(TextData):
+class SupervisedText(TextData, SupervisedSource):
     """Conversations (`messages`), or prompts with answers (`prompt` and `response`, `question` and `answer`).
 
     Each row is looked at for these fields in this order. The tokens that the assistant wrote are supervised, those that end its turns

@@ -244,7 +244,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         parts = self.micro_batches_per_warmup_step * self.trainer.world_size
         rows = torch.arange(self.warmup_batch_size).tensor_split(parts)[part * self.trainer.world_size + self.global_rank]
         first, share = int(rows[0]) if len(rows) else 0, len(rows) * parts / self.warmup_batch_size
-        info, images = self.data.examples(step, self.warmup_batch_size, slice(first, first + max(1, len(rows))))
+        info, images = self.data.examples(step, self.warmup_batch_size, slice(first, first + max(1, len(rows))))  # type: ignore[attr-defined]
         return Examples(info=info, images=images, step=step, first=first, share=share).to(self.device)
 
     # ------------------------------------------------------------------ loss
