@@ -1,4 +1,4 @@
-"""How far a run was when a checkpoint was written, told from its content without loading it: file times do not survive a copy."""
+"""Numbers in a checkpoint, told from its content without loading it: how far the run was, for file times do not survive a copy."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ MEMO = ("BINPUT", "LONG_BINPUT", "MEMOIZE", "PUT")
 
 
 def step_of(checkpoint: Path) -> int:
-    """Its `global_step`, or -1 if it has none or cannot be read. Nothing is executed."""
+    """Its `global_step`, or -1 if it has none or cannot be read."""
+    step = number_in(checkpoint, "global_step")
+    return -1 if step is None else step
+
+
+def number_in(checkpoint: Path, key: str) -> int | None:
+    """The integer beside the weights that is called `key`, -1 if there is none, None if the file cannot be read. Nothing is executed."""
     try:
         with zipfile.ZipFile(state_file(checkpoint)) as archive:
             name = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
             if name is None:
-                return -1
+                return None
             with archive.open(name) as stream:
-                return _number_after("global_step", stream)
+                return _number_after(key, stream)
     except (*ZIP_ERRORS, OSError, ValueError):
-        return -1
+        return None
 
 
 def state_file(checkpoint: Path) -> Path:

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -26,6 +27,7 @@ from callbacks.text_writer import TextWriter
 from lit_rl.checkpoints.choosing import choose_checkpoint
 from lit_rl.checkpoints.claims import claim, release
 from lit_rl.checkpoints.files import AtomicCheckpointIO, check_unused
+from lit_rl.checkpoints.version import check_file
 from lit_rl.command_line.class_change import install, replaced_components
 from lit_rl.command_line.errors import explain
 from lit_rl.command_line.failures import go_on, what_ended
@@ -146,6 +148,8 @@ class CLI(LightningCLI):
                 found = choose_checkpoint(kwargs["ckpt_path"], keepers, self.trainer.default_root_dir)
                 if found is None and subcommand != "fit":
                     raise ConfigError(f"--ckpt_path last: there is no checkpoint yet in {', '.join(map(str, folders))}; run fit first")
+                if found is not None and Path(found).exists():
+                    check_file(Path(found))
                 kwargs["ckpt_path"] = found
         except ConfigError as error:
             self.parser.error(str(error))

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
+from lit_rl.checkpoints import version
 from lit_rl.checkpoints.contents import check_kinds
 from lit_rl.checkpoints.layout import check_adapters, check_layout
 from lit_rl.checkpoints.optimizer import Groups, check_moment_shapes, check_same_optimizer, follow_options, settings_of
@@ -483,6 +484,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
         return {name: part.adapter for name, part in self.named_children() if getattr(part, "adapter", None)}  # type: ignore[misc]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[version.KEY] = version.CHECKPOINT_VERSION
         checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
         keys = self.checkpoint_keys()
         checkpoint["state_dict"] = {name: weight for name, weight in checkpoint["state_dict"].items() if name in keys}
@@ -502,6 +504,7 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             checkpoint["rollout"] = about | {"ranks": gather_to_first(_plain(self.rollout.to("cpu")))}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        version.check_version(checkpoint.get(version.KEY, 0))
         if "state_dict" in checkpoint:  # otherwise the strategy has looked at the weights and loaded them
             check_layout({name: weight.shape for name, weight in checkpoint["state_dict"].items()}, self.checkpoint_shapes())
             check_kinds(checkpoint["state_dict"], self.state_dict())
