@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from lit_rl.command_line.options import Option, named_classes, nearest, options, settings, short
+from lit_rl.command_line.renamed import moved, renamed
 from lit_rl.command_line.yaml_files import beside_class, broken_yaml
 
 EXPECTATION = re.compile(r"Expected a |Not a valid subclass|Does not validate|a class path|a dict with")
@@ -53,6 +54,8 @@ def missing_class(message: str, argv: Sequence[str]) -> str | None:
         module, _, name = path.rpartition(".")
         if not module:
             continue
+        if (new := moved(path)) is not None:
+            return _at(path, f"{path} is now {new}", argv)
         try:
             found = import_module(module)
         except ModuleNotFoundError as error:
@@ -152,6 +155,8 @@ def unknown_option(message: str, argv: Sequence[str]) -> str | None:
     whole = unknown[0] if unknown else name
     parts = [".".join(whole.split(".")[: i + 1]) for i in range(whole.count(".") + 1)]
     path = next((part for part in parts if part not in paths), whole)
+    if (new := renamed(whole)) is not None:
+        return _at(whole, f"{whole} of earlier releases is now {new}", argv)
     if place := next((setting.place for setting in given if setting.path == path and setting.place), None):
         return f"{place}: {_unknown(path, known)}"
     word = next((word for word in argv if word.startswith("--") and name in word), f"--{name}").partition("=")[0]

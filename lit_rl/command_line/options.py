@@ -59,7 +59,9 @@ def options(argv: Sequence[str]) -> list[Option]:
 
     from lit_rl.command_line.usual import RunFolder
 
-    found = [Option(name, L.Trainer, False) for name in ("model", "data", "trainer", "run", "seed_everything", "ckpt_path")]
+    found = [
+        Option(name, L.Trainer, False) for name in ("model", "data", "trainer", "run", "config_version", "seed_everything", "ckpt_path")
+    ]
     found += _parameters(L.Trainer, "trainer") + _parameters(RunFolder, "run")
     for path, class_path in named_classes(argv).items():
         found += _parameters(imported(class_path), f"{path}.init_args")

@@ -32,6 +32,7 @@ from lit_rl.command_line.class_change import install, replaced_components
 from lit_rl.command_line.errors import explain
 from lit_rl.command_line.failures import go_on, what_ended
 from lit_rl.command_line.options import imported
+from lit_rl.command_line.renamed import CONFIG_VERSION, other_version
 from lit_rl.command_line.saved_config import SavedConfig
 from lit_rl.command_line.usual import RunFolder, filled_in
 from lit_rl.command_line.yaml_files import broken_yaml
@@ -81,6 +82,7 @@ class CLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--config_version", type=int, default=CONFIG_VERSION, help="Version of the keys of the run's YAML.")
         parser.add_class_arguments(RunFolder, "run")
         parser.add_lightning_class_args(ImageWriter, "images")
         parser.add_lightning_class_args(TextWriter, "texts")
@@ -91,7 +93,7 @@ class CLI(LightningCLI):
         """Lightning would replace the hyper-parameters of the YAML and the command line by the checkpoint's; a run means what it says."""
 
     def parse_arguments(self, *args: Any, **kwargs: Any) -> None:
-        if broken := broken_yaml(sys.argv):
+        if broken := broken_yaml(sys.argv) or other_version(sys.argv):
             self.parser.error(broken)
         super().parse_arguments(*args, **kwargs)
         expand_home(self.config)

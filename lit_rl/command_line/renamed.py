@@ -1,0 +1,81 @@
+"""Names of earlier releases, and what they are now: a run's file of then gets a sentence with the new name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import yaml
+
+from lit_rl.command_line.options import config_files
+
+CONFIG_VERSION = 1
+"""Of the keys of a run's YAML. `config.yaml`, which a run saves, holds it; it rises whenever a key is renamed, with an entry below."""
+
+MOVED = {
+    "lit_rl.strategies.FSDP2Strategy": "lit_rl.strategies.fsdp2.FSDP2Strategy",
+    "lit_rl.strategies.ZeroStrategy": "lit_rl.strategies.zero.ZeroStrategy",
+    "lit_rl.policies.lora": "lit_rl.policies.weights.lora",
+    "lit_rl.policies.pixel_vae": "lit_rl.miniatures.pixel_vae",
+    "lit_rl.policies.tiny": "lit_rl.miniatures.images",
+    "lit_rl.policies.tiny_lm": "lit_rl.miniatures.lm",
+    "lit_rl.policies.weight_copy": "lit_rl.policies.weights.copies",
+    "lit_rl.credit.Advantage": "lit_rl.credit.rules.Advantage",
+    "lit_rl.module": "lit_rl.modules.base",
+    "lit_rl.flow_module": "lit_rl.modules.flow",
+    "lit_rl.token_module": "lit_rl.modules.tokens",
+    "lit_rl.policy_gradient_module": "lit_rl.modules.gradient",
+    "lit_rl.decay": "lit_rl.policies.weights.decay",
+    "lit_rl.advantages": "lit_rl.credit.groups",
+    "lit_rl.token_advantages": "lit_rl.credit.tokens",
+}
+"""Dotted path of a class or module of an earlier release -> the present one."""
+
+RENAMED: Mapping[str, str] = {}
+"""Option of an earlier release, as `short` writes it -> its path now, and the value it takes where that is another."""
+
+
+def moved(path: str) -> str | None:
+    """The present dotted path of a class that an earlier release had at `path`."""
+    parts = path.split(".")
+    for end in range(len(parts), 0, -1):
+        if (new := MOVED.get(".".join(parts[:end]))) is not None:
+            return ".".join([new, *parts[end:]])
+    return None
+
+
+def renamed(path: str) -> str | None:
+    """Where an option of an earlier release stands now. path: as `lit_rl.command_line.options.short` writes it."""
+    return next((new for old, new in RENAMED.items() if path == old or path.startswith(f"{old}.")), None)
+
+
+def other_version(argv: Sequence[str]) -> str | None:
+    """The sentence for the first --config file that says it is of another version than this release reads."""
+    for file in config_files(argv):
+        text = file.read_text(encoding="utf-8")
+        root = yaml.compose(text)
+        keys = {str(key.value): value for key, value in root.value} if isinstance(root, yaml.MappingNode) else {}
+        stated = keys.get("config_version")
+        if stated is not None and stated.value != str(CONFIG_VERSION):
+            remedy = (
+                "update lit-rl" if _later(stated.value) else "take its options into a YAML of this release; CHANGELOG.md has the new names"
+            )
+            return (
+                f"{file}:{stated.start_mark.line + 1}: config_version is {stated.value}, and this release reads {CONFIG_VERSION}: {remedy}"
+            )
+        if stated is None and _saved_by_a_run(text):
+            return (
+                f"{file} was saved by a run of an earlier release: it has no config_version, and this release writes {CONFIG_VERSION}. "
+                f"Start from the YAML that the run was started with, or put `config_version: {CONFIG_VERSION}` into this file and rename what is "
+                "then reported; CHANGELOG.md has the new names"
+            )
+    return None
+
+
+def _later(version: str) -> bool:
+    return version.isdecimal() and int(version) > CONFIG_VERSION
+
+
+def _saved_by_a_run(text: str) -> bool:
+    """LightningCLI begins the files that it saves with its version."""
+    return re.match(r"# lightning(\.pytorch)?==", text) is not None

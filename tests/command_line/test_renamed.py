@@ -1,0 +1,87 @@
+"""A file of an earlier release gets a sentence with the new name."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+from toy import toy_config
+
+from lit_rl.command_line.options import options, short
+from lit_rl.command_line.renamed import CONFIG_VERSION, MOVED, RENAMED, moved, other_version
+from lit_rl.doctor.runs import parse
+from lit_rl.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_what_moved_is_where_the_sentence_says(old: str) -> None:
+    module, _, name = MOVED[old].rpartition(".")
+    if name[0].isupper():
+        assert hasattr(import_module(module), name)
+    else:
+        import_module(MOVED[old])
+    assert moved(f"{old}.Some" if name[0].islower() else old) == MOVED[old] + (".Some" if name[0].islower() else "")
+
+
+def test_what_is_where_it_was_has_not_moved() -> None:
+    assert moved("lit_rl.methods.flow_grpo.FlowGRPO") is None and moved("lit_rl.modules.base.LitRL") is None
+
+
+def test_an_old_class_in_a_file_is_named_with_its_line(tmp_path: Path) -> None:
+    run = toy_config(tmp_path)
+    run["trainer"]["strategy"] = {"class_path": "lit_rl.strategies.FSDP2Strategy"}
+    text = yaml.safe_dump(run)
+    (tmp_path / "run.yaml").write_text(text)
+    line = next(i for i, row in enumerate(text.splitlines(), start=1) if "FSDP2Strategy" in row)
+    with pytest.raises(ConfigError) as said:
+        parse(["--config", str(tmp_path / "run.yaml")])
+    assert f"run.yaml:{line}: lit_rl.strategies.FSDP2Strategy is now lit_rl.strategies.fsdp2.FSDP2Strategy" in str(said.value)
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_option_is_named_with_the_new_one(tmp_path: Path, old: str) -> None:
+    """On the command line; it is one of no class of today."""
+    shipped = next(path for path in (ROOT / "configs").rglob("*/*.yaml") if _knows(path, RENAMED[old]))
+    with pytest.raises(ConfigError) as said:
+        parse(["--config", str(shipped), f"--{old}", "1"])
+    assert f"{old} of earlier releases is now {RENAMED[old]}" in str(said.value)
+
+
+def _knows(path: Path, new: str) -> bool:
+    paths = {short(option.path) for option in options(["--config", str(path)])}
+    return path.parent.name != "base" and short(new.split()[0].rstrip(":")) in paths
+
+
+# ---------------------------------------------------------------------- versions
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"config_version: {CONFIG_VERSION}\n", None),
+        ("trainer: {}\n", None),
+        ("trainer: {}\nconfig_version: 0\n", "run.yaml:2: config_version is 0, and this release reads"),
+        ("config_version: 99\n", "update lit-rl"),
+        ("# lightning.pytorch==2.6.6\nmodel: {}\n", "run.yaml was saved by a run of an earlier release: it has no config_version"),
+    ],
+)
+def test_the_version_that_a_file_states(tmp_path: Path, text: str, said: str | None) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    sentence = other_version(["cli.py", "fit", "--config", str(tmp_path / "run.yaml")])
+    assert sentence is None if said is None else said in (sentence or "")
+
+
+def test_what_a_run_saves_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lit_rl.command_line.run import CLI
+
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(toy_config(tmp_path)))
+    monkeypatch.setattr("sys.argv", ["cli.py", "fit", "--config", str(tmp_path / "run.yaml"), "--trainer.max_epochs", "1"])
+    CLI()
+    saved = tmp_path / "config.yaml"
+    assert yaml.safe_load(saved.read_text())["config_version"] == CONFIG_VERSION
+    assert parse(["--config", str(saved)]).trainer.max_epochs == 1
+    saved.write_text(saved.read_text().replace(f"config_version: {CONFIG_VERSION}", ""))
+    with pytest.raises(ConfigError, match=r"was saved by a run of an earlier release"):
+        parse(["--config", str(saved)])
