@@ -32,7 +32,7 @@ every key of the YAML is also an option, for example
   --trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor           --data.init_args.train PATH
 
 what a class takes
-  --model.help lit_rl.methods.flow_grpo.FlowGRPO            any method, by its dotted path
+  --model.help lit_rl.methods.flow_grpo.FlowGRPO            any method, by its dotted path, with what its components take
   --config run.yaml --model.policy.help                     the class that the run names there
   --data.help datamodules.prompts.PromptFiles               any datamodule
   --trainer.callbacks.help callbacks.reward_scoring.RewardScoring
@@ -59,12 +59,18 @@ def main() -> None:
     from lit_rl.own_code import use_working_folder
 
     use_working_folder()
+    from lit_rl.command_line.components import asked_class, components_page
     from lit_rl.command_line.options import with_help_classes
     from lit_rl.command_line.run import CLI
 
     sys.argv[1:] = with_help_classes(sys.argv[1:])
 
-    CLI()
+    try:
+        CLI()
+    except SystemExit as done:
+        if not done.code and (method := asked_class(sys.argv)) is not None:
+            print(f"\n{components_page(method)}")
+        raise
 
 
 if __name__ == "__main__":

@@ -66,8 +66,8 @@ def other_version(argv: Sequence[str]) -> str | None:
         if stated is None and _saved_by_a_run(text):
             return (
                 f"{file} was saved by a run of an earlier release: it has no config_version, and this release writes {CONFIG_VERSION}. "
-                f"Start from the YAML that the run was started with, or put `config_version: {CONFIG_VERSION}` into this file and rename what is "
-                "then reported; CHANGELOG.md has the new names"
+                f"Start from the YAML that the run was started with, or put `config_version: {CONFIG_VERSION}` into this file and rename "
+                "what is then reported; CHANGELOG.md has the new names"
             )
     return None
 
