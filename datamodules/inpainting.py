@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from datamodules.base import PromptDataModule
-from datamodules.inpainting_files import Item, read_items, read_rows
+from datamodules.inpainting_files import read_items, read_rows
+from datamodules.inpainting_items import Item
 from datamodules.lazy import ImageCache, LazyRow, Reader, Size, read_mask, read_picture, unreadable
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from datamodules.base import PromptDataModule
-from datamodules.text_files import Fields, InvalidRow, Paths, Rows, complain, find_files, read_rows, split_files
-from datamodules.text_rows import Text, as_turn
+from datamodules.text_files import Fields, InvalidRow, Rows, complain, read_rows
+from datamodules.text_messages import Text, as_turn
+from datamodules.text_paths import Paths, find_files, split_files
 from lit_rl.errors import ConfigError
 from lit_rl.policies.chat import AnswerIds, completion_ids
 from lit_rl.policies.chat import answer_ids as turns_ids

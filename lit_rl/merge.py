@@ -36,7 +36,7 @@ def merge(adapter: Path, out: Path, *, base: str | None = None, dtype: str | Non
 def _merge_language(adapter: Path, out: Path, base: str | None, dtype: str | None) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
-    from lit_rl.policies.causal_lm import check_folder, read_lm
+    from lit_rl.policies.language_model import check_folder, read_lm
     from lit_rl.policies.weights.language_lora import adapter_fields, merged
 
     base = check_folder(_base(base, adapter_fields(adapter), adapter))
@@ -55,7 +55,7 @@ def _merge_pipeline(adapter: Path, out: Path, base: str | None, dtype: str | Non
 
     import lit_rl.miniatures.pixel_vae  # noqa: F401  (diffusers looks it up among the imported modules)
     from lit_rl.errors import ConfigError
-    from lit_rl.policies.weights.lora import tuner_layers
+    from lit_rl.policies.weights.adapters import tuner_layers
     from lit_rl.policies.weights.pipeline_lora import adapter_file, adapter_metadata
 
     file = adapter_file(adapter)

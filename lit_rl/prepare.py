@@ -93,7 +93,7 @@ def prepare(name: str, *, source: str | None, out: Path, hub: Hub = "huggingface
 
 def found_files(given: Path) -> dict[str, list[Path]]:
     """Files by split; one whose name tells none is for training."""
-    from datamodules.text_files import SUFFIXES, find_files, split_files
+    from datamodules.text_paths import SUFFIXES, find_files, split_files
     from lit_rl.errors import ConfigError
 
     if not given.is_dir():

@@ -44,6 +44,15 @@ QFORMER_KEY_TOKENS = 32
 """Tokens that the published Q-Former attends to."""
 
 
+def to_sections(weights: Mapping[str, Tensor]) -> Weights:
+    """{"ip_adapter.0.to_k_ip.weight": ...} -> {"ip_adapter": {"0.to_k_ip.weight": ...}}."""
+    sections: Weights = {}
+    for name, tensor in weights.items():
+        section, _, key = name.partition(".")
+        sections.setdefault(section, {})[key] = tensor
+    return sections
+
+
 def to_standard(state: Mapping[str, Any], *, what: str = "the IP-Adapter's state") -> Weights:
     """The weights of a file in any of the formats under their standard names; the Q-Former stays where there is one.
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lit_rl.miniatures.images import _clip_tokenizer, _t5_tokenizer
+from lit_rl.miniatures.text_encoders import clip_tokenizer, t5_tokenizer
 
 TextEncoders = Literal["small", "full"]
 """full: the published sizes. small: the published widths, which the transformer sees, in one thin layer each."""
@@ -99,9 +99,9 @@ def build_sd35_medium(
     pipe: Any = StableDiffusion3Pipeline(
         **parts,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        tokenizer=_clip_tokenizer(CLIP_TOKENS),
-        tokenizer_2=_clip_tokenizer(CLIP_TOKENS),
-        tokenizer_3=_t5_tokenizer(),
+        tokenizer=clip_tokenizer(CLIP_TOKENS),
+        tokenizer_2=clip_tokenizer(CLIP_TOKENS),
+        tokenizer_3=t5_tokenizer(),
     )
     pipe.save_pretrained(folder)
     return Path(folder)
@@ -121,8 +121,8 @@ def build_flux_dev(
     pipe: Any = FluxPipeline(
         **parts,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        tokenizer=_clip_tokenizer(CLIP_TOKENS),
-        tokenizer_2=_t5_tokenizer(),
+        tokenizer=clip_tokenizer(CLIP_TOKENS),
+        tokenizer_2=t5_tokenizer(),
     )
     pipe.save_pretrained(folder)
     return Path(folder)
@@ -151,9 +151,9 @@ def _sd35_medium(text_encoders: TextEncoders) -> dict[str, Any]:
     return {
         "transformer": SD3Transformer2DModel(**SD35_MEDIUM),
         "vae": AutoencoderKL(**VAE, **SD35_LATENTS),
-        "text_encoder": _clip(CLIP_L, text_encoders, projection=True),
-        "text_encoder_2": _clip(CLIP_G, text_encoders, projection=True),
-        "text_encoder_3": _t5(text_encoders),
+        "text_encoder": clip_encoder(CLIP_L, text_encoders, projection=True),
+        "text_encoder_2": clip_encoder(CLIP_G, text_encoders, projection=True),
+        "text_encoder_3": t5_encoder(text_encoders),
     }
 
 
@@ -163,12 +163,12 @@ def _flux_dev(text_encoders: TextEncoders) -> dict[str, Any]:
     return {
         "transformer": FluxTransformer2DModel(**FLUX_DEV),
         "vae": AutoencoderKL(**VAE, **FLUX_LATENTS),
-        "text_encoder": _clip(CLIP_L, text_encoders, projection=False),
-        "text_encoder_2": _t5(text_encoders),
+        "text_encoder": clip_encoder(CLIP_L, text_encoders, projection=False),
+        "text_encoder_2": t5_encoder(text_encoders),
     }
 
 
-def _clip(published: dict[str, Any], size: TextEncoders, *, projection: bool) -> nn.Module:
+def clip_encoder(published: dict[str, Any], size: TextEncoders, *, projection: bool) -> nn.Module:
     """start 512 and end 513 are the ids of the miniatures' tokenizer."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -178,7 +178,7 @@ def _clip(published: dict[str, Any], size: TextEncoders, *, projection: bool) ->
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
-def _t5(size: TextEncoders) -> nn.Module:
+def t5_encoder(size: TextEncoders) -> nn.Module:
     from transformers import T5Config, T5EncoderModel
 
     smaller = {"vocab_size": 98, "num_layers": 1, "num_heads": 2, "d_ff": 512} if size == "small" else {}

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lit_rl.miniatures.text_encoders import clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
+
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer, PreTrainedModel, T5EncoderModel, T5Tokenizer
+    pass
 
 VaeKind = Literal["pixel", "kl"]
 
@@ -45,7 +47,7 @@ def build_sd3(
     """Save a random Stable Diffusion 3 pipeline for images of `height` x `width` pixels and return its folder.
 
     factor: pixels per latent cell (a power of 2); a latent has image_channels * factor^2 channels ("pixel") or 4 ("kl", AutoencoderKL).
-    patch_size: latent cells per token, so there are height * width / (factor * patch_size)^2 image tokens.
+    patch_size: latent cells per token.
     text_hidden: width of each of the two CLIP encoders; text_length: their context in tokens (one per character, plus two).
     t5_hidden: width of the T5 encoder, at least 2 * text_hidden; None leaves text_encoder_3 out (the policy
         copes; `from_pretrained` by hand then wants text_encoder_3=None, tokenizer_3=None).
@@ -54,41 +56,23 @@ def build_sd3(
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     _check_size(height, width, cell=factor * patch_size)
-    context = t5_hidden or 2 * text_hidden
-    if context < 2 * text_hidden:
-        raise ValueError(f"t5_hidden={t5_hidden} is narrower than the two CLIP encoders together: set it to at least {2 * text_hidden}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         autoencoder = _autoencoder(vae, factor, image_channels, scaling_factor, shift_factor)
         channels = autoencoder.config.latent_channels
-        transformer = SD3Transformer2DModel(
-            sample_size=max(height, width) // factor,
-            patch_size=patch_size,
-            in_channels=channels,
-            out_channels=channels,
-            num_layers=layers,
-            attention_head_dim=hidden // heads,
-            num_attention_heads=heads,
-            joint_attention_dim=context,
-            caption_projection_dim=hidden,
-            pooled_projection_dim=2 * text_hidden,
-            pos_embed_max_size=max(height, width) // (factor * patch_size),
-            dual_attention_layers=tuple(dual_attention_layers),
-            qk_norm=qk_norm,
-        )
+        side = max(height, width) // factor
+        sizes = {"sample_size": side, "patch_size": patch_size, "pos_embed_max_size": side // patch_size}
+        sizes |= {"in_channels": channels, "out_channels": channels, "num_layers": layers, "num_attention_heads": heads}
+        sizes |= {"attention_head_dim": hidden // heads, "caption_projection_dim": hidden}
+        sizes |= {"joint_attention_dim": _sd3_width(text_hidden, t5_hidden), "pooled_projection_dim": 2 * text_hidden}
+        transformer = SD3Transformer2DModel(**sizes, dual_attention_layers=tuple(dual_attention_layers), qk_norm=qk_norm)
         pipe: Any = StableDiffusion3Pipeline(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
             vae=autoencoder,
-            text_encoder=_clip(text_hidden, text_length, projection=True),
-            tokenizer=_clip_tokenizer(text_length),
-            text_encoder_2=_clip(text_hidden, text_length, projection=True),
-            tokenizer_2=_clip_tokenizer(text_length),
-            text_encoder_3=_t5(t5_hidden) if t5_hidden else None,
-            tokenizer_3=_t5_tokenizer() if t5_hidden else None,
+            **_sd3_text(text_hidden, text_length, t5_hidden),
         )
-    pipe.save_pretrained(folder)
-    return Path(folder)
+    return _saved(pipe, folder)
 
 
 def build_flux(
@@ -125,29 +109,21 @@ def build_flux(
         torch.manual_seed(seed)
         autoencoder = _autoencoder(vae, factor, image_channels, scaling_factor, shift_factor)
         channels = autoencoder.config.latent_channels
-        transformer = FluxTransformer2DModel(
-            in_channels=4 * (2 * channels + factor**2) if fill else 4 * channels,
-            out_channels=4 * channels,
-            num_layers=layers,
-            num_single_layers=single_layers,
-            attention_head_dim=head,
-            num_attention_heads=heads,
-            joint_attention_dim=t5_hidden,
-            pooled_projection_dim=text_hidden,
-            guidance_embeds=guidance_embeds,
-            axes_dims_rope=(head // 4, head // 8 * 3, head - head // 4 - head // 8 * 3),
-        )
+        sizes = {"in_channels": 4 * (2 * channels + factor**2) if fill else 4 * channels, "out_channels": 4 * channels}
+        sizes |= {"num_layers": layers, "num_single_layers": single_layers, "num_attention_heads": heads, "attention_head_dim": head}
+        sizes |= {"joint_attention_dim": t5_hidden, "pooled_projection_dim": text_hidden}
+        axes = (head // 4, head // 8 * 3, head - head // 4 - head // 8 * 3)
+        transformer = FluxTransformer2DModel(**sizes, guidance_embeds=guidance_embeds, axes_dims_rope=axes)
         pipe: Any = (FluxFillPipeline if fill else FluxPipeline)(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if guidance_embeds else 1.0, use_dynamic_shifting=guidance_embeds),
             vae=autoencoder,
-            text_encoder=_clip(text_hidden, text_length, projection=False),
-            tokenizer=_clip_tokenizer(text_length),
-            text_encoder_2=_t5(t5_hidden),
-            tokenizer_2=_t5_tokenizer(),
+            text_encoder=clip_encoder(text_hidden, text_length, projection=False),
+            tokenizer=clip_tokenizer(text_length),
+            text_encoder_2=t5_encoder(t5_hidden),
+            tokenizer_2=t5_tokenizer(),
         )
-    pipe.save_pretrained(folder)
-    return Path(folder)
+    return _saved(pipe, folder)
 
 
 def build_siglip(
@@ -178,6 +154,29 @@ def build_siglip(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         SiglipVisionModel(config).save_pretrained(folder)
+    return Path(folder)
+
+
+def _sd3_width(text_hidden: int, t5_hidden: int | None) -> int:
+    """Width of the text that the transformer attends to: that of T5, or of the two CLIP encoders side by side."""
+    if t5_hidden and t5_hidden < 2 * text_hidden:
+        raise ValueError(f"t5_hidden={t5_hidden} is narrower than the two CLIP encoders together: set it to at least {2 * text_hidden}")
+    return t5_hidden or 2 * text_hidden
+
+
+def _sd3_text(hidden: int, length: int, t5_hidden: int | None) -> dict[str, object]:
+    return {
+        "text_encoder": clip_encoder(hidden, length, projection=True),
+        "tokenizer": clip_tokenizer(length),
+        "text_encoder_2": clip_encoder(hidden, length, projection=True),
+        "tokenizer_2": clip_tokenizer(length),
+        "text_encoder_3": t5_encoder(t5_hidden) if t5_hidden else None,
+        "tokenizer_3": t5_tokenizer() if t5_hidden else None,
+    }
+
+
+def _saved(pipe: Any, folder: str | Path) -> Path:
+    pipe.save_pretrained(folder)
     return Path(folder)
 
 
@@ -213,73 +212,6 @@ def _autoencoder(kind: VaeKind, factor: int, image_channels: int, scaling_factor
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-
-
-def _byte_alphabet() -> list[str]:
-    """The 256 printable characters by which byte-level BPE writes bytes."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return sorted(ByteLevel.alphabet())
-
-
-def _clip_tokenizer(length: int) -> CLIPTokenizer:
-    """CLIP's tokenizer with one token per byte and no merges: ids 0..255 inside a word, 256..511 at its end, then start and end of text."""
-    from transformers import CLIPTokenizer
-
-    letters = _byte_alphabet()
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=length)
-
-
-def _clip(hidden: int, length: int, *, projection: bool) -> PreTrainedModel:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    start, end = 512, 513
-    config = CLIPTextConfig(
-        vocab_size=514,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        projection_dim=hidden,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=length,
-        bos_token_id=start,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    model = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
-            torch.nn.init.normal_(module.weight, std=1.0)
-    return model.eval()
-
-
-def _t5_tokenizer() -> T5Tokenizer:
-    """T5's tokenizer over single printable ASCII characters: <pad> 0, </s> 1, <unk> 2, the word mark 3, then "!" to "~"."""
-    from transformers import T5Tokenizer
-
-    pieces = ["▁", *(chr(code) for code in range(33, 127))]
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -2.0) for piece in pieces)]
-    return T5Tokenizer(vocab=vocab, extra_ids=0)
-
-
-def _t5(hidden: int) -> T5EncoderModel:
-    from transformers import T5Config, T5EncoderModel
-
-    config = T5Config(
-        vocab_size=98,
-        d_model=hidden,
-        d_kv=hidden // 2,
-        d_ff=2 * hidden,
-        num_layers=1,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-    )
-    model: Any = T5EncoderModel(config)
-    # T5 knows places by this bias alone, which is drawn so small that "47" and "74" would give the same tokens in another order.
-    torch.nn.init.normal_(model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight, std=4.0)
-    return model.eval()
 
 
 if __name__ == "__main__":

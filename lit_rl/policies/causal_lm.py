@@ -3,89 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lit_rl.errors import ConfigError
-from lit_rl.losses.token_logprobs import token_logprobs
 from lit_rl.policies.base import Message, TokenPolicy
 from lit_rl.policies.chat import PLAIN_TEMPLATE, prompt_ids
 from lit_rl.policies.chat_template import check_template, stored_stop_ids, turn_ends
-from lit_rl.policies.lm_head import LMHead, body, own_logprobs, picked, recognized
-from lit_rl.policies.pretrained import without_bars
+from lit_rl.policies.language_model import TokenNetwork, check_folder, read_lm, recompute
+from lit_rl.policies.lm_head import recognized
 from lit_rl.policies.reply import reply
 from lit_rl.policies.sizes import check_length, check_vocabulary, read_config
 from lit_rl.policies.trained import TrainedPolicy
-from lit_rl.policies.weights.language_lora import adapter_fields, add_language_lora, read_adapter_config, save_adapter, split_adapter
-from lit_rl.policies.weights.lora import LoraSettings, active_factors, base_name
+from lit_rl.policies.weights.language_lora import add_language_lora, read_adapter_config, save_adapter, split_adapter
+from lit_rl.policies.weights.lora import LoraSettings, base_name
 from lit_rl.policies.weights.lora_sites import repeated_blocks
 from lit_rl.types import Answer, Info
 
 log = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-class TokenNetwork(nn.Module):
-    """A language model whose forward goes from tokens to the log-probabilities of chosen ones.
-
-    One forward, so that a sharding strategy gathers the output layer for it, and no logits but of a chunk of the chosen places.
-    """
-
-    def __init__(self, lm: Any, head: LMHead) -> None:
-        super().__init__()
-        self.lm, self.head = lm, head
-
-    def forward(
-        self,
-        tokens: Tensor,
-        places: Tensor,
-        targets: Tensor,
-        *,
-        positions: Tensor | None,
-        temperature: float,
-        entropy: bool,
-        plain: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """log p Float32 "N" of `targets`, and the entropies. tokens: Int "B T"; places: Int "N", flat indices of the tokens before them.
-
-        positions: Int "1 T" of sequences side by side in one row: where they start again at 0, attention does not look back further.
-        plain: Of the logits that the model's forward gives, all of them at once.
-        """
-        # No attention mask: padding is on the right, where causal attention never looks from a real token. A mask of ones would let the
-        # sequences of one row see each other.
-        if plain or self.head.kind == "whole":
-            placed = {} if positions is None else {"position_ids": positions}
-            logits = self.lm(input_ids=tokens, use_cache=False, **placed).logits.flatten(0, 1)[places]
-            return picked(logits, targets, temperature=temperature, entropy=entropy)
-        outputs = body(self.lm)(input_ids=tokens, position_ids=positions, use_cache=False)
-        hidden = outputs.last_hidden_state.flatten(0, 1)[places]
-        if self.head.kind == "own":
-            return own_logprobs(self.lm, hidden, targets, temperature=temperature, entropy=entropy)
-        return self._affine(hidden, targets, temperature=temperature, entropy=entropy)
-
-    def _affine(self, hidden: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        head = self.lm.get_output_embeddings()
-        expect(self, head)
-        low_rank, scale, softcap = active_factors(head, hidden), self.head.scale, self.head.softcap
-        found = token_logprobs(hidden, head.weight, targets, bias=head.bias, low_rank=low_rank, scale=scale, softcap=softcap, **options)
-        return found.logprobs, found.entropy
-
-
-def expect(reader: nn.Module, head: nn.Module) -> None:
-    """Have ZeRO-3 gather the weights of `head` for every forward and backward of `reader`: unasked it gathers what a module owns."""
-    for parameter in head.parameters():
-        if hasattr(parameter, "ds_id") and id(parameter) not in getattr(reader, "_external_params", {}):
-            import deepspeed
-
-            deepspeed.zero.register_external_parameter(reader, parameter)
-            parameter.all_gather()  # type: ignore[attr-defined]
 
 
 class CausalLM(TrainedPolicy, TokenPolicy):
@@ -260,53 +202,3 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         named |= {key: value.detach().cpu() for key, value in lm.state_dict().items() if key in buffers}  # type: ignore[union-attr]
         lm.save_pretrained(folder, state_dict=named)  # type: ignore[operator, union-attr]
         self.tokenizer.save_pretrained(folder)
-
-
-def read_lm(pretrained: str, *, dtype: torch.dtype | str, attention: str | None, **source: Any) -> Any:
-    """A frozen model of transformers from a folder or hub id, which may read pictures too."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    without_bars()
-    chosen = {"attn_implementation": attention} if attention else {}
-    try:
-        config = AutoConfig.from_pretrained(pretrained, **source)
-        text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
-        auto = AutoModelForCausalLM if text else AutoModelForImageTextToText
-        lm = auto.from_pretrained(pretrained, dtype=dtype, **chosen, **source)
-    except OSError as error:
-        raise ConfigError(f"pretrained: {pretrained!r} is neither a folder nor a hub repository that can be read: {error}") from error
-    if getattr(lm, "peft_config", None):
-        raise ConfigError(
-            f"pretrained: {pretrained!r} is an adapter with its base around it; give the base, and the adapter as lora.initial"
-        )
-    return lm.requires_grad_(False)
-
-
-def check_folder(pretrained: str) -> str:
-    """The folder or hub id as transformers takes it. Raises ConfigError for a folder without config.json; whether a hub id (owner/name)
-    exists is found when it is loaded."""
-    folder = Path(pretrained).expanduser()
-    if not folder.exists():
-        if len(pretrained.split("/")) == 2 and not pretrained.startswith((".", "~", "/")) and not Path(pretrained.split("/")[0]).exists():
-            return pretrained
-        raise ConfigError(f"pretrained: no such folder {pretrained!r}; give a folder in transformers format or a hub id like 'owner/name'")
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = adapter_fields(folder).get("base_model_name_or_path")
-        raise ConfigError(
-            f"pretrained: {pretrained!r} is a LoRA adapter of {base}: give {base} here, and this folder as lora.initial; or make a "
-            f"model of both by `python -m lit_rl.merge {pretrained} --base {base} --out FOLDER`"
-        )
-    if not (folder / "config.json").is_file():
-        found = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing" if folder.is_dir() else "a file"
-        raise ConfigError(f"pretrained: {pretrained!r} is not a transformers model: no config.json there, found {found}")
-    return str(folder)
-
-
-def recompute(blocks: Sequence[nn.Module]) -> None:
-    """Have each block keep no activations for the backward pass, in evaluation mode too, where transformers' own switch does nothing."""
-    for block in blocks:
-        block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]  # hooks of sharding stay outside of it
-
-
-def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
-from lit_rl.policies.causal_lm import Dtype, check_folder, read_lm, recompute
+from lit_rl.policies.causal_lm import Dtype
+from lit_rl.policies.language_model import check_folder, read_lm, recompute
 from lit_rl.policies.lm_head import body
 from lit_rl.policies.sizes import check_length, check_same_tokens, read_config
+from lit_rl.policies.weights.adapters import geometry
 from lit_rl.policies.weights.language_lora import add_language_lora, merged
-from lit_rl.policies.weights.lora import LoraSettings, geometry
+from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.policies.weights.lora_sites import repeated_blocks
 
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_rl.checkpoints.ip_adapter import Format, read_ip_adapter, write_ip_adapter
+from lit_rl.checkpoints.ip_adapter import Format, read_ip_adapter, to_sections, write_ip_adapter
 from lit_rl.errors import ConfigError
 from lit_rl.policies.flux import FluxPolicy
-from lit_rl.policies.ip_adapter import FEATURES, FROZEN, adapter_names, to_sections
+from lit_rl.policies.ip_adapter import FEATURES, FROZEN, adapter_names
 from lit_rl.policies.style import FrozenStyle, StyleOff, StyleSettings, add_style, letterbox, strip
 from lit_rl.policies.weights.reference import Combined
 from lit_rl.types import Cond, Info

@@ -187,12 +187,6 @@ def _project(network: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
     return args, {**kwargs, "joint_attention_kwargs": {**rest, **tokens}}
 
 
-def set_style_scale(network: nn.Module, scale: float) -> None:
-    """Weight of the style in every attention: 1 as trained, 0 for none."""
-    for processor in style_attentions(network):
-        processor.scale = scale
-
-
 def style_attentions(network: nn.Module) -> list[StyleAttention]:
     """In the order of the files: double blocks, then single ones."""
     return [block.attn.processor for block in flux_blocks(network)]
@@ -218,15 +212,6 @@ def adapter_names(network: Any) -> dict[str, str]:
         p: f"{section}.{key}" for section, home in homes if home is not None for key, p in home.named_parameters() if FROZEN not in key
     }
     return {name: filed[p] for name, p in network.named_parameters() if p in filed}
-
-
-def to_sections(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """{"ip_adapter.0.to_k_ip.weight": ...} -> {"ip_adapter": {"0.to_k_ip.weight": ...}}."""
-    sections: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in weights.items():
-        section, _, key = name.partition(".")
-        sections.setdefault(section, {})[key] = tensor
-    return sections
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lit_rl.policies.base import Policy
-from lit_rl.policies.weights.lora import LoraSettings, geometry
+from lit_rl.policies.weights.adapters import geometry
+from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.policies.weights.reference import Reference, reference_of
 
 

@@ -6,7 +6,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import nn
 
 from lit_rl.errors import ConfigError
-from lit_rl.policies.weights.lora import adapted_parameters
+from lit_rl.policies.weights.adapters import adapted_parameters
 from lit_rl.strategies.fsdp2 import FSDP2Strategy
 from lit_rl.strategies.zero import ZeroStrategy
 

@@ -21,11 +21,12 @@ from lit_rl.checkpoints.ip_adapter import (
     from_standard,
     read_ip_adapter,
     silent_qformer,
+    to_sections,
     to_standard,
     write_ip_adapter,
 )
 from lit_rl.errors import ConfigError
-from lit_rl.policies.ip_adapter import MLPProjection, QFormerProjection, to_sections
+from lit_rl.policies.ip_adapter import MLPProjection, QFormerProjection
 
 FEATURES, TOKENS, WIDTH = 3, 2, 8
 

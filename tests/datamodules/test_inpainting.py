@@ -21,7 +21,7 @@ from toy import toy_method, toy_trainer
 from callbacks.image_writer import ImageWriter
 from callbacks.sample_gallery import SampleGallery
 from datamodules.inpainting import Inpainting, main
-from datamodules.inpainting_files import FIELDS
+from datamodules.inpainting_items import FIELDS
 from datamodules.lazy import ImageCache, LazyRow
 from lit_rl.errors import ConfigError
 

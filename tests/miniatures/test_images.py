@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_rl.miniatures.images import _clip_tokenizer, _t5, _t5_tokenizer, build_flux, build_sd3, build_siglip
+from lit_rl.miniatures.images import build_flux, build_sd3, build_siglip
 from lit_rl.miniatures.pixel_vae import PixelUnshuffleVAE
+from lit_rl.miniatures.text_encoders import clip_tokenizer, t5_encoder, t5_tokenizer
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -36,7 +37,7 @@ def test_pixel_vae_refuses_channels_that_do_not_add_up() -> None:
 
 def test_every_character_is_one_token() -> None:
     text = '"4207"'
-    clip, t5 = _clip_tokenizer(16), _t5_tokenizer()
+    clip, t5 = clip_tokenizer(16), t5_tokenizer()
     ids = clip(text).input_ids
     assert len(ids) == len(text) + 2 and len(set(ids)) == len(set(text)) + 2
     assert t5.convert_ids_to_tokens(t5(text).input_ids) == ["▁", *text, "</s>"]
@@ -48,8 +49,8 @@ def test_text_tokens_know_where_they_stand(seed: int) -> None:
     """FLUX gives its text no positions: with the same characters in another order, some token must be one that the other text lacks."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        encoder = _t5(32)
-    one, other = (encoder(**_t5_tokenizer()(f"'{text}'.", return_tensors="pt")).last_hidden_state[0] for text in ("47", "74"))
+        encoder = t5_encoder(32)
+    one, other = (encoder(**t5_tokenizer()(f"'{text}'.", return_tensors="pt")).last_hidden_state[0] for text in ("47", "74"))
     assert torch.cdist(one, other).min(1).values.max() > 0.25 * one.norm(dim=1).mean()
 
 
@@ -74,7 +75,7 @@ def test_style_features_tell_inks_apart_whatever_is_written(tmp_path: Path, seed
 def test_tokenizers_survive_the_disk(folders: dict[str, Path]) -> None:
     from transformers import CLIPTokenizer, T5Tokenizer
 
-    for kind, name, own in ((CLIPTokenizer, "tokenizer", _clip_tokenizer(16)), (T5Tokenizer, "tokenizer_3", _t5_tokenizer())):
+    for kind, name, own in ((CLIPTokenizer, "tokenizer", clip_tokenizer(16)), (T5Tokenizer, "tokenizer_3", t5_tokenizer())):
         stored = kind.from_pretrained(folders["sd3"] / name)
         for text in ('say "42"', "", "ÄÖ~ x"):
             assert stored(text).input_ids == own(text).input_ids

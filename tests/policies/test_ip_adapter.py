@@ -9,6 +9,7 @@ import torch
 from golden_numbers import assert_close, load
 from torch import Tensor, nn
 
+from lit_rl.checkpoints.ip_adapter import to_sections
 from lit_rl.errors import ConfigError
 from lit_rl.policies.ip_adapter import (
     ImageProjection,
@@ -18,9 +19,7 @@ from lit_rl.policies.ip_adapter import (
     adapter_names,
     add_ip_adapter,
     load_ip_adapter,
-    set_style_scale,
     style_attentions,
-    to_sections,
 )
 from lit_rl.policies.weights.lora import LoraSettings, add_lora
 
@@ -114,7 +113,8 @@ def test_outputs_are_those_of_the_published_classes(golden_dir: Path) -> None:
     asked |= {key: ({"style_tokens": tokens}, scale) for key, scale in scales.items()}
     assert asked.keys() == {key for key in data if key.startswith("pred")}
     for key, (joint, scale) in asked.items():
-        set_style_scale(network, scale)
+        for attention in style_attentions(network):
+            attention.scale = scale
         with torch.no_grad():
             out = network(
                 hidden_states=data["hidden"],
@@ -135,7 +135,8 @@ def test_without_style_it_is_the_stock_network_bit_for_bit(heads: int, batch: Si
     plain, network = velocity(stock(heads), batch), styled(heads=heads)
     assert torch.equal(velocity(network, batch), plain)
     assert torch.equal(velocity(network, batch, torch.zeros_like(batch.features)), plain)
-    set_style_scale(network, 0.0)
+    for attention in style_attentions(network):
+        attention.scale = 0.0
     assert torch.equal(velocity(network, batch, batch.features), plain)
 
 

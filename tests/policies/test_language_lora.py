@@ -16,7 +16,8 @@ from torch import Tensor
 from lit_rl.errors import ConfigError
 from lit_rl.miniatures.lm import build_lm, char_tokenizer
 from lit_rl.policies.causal_lm import CausalLM
-from lit_rl.policies.weights.lora import LoraSettings, adapted_name, named_tuner_layers
+from lit_rl.policies.weights.adapters import adapted_name, named_tuner_layers
+from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.policies.weights.lora_sites import coverage, default_sites, named_sites
 from lit_rl.strategies.checks import check_experts_reached
 from lit_rl.strategies.zero import ZeroStrategy

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_rl.losses import token_logprobs
 from lit_rl.policies import lm_head
-from lit_rl.policies.causal_lm import TokenNetwork
+from lit_rl.policies.language_model import TokenNetwork
 from lit_rl.policies.lm_head import LMHead, recognized
 
 SIZES: dict[str, Any] = dict(

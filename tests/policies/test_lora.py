@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
-from lit_rl.policies.weights.lora import LoraSettings, adapter_parameters, add_frozen_copy, disabled_adapters, using_adapter
+from lit_rl.policies.weights.adapters import adapter_parameters, add_frozen_copy, disabled_adapters, using_adapter
+from lit_rl.policies.weights.lora import LoraSettings
 
 MakePolicy = Callable[..., DiffusersFlowPolicy]
 MakeInputs = Callable[[DiffusersFlowPolicy], SimpleNamespace]

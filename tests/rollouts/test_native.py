@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from lit_rl.errors import ConfigError
 from lit_rl.miniatures.lm import Family
-from lit_rl.policies.weights.lora import LoraSettings, disabled_adapters
+from lit_rl.policies.weights.adapters import disabled_adapters
+from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.rollouts.base import Request, Sample, Sampling
 from lit_rl.rollouts.decoder import Cache, Decoder, unsupported
 from lit_rl.rollouts.hf import HFEngine

@@ -12,16 +12,8 @@ from torch import Tensor, nn
 
 from lit_rl.checkpoints.weights import read_tensors
 from lit_rl.errors import ConfigError, listed
-from lit_rl.policies.weights.lora import (
-    TRAINED,
-    LoraSettings,
-    adapted_name,
-    check_initial,
-    check_plain,
-    inject,
-    named_tuner_layers,
-    started_from,
-)
+from lit_rl.policies.weights.adapters import TRAINED, adapted_name, named_tuner_layers
+from lit_rl.policies.weights.lora import LoraSettings, check_initial, check_plain, inject, started_from
 from lit_rl.policies.weights.lora_sites import coverage, default_sites, named_sites, peft_targets, reachable
 
 if TYPE_CHECKING:

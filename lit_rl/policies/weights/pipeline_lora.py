@@ -11,17 +11,8 @@ from torch import Tensor, nn
 
 from lit_rl.checkpoints.weights import read_tensors
 from lit_rl.errors import ConfigError, listed
-from lit_rl.policies.weights.lora import (
-    TRAINED,
-    LoraSettings,
-    adapter_parameters,
-    check_initial,
-    check_plain,
-    linear_names,
-    started_from,
-    to_float32,
-    tuner_layers,
-)
+from lit_rl.policies.weights.adapters import TRAINED, adapter_parameters, to_float32, tuner_layers
+from lit_rl.policies.weights.lora import LoraSettings, check_initial, check_plain, linear_names, started_from
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lit_rl.errors import ConfigError
-from lit_rl.policies.weights.lora import TRAINED, adapter_parameters, add_frozen_copy, copy_adapter, disabled_adapters, using_adapter
+from lit_rl.policies.weights.adapters import TRAINED, adapter_parameters, add_frozen_copy, copy_adapter, disabled_adapters, using_adapter
 from lit_rl.policies.weights.shards import copy_weights, reshard
 
 REFERENCE = "reference"

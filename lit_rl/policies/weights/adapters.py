@@ -1,0 +1,124 @@
+"""Adapters in a network: their parameters, copies of them, and the one that is active."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_rl.policies.weights.shards import local
+
+if TYPE_CHECKING:
+    pass
+
+
+TRAINED = "default"
+
+
+def add_frozen_copy(network: nn.Module, name: str) -> None:
+    """Add adapter `name`, frozen and equal to the trained one, which stays the active one."""
+    config = copy.deepcopy(network.peft_config[TRAINED])  # type: ignore[union-attr, index]
+    with using_adapter(network, TRAINED), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is what is wanted
+        network.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+    for adapter, trained in ((name, False), (TRAINED, True)):
+        for parameter in adapter_parameters(network, adapter).values():
+            parameter.requires_grad_(trained)
+    to_float32(network, name)
+    copy_adapter(network, source=TRAINED, target=name)
+
+
+def to_float32(network: nn.Module, name: str) -> None:
+    # peft gives a new adapter the precision of its base layer; in bfloat16 an optimizer's small steps would round to nothing.
+    for parameter in adapter_parameters(network, name).values():
+        parameter.data = parameter.data.float()
+
+
+@torch.no_grad()
+def copy_adapter(network: nn.Module, *, source: str, target: str) -> None:
+    """target <- source, in place; local shards when sharded."""
+    targets = adapter_parameters(network, target)
+    for key, parameter in adapter_parameters(network, source).items():
+        local(targets[key]).copy_(local(parameter))
+
+
+def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by their name in diffusers' LoRA files ("...to_q.lora_A.weight")."""
+    return {key.replace(f".{name}.", "."): p for key, p in network.named_parameters() if f".{name}." in key and ".lora_" in key}
+
+
+def geometry(network: nn.Module) -> dict[str, Any]:
+    """What a checkpoint keeps of the trained adapter beside its weights: rank, alpha, and (rank, scaling) by layer."""
+    config: Any = network.peft_config[TRAINED]  # type: ignore[union-attr, index]
+    layers = {
+        name: [int(layer.r[TRAINED]), float(layer.scaling[TRAINED])] for name, layer in named_tuner_layers(network) if TRAINED in layer.r
+    }
+    return {"rank": int(config.r), "alpha": float(config.lora_alpha), "use_rslora": bool(config.use_rslora), "layers": layers}
+
+
+def active_factors(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(low "N R", up "O R"): low up^T is what the adapters that answer in `layer` add to its output for x "N I"; None where none does."""
+    if not hasattr(layer, "base_layer") or layer.disable_adapters:
+        return None
+    layers: Any = layer
+    names = [name for name in layers.active_adapters if name in layers.lora_A]
+    if not names:
+        return None
+    downs = [layers.lora_A[n](layers.lora_dropout[n](x.to(layers.lora_A[n].weight.dtype))) * layers.scaling[n] for n in names]
+    return torch.cat(downs, -1), torch.cat([layers.lora_B[n].weight for n in names], -1)
+
+
+@contextmanager
+def disabled_adapters(network: nn.Module) -> Iterator[None]:
+    """Inside it only the base weights answer."""
+    with _switched(network, "_disable_adapters", True):
+        yield
+
+
+@contextmanager
+def using_adapter(network: nn.Module, name: str) -> Iterator[None]:
+    """Inside it adapter `name` answers in place of the active one."""
+    with _switched(network, "_active_adapter", [name]):
+        yield
+
+
+@contextmanager
+def _switched(network: nn.Module, attribute: str, value: Any) -> Iterator[None]:
+    # peft's enable_adapters and set_adapter would also flip requires_grad, which DDP, FSDP and the optimizer have already read.
+    layers = tuner_layers(network)
+    before = [getattr(layer, attribute) for layer in layers]
+    try:
+        for layer in layers:
+            setattr(layer, attribute, value)
+        yield
+    finally:
+        for layer, old in zip(layers, before):
+            setattr(layer, attribute, old)
+
+
+def adapted_name(name: str, layer: Any) -> str:
+    """The linear layer, or the parameter, that the adapter in a module of this name is for."""
+    parameter = getattr(layer, "parameter_name", "weight")
+    module = name.replace(".base_layer", "")  # wrappers of several parameters of a module lie in each other
+    return module if parameter == "weight" else f"{module}.{parameter}"
+
+
+def adapted_parameters(network: nn.Module) -> list[str]:
+    """Names of the parameters that are adapted past the layer around them: fused experts."""
+    return sorted({adapted_name(name, layer) for name, layer in named_tuner_layers(network) if hasattr(layer, "parameter_name")})
+
+
+def tuner_layers(network: nn.Module) -> list[Any]:
+    return [layer for _, layer in named_tuner_layers(network)]
+
+
+def named_tuner_layers(network: nn.Module) -> list[tuple[str, Any]]:
+    """Names and modules of PEFT's layers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)]
