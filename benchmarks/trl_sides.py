@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.token_logprobs import high_water_mark
 from lit_rl.rewards.base import TextReward
+from lit_rl.rollouts.answers import Answers
 from lit_rl.types import Info
 
 LR, CLIP, BETA = 1e-4, 1.0, 0.1
@@ -144,7 +145,10 @@ def ours(case: Case, folder: Path, steps: int, turns: Turns) -> None:
     else:
         policy.stop_ids = []  # type: ignore[assignment]  # every answer has full length
         method = GRPO(
-            policy, **settings | {"prompts_per_iteration": 1}, group_size=case.rows, sampling=Sampling(max_new_tokens=case.answer)
+            policy,
+            **settings | {"prompts_per_iteration": 1},
+            group_size=case.rows,
+            answers=Answers(sampling=Sampling(max_new_tokens=case.answer)),
         )
         data = TextPrompts(train=rows, shuffle=False)
         callbacks.append(RewardScoring({"right": EveryOther()}))

@@ -14,7 +14,7 @@ import yaml
 from lit_rl.methods.dpo import DPO
 from lit_rl.methods.sft import SFT
 from lit_rl.modules.base import LitRL
-from lit_rl.modules.tokens import LitToken
+from lit_rl.modules.tokens import LitTokens
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "base")
@@ -83,7 +83,7 @@ def test_shares_of_the_first_lines_are_right(path: Path) -> None:
 
 OF_TEXTS = re.compile(r"on (\d+) GPUs (\d+) each = (\d+) updates? x (\d+) micro-batch(?:es)? of (\d+)")
 PASSES = re.compile(r"(\d+) epochs? of (\d+) rows (?:\(.*\) )?= (\d+) x (\d+) = (\d+) iterations")
-TEXTS = [path for path in RUNS if path.parent.name != "demo" and issubclass(method(path), LitToken)]
+TEXTS = [path for path in RUNS if path.parent.name != "demo" and issubclass(method(path), LitTokens)]
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=[f"{p.parent.name}/{p.stem}" for p in TEXTS])
@@ -135,7 +135,7 @@ def test_flux_fill_runs_are_the_guides(method: str) -> None:
 
 def test_runs_on_texts_are_listed_with_their_methods() -> None:
     listed = re.findall(r"`((?:sft|dpo|ppo|grpo|gspo|dapo|demo)/\w+)`", (CONFIGS.parent / "docs/methods.md").read_text())
-    there = {f"{p.parent.name}/{p.stem}" for p in RUNS if issubclass(method(p), LitToken)}
+    there = {f"{p.parent.name}/{p.stem}" for p in RUNS if issubclass(method(p), LitTokens)}
     assert there <= set(listed) and set(listed) <= {f"{p.parent.name}/{p.stem}" for p in RUNS}
 
 
@@ -155,9 +155,8 @@ LLM_GUIDE: dict[str, dict[str, Any]] = {
             "prompts_per_iteration": 1024,
             "prompts_per_update": 256,
             "group_size": 5,
-            "kl_coef": 0.001,
-            "kl_kind": "k3",
-            "sampling": {"max_new_tokens": 1024, "temperature": 1.0},
+            "kl": {"coef": 0.001, "kind": "k3"},
+            "answers": {"sampling": {"max_new_tokens": 1024, "temperature": 1.0}, "chunk": 160},
         },
         "policy": {"keep_reference": True, "gradient_checkpointing": True},
         "data": {"max_prompt_length": 512, "filter_overlong_prompts": True, "truncation": "error"},
@@ -166,7 +165,7 @@ LLM_GUIDE: dict[str, dict[str, Any]] = {
     "ppo/qwen25_7b_gsm8k": {
         "epochs": 10,
         "lr": 1e-6,
-        "model": {"prompts_per_iteration": 256, "prompts_per_update": 64, "gamma": 1.0, "lam": 0.95},
+        "model": {"prompts_per_iteration": 256, "prompts_per_update": 64, "credit": {"gamma": 1.0, "lam": 0.95}},
     },
 }
 """What the language models' guide says of each of its commands; save and test frequencies in iterations."""

@@ -15,13 +15,18 @@ from datamodules.prompts_text import TextPrompts
 from datamodules.supervised import SupervisedText
 from lit_rl import prepare
 from lit_rl.command_line.usual import RunFolder, UsualCallbacks
+from lit_rl.credit.rules import GAE, LengthPenalty
+from lit_rl.losses.kl import KL, RewardKL
+from lit_rl.losses.surrogates import Clip
 from lit_rl.methods.dpo import DPO
 from lit_rl.methods.grpo import DAPO, GRPO
-from lit_rl.methods.ppo import PPO
+from lit_rl.methods.ppo import PPO, CriticTraining
 from lit_rl.methods.sft import SFT
+from lit_rl.modules.dynamic import DynamicSampling
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.critic import Critic
 from lit_rl.policies.weights.lora import LoraSettings
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Sampling
 
 TEXT = PAGES["migration_llm"]
@@ -46,7 +51,14 @@ ROOMS: dict[str, list[type]] = {
     "model.init_args.policy.init_args.lora": [LoraSettings],
     "model.init_args.policy.init_args": [CausalLM],
     "model.init_args.critic.init_args": [Critic],
-    "model.init_args.sampling": [Sampling],
+    "model.init_args.answers.sampling": [Sampling],
+    "model.init_args.answers": [Answers],
+    "model.init_args.kl": [KL],
+    "model.init_args.kl_in_reward": [RewardKL],
+    "model.init_args.credit": [GAE],
+    "model.init_args.critic_training": [CriticTraining],
+    "model.init_args.dynamic_sampling": [DynamicSampling],
+    "model.init_args.length_penalty": [LengthPenalty],
     "model.init_args.optimizer.init_args": [torch.optim.AdamW],
     "model.init_args": METHODS,
     "data.init_args": [SupervisedText, PreferencePairs, TextPrompts],
@@ -54,18 +66,14 @@ ROOMS: dict[str, list[type]] = {
     "run": [RunFolder],
     "trainer": [L.Trainer],
 }
-REINFORCED = (
-    "kl_coef kl_kind clip_low clip_high dual_clip entropy_coef surrogate kl_in_reward kl_in_reward_kind kl_target kl_horizon correction "
-    "overlong_buffer overlong_factor group_size gamma"
-)
+REINFORCED = "kl kl_in_reward entropy_coef surrogate correction length_penalty group_size credit"
 OF_SOME: dict[type | tuple[type, ...], str] = {
     (GRPO, PPO): REINFORCED,
-    (SFT, GRPO, PPO): "sampling eval_sampling engine asynchronous",
+    (SFT, GRPO, PPO): "answers",
     (SFT, DPO): "loss_kind",
     DPO: "beta",
-    GRPO: "std",
-    PPO: "lam critic critic_lr critic_warmup value_clip",
-    DAPO: "filter_metric max_generations prompts_per_generation",
+    PPO: "critic critic_training",
+    DAPO: "dynamic_sampling",
     (SFT, PreferencePairs): "max_length",
     SupervisedText: "response_key",
     TextPrompts: "max_prompt_length filter_overlong_prompts",
@@ -133,10 +141,9 @@ def test_defaults_are_those_that_the_page_tells() -> None:
 
     assert (Sampling().max_new_tokens, Sampling().temperature, Sampling().top_k) == (1024, 1.0, 0)
     assert default(TextPrompts, "max_prompt_length") == 512 and default(SupervisedText, "max_length") == 4096
-    assert default(DPO, "beta") == 0.1 and (default(PPO, "lam"), default(PPO, "gamma")) == (1.0, 1.0)
-    assert (default(PPO, "critic_lr"), default(PPO, "value_clip")) == (1e-5, 0.5)
-    assert (default(GRPO, "kl_coef"), default(GRPO, "kl_kind"), default(GRPO, "kl_in_reward")) == (0.0, "k3", 0.0)
-    assert (default(GRPO, "kl_in_reward_kind"), default(GRPO, "dual_clip")) == ("k1", None)
+    assert default(DPO, "beta") == 0.1 and GAE() == GAE(lam=1.0, gamma=1.0)
+    assert (CriticTraining().lr, CriticTraining().value_clip) == (1e-5, 0.5)
+    assert KL() == KL(coef=0.0, kind="k3") and RewardKL() == RewardKL(coef=0.0, kind="k1") and Clip().dual is None
     assert default(CausalLM, "gradient_checkpointing") is False and default(TextPrompts, "filter_overlong_prompts") is False
 
 

@@ -20,6 +20,7 @@ from toy import Metrics, ToyData, ToyPolicy, toy_method, toy_trainer, weights
 
 from callbacks.old_policy import OldPolicySync
 from callbacks.reward_scoring import RewardScoring
+from lit_rl.losses.kl import KL, RewardKL
 from lit_rl.losses.masked import harmless, weighted_means, weighted_sum
 from lit_rl.methods.dpo import DPO
 from lit_rl.methods.flow_grpo import GRPOGuard
@@ -28,6 +29,7 @@ from lit_rl.methods.ppo import PPO
 from lit_rl.miniatures.images import build_sd3
 from lit_rl.policies.sd3 import SD3Policy
 from lit_rl.rewards.base import RewardError, TextReward
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Sampling
 from lit_rl.types import Cond, Info
 
@@ -198,10 +200,11 @@ class Break(L.Callback):
         break_nines(module)
 
 
+SHORT = Answers(sampling=Sampling(max_new_tokens=4))
 TEXTS: dict[str, Any] = {
-    "grpo": partial(GRPO, group_size=3, kl_coef=0.1, sampling=Sampling(max_new_tokens=4)),
-    "grpo, two steps": partial(GRPO, group_size=3, prompts_per_update=3, entropy_coef=0.01, sampling=Sampling(max_new_tokens=4)),
-    "ppo": partial(PPO, group_size=2, kl_in_reward=0.1, sampling=Sampling(max_new_tokens=4)),
+    "grpo": partial(GRPO, group_size=3, kl=KL(coef=0.1), answers=SHORT),
+    "grpo, two steps": partial(GRPO, group_size=3, prompts_per_update=3, entropy_coef=0.01, answers=SHORT),
+    "ppo": partial(PPO, group_size=2, kl_in_reward=RewardKL(coef=0.1), answers=SHORT),
     "dpo": DPO,
 }
 

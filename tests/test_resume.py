@@ -25,12 +25,16 @@ from callbacks.reward_scoring import RewardScoring
 from callbacks.rng_state import RngState
 from lit_rl.credit.rules import Advantage
 from lit_rl.errors import ConfigError
+from lit_rl.losses.kl import KL, RewardKL
+from lit_rl.losses.surrogates import Clip
 from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.dpo import DPO
 from lit_rl.methods.flow_grpo import DanceGRPO, FlowGRPO, GRPOGuard, MixGRPO
 from lit_rl.methods.grpo import DAPO, GRPO, RLOO
-from lit_rl.methods.ppo import PPO
+from lit_rl.methods.ppo import PPO, CriticTraining
 from lit_rl.methods.sft import SFT
+from lit_rl.modules.dynamic import DynamicSampling
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Sampling
 
 
@@ -210,15 +214,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SHORT = Sampling(max_new_tokens=5)
 ADAM = partial(torch.optim.AdamW, lr=1e-3)
 SIZES: dict[str, Any] = dict(prompts_per_iteration=8, prompts_per_update=4, optimizer=ADAM)
-ACTING: dict[str, Any] = SIZES | dict(group_size=2, sampling=SHORT, inner_epochs=2)
+ACTING: dict[str, Any] = SIZES | dict(group_size=2, answers=Answers(sampling=SHORT), inner_epochs=2)
 TEXT: dict[str, Callable[[Path], Any]] = {
     "SFT": lambda f: SFT(policy(f), **SIZES),
     "DPO": lambda f: DPO(policy(f, keep_reference=True), **SIZES),
     "DPO, precomputed": lambda f: DPO(policy(f, keep_reference=False), reference="precomputed", **SIZES),
-    "GRPO": lambda f: GRPO(policy(f, keep_reference=True), kl_coef=0.1, **ACTING),
-    "DAPO": lambda f: DAPO(policy(f), prompts_per_generation=6, max_generations=30, **ACTING),
+    "GRPO": lambda f: GRPO(policy(f, keep_reference=True), kl=KL(coef=0.1), **ACTING),
+    "DAPO": lambda f: DAPO(policy(f), dynamic_sampling=DynamicSampling(prompts_per_generation=6, max_generations=30), **ACTING),
     "PPO": lambda f: PPO(
-        policy(f, keep_reference=True), critic_lr=1e-3, critic_warmup=1, kl_in_reward=0.05, kl_target=0.01, kl_horizon=50, **ACTING
+        policy(f, keep_reference=True),
+        critic_training=CriticTraining(lr=1e-3, warmup=1),
+        kl_in_reward=RewardKL(coef=0.05, target=0.01, horizon=50),
+        **ACTING,
     ),
 }
 
@@ -437,12 +444,15 @@ def text_run(folder: Path, cls: Any = GRPO, data: dict[str, Any] | None = None, 
 @pytest.mark.parametrize(
     ("now", "message"),
     [
-        ({"sampling": Sampling(max_new_tokens=5, temperature=0.5)}, "model.sampling.temperature=0.5, .* made with 1.0"),
-        ({"sampling": Sampling(max_new_tokens=6)}, "model.sampling.max_new_tokens=6, .* made with 5"),
+        (
+            {"answers": Answers(sampling=Sampling(max_new_tokens=5, temperature=0.5))},
+            "model.answers.sampling.temperature=0.5, .* made with 1.0",
+        ),
+        ({"answers": Answers(sampling=Sampling(max_new_tokens=6))}, "model.answers.sampling.max_new_tokens=6, .* made with 5"),
         ({"prompts_per_update": 2}, "model.prompts_per_update=2"),
         ({"group_size": 4}, "model.group_size=4"),
-        ({"old_logprobs": "rollout"}, "model.old_logprobs=rollout, .* made with auto"),
-        ({"kl_coef": 0.1}, "no log-probabilities of the reference, which model.kl_coef"),
+        ({"answers": Answers(sampling=SHORT, old_logprobs="rollout")}, "model.answers.old_logprobs=rollout, .* made with auto"),
+        ({"kl": KL(coef=0.1)}, "no log-probabilities of the reference, which model.kl "),
         ({"cls": RLOO}, "model.class_path=RLOO, .* made with GRPO"),
         ({"data": {"digits": 4}}, "data: the prompts of iteration 0 are others"),
     ],
@@ -451,4 +461,4 @@ def test_options_that_contradict_stored_answers_are_refused(folder: Path, tmp_pa
     path = begun(tmp_path / "a", text_run(folder))
     with pytest.raises(ConfigError, match=message):
         text_run(folder, **now)(tmp_path / "b", [], path)
-    text_run(folder, clip_high=0.3, entropy_coef=0.01)(tmp_path / "c", [], path)
+    text_run(folder, surrogate=Clip(high=0.3), entropy_coef=0.01)(tmp_path / "c", [], path)

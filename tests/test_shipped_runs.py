@@ -147,9 +147,10 @@ def shrunk_text(run: dict[str, Any], folder: Path) -> dict[str, Any]:
     updates = model["prompts_per_iteration"] // model.get("prompts_per_update", model["prompts_per_iteration"])
     model["policy"]["init_args"]["pretrained"] = str(build_lm(folder / "model", hidden=32, layers=1, heads=2))
     model |= {"prompts_per_iteration": 4 * updates} | ({"prompts_per_update": 4} if updates > 1 else {})
-    for name in {"sampling", "eval_sampling"} & model.keys():
-        model[name]["max_new_tokens"] = 6
-    model |= {key: size for key, size in {"overlong_buffer": 2, "prompts_per_generation": 4 * updates}.items() if key in model}
+    for name in {"sampling", "eval_sampling"} & model.get("answers", {}).keys():
+        model["answers"][name]["max_new_tokens"] = 6
+    for part, size in {"length_penalty": {"buffer": 2}, "dynamic_sampling": {"prompts_per_generation": 4 * updates}}.items():
+        model |= {part: model[part] | size} if part in model else {}
     if model.get("group_size", 1) > 4:
         model["group_size"] = 4
     rows = ROWS[run["data"]["class_path"].rpartition(".")[2]]

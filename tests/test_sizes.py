@@ -24,10 +24,15 @@ from lit_rl.policies import causal_lm
 from lit_rl.policies.critic import Critic
 from lit_rl.policies.sizes import positions
 from lit_rl.rewards.text.model import ModelReward
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Sampling
 
 T = transformers
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 32}
+
+
+def short(tokens: int) -> Answers:
+    return Answers(sampling=Sampling(max_new_tokens=tokens))
 
 
 @pytest.fixture
@@ -63,13 +68,16 @@ def test_longer_rows_than_the_model_has_positions_for(family: str, rows: str, tm
     with pytest.raises(
         ConfigError, match=r"longest prompt \(6 tokens\) with its answer has 17 tokens.*16 positions.*max_new_tokens \(now 11\)"
     ):
-        fit(GRPO(policy(folder), prompts_per_iteration=4, group_size=2, sampling=answers), TextPrompts(train=rows))
+        fit(GRPO(policy(folder), prompts_per_iteration=4, group_size=2, answers=Answers(sampling=answers)), TextPrompts(train=rows))
 
 
 def test_rows_that_just_fit_are_trained_on(rows: str, tmp_path: Path) -> None:
     folder = save_lm(tmp_path / "lm", "GPT2", "GPT2LMHeadModel", max_position_embeddings=19)
     fit(DPO(policy(folder, keep_reference=True), prompts_per_iteration=4), PreferencePairs(train=rows))
-    fit(GRPO(policy(folder), prompts_per_iteration=4, group_size=2, sampling=Sampling(max_new_tokens=13)), TextPrompts(train=rows))
+    fit(
+        GRPO(policy(folder), prompts_per_iteration=4, group_size=2, answers=short(13)),
+        TextPrompts(train=rows),
+    )
 
 
 def test_a_tokenizer_larger_than_the_embedding_or_an_end_outside_of_it(rows: str, tmp_path: Path, unread: None) -> None:
@@ -96,7 +104,7 @@ def test_a_critic_of_another_vocabulary_or_shorter_sequences(rows: str, tmp_path
     folder = save_lm(tmp_path / "lm", "Llama")
 
     def run(critic: Path) -> None:
-        method = PPO(policy(folder), critic=Critic(str(critic)), prompts_per_iteration=4, sampling=Sampling(max_new_tokens=8))
+        method = PPO(policy(folder), critic=Critic(str(critic)), prompts_per_iteration=4, answers=short(8))
         fit(method, TextPrompts(train=rows))
 
     small = save_lm(tmp_path / "small", "Llama", vocab_size=10)

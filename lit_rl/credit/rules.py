@@ -1,14 +1,27 @@
-"""How rewards become advantages, as one block of a run's YAML."""
+"""How rewards become advantages, as one block of a run's YAML: `Advantage` for flow models, the other classes for language models."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lit_rl.credit.groups import PromptTracker, Scale, gdpo_advantages, group_advantages, per_reward_advantages
+from lit_rl.credit.groups import PromptTracker, Scale, gdpo_advantages, group_advantages, leave_one_out, per_reward_advantages
+from lit_rl.credit.tokens import (
+    Reduce,
+    gae,
+    length_weighted_advantages,
+    overlong_penalty,
+    pass_at_k_advantages,
+    rewards_to_go,
+    spread,
+    whiten,
+)
 from lit_rl.errors import ConfigError
 
 
@@ -73,3 +86,161 @@ class Advantage:
         else:
             values = group_advantages(total, group, std=self.std or "batch", ddof=self.ddof, eps=self.eps)
         return values.clamp(-self.clip, self.clip)
+
+
+# ---------------------------------------------------------------------- language models
+class Credit(ABC):
+    """Advantages of tokens from their rewards. All answers to a prompt are on the same process; `total` sums a tensor over all of them."""
+
+    siblings: ClassVar[bool] = True
+    """An answer is compared with others to the same prompt."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        rewards: Float[Tensor, "B S"],
+        group: Int[Tensor, "B"],
+        mask: Bool[Tensor, "B S"],
+        *,
+        scored: Bool[Tensor, "B"],
+        total: Reduce,
+    ) -> Float[Tensor, "B S"]:
+        """Advantages, 0 where the mask is False. rewards: float64, of each token; scored: answers that have a reward."""
+
+
+class GroupCredit(Credit):
+    """The same advantage on all tokens of an answer."""
+
+    def __call__(self, rewards: Tensor, group: Tensor, mask: Tensor, *, scored: Tensor, total: Reduce) -> Tensor:
+        scores = torch.where(scored, rewards.sum(1), torch.nan)
+        return spread(self.relative(scores, group, mask.sum(1)), mask)
+
+    @abstractmethod
+    def relative(self, scores: Float[Tensor, "B"], group: Int[Tensor, "B"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """An answer's advantage relative to its group; 0 for scores that are NaN."""
+
+
+@dataclass(kw_only=True)
+class Group(GroupCredit):
+    """Reward - mean of the group: GRPO (arXiv 2402.03300).
+
+    Args:
+        std: Divide by the group's standard deviation (unbiased) + 1e-6; False: Dr. GRPO (arXiv 2503.20783).
+    """
+
+    std: bool = True
+
+    def relative(self, scores: Tensor, group: Tensor, lengths: Tensor) -> Tensor:
+        return group_advantages(scores, group, std="group" if self.std else "none", ddof=1, eps=1e-6)
+
+
+@dataclass(kw_only=True)
+class LeaveOneOut(GroupCredit):
+    """Reward - mean of the others in the group: RLOO (arXiv 2402.14740)."""
+
+    def relative(self, scores: Tensor, group: Tensor, lengths: Tensor) -> Tensor:
+        return leave_one_out(scores, group)
+
+
+@dataclass(kw_only=True)
+class LengthWeighted(GroupCredit):
+    """Reward - mean of the group in which longer answers count more: OPO (arXiv 2505.23585)."""
+
+    def relative(self, scores: Tensor, group: Tensor, lengths: Tensor) -> Tensor:
+        return length_weighted_advantages(scores, lengths, group)
+
+
+@dataclass(kw_only=True)
+class PassAtK(GroupCredit):
+    """The lead of the best answer of a group for that answer, 0 for the others (arXiv 2503.19595).
+
+    Args:
+        std: Divide by the group's standard deviation (unbiased) + 1e-6.
+    """
+
+    std: bool = True
+
+    def relative(self, scores: Tensor, group: Tensor, lengths: Tensor) -> Tensor:
+        return pass_at_k_advantages(scores, group, std=self.std)
+
+
+@dataclass(kw_only=True)
+class Returns(Credit):
+    """Rewards from a token on, whitened over all tokens of the iteration: REINFORCE++ (arXiv 2501.03262).
+
+    Args:
+        gamma: Discount per token.
+    """
+
+    siblings = False
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_shares(gamma=self.gamma)
+
+    def __call__(self, rewards: Tensor, group: Tensor, mask: Tensor, *, scored: Tensor, total: Reduce) -> Tensor:
+        return whiten(rewards_to_go(rewards, mask, gamma=self.gamma), mask, total=total)
+
+
+@dataclass(kw_only=True)
+class ReturnsBaseline(GroupCredit):
+    """Reward - mean of the group, whitened over all tokens of the iteration: REINFORCE++ with a baseline (arXiv 2501.03262)."""
+
+    def __call__(self, rewards: Tensor, group: Tensor, mask: Tensor, *, scored: Tensor, total: Reduce) -> Tensor:
+        return whiten(super().__call__(rewards, group, mask, scored=scored, total=total), mask, total=total)
+
+    def relative(self, scores: Tensor, group: Tensor, lengths: Tensor) -> Tensor:
+        return group_advantages(scores, group, std="none")
+
+
+@dataclass(kw_only=True)
+class GAE:
+    """Generalized advantage estimation with the values of a critic (arXiv 1506.02438).
+
+    Args:
+        gamma: Discount per token.
+        lam: 1 looks at all that follows, 0 at the critic's next value.
+        whiten: Advantages to mean 0 and standard deviation 1 over all tokens of an iteration.
+    """
+
+    gamma: float = 1.0
+    lam: float = 1.0
+    whiten: bool = True
+
+    def __post_init__(self) -> None:
+        _check_shares(gamma=self.gamma, lam=self.lam)
+
+    def __call__(
+        self, rewards: Float[Tensor, "B S"], values: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], *, total: Reduce
+    ) -> tuple[Float[Tensor, "B S"], Float[Tensor, "B S"]]:
+        """Advantages, and the returns that the critic learns; 0 where the mask is False."""
+        advantages, returns = gae(rewards, values, mask, gamma=self.gamma, lam=self.lam)
+        return whiten(advantages, mask, total=total) if self.whiten else advantages, returns
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthPenalty:
+    """A reward falls linearly within the last tokens before `sampling.max_new_tokens` (DAPO, arXiv 2503.14476, eq. 13).
+
+    Args:
+        buffer: Tokens within which it falls; 0 = off.
+        factor: How much lower the reward of an answer is that reaches the limit.
+    """
+
+    buffer: int = 0
+    factor: float = 1.0
+
+    def check(self, limit: int) -> None:
+        """Raise ConfigError for a buffer longer than the longest answer."""
+        if not 0 <= self.buffer <= limit:
+            raise ConfigError(f"model.length_penalty.buffer={self.buffer} must be in 0..{limit}, the longest answer")
+
+    def __call__(self, lengths: Int[Tensor, "B"], *, limit: int) -> Float[Tensor, "B"] | float:
+        """The penalty, at most 0, of answers of these lengths."""
+        return overlong_penalty(lengths, max_length=limit, buffer=self.buffer, factor=self.factor) if self.buffer else 0.0
+
+
+def _check_shares(**shares: float) -> None:
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ConfigError(f"model.credit.{name}={share} must be in [0, 1]; 1 is usual for language models")

@@ -6,6 +6,7 @@ not count, and time does not pass there: the token before a hole is followed by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -14,6 +15,18 @@ from torch import Tensor
 
 from lit_rl.credit.groups import group_advantages, group_statistics, informative
 from lit_rl.losses.masked import COUNT_EPS, masked
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all processes, element by element."""
+
+
+def whiten(x: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], *, total: Reduce) -> Float[Tensor, "B S"]:
+    """(x - mean) / std over the masked tokens of all processes, 0 elsewhere."""
+    kept, count = x.double().where(mask, 0.0), mask.sum().double()
+    above, n = total(torch.stack([kept.sum(), count]))
+    centred = (kept - above / n.clamp(min=1)).where(mask, 0.0)
+    square = total(centred.pow(2).sum())
+    return centred * torch.rsqrt(square / (n - 1).clamp(min=1) + 1e-8)
 
 
 def place_scores(scores: Float[Tensor, "B"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B S"]:

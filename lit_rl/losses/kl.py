@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
+
+from lit_rl.errors import ConfigError
 
 KLEstimator = Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+"]
 """See `kl_estimate`. verl's names: kl = k1, mse = k2, low_var_kl = k3."""
@@ -42,6 +45,58 @@ def _value(x: Tensor, kind: str) -> Tensor:
     return ((-limited).exp() + limited - 1).clamp(-10, 10)
 
 
+@dataclass(frozen=True, kw_only=True)
+class KL:
+    """Divergence from the reference as a term of the loss.
+
+    Args:
+        coef: Its weight; 0 spends no forward on the reference.
+        kind: Its estimate, see `kl_estimate`; verl's low_var_kl is k3.
+    """
+
+    coef: float = 0.0
+    kind: KLEstimator = "k3"
+
+    def __post_init__(self) -> None:
+        if self.coef < 0:
+            raise ConfigError(f"model.kl.coef={self.coef} must not be negative; 0 spends no forward on the reference")
+
+    def __call__(self, new: Float[Tensor, "*S"], ref: Float[Tensor, "*S"] | None) -> Float[Tensor, "*S"]:
+        """The estimate at each token, with a gradient to `new`."""
+        assert ref is not None, "a divergence needs the reference's log-probabilities"
+        return kl_estimate(new, ref, kind=self.kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardKL:
+    """Divergence from the reference that is taken off the reward at every token.
+
+    Args:
+        coef: Its weight; the first one, where it adapts.
+        kind: Its estimate; k1 = log p - log p_ref.
+        target: The weight adapts so that the mean divergence stays here (arXiv 1909.08593); None = it is constant.
+        horizon: Answers in which it may change by a factor of about e^0.2.
+    """
+
+    coef: float = 0.0
+    kind: Literal["k1", "k2", "k3", "abs"] = "k1"
+    target: float | None = None
+    horizon: int = 10000
+
+    def __post_init__(self) -> None:
+        if self.coef < 0:
+            raise ConfigError(f"model.kl_in_reward.coef={self.coef} must not be negative; 0 spends no forward on the reference")
+        if self.target is not None and not (self.coef and self.target > 0 and self.horizon > 0):
+            raise ConfigError(
+                f"model.kl_in_reward.target={self.target} and horizon={self.horizon} must be above 0 (0.1 and 10000 are usual), and so "
+                f"must coef={self.coef}, which they adapt; for a constant weight leave target out"
+            )
+
+    def controller(self) -> FixedKL:
+        """Who decides the weight from iteration to iteration; its state belongs into the checkpoint."""
+        return FixedKL(self.coef) if self.target is None else AdaptiveKL(self.coef, target=self.target, horizon=self.horizon)
+
+
 class FixedKL:
     """The coefficient stays what it is."""
 
@@ -65,8 +120,6 @@ class AdaptiveKL(FixedKL):
     """
 
     def __init__(self, coef: float, *, target: float, horizon: int | float) -> None:
-        if target <= 0 or horizon <= 0:
-            raise ValueError(f"an adaptive KL coefficient needs target {target} and horizon {horizon} above 0; 0.1 and 10000 are usual")
         super().__init__(coef)
         self.target, self.horizon = target, horizon
 

@@ -7,6 +7,7 @@ l = logprobs - rollout_logprobs. Everything here is data: detached, and to be co
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -62,6 +63,33 @@ def importance_weights(
     if normalize:
         weights = weights / (masked_mean(weights, mask) if level == "token" else masked_mean(row_mean(weights, mask), mask.any(1)))
     return weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """Truncated importance sampling: the loss of a token times trainer's / sampler's probability, at most `high` (arXiv 2501.03262).
+
+    For samplers that compute a little differently than the trainer, such as an inference server.
+
+    Args:
+        level: Whose ratio: the token's, the product of the row, or its geometric mean.
+        low: The ratio's lower bound; None = none.
+        high: Its upper bound.
+        outside: Treatment of ratios beyond them: `clamp`, or `zero`, which takes the token (or row) out of the loss.
+    """
+
+    level: Level = "token"
+    low: float | None = None
+    high: float = 2.0
+    outside: Literal["clamp", "zero"] = "clamp"
+
+    def __call__(
+        self, logprobs: Float[Tensor, "B S"], behaviour: Float[Tensor, "B S"] | None, mask: Bool[Tensor, "B S"]
+    ) -> Float[Tensor, "B S"] | float:
+        """`importance_weights`; 1 where the sampler's log-probabilities are the trainer's."""
+        if behaviour is None:
+            return 1.0
+        return importance_weights(logprobs, behaviour, mask, level=self.level, low=self.low, high=self.high, outside=self.outside)
 
 
 def within_bounds(
@@ -178,6 +206,11 @@ def weight_metrics(
     }
 
 
+def sampler_kl(logprobs: Float[Tensor, "B S"], rollout_logprobs: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, ""]:
+    """mean(-l): the sampler's KL to the trainer. Above 1e-2 in absolute value: stale weights, another template or dtype."""
+    return masked_mean(-log_ratio(logprobs, rollout_logprobs, mask), mask)
+
+
 def mismatch_metrics(
     logprobs: Float[Tensor, "B S"], rollout_logprobs: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]
 ) -> dict[str, Float[Tensor, ""]]:
@@ -191,7 +224,7 @@ def mismatch_metrics(
     mine, theirs = -row_mean(logprobs.detach(), mask), -row_mean(rollout_logprobs, mask)
     worse, total = mine - theirs, gap.sum(1).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return {
-        "kl": masked_mean(-gap, mask),
+        "kl": sampler_kl(logprobs, rollout_logprobs, mask),
         "k3": masked_mean(gap.exp() - 1 - gap, mask),
         "max_abs": gap.abs().amax(),
         "trainer_ppl": masked_mean(mine.exp(), rows),

@@ -1,151 +1,204 @@
-"""Policy-gradient losses of language models beside the clipped surrogate: per token, before weights. A is detached data everywhere.
+"""Policy-gradient losses of language models as objects: each returns the loss of every token, before weights, and its own metrics.
 
-GRPO, PPO, DAPO are `clipped_surrogate`; GSPO is `clipped_ratio_loss` of `sequence_log_ratio`; the rest is here.
+new: log-probabilities as the policy has them now; old: as they were before the first step on a rollout. Advantages are detached data.
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import masked, masked_mean, row_mean
-from lit_rl.losses.policy_gradient import LOG_RATIO_LIMIT
+from lit_rl.losses.policy_gradient import LOG_RATIO_LIMIT, clipped_ratio_loss
+
+Metrics = dict[str, Float[Tensor, ""]]
+Losses = tuple[Float[Tensor, "B S"], Metrics]
 
 
+class Surrogate(ABC):
+    """A loss whose gradient at new == old is that of -A new."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        new: Float[Tensor, "B S"],
+        old: Float[Tensor, "B S"],
+        advantages: Float[Tensor, "B S"],
+        mask: Bool[Tensor, "B S"],
+        *,
+        behaviour: Float[Tensor, "B S"] | None = None,
+    ) -> Losses:
+        """Losses, whose gradient flows to `new`, and metrics: means over the masked tokens.
+
+        behaviour: log-probabilities as the sampler reported them, where they are not `old`.
+        """
+
+
+@dataclass(kw_only=True)
+class Clip(Surrogate):
+    """max(-A r, -A clamp(r, 1 - low, 1 + high)), r = exp(new - old): PPO (arXiv 1707.06347, eq. 7), GRPO.
+
+    Args:
+        low: The ratio is clipped from below at 1 - low.
+        high: The ratio is clipped from above at 1 + high; DAPO has 0.28.
+        dual: Bound of the ratio for negative advantages (arXiv 1912.09729), e.g. 3; None = none.
+        cap: Bound of the ratio in the branch that is not clipped (INTELLECT-2, TRL's delta), above 1 + high; None = none.
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+    dual: float | None = None
+    cap: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_range(self.low, self.high)
+        if self.dual is not None and self.dual <= 1:
+            raise ConfigError(f"model.surrogate.dual={self.dual} must be above 1 (3 is usual), or null for none")
+
+    def log_ratio(self, new: Tensor, old: Tensor, mask: Tensor) -> Float[Tensor, "B S"]:
+        """The log-ratio that is clipped."""
+        return new - old
+
+    def __call__(self, new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, behaviour: Tensor | None = None) -> Losses:
+        log_ratio, clip = self.log_ratio(new, old, mask), {"clip_low": self.low, "clip_high": self.high}
+        losses = clipped_ratio_loss(log_ratio, advantages, **clip, dual_clip=self.dual, ratio_cap=self.cap)
+        return losses, surrogate_metrics(log_ratio, advantages, mask, **clip, dual_clip=self.dual)
+
+
+@dataclass(kw_only=True)
+class SequenceClip(Clip):
+    """`Clip` of the whole answer's ratio, the geometric mean of its tokens': GSPO (arXiv 2507.18071). Its range is 1,000 times narrower.
+
+    Args:
+        low: The ratio is clipped from below at 1 - low.
+        high: The ratio is clipped from above at 1 + high.
+        dual: Bound of the ratio for negative advantages (arXiv 1912.09729); None = none.
+        cap: Bound of the ratio in the branch that is not clipped, above 1 + high; None = none.
+    """
+
+    low: float = 3e-4
+    high: float = 4e-4
+
+    def log_ratio(self, new: Tensor, old: Tensor, mask: Tensor) -> Float[Tensor, "B S"]:
+        return sequence_log_ratio(new, old, mask)
+
+
+@dataclass(kw_only=True)
+class Cispo(Surrogate):
+    """-sg(clamp(r, 1 - low, 1 + high)) A new: CISPO (arXiv 2506.13585, eq. 4), where clipped tokens keep a gradient.
+
+    Args:
+        low: The weight is at least 1 - low; None = no lower bound, as in the paper.
+        high: The weight is at most 1 + high. TRL's epsilon_high is the bound itself: high is that minus 1.
+    """
+
+    low: float | None = None
+    high: float = 4.0
+
+    def __post_init__(self) -> None:
+        _check_range(self.low or 0.0, self.high)
+
+    def __call__(self, new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, behaviour: Tensor | None = None) -> Losses:
+        ratio = _ratio(new.detach() - old)
+        least = 0.0 if self.low is None else 1 - self.low
+        losses = -ratio.clamp(least, 1 + self.high) * advantages * new
+        return losses, _clip_shares(ratio < least, ratio > 1 + self.high, mask) | _moved(new - old, mask)
+
+
+@dataclass(kw_only=True)
+class Sapo(Surrogate):
+    """-(4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A: SAPO's soft clipping (arXiv 2511.20347).
+
+    Args:
+        tau_pos: Sharpness where A > 0.
+        tau_neg: Sharpness elsewhere; the larger it is, the sooner a ratio far from 1 loses its gradient.
+    """
+
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+
+    def __post_init__(self) -> None:
+        if self.tau_pos <= 0 or self.tau_neg <= 0:
+            raise ConfigError(f"model.surrogate.tau_pos={self.tau_pos} and tau_neg={self.tau_neg} must be above 0; 1 is usual")
+
+    def __call__(self, new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, behaviour: Tensor | None = None) -> Losses:
+        tau = torch.where(advantages > 0, self.tau_pos, self.tau_neg).to(new.dtype)
+        return -4 / tau * torch.sigmoid(tau * (_ratio(new - old) - 1)) * advantages, _moved(new - old, mask)
+
+
+@dataclass(kw_only=True)
+class GeoMean(Surrogate):
+    """-mean_t(A) exp(mean_t d'), d' = new - old clipped on the side of A's sign: GMPO (arXiv 2507.20673).
+
+    Every token of an answer has the answer's loss: with aggregation seq-mean-token-mean the step's loss is the mean over answers.
+
+    Args:
+        low: The log-ratio of a token with A < 0 is at least -low.
+        high: The log-ratio of a token with A > 0 is at most high.
+    """
+
+    low: float = 0.4
+    high: float = 0.4
+
+    def __post_init__(self) -> None:
+        _check_range(self.low, self.high)
+
+    def __call__(self, new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, behaviour: Tensor | None = None) -> Losses:
+        log_ratio, sign = new - old, advantages.sign()
+        limited = sign * torch.minimum(sign * log_ratio, sign * log_ratio.clamp(-self.low, self.high))
+        losses = (-row_mean(advantages, mask) * row_mean(limited, mask).exp())[:, None].expand_as(new)
+        below, above = (log_ratio < -self.low) & (advantages < 0), (log_ratio > self.high) & (advantages > 0)
+        return losses, _clip_shares(below, above, mask) | _moved(log_ratio, mask)
+
+
+@dataclass(kw_only=True)
+class Reinforce(Surrogate):
+    """-A new: REINFORCE, GPG (arXiv 2504.02546)."""
+
+    def __call__(self, new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, behaviour: Tensor | None = None) -> Losses:
+        return -advantages * new, _moved(new - old, mask)
+
+
+@dataclass(kw_only=True)
+class Vespo(Surrogate):
+    """-sg(phi) A new, phi = exp(l + k w - l exp(w)), w = the answer's summed log-ratio in [log 1e-8, 20]: VESPO, as TRL has it.
+
+    Args:
+        k_pos: k where A >= 0.
+        lambda_pos: l where A >= 0.
+        k_neg: k where A < 0.
+        lambda_neg: l where A < 0.
+    """
+
+    k_pos: float = 2.0
+    lambda_pos: float = 3.0
+    k_neg: float = 3.0
+    lambda_neg: float = 2.0
+
+    def __call__(self, new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, behaviour: Tensor | None = None) -> Losses:
+        log_ratio = (new.detach() - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        total = masked(log_ratio, mask).sum(1, keepdim=True).clamp(-18.420680743952367, LOG_RATIO_LIMIT)
+        good = advantages >= 0
+        k, scale = torch.where(good, self.k_pos, self.k_neg), torch.where(good, self.lambda_pos, self.lambda_neg)
+        phi = (scale.to(new.dtype) + k.to(new.dtype) * total - scale.to(new.dtype) * total.exp()).exp()
+        return -phi * advantages * new, _moved(new - old, mask)
+
+
+# ---------------------------------------------------------------------- formulas that several share
 def sequence_log_ratio(
-    new: Float[Tensor, "B S"], logprobs: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], *, limit: float = 10.0
+    new: Float[Tensor, "B S"], old: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], *, limit: float = 10.0
 ) -> Float[Tensor, "B S"]:
-    """new - sg(new) + sg(s_i), s_i = the row's mean of new - logprobs, at most `limit`: GSPO's log-ratio (arXiv 2507.18071, eq. 14).
+    """new - sg(new) + sg(s_i), s_i = the row's mean of new - old, at most `limit`: GSPO's log-ratio (arXiv 2507.18071, eq. 14).
 
     Every token carries the value of its sequence and its own gradient, so that advantages may differ within a row.
     """
-    mean = row_mean(new.detach() - logprobs, mask)[:, None]
+    mean = row_mean(new.detach() - old, mask)[:, None]
     return masked(new - new.detach() + mean, mask).clamp(max=limit)
-
-
-def reinforce_loss(new: Float[Tensor, "*S"], advantages: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-    """-A new: REINFORCE, GPG (arXiv 2504.02546)."""
-    return -advantages * new
-
-
-def cispo_loss(
-    new: Float[Tensor, "*S"],
-    logprobs: Float[Tensor, "*S"],
-    advantages: Float[Tensor, "*S"],
-    *,
-    clip_high: float,
-    clip_low: float | None = None,
-) -> Float[Tensor, "*S"]:
-    """-sg(clamp(r, 1 - clip_low, 1 + clip_high)) A new: CISPO (arXiv 2506.13585, eq. 4), where clipped tokens keep a gradient.
-
-    clip_low None: no lower bound, as in the paper. TRL's epsilon_high is the bound itself: clip_high here is that minus 1.
-    """
-    low = None if clip_low is None else 1 - clip_low
-    return -_ratio(new.detach() - logprobs).clamp(low, 1 + clip_high) * advantages * new
-
-
-def sapo_loss(
-    new: Float[Tensor, "*S"],
-    logprobs: Float[Tensor, "*S"],
-    advantages: Float[Tensor, "*S"],
-    *,
-    tau_pos: float = 1.0,
-    tau_neg: float = 1.05,
-) -> Float[Tensor, "*S"]:
-    """-(4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A: SAPO's soft clipping (arXiv 2511.20347); at r = 1 REINFORCE's gradient."""
-    tau = torch.where(advantages > 0, tau_pos, tau_neg).to(new.dtype)
-    return -4 / tau * torch.sigmoid(tau * (_ratio(new - logprobs) - 1)) * advantages
-
-
-def geo_mean_loss(
-    new: Float[Tensor, "B S"],
-    logprobs: Float[Tensor, "B S"],
-    advantages: Float[Tensor, "B S"],
-    mask: Bool[Tensor, "B S"],
-    *,
-    clip_low: float = 0.4,
-    clip_high: float = 0.4,
-) -> Float[Tensor, "B S"]:
-    """-mean_t(A) exp(mean_t d'), d' = new - logprobs clipped on the side of A's sign, the same in all of a row: GMPO (arXiv 2507.20673).
-
-    With weights seq-mean-token-mean the step's loss is the mean over rows. clip_low, clip_high bound the *log*-ratio.
-    """
-    log_ratio, sign = new - logprobs, advantages.sign()
-    limited = sign * torch.minimum(sign * log_ratio, sign * log_ratio.clamp(-clip_low, clip_high))
-    return (-row_mean(advantages, mask) * row_mean(limited, mask).exp())[:, None].expand_as(new)
-
-
-def vespo_loss(
-    new: Float[Tensor, "B S"],
-    logprobs: Float[Tensor, "B S"],
-    advantages: Float[Tensor, "B S"],
-    mask: Bool[Tensor, "B S"],
-    *,
-    positive: tuple[float, float] = (2.0, 3.0),
-    negative: tuple[float, float] = (3.0, 2.0),
-    importance: Float[Tensor, "B S"] | None = None,
-) -> Float[Tensor, "B S"]:
-    """-sg(phi) A new, phi = exp(l + k w - l exp(w)), w = the row's summed log-ratio in [log 1e-8, 20]: VESPO, as TRL has it.
-
-    positive, negative: (k, l) for A >= 0 and A < 0. importance: ratios of trainer to sampler, part of w.
-    """
-    log_ratio = (new.detach() - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    if importance is not None:
-        log_ratio = log_ratio + importance.clamp(min=1e-8).log()
-    total = masked(log_ratio, mask).sum(1, keepdim=True).clamp(-18.420680743952367, LOG_RATIO_LIMIT)
-    k, scale = (torch.where(advantages >= 0, p, n).to(new.dtype) for p, n in zip(positive, negative, strict=True))
-    return -(scale + k * total - scale * total.exp()).exp() * advantages * new
-
-
-def token_covariance(new: Float[Tensor, "B S"], advantages: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B S"]:
-    """(A - mean A) (new - mean new) per token: what drives entropy down (arXiv 2505.22617). Give it the whole step, not a micro-batch."""
-    new = new.detach()
-    return masked((advantages - masked_mean(advantages, mask)) * (new - masked_mean(new, mask)), mask)
-
-
-def largest_covariance(covariance: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], *, share: float) -> Bool[Tensor, "B S"]:
-    """The `share` of the masked tokens (at least one) with the largest covariance: those whose KL KL-Cov penalises."""
-    count = int(mask.sum())
-    chosen = torch.zeros_like(mask).flatten()
-    if count and share > 0:
-        chosen[torch.where(mask, covariance, -torch.inf).flatten().topk(max(1, int(count * share))).indices] = True
-    return chosen.view_as(mask)
-
-
-def clip_cov_choice(
-    covariance: Float[Tensor, "B S"],
-    mask: Bool[Tensor, "B S"],
-    clipped: Bool[Tensor, "B S"],
-    *,
-    share: float = 2e-4,
-    low: float = 1.0,
-    high: float = 5.0,
-    generator: torch.Generator | None = None,
-) -> Bool[Tensor, "B S"]:
-    """Tokens whose loss Clip-Cov takes away: a random `share` of the masked ones (at least one), drawn among low < covariance < high.
-
-    arXiv 2505.22617, eq. 11. clipped: tokens that the surrogate's clip already holds (`is_clipped`); they are not drawn.
-    """
-    inside = (mask & ~clipped & (covariance > low) & (covariance < high)).flatten().nonzero()[:, 0]
-    count = max(1, int(int(mask.sum()) * share))
-    drawn = inside[torch.randperm(len(inside), generator=generator, device=inside.device)[:count]]
-    chosen = torch.zeros_like(mask).flatten()
-    chosen[drawn] = True
-    return chosen.view_as(mask)
-
-
-def kl_cov_loss(
-    new: Float[Tensor, "*S"],
-    logprobs: Float[Tensor, "*S"],
-    advantages: Float[Tensor, "*S"],
-    chosen: Bool[Tensor, "*S"],
-    *,
-    kl_coef: float = 1.0,
-) -> Float[Tensor, "*S"]:
-    """-A r, plus kl_coef abs(new - logprobs) where chosen: KL-Cov (arXiv 2505.22617, eq. 12)."""
-    log_ratio = new - logprobs
-    return -advantages * log_ratio.exp() + torch.where(chosen, kl_coef * log_ratio.abs(), 0.0)
 
 
 def is_clipped(log_ratio: Float[Tensor, "*S"], advantages: Float[Tensor, "*S"], *, clip_low: float, clip_high: float) -> Bool[Tensor, "*S"]:
@@ -162,24 +215,35 @@ def surrogate_metrics(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
-) -> dict[str, Float[Tensor, ""]]:
+) -> Metrics:
     """clip_fraction = _low (r < 1, A < 0) + _high (r > 1, A > 0): shares of the tokens whose gradient the clip takes.
 
     clip_fraction_dual: share of those at the dual clip, which are none of the above. ppo_kl = mean(-log_ratio).
     """
     log_ratio = log_ratio.detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-
-    def share(of: Tensor) -> Tensor:
-        return masked_mean(of.to(log_ratio.dtype), mask)
-
     clipped = is_clipped(log_ratio, advantages, clip_low=clip_low, clip_high=clip_high)
-    low, high = share(clipped & (log_ratio < 0)), share(clipped & (log_ratio > 0))
-    metrics = {"clip_fraction": low + high, "clip_fraction_low": low, "clip_fraction_high": high, "ppo_kl": masked_mean(-log_ratio, mask)}
+    metrics = _clip_shares(clipped & (log_ratio < 0), clipped & (log_ratio > 0), mask, dtype=log_ratio.dtype) | _moved(log_ratio, mask)
     if dual_clip is not None:
         loss = torch.maximum(-advantages * log_ratio.exp(), -advantages * log_ratio.exp().clamp(1 - clip_low, 1 + clip_high))
-        metrics["clip_fraction_dual"] = share((advantages < 0) & (loss > -advantages * dual_clip))
+        at_bound = (advantages < 0) & (loss > -advantages * dual_clip)
+        metrics["clip_fraction_dual"] = masked_mean(at_bound.to(log_ratio.dtype), mask)
     return metrics
 
 
 def _ratio(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def _moved(log_ratio: Tensor, mask: Tensor) -> Metrics:
+    """ppo_kl = mean(-log_ratio), an estimate of KL(old || new)."""
+    return {"ppo_kl": masked_mean(-log_ratio.detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), mask)}
+
+
+def _clip_shares(low: Tensor, high: Tensor, mask: Tensor, *, dtype: torch.dtype = torch.float32) -> Metrics:
+    below, above = masked_mean(low.to(dtype), mask), masked_mean(high.to(dtype), mask)
+    return {"clip_fraction": below + above, "clip_fraction_low": below, "clip_fraction_high": above}
+
+
+def _check_range(low: float, high: float) -> None:
+    if low < 0 or high < 0:
+        raise ConfigError(f"model.surrogate.low={low} and high={high} must not be negative; 0.2 is usual for the ratio of a token")

@@ -22,21 +22,13 @@ def value_loss(
     return 0.5 * torch.maximum(plain, (values.clamp(old_values - clip, old_values + clip) - returns) ** 2)
 
 
-def value_metrics(
-    values: Float[Tensor, "*S"],
-    old_values: Float[Tensor, "*S"],
-    returns: Float[Tensor, "*S"],
-    mask: Bool[Tensor, "*S"],
-    *,
-    clip: float | None,
-) -> dict[str, Float[Tensor, ""]]:
-    """value_clip_fraction: share of tokens whose clipped branch is the larger; value_mean; explained_variance 1 - var(R - v) / var(R)."""
+def clipped_share(
+    values: Float[Tensor, "*S"], old_values: Float[Tensor, "*S"], returns: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"], *, clip: float
+) -> Float[Tensor, ""]:
+    """Share of tokens whose clipped branch is the larger."""
     values = values.detach()
-    metrics = {"value_mean": masked_mean(values, mask), "explained_variance": explained_variance(values, returns, mask)}
-    if clip is not None:
-        clipped = (values.clamp(old_values - clip, old_values + clip) - returns) ** 2
-        metrics["value_clip_fraction"] = masked_mean((clipped > (values - returns) ** 2).to(values.dtype), mask)
-    return metrics
+    clipped = (values.clamp(old_values - clip, old_values + clip) - returns) ** 2
+    return masked_mean((clipped > (values - returns) ** 2).to(values.dtype), mask)
 
 
 def explained_variance(values: Float[Tensor, "*S"], returns: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]) -> Float[Tensor, ""]:

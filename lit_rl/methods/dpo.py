@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_rl.errors import ConfigError
 from lit_rl.losses.preference import PreferenceLoss, ld_sequence_logprobs, preference_loss, preference_metrics
 from lit_rl.losses.terms import Term, Terms
-from lit_rl.modules.tokens import LitToken
+from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.ranks import gather_objects
 from lit_rl.replay.sequences import pair_sequences
@@ -21,7 +21,7 @@ from lit_rl.seeding import seed_of
 from lit_rl.types import Minibatch, Prompts, TokenRollout
 
 
-class DPO(LitToken):
+class DPO(LitTokens):
     """Learns from pairs of a chosen and a rejected answer to the same prompt, relative to the reference.
 
     An iteration is `prompts_per_iteration` pairs, `prompts_per_update` of them in one optimizer step.
@@ -35,7 +35,7 @@ class DPO(LitToken):
         ld_alpha: Weight of tokens beyond the shorter answer of a pair (LD-DPO); 1 is DPO.
         reference: Its log-probabilities are computed for the pairs of an iteration before its first step (`live`), or once for all pairs
             of the data before the first iteration (`precomputed`), from the weights that the run starts with: no copy of them is kept.
-        kwargs: See `LitToken`.
+        kwargs: See `LitTokens`.
     """
 
     together = 2
@@ -54,7 +54,7 @@ class DPO(LitToken):
         reference: Literal["live", "precomputed"] = "live",
         **kwargs: Any,
     ) -> None:
-        super().__init__(policy, group_size=2, **kwargs)
+        super().__init__(policy, group_size=2, answers=None, aggregation="seq-mean-token-sum", **kwargs)
         if beta <= 0:
             raise ConfigError(f"model.beta={beta} must be above 0; 0.1 is usual")
         if not 0 <= label_smoothing < 0.5:
@@ -201,12 +201,6 @@ class DPO(LitToken):
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
-
-    def predict_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:
-        raise ConfigError(
-            "DPO has no engine that answers: predict with the run of a method that has one, such as configs/grpo/qwen25_7b_gsm8k.yaml, "
-            "and with this run's export as model.policy.pretrained"
-        )
 
 
 def shorter(mask: Tensor) -> Tensor:

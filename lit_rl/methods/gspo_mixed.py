@@ -8,20 +8,19 @@ from itertools import chain
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lit_rl.credit.groups import group_advantages
-from lit_rl.credit.tokens import spread, win_rates
+from lit_rl.credit.rules import Credit, Group
+from lit_rl.credit.tokens import win_rates
 from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import row_mean
 from lit_rl.losses.preference import preference_loss, sequence_logprobs
-from lit_rl.losses.surrogates import is_clipped
+from lit_rl.losses.surrogates import SequenceClip, is_clipped
 from lit_rl.losses.terms import Term, Terms
-from lit_rl.modules.gradient import LitPolicyGradient, Surrogate
-from lit_rl.modules.tokens import LitToken, TokenBatch
+from lit_rl.modules.gradient import LitPolicyGradient
 from lit_rl.policies.base import TokenPolicy
+from lit_rl.replay.batches import TokenBatch
 from lit_rl.replay.sequences import assemble, joined, pair_sequences, select
 from lit_rl.types import Info, Minibatch, Prompts, TokenRollout
 
@@ -34,10 +33,11 @@ class MixedGSPO(LitPolicyGradient):
     terms see the policy at `sampling.temperature`. An iteration is `prompts_per_iteration` rows of either kind.
 
     Args:
-        policy: The language model that is trained. Of the datamodule see `LitGeneration` and, for pairs, `DPO`.
+        policy: The language model that is trained. Of the datamodule see `LitPolicyGradient` and, for pairs, `DPO`.
         self_play: What an answer earns: its `score`, or its `winrate`, the mean chance sigmoid(own score - other's) to beat another answer
             to the same prompt, for scores that are a reward model's.
-        std: Divide by the group's standard deviation (unbiased) + 1e-6.
+        credit: How an answer's rewards become its advantages, see `lit_rl.credit.rules`; default: `Group`.
+        surrogate: The ratio of whole answers, clipped; default: `SequenceClip`.
         pref_coef: What a pair counts beside a self-play row.
         pref_loss_kind: DPO's loss of a pair.
         beta: How far pairs may take the policy from the reference.
@@ -46,24 +46,23 @@ class MixedGSPO(LitPolicyGradient):
     """
 
     stored_with: Sequence[str] = ("self_play",)
+    surrogate: SequenceClip
 
     def __init__(
         self,
         policy: TokenPolicy,
         *,
         self_play: Literal["score", "winrate"] = "score",
-        std: bool = True,
+        credit: Credit | None = None,
         pref_coef: float = 1.0,
         pref_loss_kind: Literal["sigmoid", "hinge"] = "sigmoid",
         beta: float = 0.1,
         label_smoothing: float = 0.0,
-        surrogate: Surrogate = "gspo",
-        clip_low: float = 3e-4,
-        clip_high: float = 4e-4,
-        aggregation: Literal["seq-mean-token-mean"] = "seq-mean-token-mean",
+        surrogate: SequenceClip | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(policy, surrogate=surrogate, clip_low=clip_low, clip_high=clip_high, aggregation=aggregation, **kwargs)
+        super().__init__(policy, surrogate=surrogate or SequenceClip(), aggregation="seq-mean-token-mean", **kwargs)
+        self.refuse_ahead()
         if self.group_size == 1:
             raise ConfigError("model.group_size=1 gives every answer advantage 0, as there is no sibling to compare it with: use 4 to 16")
         if pref_coef < 0 or beta <= 0 or not 0 <= label_smoothing < 0.5:
@@ -71,7 +70,7 @@ class MixedGSPO(LitPolicyGradient):
                 f"model.pref_coef={pref_coef} must not be negative, beta={beta} must be above 0 (0.1 is usual) and "
                 f"label_smoothing={label_smoothing} in [0, 0.5)"
             )
-        self.self_play, self.std = self_play, std
+        self.self_play, self.rule = self_play, credit or Group()
         self.pref_coef, self.pref_loss_kind = pref_coef, pref_loss_kind
         self.beta, self.label_smoothing = beta, label_smoothing
         self._margins: list[Tensor] = []
@@ -86,10 +85,8 @@ class MixedGSPO(LitPolicyGradient):
         if stage != "predict" and any(is_pair(row) for row in rows):
             self.policy.check_reference(after_warmup=False)
 
-    def on_fit_start(self) -> None:
-        LitToken.on_fit_start(self)
-        self.check_sampler()
-        rank_zero_info(
+    def plan(self) -> str:
+        return (
             f"An iteration: {self.prompts_per_iteration} rows, each a pair or {self.group_size} answers; optimizer steps: "
             f"{self.inner_epochs * self.updates}, each of {self.prompts_per_update} rows in {self.micro_batches_per_update} "
             f"micro-batches on each of {self.trainer.world_size} processes"
@@ -137,7 +134,7 @@ class MixedGSPO(LitPolicyGradient):
         """The engine's answers, submitted for scoring, and then the pairs."""
         pair = torch.tensor([is_pair(row) for row in prompts.info])
         answered, given = (_part(prompts, where) for where in (~pair, pair))
-        asked, answers = self.generate(answered, self.keys(answered), self.sampling, show=True)
+        asked, answers = self.answers.generate(self, answered, self.keys(answered), self.answers.sampling)
         parts: list[TokenRollout] = []
         if answers:
             parts.append(replace(assemble(answered, asked, answers), preference=torch.zeros(len(answers), dtype=torch.long)))
@@ -153,7 +150,7 @@ class MixedGSPO(LitPolicyGradient):
 
     def annotate(self, rollout: TokenRollout) -> TokenRollout:
         """Log-probabilities where they are needed: the trainer's of answers, the reference's of pairs."""
-        temperature, pairs = self.sampling.temperature, _rows(is_given(rollout))
+        temperature, pairs = self.answers.sampling.temperature, _rows(is_given(rollout))
         if self.needs_logprobs():
             mine = self.all_logprobs(rollout, temperature=temperature, rows=_rows(~is_given(rollout)))
             rollout = replace(rollout, behaviour=rollout.logprobs, logprobs=mine)
@@ -192,12 +189,12 @@ class MixedGSPO(LitPolicyGradient):
         self.rollout_metrics["gspo/answers_that_teach"] = float(self.all_ranks(_rows(self.teaches(rollout))).numel())
         return rollout
 
-    def advantages(self, rollout: TokenRollout, total: Tensor) -> Tensor:
+    def with_advantages(self, rollout: TokenRollout, total: Tensor) -> TokenRollout:
         answers = replace(rollout, mask=rollout.mask & ~is_given(rollout)[:, None])
         earned = win_rates(total, rollout.group) if self.self_play == "winrate" else total
-        scores = torch.where(total.isfinite(), self.token_rewards(answers, earned).sum(1), torch.nan)
-        relative = group_advantages(scores, rollout.group, std="group" if self.std else "none", ddof=1, eps=1e-6)
-        return spread(relative, answers.mask)
+        rewards, scored = self.token_rewards(answers, earned), total.isfinite()
+        advantages = self.rule(rewards, rollout.group, answers.mask, scored=scored, total=self.sum_of_ranks)
+        return replace(rollout, advantages=advantages.float().where(rollout.mask, 0.0))
 
     def token_weights(self, rollout: TokenRollout) -> Tensor:
         """1 / (N n L) for each of the L tokens of an answer that is one of n to its row, pref_coef / N for a pair."""
@@ -220,7 +217,7 @@ class MixedGSPO(LitPolicyGradient):
 
     def useful(self, rollout: TokenRollout) -> Tensor:
         some = super().useful(rollout)
-        return some if self.kl_coef or self.entropy_coef else some & (is_given(rollout) | self.teaches(rollout))
+        return some if self.kl.coef or self.entropy_coef else some & (is_given(rollout) | self.teaches(rollout))
 
     # ------------------------------------------------------------------ loss
     def loss(self, batch: Minibatch) -> Terms:
@@ -228,12 +225,18 @@ class MixedGSPO(LitPolicyGradient):
         new, entropy = self.forward_policy(batch)
         given = is_given(batch)
         own = TokenBatch(**vars(batch) | {"mask": batch.mask & ~given[:, None], "weights": batch.weights.where(~given[:, None], 0.0)})
-        terms, metrics = self.policy_terms(new, entropy, own)
-        of_pairs, of_pair_weights, more = self.of_pairs(new, batch)
-        ratio = self.of_ratios(new.detach(), own)
-        self.track(metrics, own)
-        self.meters.mean(more | ratio)
-        return {**terms, "preference": Term(of_pairs, of_pair_weights)}
+        losses, metrics = self.surrogate(new, self.old_logprobs(new, own), own.advantages, own.mask, behaviour=own.behaviour)
+        if self.correction is not None:
+            losses = losses * self.correction(own.logprobs, own.behaviour, own.mask)
+        of_pairs, pair_weights, seen = self.of_pairs(new, batch)
+        terms = {"policy": Term(losses, own.weights), "preference": Term(of_pairs, pair_weights)}
+        if self.kl.coef:
+            terms["kl"] = Term(self.kl(new, own.reference), own.weights, self.kl.coef)
+        if entropy is not None:
+            terms["entropy"] = Term(-entropy, own.weights, self.entropy_coef)
+        self.track(metrics, terms, own)
+        self.meters.mean(seen | self.of_ratios(new.detach(), own))
+        return terms
 
     def of_pairs(self, new: Tensor, batch: Minibatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """DPO's losses, their weights, and what to log; of no pairs three times nothing."""
@@ -249,11 +252,11 @@ class MixedGSPO(LitPolicyGradient):
 
     def of_ratios(self, new: Tensor, batch: Minibatch) -> dict[str, Tensor]:
         """How far answers that teach have moved since they were sampled."""
-        stored = self.needs_logprobs() or self.old_logprobs == "rollout"
+        stored = self.needs_logprobs() or self.answers.old_logprobs == "rollout"
         advantage = row_mean(batch.advantages, batch.mask)
         moved = row_mean(new - batch.logprobs, batch.mask) if stored else torch.zeros_like(advantage)
         counts = (advantage != 0) & (batch.weights != 0).any(1)
-        clipped = is_clipped(moved, advantage, clip_low=self.clip_low, clip_high=self.clip_high) & counts
+        clipped = is_clipped(moved, advantage, clip_low=self.surrogate.low, clip_high=self.surrogate.high) & counts
         largest = torch.where(counts, moved, -torch.inf).amax().exp()
         self.meters.largest({"gspo/seq_ratio_max": largest})
         ratios = {"gspo/seq_ratio_mean": (moved.exp() * counts).sum(), "gspo/clipfrac": clipped.float().sum()}
@@ -266,9 +269,9 @@ class MixedGSPO(LitPolicyGradient):
             return super().validation_step(batch, batch_idx)
         twice = Prompts(group=batch.group.cpu().repeat_interleave(2), info=[row for row in batch.info for _ in range(2)])
         rollout = self.pairs(twice).to(self.device)
-        new = self.all_logprobs(rollout, temperature=self.sampling.temperature)
+        new = self.all_logprobs(rollout, temperature=self.answers.sampling.temperature)
         with self.policy.reference():
-            theirs = self.all_logprobs(rollout, temperature=self.sampling.temperature)
+            theirs = self.all_logprobs(rollout, temperature=self.answers.sampling.temperature)
         gain = self.beta * sequence_logprobs(new - theirs, rollout.mask)
         self._margins.append((gain[::2] - gain[1::2])[batch.group.to(self.device) >= 0])  # the rest fills up the last batches
         return {"prompts": batch}
@@ -291,7 +294,7 @@ class MixedGSPO(LitPolicyGradient):
 
 
 def is_pair(info: Info) -> bool:
-    """Whether a row brings its answers with it."""
+    """A row brings its answers with it."""
     return info.get("kind") == "pair"
 
 

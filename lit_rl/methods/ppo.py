@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
-from lit_rl.credit.tokens import gae
+from lit_rl.credit.rules import GAE
 from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import COUNT_EPS
 from lit_rl.losses.terms import Term, Terms
-from lit_rl.losses.value import value_loss, value_metrics
+from lit_rl.losses.value import clipped_share, value_loss
 from lit_rl.modules.gradient import LitPolicyGradient
 from lit_rl.modules.policy import Shardable
-from lit_rl.modules.tokens import TokenBatch
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.critic import Critic
 from lit_rl.types import Minibatch, TokenRollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticTraining:
+    """How the critic learns beside the policy.
+
+    Args:
+        lr: Its peak learning rate; the optimizer's other settings and the scheduler are those of the policy.
+        gradient_clip_val: Its largest gradient norm; default: trainer.gradient_clip_val, which is that of the policy.
+        warmup: Iterations at the start in which the critic alone learns: the policy does not change at all.
+        value_clip: Its new value is held within this of the old one, as PPO's ratio is; None = not at all.
+    """
+
+    lr: float = 1e-5
+    gradient_clip_val: float | None = None
+    warmup: int = 0
+    value_clip: float | None = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "gradient_clip_val", "value_clip"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"model.critic_training.{name}={value} must be above 0{'' if name == 'lr' else ', or null'}")
+        if self.warmup < 0:
+            raise ConfigError(f"model.critic_training.warmup={self.warmup} must not be negative; it counts iterations without the policy")
 
 
 class PPO(LitPolicyGradient):
@@ -30,15 +54,10 @@ class PPO(LitPolicyGradient):
     them, while rewards are under way.
 
     Args:
-        policy: The language model that is trained. See `LitPolicyGradient`, as for `clip_low`, `kl_in_reward`, `kl_target`, ...
+        policy: The language model that is trained. See `LitPolicyGradient`, as for `answers`, `surrogate`, `kl_in_reward`, ...
         critic: Default: one of the policy's own size, trained whole, from the policy's initial weights.
-        critic_lr: Peak learning rate of the critic; the optimizer's other settings and the scheduler are those of the policy.
-        critic_gradient_clip_val: Largest gradient norm of the critic; default: trainer.gradient_clip_val, which is that of the policy.
-        critic_warmup: Iterations at the start in which the critic alone learns: the policy does not change at all.
-        gamma: Discount per token.
-        lam: GAE's lambda: 1 looks at all that follows, 0 at the critic's next value.
-        value_clip: The critic's new value is held within this of the old one, as PPO's ratio is; None = not at all.
-        whiten_advantages: To mean 0 and standard deviation 1 over all tokens of an iteration, of all processes.
+        critic_training: How it learns.
+        credit: How rewards and values become advantages.
         group_size: Answers to each prompt.
         kwargs: See `LitPolicyGradient`.
     """
@@ -48,37 +67,22 @@ class PPO(LitPolicyGradient):
         policy: TokenPolicy,
         *,
         critic: Critic | None = None,
-        critic_lr: float = 1e-5,
-        critic_gradient_clip_val: float | None = None,
-        critic_warmup: int = 0,
-        gamma: float = 1.0,
-        lam: float = 1.0,
-        value_clip: float | None = 0.5,
-        whiten_advantages: bool = True,
+        critic_training: CriticTraining | None = None,
+        credit: GAE | None = None,
         group_size: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, group_size=group_size, **kwargs)
-        for name, share in {"gamma": gamma, "lam": lam}.items():
-            if not 0 <= share <= 1:
-                raise ConfigError(f"model.{name}={share} must be in [0, 1]; 1 is usual for language models")
-        for name, value in {"critic_lr": critic_lr, "critic_gradient_clip_val": critic_gradient_clip_val, "value_clip": value_clip}.items():
-            if value is not None and value <= 0:
-                raise ConfigError(f"model.{name}={value} must be above 0{'' if name == 'critic_lr' else ', or null'}")
-        if critic_warmup < 0:
-            raise ConfigError(f"model.critic_warmup={critic_warmup} must not be negative; it counts iterations without the policy")
         self.critic = critic or Critic()
-        self.critic_lr, self.critic_gradient_clip_val, self.critic_warmup = critic_lr, critic_gradient_clip_val, critic_warmup
-        self.gamma, self.lam = gamma, lam
-        self.value_clip = value_clip
-        self.whiten_advantages = whiten_advantages
+        self.critic_training = critic_training or CriticTraining()
+        self.rule = credit or GAE()
 
     # ------------------------------------------------------------------ the critic's life
     def setup(self, stage: str) -> None:
         self.critic.check_sizes(self.policy, max(self.longest_row(), self.longest_answered()))
         super().setup(stage)
-        if self.critic_warmup:
-            self.check_can_rest(f"model.critic_warmup={self.critic_warmup}")
+        if self.critic_training.warmup:
+            self.check_can_freeze(f"model.critic_training.warmup={self.critic_training.warmup}")
         self.critic.load(beside=self.policy)
         self.critic.train()
 
@@ -87,7 +91,7 @@ class PPO(LitPolicyGradient):
 
     def parameter_groups(self) -> list[Any]:
         groups = [[p for p in model.parameters() if p.requires_grad] for model in (self.policy, self.critic)]
-        return [{"params": groups[0]}, {"params": groups[1], "lr": self.critic_lr}]
+        return [{"params": groups[0]}, {"params": groups[1], "lr": self.critic_training.lr}]
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -97,44 +101,37 @@ class PPO(LitPolicyGradient):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
-        for model, limit in ((self.policy, gradient_clip_val), (self.critic, self.critic_gradient_clip_val or gradient_clip_val)):
+        for model, limit in ((self.policy, gradient_clip_val), (self.critic, self.critic_training.gradient_clip_val or gradient_clip_val)):
             if limit:
                 clip(model.parameters(), limit)
 
     @property
     def critic_alone(self) -> bool:
-        """Whether the policy waits for the critic."""
-        return self.iteration < self.critic_warmup
+        """The policy waits for the critic."""
+        return self.iteration < self.critic_training.warmup
 
-    def resting(self) -> Iterable[nn.Parameter]:
+    def frozen_now(self) -> Iterable[nn.Parameter]:
         return self.policy.parameters() if self.critic_alone else ()
 
     # ------------------------------------------------------------------ values and returns
     def annotate(self, rollout: TokenRollout) -> TokenRollout:
         return replace(super().annotate(rollout), values=self.each_action(rollout, self.values))
 
-    def values(self, batch: TokenBatch | Minibatch) -> Tensor:
+    def values(self, batch: Minibatch) -> Tensor:
         return self.critic.values(batch.tokens, batch.lengths, batch.mask)
-
-    def advantages(self, rollout: TokenRollout, total: Tensor) -> Tensor:
-        assert rollout.values is not None
-        return gae(self.token_rewards(rollout, total), rollout.values.double(), rollout.mask, gamma=self.gamma, lam=self.lam)[0]
 
     def with_advantages(self, rollout: TokenRollout, total: Tensor) -> TokenRollout:
         assert rollout.values is not None
         mask, values = rollout.mask, rollout.values.double()
-        advantages = self.advantages(rollout, total)
-        returns = (advantages + values).where(mask, 0.0)
+        advantages, returns = self.rule(self.token_rewards(rollout, total), values, mask, total=self.sum_of_ranks)
         self.rollout_metrics |= self.explain(values, returns, mask)
-        if self.whiten_advantages:
-            advantages = self.whiten(advantages, mask)
         return replace(rollout, advantages=advantages.float().where(mask, 0.0), returns=returns.float())
 
     def explain(self, values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, float]:
         """How well the critic knew the returns, over the tokens of all processes."""
         v, r = values[mask], returns[mask]
         sums = torch.stack([torch.ones_like(v).sum(), v.sum(), r.sum(), (r * r).sum(), (r - v).sum(), ((r - v) ** 2).sum()])
-        n, value, total, square, error, square_error = self.all_ranks(sums[None]).sum(0).tolist()
+        n, value, total, square, error, square_error = self.sum_of_ranks(sums).tolist()
         n = max(n, 1.0)
         unexplained = (square_error - error**2 / n) / (square - total**2 / n + COUNT_EPS)
         return {"value_mean": value / n, "return_mean": total / n, "explained_variance": 1 - unexplained}
@@ -143,14 +140,24 @@ class PPO(LitPolicyGradient):
     def loss(self, batch: Minibatch) -> Terms:
         """The critic's loss beside the policy's: they share no weight, so their sum has the gradients of both."""
         assert batch.values is not None and batch.returns is not None
-        new = self.values(batch)
-        value = Term(value_loss(new, batch.values, batch.returns, clip=self.value_clip), batch.weights)
-        if self.value_clip is not None:
-            found = value_metrics(new, batch.values, batch.returns, batch.mask, clip=self.value_clip)
-            self.track({"value_clip_fraction": found["value_clip_fraction"]}, batch)
+        clip, values = self.critic_training.value_clip, self.values(batch)
+        value = Term(value_loss(values, batch.values, batch.returns, clip=clip), batch.weights)
+        metrics = {} if clip is None else {"value_clip_fraction": clipped_share(values, batch.values, batch.returns, batch.mask, clip=clip)}
         if self.critic_alone:
+            self.track(metrics, {}, batch)
             return {"value": replace(value, losses=value.losses + self.untouched())}
-        return {**super().loss(batch), "value": value}
+        new, entropy = self.forward_policy(batch)
+        old = self.old_logprobs(new, batch)
+        losses, found = self.surrogate(new, old, batch.advantages, batch.mask, behaviour=batch.behaviour)
+        if self.correction is not None:
+            losses = losses * self.correction(batch.logprobs, batch.behaviour, batch.mask)
+        terms = {"policy": Term(losses, batch.weights), "value": value}
+        if self.kl.coef:
+            terms["kl"] = Term(self.kl(new, batch.reference), batch.weights, self.kl.coef)
+        if entropy is not None:
+            terms["entropy"] = Term(-entropy, batch.weights, self.entropy_coef)
+        self.track(metrics | found, terms, batch)
+        return terms
 
     def untouched(self) -> Tensor:
         """0, with a gradient of 0 for the policy: DDP waits for one of every parameter."""

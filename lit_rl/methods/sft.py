@@ -10,13 +10,14 @@ import torch
 
 from lit_rl.losses.supervised import dft_loss, nll_loss
 from lit_rl.losses.terms import Term, Terms
-from lit_rl.modules.answers import LitGeneration
+from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.replay.sequences import sequences
+from lit_rl.rollouts.answers import Answers
 from lit_rl.types import Minibatch, Prompts, TokenRollout
 
 
-class SFT(LitGeneration):
+class SFT(LitTokens):
     """Maximum likelihood of the demonstrated answers; no token of a prompt is learned.
 
     An iteration is `prompts_per_iteration` rows of the data, `prompts_per_update` of them in one optimizer step. Validation logs the
@@ -26,30 +27,27 @@ class SFT(LitGeneration):
     Args:
         policy: The language model that is trained. The datamodule has `supervised_ids(info) -> (ids, which of them are learned)`.
         loss_kind: `nll`, or `dft`, which weighs each token with its own probability (arXiv 2508.05629).
-        kwargs: See `LitGeneration`.
+        answers: How held-out prompts are answered, in evaluation and prediction.
+        kwargs: See `LitTokens`.
     """
 
     drops = True
     asks = ("prompts", "supervised_ids", "max_length")
     datamodules = "datamodules.supervised.SupervisedText"
 
-    def __init__(self, policy: TokenPolicy, *, loss_kind: Literal["nll", "dft"] = "nll", **kwargs: Any) -> None:
-        super().__init__(policy, group_size=1, **kwargs)
+    def __init__(
+        self, policy: TokenPolicy, *, loss_kind: Literal["nll", "dft"] = "nll", answers: Answers | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(policy, group_size=1, answers=answers or Answers(), **kwargs)
         self.token_loss = {"nll": nll_loss, "dft": dft_loss}[loss_kind]
         self._held_out = torch.zeros(2, dtype=torch.float64)  # summed loss and number of tokens of the evaluation under way
 
     def needs_rewards(self) -> bool:
         return False
 
-    def needs_logprobs(self) -> bool:
-        return False
-
     # ------------------------------------------------------------------ demonstrations for a rollout
     def generates(self) -> bool:
         return self.scorer is not None or self.trainer.predicting
-
-    def longest_sequence(self) -> int:
-        return self.data.max_length  # type: ignore[attr-defined]
 
     def collect(self, prompts: Prompts) -> TokenRollout:
         return self.demonstrations(prompts)

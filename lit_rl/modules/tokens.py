@@ -2,51 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lit_rl.checkpoints.options import options_of
 from lit_rl.credit.weights import Aggregation, token_weights
 from lit_rl.errors import ConfigError
 from lit_rl.modules.policy import LitPolicy
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.causal_lm import CausalLM
-from lit_rl.replay.partition import balanced_parts, places
+from lit_rl.replay.batches import TokenBatch, finite_rows, token_batch, without_rows
+from lit_rl.replay.partition import balanced_parts
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.start_check import check_logprobs
-from lit_rl.types import Minibatch, TokenRollout
-
-STREAMS = ("mask", "advantages", "weights", "logprobs", "behaviour", "reference", "values", "returns")
+from lit_rl.types import Minibatch, Prompts, TokenRollout
 
 
-class TokenBatch(Minibatch):
-    """N sequences, padded to the longest of them; S actions."""
-
-    tokens: Tensor  # Int "N S+1"
-    lengths: Tensor  # Int "N"
-    mask: Tensor  # Bool "N S"
-    advantages: Tensor  # Float "N S"
-    weights: Tensor  # Float "N S"
-    logprobs: Tensor  # Float "N S"
-    behaviour: Tensor | None  # Float "N S"
-    reference: Tensor | None  # Float "N S"
-    values: Tensor | None  # Float "N S"
-    returns: Tensor | None  # Float "N S"
-    preference: Tensor | None  # Int "N"
-
-
-class LitToken(LitPolicy[TokenRollout]):
+class LitTokens(LitPolicy[TokenRollout]):
     """Base of the methods on token sequences.
 
     Args:
         policy: The model, e.g. `lit_rl.policies.causal_lm.CausalLM`.
+        answers: How prompts are answered, for methods that do it: in training or in evaluation. The datamodule is then one of texts: it
+            has `prompt_ids(info) -> list[int]`.
         prompts_per_update: Prompts in one optimizer step, over all processes; None = all of an iteration. Fewer make several steps of it.
         aggregation: How the losses of tokens become one number, see `lit_rl.credit.weights.token_weights`; decided over the whole
             optimizer step, so that micro-batches and processes do not change the gradient.
         micro_batch_tokens: Tokens, padding among them, that a micro-batch holds at most: `trainer.accumulate_grad_batches` becomes what
-            that takes at the longest sequences that the data and `sampling` allow.
+            that takes at the longest sequences that the data and `answers.sampling` allow.
         kwargs: See `LitRL`. `trainer.accumulate_grad_batches` is the number of micro-batches of an optimizer step on each process:
             sequences are sorted by length and cut so that each costs about the same.
     """
@@ -62,12 +50,14 @@ class LitToken(LitPolicy[TokenRollout]):
         self,
         policy: TokenPolicy,
         *,
+        answers: Answers | None = None,
         prompts_per_update: int | None = None,
         aggregation: Aggregation = "token-mean",
         micro_batch_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
+        self.answers = copy(answers)  # which keeps answers that are drawn ahead
         self.micro_batch_tokens = micro_batch_tokens
         self.prompts_per_update = prompts_per_update or self.prompts_per_iteration
         if self.prompts_per_iteration % self.prompts_per_update:
@@ -76,23 +66,79 @@ class LitToken(LitPolicy[TokenRollout]):
             )
         self.aggregation: Aggregation = aggregation
 
+    # ------------------------------------------------------------------ life
     def setup(self, stage: str) -> None:
         self.check_sizes()
         super().setup(stage)
+        if self.answers is not None:
+            self.answers.engine.setup(self.policy, rank=self.global_rank, world_size=self.trainer.world_size)
+            what, remedy = self.lengths()
+            self.answers.check_room(self.longest_answered(), what=what, remedy=remedy)
+
+    def teardown(self, stage: str) -> None:
+        if self.answers is not None:
+            self.answers.close()
+
+    def stored_options(self) -> dict[str, Any]:
+        return super().stored_options() | (options_of(self.answers, "model.answers") if self.answers is not None else {})
 
     def check_sizes(self) -> None:
         """Raise ConfigError on tokens and lengths that the model does not have, before any weights are read."""
         if isinstance(self.policy, CausalLM):
             self.policy.check_sizes(self.longest_row(), what="the longest sequence of the data has", remedy="set data.max_length to less")
+            if self.answers is not None:
+                what, remedy = self.lengths()
+                self.policy.check_sizes(self.longest_answered(), what=what, remedy=remedy)
 
     def longest_row(self) -> int:
         """Tokens of the longest sequence in the data, as far as the datamodule has looked at them."""
         return max(getattr(self.data, "longest", {}).values(), default=0)
 
+    def longest_answered(self) -> int:
+        """Tokens of the longest prompt with the longest answer, 0 where no prompt is known or nothing is generated."""
+        prompt = getattr(self.data, "longest", {}).get("prompt", 0)
+        return prompt + self.longest_answer() if prompt and self.generates() else 0
+
+    def longest_answer(self) -> int:
+        """Tokens of the longest answer that this stage may generate."""
+        assert self.answers is not None
+        training = self.trainer.state.fn == "fit"
+        return max(self.answers.eval_sampling.max_new_tokens, self.answers.sampling.max_new_tokens if training else 0)
+
+    def generates(self) -> bool:
+        """Prompts are answered in this run."""
+        return self.answers is not None
+
+    def lengths(self) -> tuple[str, str]:
+        """For messages: the sequence that is too long, and what to do about it."""
+        shown = f"the longest prompt ({getattr(self.data, 'longest', {}).get('prompt', 0)} tokens) with its answer has"
+        return shown, f"set model.answers.sampling.max_new_tokens (now {self.longest_answer()}) or data.max_prompt_length to less"
+
     def on_fit_start(self) -> None:
+        """Compare forward, sampler and trainer, and say what the numbers of the YAML multiply to."""
         if isinstance(self.policy, CausalLM):
             coarsest = getattr(self.trainer.strategy, "gather_dtype", None)
             check_logprobs(self.policy, world_size=self.trainer.world_size, coarsest=coarsest)
+        if self.answers is not None:
+            self.check_sampler()
+            rank_zero_info(self.plan())
+
+    def check_sampler(self) -> None:
+        """Raise ConfigError unless an engine over the training weights samples with the log-probabilities that train."""
+        if self.answers is None or (self.scorer is None and not self.trainer.predicting):
+            return
+        mixed = "mixed" in str(self.trainer.precision)
+        autocast = self.trainer.precision_plugin.forward_context() if mixed else None
+        self.answers.check_sampler(self.policy, world_size=self.trainer.world_size, autocast=autocast)
+
+    def plan(self) -> str:
+        """A sentence on the sizes of an iteration."""
+        answers, parts = self.prompts_per_iteration * self.group_size, self.micro_batches_per_update
+        return (
+            f"An iteration: {self.prompts_per_iteration} prompts x {self.group_size} samples = {answers} answers; optimizer steps: "
+            f"{self.inner_epochs * self.updates}, each of {answers // self.updates} answers in {parts} micro-batches on each of "
+            f"{self.trainer.world_size} processes"
+        )
 
     def check_geometry(self) -> None:
         if self.micro_batch_tokens is not None:
@@ -148,7 +194,7 @@ class LitToken(LitPolicy[TokenRollout]):
     # ------------------------------------------------------------------ weights
     def longest(self) -> float | None:
         """The constant length that the aggregation `dr-grpo` divides by."""
-        return None
+        return None if self.answers is None else float(self.answers.sampling.max_new_tokens)
 
     def token_weights(self, rollout: TokenRollout) -> Tensor:
         """Float "B S": each optimizer step aggregates over the tokens and sequences of all processes."""
@@ -190,42 +236,18 @@ class LitToken(LitPolicy[TokenRollout]):
         return [torch.cat([units[i] for i in part]) for part in balanced_parts(costs, parts=parts)]
 
     def minibatch(self, rollout: TokenRollout, rows: Tensor) -> TokenBatch:
-        """The rows of a rollout, as wide as the longest of them. What has no weight is replaced, so that nothing in it can matter."""
-        rows, kept = places(rows.to(rollout.lengths.device))
-        preference = None if rollout.preference is None else rollout.preference[rows]
-        lengths = rollout.lengths[rows]
-        weighed = torch.ones_like(rollout.lengths, dtype=torch.bool) if rollout.weights is None else (rollout.weights != 0).any(1)
-        used = weighed[rows]
-        if not used.all():  # the beginning of a sequence that trains, in the place of each that does not: 0 x NaN is NaN
-            instead = weighed.nonzero()[:1, 0]
-            rows = torch.where(used, rows, instead if len(instead) else rows)
-            lengths = torch.where(used, lengths, lengths.clamp(max=2))
-        width = int(lengths.max())
-        streams = {name: None if (v := getattr(rollout, name)) is None else v[rows, : width - 1] for name in STREAMS}
-        streams = {name: None if v is None else torch.where(used[:, None], v, torch.zeros_like(v)) for name, v in streams.items()}
-        if streams["weights"] is not None:
-            streams["weights"] = streams["weights"].where(kept[:, None], 0.0)
-        return TokenBatch(tokens=rollout.tokens[rows, :width], lengths=lengths, preference=preference, **streams)
+        return token_batch(rollout, rows)
 
     def finite(self, rollout: TokenRollout) -> Tensor:
         """Bool "B": sequences of which all that was computed of their chosen tokens is finite."""
-        streams = (rollout.logprobs, rollout.behaviour, rollout.reference, rollout.values)
-        known = [(stream.isfinite() | ~rollout.mask).all(1) for stream in streams if stream is not None]
-        return torch.stack(known).all(0)
+        return finite_rows(rollout)
 
     def without_broken(self, rollout: TokenRollout) -> TokenRollout:
         """Sequences that are not finite have no score, no chosen token and no part in the loss; they are counted and named. Collective."""
         finite = self.finite(rollout)
         what = "log-probabilities of policy, sampler or reference, or values"
         self.non_finite = self.leave_out(finite, rollout.rewards, rollout.info, where=f"iteration {self.iteration + 1}", what=what)
-        if not self.non_finite:
-            return rollout
-        streams = {name: getattr(rollout, name) for name in ("logprobs", "behaviour", "reference", "values")}
-        clean: dict[str, Any] = {
-            name: v if v is None else torch.where(finite[:, None], v, torch.zeros_like(v)) for name, v in streams.items()
-        }
-        rewards = {name: values.where(finite.to(values.device), torch.nan) for name, values in rollout.rewards.items()}
-        return replace(rollout, mask=rollout.mask & finite[:, None], rewards=rewards, **clean)
+        return without_rows(rollout, finite) if self.non_finite else rollout
 
     def count_actions(self, batch: Minibatch) -> int:
         return int(batch.mask.sum())
@@ -257,3 +279,25 @@ class LitToken(LitPolicy[TokenRollout]):
 
     def restore_rollout(self, fields: dict[str, Any]) -> TokenRollout:
         return TokenRollout(**fields)
+
+    # ------------------------------------------------------------------ evaluation and prediction
+    def on_validation_start(self) -> None:
+        if self.answers is not None:
+            if self.trainer.state.fn != "fit":
+                self.check_sampler()
+            self.answers.refresh(self.iteration)
+
+    def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:
+        self.evaluated.append(batch)
+        return self.predict_step(batch, batch_idx)
+
+    on_test_start = on_predict_start = on_validation_start
+    test_step = validation_step
+
+    def predict_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:
+        if self.answers is None:
+            raise ConfigError(
+                f"{type(self).__name__} has no engine that answers: predict with the run of a method that has one, such as "
+                "configs/grpo/qwen25_7b_gsm8k.yaml, and with this run's export as model.policy.pretrained"
+            )
+        return {"texts": self.answers.evaluate(self, batch), "prompts": batch}

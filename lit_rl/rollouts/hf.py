@@ -43,7 +43,8 @@ class HFEngine(RolloutEngine):
         if any(isinstance(parameter, DTensor) for parameter in lm.parameters()):
             raise ConfigError(
                 f"HFEngine cannot generate from {type(lm).__name__} under FSDP2: train with DDP or DeepSpeed, e.g. by "
-                "--config configs/base/deepspeed_zero2.yaml before the run's own, or set model.engine to lit_rl.rollouts.http.HTTPEngine"
+                "--config configs/base/deepspeed_zero2.yaml before the run's own, or set "
+                "model.answers.engine to lit_rl.rollouts.http.HTTPEngine"
             )
         batches = self.batches(requests)
         most = max(gather_objects(len(batches))) if _waits(lm) else len(batches)

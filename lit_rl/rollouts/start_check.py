@@ -141,8 +141,8 @@ def check_sampler(policy: CausalLM, engine: RolloutEngine, sampling: Sampling, *
                 return
     raise ConfigError(
         f"{_name(policy)}: the log-probabilities that {type(engine).__name__} samples with are {wrong:.3g} from those that training "
-        f"computes, more than rounding ({limit:g}): with its cache the model computes something else than without. Set model.engine to "
-        "lit_rl.rollouts.http.HTTPEngine, or take another model"
+        f"computes, more than rounding ({limit:g}): with its cache the model computes something else than without. Set "
+        "model.answers.engine to lit_rl.rollouts.http.HTTPEngine, or take another model"
     )
 
 

@@ -14,6 +14,7 @@ from callbacks.sample_texts import SampleTexts, said
 from callbacks.text_writer import TextWriter
 from callbacks.throughput import Throughput
 from lit_rl.methods.grpo import GRPO
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Sampling
 
 
@@ -23,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def method(folder: Path) -> GRPO:
-    return GRPO(policy(folder), prompts_per_iteration=4, group_size=2, sampling=Sampling(max_new_tokens=4))
+    return GRPO(policy(folder), prompts_per_iteration=4, group_size=2, answers=Answers(sampling=Sampling(max_new_tokens=4)))
 
 
 def test_predict_writes_every_answer_in_order_and_no_images(folder: Path, tmp_path: Path) -> None:

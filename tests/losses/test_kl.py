@@ -5,7 +5,8 @@ import torch
 from golden_numbers import assert_close, load_llm
 from torch.autograd import grad
 
-from lit_rl.losses.kl import AdaptiveKL, FixedKL, kl_estimate
+from lit_rl.errors import ConfigError
+from lit_rl.losses.kl import AdaptiveKL, RewardKL, kl_estimate
 from lit_rl.losses.masked import row_mean
 
 UPSTREAM = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
@@ -39,11 +40,12 @@ def test_controllers_keep_their_coefficient():
     again.load_state_dict(adaptive.state_dict())
     adaptive.update(0.09, sequences=5), again.update(0.09, sequences=5)
     assert again.coef == adaptive.coef == pytest.approx(0.102 * (1 - 0.1 * 0.05))
-    fixed = FixedKL(0.3)
+    fixed = RewardKL(coef=0.3).controller()
     fixed.update(9.0, sequences=100)
     assert fixed.coef == 0.3
-    with pytest.raises(ValueError, match="target 0"):
-        AdaptiveKL(0.1, target=0.0, horizon=100)
+    assert isinstance(RewardKL(coef=0.3, target=0.1).controller(), AdaptiveKL)
+    with pytest.raises(ConfigError, match="target=0.0"):
+        RewardKL(coef=0.1, target=0.0)
 
 
 @pytest.mark.golden

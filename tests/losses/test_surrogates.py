@@ -8,23 +8,23 @@ from golden_numbers import assert_close, load_llm
 from torch.autograd import grad
 
 from lit_rl.credit.weights import token_weights
+from lit_rl.errors import ConfigError
 from lit_rl.losses.kl import kl_estimate
 from lit_rl.losses.masked import masked, masked_mean, row_mean
 from lit_rl.losses.off_policy import high_entropy, importance_weights, negative_rows_off_policy, within_bounds
-from lit_rl.losses.policy_gradient import clipped_ratio_loss, clipped_surrogate, policy_metrics
+from lit_rl.losses.policy_gradient import clipped_ratio_loss, clipped_surrogate
 from lit_rl.losses.surrogates import (
-    cispo_loss,
-    clip_cov_choice,
-    geo_mean_loss,
+    Cispo,
+    Clip,
+    GeoMean,
+    Reinforce,
+    Sapo,
+    SequenceClip,
+    Surrogate,
+    Vespo,
     is_clipped,
-    kl_cov_loss,
-    largest_covariance,
-    reinforce_loss,
-    sapo_loss,
     sequence_log_ratio,
     surrogate_metrics,
-    token_covariance,
-    vespo_loss,
 )
 
 
@@ -57,69 +57,66 @@ def test_sequence_ratio_by_hand():
     torch.testing.assert_close(grad((loss * mask).sum(), new)[0], math.exp(0.2) * f64(-2, 1, 0)[None])
 
 
-@pytest.mark.parametrize("loss", ["clip", "gspo", "sapo", "cispo", "geo_mean", "kl_cov"])
-def test_on_policy_gradient_is_reinforce(loss):
-    """At new == logprobs every one of them starts with -A d new, in the mean over rows."""
+SURROGATES = [Clip(dual=3.0), SequenceClip(low=0.2, high=0.3), Sapo(), Cispo(high=0.3), GeoMean(), Vespo(), Reinforce()]
+NAMES = [type(surrogate).__name__ for surrogate in SURROGATES]
+
+
+@pytest.mark.parametrize("surrogate", [s for s in SURROGATES if not isinstance(s, Vespo)], ids=lambda s: type(s).__name__)
+def test_on_policy_gradient_is_reinforce(surrogate: Surrogate):
+    """At new == old every one of them starts with -A d new, in the mean over rows."""
     new, _, advantages, mask = random_rows()
-    advantages = advantages[:, :1].expand_as(advantages) if loss == "geo_mean" else advantages
+    advantages = advantages[:, :1].expand_as(advantages) if isinstance(surrogate, GeoMean) else advantages
     mask[:, 0] = True
     new.requires_grad_()
     weights = token_weights(mask, "seq-mean-token-mean", dtype=torch.float64)
-    old, clip = new.detach(), {"clip_low": 0.2, "clip_high": 0.3}
-    values = {
-        "clip": lambda: clipped_surrogate(new, old, advantages, **clip),
-        "gspo": lambda: clipped_ratio_loss(sequence_log_ratio(new, old, mask), advantages, **clip),
-        "sapo": lambda: sapo_loss(new, old, advantages),
-        "cispo": lambda: cispo_loss(new, old, advantages, clip_high=0.3),
-        "geo_mean": lambda: geo_mean_loss(new, old, advantages, mask),
-        "kl_cov": lambda: kl_cov_loss(new, old, advantages, mask),
-    }[loss]()
-    torch.testing.assert_close(
-        grad((values * weights).sum(), new)[0], grad((reinforce_loss(new, advantages) * weights).sum(), new)[0], rtol=1e-9, atol=1e-12
-    )
+    losses, _ = surrogate(new, new.detach(), advantages, mask)
+    torch.testing.assert_close(grad((losses * weights).sum(), new)[0], -advantages * weights, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["clip", "gspo", "sapo", "cispo", "geo_mean", "vespo", "kl_cov", "clip_cov"])
-def test_rows_may_be_split_anywhere(kind):
-    """Choices and weights are made for the whole step; then micro-batches of 1, 2 and 4 rows, padding cut off, add up to its gradient."""
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=NAMES)
+def test_rows_may_be_split_anywhere(surrogate: Surrogate):
+    """Weights are made for the whole step; then micro-batches of 1, 2 and 4 rows, padding cut off, add up to its gradient."""
     new, old, advantages, mask = random_rows(seed=4, rows=7)
     mask[:, 5:] = False
     new.requires_grad_()
     weights = token_weights(mask, "seq-mean-token-mean", dtype=torch.float64)
-    clip = {"clip_low": 0.2, "clip_high": 0.3}
-    covariance = token_covariance(new, advantages, mask)
-    chosen = largest_covariance(covariance, mask, share=0.3)
-    dropped = clip_cov_choice(covariance, mask, is_clipped(new - old, advantages, **clip), share=0.2, low=0.0)
 
     def gradient(*rows):
         n, o, a, m = (t[list(rows), :5] for t in (new, old, advantages, mask))
-        losses = {
-            "clip": lambda: clipped_surrogate(n, o, a, dual_clip=3.0, **clip),
-            "gspo": lambda: clipped_ratio_loss(sequence_log_ratio(n, o, m), a, **clip),
-            "sapo": lambda: sapo_loss(n, o, a),
-            "cispo": lambda: cispo_loss(n, o, a, **clip),
-            "geo_mean": lambda: geo_mean_loss(n, o, a, m),
-            "vespo": lambda: vespo_loss(n, o, a, m),
-            "kl_cov": lambda: kl_cov_loss(n, o, a, chosen[list(rows), :5]),
-            "clip_cov": lambda: clipped_surrogate(n, o, a, **clip) * ~dropped[list(rows), :5],
-        }[kind]()
-        return grad((losses * weights[list(rows), :5]).sum(), new)[0]
+        return grad((surrogate(n, o, a, m)[0] * weights[list(rows), :5]).sum(), new)[0]
 
     torch.testing.assert_close(gradient(0) + gradient(5, 2) + gradient(1, 6, 3, 4), gradient(*range(7)), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=NAMES)
+def test_only_what_clips_tells_of_clipping(surrogate: Surrogate):
+    """Ratios of e^5 and e^-5 are outside of every range."""
+    new, mask = f64(5, -5)[None], torch.ones(1, 2, dtype=torch.bool)
+    _, metrics = surrogate(new, torch.zeros_like(new), f64(1, -1)[None], mask)
+    assert metrics["ppo_kl"] == 0
+    clips = isinstance(surrogate, Clip | Cispo | GeoMean)
+    assert {name for name in metrics if name.startswith("clip_fraction")} >= ({"clip_fraction"} if clips else set())
+    assert clips or metrics.keys() == {"ppo_kl"}
+    if isinstance(surrogate, Cispo | GeoMean):
+        assert metrics["clip_fraction_high"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("make", [lambda: Clip(low=-0.1), lambda: Clip(dual=1.0), lambda: Cispo(high=-1.0), lambda: Sapo(tau_pos=0.0)])
+def test_ranges_that_cannot_be_are_refused(make):
+    with pytest.raises(ConfigError, match="model.surrogate"):
+        make()
+
+
 def test_cispo_keeps_the_gradient_of_clipped_tokens():
-    new = f64(3.0, 3.0).log().requires_grad_()
-    clipped = clipped_surrogate(new, torch.zeros(2).double(), f64(1, 1), clip_low=0.2, clip_high=0.2)
-    kept = cispo_loss(new, torch.zeros(2).double(), f64(1, 1), clip_high=0.2)
-    assert grad(clipped.sum(), new)[0].tolist() == [0, 0]
-    torch.testing.assert_close(grad(kept.sum(), new)[0], f64(-1.2, -1.2))
+    new, zero, good, mask = f64(3.0, 3.0).log()[None].requires_grad_(), f64(0, 0)[None], f64(1, 1)[None], torch.tensor([[True, True]])
+    assert grad(Clip()(new, zero, good, mask)[0].sum(), new)[0].tolist() == [[0, 0]]
+    torch.testing.assert_close(grad(Cispo(high=0.2)(new, zero, good, mask)[0].sum(), new)[0], f64(-1.2, -1.2)[None])
 
 
 def test_cispo_bound_is_relative():
-    """Trap 13: TRL's epsilon_high 5 is the bound itself: clip_high 4 here. r = 6 counts 5 times."""
-    loss = cispo_loss(f64(6).log(), f64(0), f64(1), clip_high=4.0)
-    torch.testing.assert_close(loss, -5 * f64(6).log())
+    """Trap 13: TRL's epsilon_high 5 is the bound itself: high 4 here. r = 6 counts 5 times."""
+    loss, _ = Cispo(high=4.0)(f64(6).log()[None], f64(0)[None], f64(1)[None], torch.tensor([[True]]))
+    torch.testing.assert_close(loss, -5 * f64(6).log()[None])
 
 
 def test_decoupled_ppo_corrects_without_a_rejection_rule():
@@ -127,16 +124,6 @@ def test_decoupled_ppo_corrects_without_a_rejection_rule():
     new, prox, behave, mask = f64(1.1)[None].log(), f64(1)[None].log(), f64(1 / 1.5)[None].log(), torch.tensor([[True]])
     loss = clipped_surrogate(new, prox, f64(1)[None], clip_low=0.2, clip_high=0.2) * importance_weights(prox, behave, mask, high=None)
     torch.testing.assert_close(loss, f64(-1.65)[None])
-
-
-def test_choices_of_covariance_by_hand():
-    covariance, mask = f64(5, 1, 4, 9, 2)[None], torch.tensor([[1, 1, 1, 0, 1]]).bool()
-    assert largest_covariance(covariance, mask, share=0.5).tolist() == [[True, False, True, False, False]]
-    assert largest_covariance(covariance, mask, share=1e-9).sum() == 1 and not largest_covariance(covariance, mask, share=0.0).any()
-    held = torch.tensor([[True, False, False, False, False]])
-    assert clip_cov_choice(covariance, mask, held, share=1.0, low=1.5, high=10.0).tolist() == [[False, False, True, False, True]]
-    some = clip_cov_choice(covariance, mask, held, share=1e-9, low=1.5, high=10.0, generator=torch.Generator().manual_seed(0))
-    assert some.sum() == 1
 
 
 def test_metrics_by_hand():
@@ -149,34 +136,25 @@ def test_metrics_by_hand():
     assert metrics["ppo_kl"].item() == pytest.approx(-math.log(4) / 4)
 
 
-def verl_loss(case, options, data, new, old, advantages, mask):
-    """Per-token loss of a case by its name's first part, and its aggregation mode."""
-    kind = case.split(".")[0]
-    low, high = options.get("clip_ratio_low"), options.get("clip_ratio_high")
-    if kind in ("vanilla", "extreme"):
-        loss = clipped_surrogate(new, old, advantages, clip_low=low, clip_high=high, dual_clip=options["clip_ratio_c"])
-        return loss, options.get("mode", "seq-mean-token-sum-norm")
-    if kind == "gspo":
-        ratio = sequence_log_ratio(new, old, mask)
-        return clipped_ratio_loss(ratio, advantages, clip_low=low, clip_high=high), "seq-mean-token-mean"
-    if kind == "sapo":
-        return sapo_loss(new, old, advantages, tau_pos=float(options["tau_pos"]), tau_neg=float(options["tau_neg"])), "seq-mean-token-mean"
-    if kind == "cispo":
-        return cispo_loss(new, old, advantages, clip_low=low, clip_high=high), options["mode"]
-    if kind == "geo_mean":
-        return geo_mean_loss(new, old, advantages, mask, clip_low=low, clip_high=high), "seq-mean-token-mean"
-    if kind in ("gpg", "reinforce"):
-        return reinforce_loss(new, advantages), options["mode"]
-    extra = options["policy_loss"]
-    covariance = token_covariance(new, advantages, mask)
-    if kind == "kl_cov":
-        chosen = largest_covariance(covariance, mask, share=float(extra["kl_cov_ratio"]))
-        return kl_cov_loss(new, old, advantages, chosen, kl_coef=float(extra["ppo_kl_coef"])), "token-mean"
-    assert kind == "clip_cov", kind
-    held = is_clipped(new - old, advantages, clip_low=low, clip_high=high)
-    bounds = {name: float(extra[f"clip_cov_{key}"]) for name, key in (("share", "ratio"), ("low", "lb"), ("high", "ub"))}
-    chosen = clip_cov_choice(covariance, mask, held, **bounds)
-    return clipped_surrogate(new, old, advantages, clip_low=low, clip_high=high) * ~chosen, "token-mean"
+VERL: dict[str, tuple[type[Surrogate], dict[str, str], str]] = {
+    "vanilla": (Clip, {"low": "clip_ratio_low", "high": "clip_ratio_high", "dual": "clip_ratio_c"}, "seq-mean-token-sum-norm"),
+    "gspo": (SequenceClip, {"low": "clip_ratio_low", "high": "clip_ratio_high"}, "seq-mean-token-mean"),
+    "sapo": (Sapo, {"tau_pos": "tau_pos", "tau_neg": "tau_neg"}, "seq-mean-token-mean"),
+    "cispo": (Cispo, {"low": "clip_ratio_low", "high": "clip_ratio_high"}, ""),
+    "geo_mean": (GeoMean, {"low": "clip_ratio_low", "high": "clip_ratio_high"}, "seq-mean-token-mean"),
+    "reinforce": (Reinforce, {}, ""),
+}
+"""Surrogate of a case by its name's first part, its options in verl's words, and the aggregation where the case says nothing of it."""
+
+
+def verl_loss(case, options):
+    kind = {"extreme": "vanilla", "gpg": "reinforce"}.get(case.split(".")[0], case.split(".")[0])
+    if kind in ("kl_cov", "clip_cov"):
+        return None, ""  # they look at all tokens of a micro-batch at once, so that its cut would change the gradient: we have neither
+    cls, names, mode = VERL[kind]
+    fixed = kind in ("gspo", "sapo", "geo_mean")
+    chosen = {ours: float(options[theirs]) for ours, theirs in names.items() if options.get(theirs) is not None}
+    return cls(**chosen), mode if fixed else options.get("mode", mode)
 
 
 @pytest.mark.golden
@@ -187,7 +165,10 @@ def test_verl_policy_losses(golden_dir):
         mask, advantages = data[f"in.{options['mask']}"].bool(), data[f"in.{options['adv']}"]
         old = data[options["old"]] if "old" in options else data["in.old_log_prob"]
         new = data["in.log_prob"].clone().requires_grad_()
-        losses, mode = verl_loss(case, options, data, new, old, advantages, mask)
+        surrogate, mode = verl_loss(case, options)
+        if surrogate is None:
+            continue
+        losses, metrics = surrogate(new, old, advantages, mask)
         if options.get("rollout_is_weights"):
             weight = data["in.rollout_is_weights"]
             if case.startswith("geo_mean"):  # one ratio per row, hence one weight: the geometric mean
@@ -203,27 +184,12 @@ def test_verl_policy_losses(golden_dir):
         loss = ranks * (losses * token_weights(mask, mode, **totals)).sum()
         assert_close(loss, data[f"{case}.loss"], what=case)
         assert_close(grad(loss, new)[0], data[f"{case}.grad_log_prob"], what=case)
-        check_verl_metrics(case, options, data, new, old, advantages, mask)
-
-
-def check_verl_metrics(case, options, data, new, old, advantages, mask):
-    """The KL, and the share of clipped tokens where both mean the same by it: CISPO counts every ratio out of range, KL-Cov has abs(d)."""
-    kind = case.split(".")[0]
-    logged = {key.split(".metric.actor_")[1]: value.double() for key, value in data.items() if key.startswith(f"{case}.metric.")}
-    if not logged:
-        return
-    clip = {"clip_low": options.get("clip_ratio_low", 0.2), "clip_high": options.get("clip_ratio_high", 0.2)}
-    ours = {}
-    tokens = surrogate_metrics(new - old, advantages, mask, dual_clip=options.get("clip_ratio_c"), **clip)
-    if kind in ("vanilla", "extreme"):
-        ours = {"pg_clipfrac": tokens["clip_fraction"], "pg_clipfrac_lower": tokens["clip_fraction_dual"]}
-    elif kind == "gspo":
-        ours = {"pg_clipfrac": surrogate_metrics(sequence_log_ratio(new, old, mask), advantages, mask, **clip)["clip_fraction"]}
-    elif kind == "cispo":
-        ours = {"pg_clipfrac": policy_metrics(new, old, weights=mask, **clip)["clip_fraction"]}
-    ours["ppo_kl"] = masked_mean((new - old).abs(), mask) if kind == "kl_cov" else tokens["ppo_kl"]
-    for name, value in ours.items():
-        assert_close(value.double(), logged[name], f64=2e-5, what=f"{case} {name}")
+        logged = {key.split(".metric.actor_")[1]: value.double() for key, value in data.items() if key.startswith(f"{case}.metric.")}
+        names = {"pg_clipfrac": "clip_fraction", "pg_clipfrac_lower": "clip_fraction_dual", "ppo_kl": "ppo_kl"}
+        told = {"pg_clipfrac", "ppo_kl"} - ({"pg_clipfrac"} if case.startswith("geo_mean") else set())  # it counts in another way
+        for name in (told | ({"pg_clipfrac_lower"} if options.get("clip_ratio_c") else set())) & logged.keys():
+            if names[name] in metrics:
+                assert_close(metrics[names[name]].double(), logged[name], f64=2e-5, what=f"{case} {name}")
 
 
 def trl_weights(kind, mask, common):
@@ -253,15 +219,11 @@ def test_trl_losses(golden_dir):
         old = new.detach() if o["old_missing"] else data["in.old_per_token_logps"]
         advantages = data["in.advantages"][:, None].expand_as(new)
         kind, low, high = o["loss_type"], float(o["epsilon"]), float(o["epsilon_high"])
-        log_ratio = sequence_log_ratio(new, old, mask) if o["level"] == "sequence" else new - old
-        if kind == "cispo":
-            losses = cispo_loss(new, old, advantages, clip_high=high - 1)
-        elif kind == "sapo":
-            losses = sapo_loss(new, old, advantages)
-        elif kind == "vespo":
-            losses = vespo_loss(new, old, advantages, mask)
-        else:
-            losses = clipped_ratio_loss(log_ratio, advantages, clip_low=low, clip_high=high, ratio_cap=o["delta"])
+        whole = SequenceClip if o["level"] == "sequence" else Clip
+        cls, chosen = {"cispo": (Cispo, {"high": high - 1}), "sapo": (Sapo, {}), "vespo": (Vespo, {})}.get(
+            kind, (whole, {"low": low, "high": high, "cap": o["delta"]})
+        )
+        losses, _ = cls(**chosen)(new, old, advantages, mask)
         if o["off_policy_mask_threshold"] is not None:
             dropped = negative_rows_off_policy(
                 new, data["in.sampling_per_token_logps"], data["in.advantages"], mask, threshold=o["off_policy_mask_threshold"]
@@ -332,9 +294,9 @@ def test_openrlhf_policy_losses(golden_dir):
 def test_slime_token_losses(golden_dir):
     data, _ = load_llm(golden_dir, "openrlhf_slime_torchtune")
     new, old, advantages = data["in.log_prob"], data["in.old_log_prob"], data["in.adv_tok"]
-    dual = clipped_surrogate(new, old, advantages, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
-    assert_close(dual, data["slime.policy.dual"])
-    assert_close(cispo_loss(new, old, advantages, clip_high=0.28), data["slime.cispo"])
+    everywhere = torch.ones_like(new, dtype=torch.bool)
+    assert_close(Clip(low=0.2, high=0.28, dual=3.0)(new, old, advantages, everywhere)[0], data["slime.policy.dual"])
+    assert_close(Cispo(high=0.28)(new, old, advantages, everywhere)[0], data["slime.cispo"])
     assert_close(kl_estimate(new, data["in.ref_log_prob"], kind="k3") * (new - old).exp(), data["slime.kl.k3.unbiased"])
 
 
@@ -391,6 +353,7 @@ def areal_within(prox, behave, mask, rule):
 def test_areal_soft_clipping(golden_dir):
     data, _ = load_llm(golden_dir, "areal_decoupled_ppo")
     new, mask = data["in.logprobs"].clone().requires_grad_(), data["in.loss_mask"].bool()
-    loss = (sapo_loss(new, data["in.proximal_logprobs"], data["in.advantages"]) * token_weights(mask, "token-mean")).sum()
+    losses, _ = Sapo()(new, data["in.proximal_logprobs"], data["in.advantages"], mask)
+    loss = (losses * token_weights(mask, "token-mean")).sum()
     assert_close(loss, data["sapo.loss"])
     assert_close(grad(loss, new)[0], data["sapo.grad"])

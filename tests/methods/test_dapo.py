@@ -16,14 +16,19 @@ from toy_text import Digits, model_folder, policy, trainer
 
 from callbacks.reward_scoring import RewardScoring
 from callbacks.sample_texts import SampleTexts
+from lit_rl.credit.rules import LengthPenalty
 from lit_rl.errors import ConfigError
+from lit_rl.losses.surrogates import Clip
 from lit_rl.methods.grpo import DAPO
+from lit_rl.modules.dynamic import DynamicSampling
 from lit_rl.replay.partition import fair_owners
 from lit_rl.rewards.base import TextReward
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Sampling
 from lit_rl.types import Info
 
 SHORT = Sampling(max_new_tokens=5)
+DRAWING = ("prompts_per_generation", "filter_metric", "max_generations", "on_limit")
 
 
 class Odd(TextReward):
@@ -56,11 +61,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def dapo(folder: Path, **settings: Any) -> DAPO:
+    drawing = {"prompts_per_generation": 3} | {name: settings.pop(name) for name in DRAWING if name in settings}
     defaults: dict[str, Any] = dict(
-        prompts_per_iteration=4, prompts_per_generation=3, prompts_per_update=2, group_size=2, sampling=SHORT, rollout_chunk=64,
+        prompts_per_iteration=4, prompts_per_update=2, group_size=2, answers=Answers(sampling=SHORT),
         optimizer=partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1),
     )  # fmt: skip
-    return DAPO(policy(folder), **defaults | settings)
+    return DAPO(policy(folder), dynamic_sampling=DynamicSampling(**drawing), **defaults | settings)  # type: ignore[arg-type]
 
 
 def fit(method: DAPO, data: Known | None = None, *, callbacks: Sequence[L.Callback] = (), ckpt_path: str | None = None, **kw: Any) -> Known:
@@ -72,6 +78,11 @@ def fit(method: DAPO, data: Known | None = None, *, callbacks: Sequence[L.Callba
 
 def weights(method: DAPO) -> Tensor:
     return torch.cat([p.detach().flatten() for _, p in method.policy.trainable()])
+
+
+def drawn(method: DAPO) -> int:
+    assert method.dynamic_sampling is not None
+    return method.dynamic_sampling.generations
 
 
 def trained_on(method: DAPO) -> list[str]:
@@ -89,13 +100,13 @@ def test_generates_until_the_batch_is_full_of_groups_that_teach(folder: Path) ->
     assert rollout is not None and rollout.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert rollout.advantages is not None and (rollout.advantages != 0).any(1).all()
     assert metrics["dapo/generations"] == 3 and metrics["dapo/kept_share"] == pytest.approx(5 / 9) and metrics["dapo/groups"] == 4
-    assert method.generations == 6
+    assert drawn(method) == 6
 
 
 def test_defaults_are_the_papers(folder: Path) -> None:
-    method = dapo(folder, sampling=Sampling(max_new_tokens=20))
-    assert (method.clip_low, method.clip_high, method.aggregation, method.kl_coef) == (0.2, 0.28, "token-mean", 0)
-    assert method.overlong_buffer == 4
+    method = dapo(folder, answers=Answers(sampling=Sampling(max_new_tokens=20)))
+    assert (method.surrogate, method.aggregation, method.kl.coef) == (Clip(low=0.2, high=0.28), "token-mean", 0)
+    assert method.length_penalty == LengthPenalty(buffer=4, factor=1.0)
 
 
 def test_the_samples_shown_are_those_trained_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +129,7 @@ def test_another_score_may_decide_what_teaches(folder: Path) -> None:
 
 
 def test_too_few_groups_stop_the_run(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="Only 3 of 6 groups in model.max_generations=2"):
+    with pytest.raises(ConfigError, match="Only 3 of 6 groups in model.dynamic_sampling.max_generations=2"):
         fit(dapo(folder, max_generations=2))
 
 
@@ -158,7 +169,7 @@ def test_micro_batches_do_not_change_a_step(folder: Path) -> None:
     sgd = partial(torch.optim.SGD, lr=0.1)
     whole = dapo(folder, optimizer=sgd)
     fit(whole)
-    cut = dapo(folder, optimizer=sgd, rollout_chunk=3)
+    cut = dapo(folder, optimizer=sgd, answers=Answers(sampling=SHORT, chunk=3))
     fit(cut, accumulate_grad_batches=3)
     assert trained_on(cut) == trained_on(whole)
     torch.testing.assert_close(weights(cut), weights(whole), rtol=1e-6, atol=1e-6)
@@ -175,7 +186,7 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(folder: Path, tmp_path: Path
 
     unbroken, everything = run(tmp_path / "a")
     continued, rest = run(tmp_path / "b", str(tmp_path / "a" / f"{name}.ckpt"))
-    assert torch.equal(weights(unbroken), weights(continued)) and unbroken.generations == continued.generations
+    assert torch.equal(weights(unbroken), weights(continued)) and drawn(unbroken) == drawn(continued)
     assert (
         rest.asked
         and everything.asked[-len(rest.asked) :] == rest.asked == [f"{n}=" for n in range(len(everything.asked))][-len(rest.asked) :]
@@ -195,7 +206,7 @@ def test_groups_are_dealt_evenly_and_few_move() -> None:
     [
         (dict(max_generations=1), "raise max_generations to at least 2"),
         (dict(max_generations=0), "max_generations=0"),
-        (dict(overlong_buffer=6), r"overlong_buffer=6 must be in 0\.\.5"),
+        (dict(length_penalty=LengthPenalty(buffer=6)), r"length_penalty.buffer=6 must be in 0\.\.5"),
     ],
 )
 def test_what_cannot_work_is_refused(settings: dict[str, Any], message: str, folder: Path) -> None:

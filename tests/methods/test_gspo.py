@@ -18,10 +18,12 @@ from callbacks.reward_scoring import RewardScoring
 from datamodules.mixed import PromptsAndPairs
 from datamodules.pairs import PreferencePairs
 from lit_rl.errors import ConfigError
+from lit_rl.losses.kl import KL
 from lit_rl.methods.dpo import DPO
 from lit_rl.methods.grpo import GSPO
 from lit_rl.methods.gspo_mixed import MixedGSPO
 from lit_rl.rewards.base import TextReward
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Sampling
 from lit_rl.types import Info
 
@@ -68,7 +70,7 @@ def fit(method: Any, data: Any, *, callbacks: Sequence[L.Callback] = (), ckpt_pa
 
 
 def mixed(folder: Path, rows: int, **settings: Any) -> MixedGSPO:
-    defaults: dict[str, Any] = dict(prompts_per_iteration=rows, group_size=3, sampling=WARM, optimizer=SGD)
+    defaults: dict[str, Any] = dict(prompts_per_iteration=rows, group_size=3, answers=Answers(sampling=WARM), optimizer=SGD)
     return MixedGSPO(policy(folder, keep_reference=True), **defaults | settings)
 
 
@@ -90,7 +92,7 @@ close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
 
 def test_self_play_rows_alone_are_gspo(folder: Path, tmp_path: Path) -> None:
     data = PromptsAndPairs(train=write(tmp_path / "prompts.jsonl", rows_of("ssss")), shuffle=False)
-    gspo = GSPO(policy(folder), prompts_per_iteration=4, group_size=3, sampling=WARM, optimizer=SGD)
+    gspo = GSPO(policy(folder), prompts_per_iteration=4, group_size=3, answers=Answers(sampling=WARM), optimizer=SGD)
     expected = fit(gspo, data) - start(folder)
     assert expected.abs().max() > 1e-3
     close(step(folder, tmp_path, "ssss"), expected)
@@ -101,7 +103,7 @@ def test_pairs_alone_are_dpo(folder: Path, tmp_path: Path) -> None:
     dpo = DPO(policy(folder, keep_reference=True), prompts_per_iteration=4, beta=0.5, optimizer=SGD)
     expected = fit(dpo, data) - start(folder)
     assert expected.abs().max() > 1e-3
-    close(step(folder, tmp_path, "pppp", sampling=COLD, beta=0.5), expected)
+    close(step(folder, tmp_path, "pppp", answers=Answers(sampling=COLD), beta=0.5), expected)
 
 
 def test_a_mixed_step_weighs_rows_alike(folder: Path, tmp_path: Path) -> None:
@@ -117,12 +119,12 @@ def test_a_mixed_step_weighs_rows_alike(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"self_play": "winrate", "kl_coef": 0.1, "entropy_coef": 0.01, "prompts_per_update": 4, "inner_epochs": 2}]
+    "settings", [{}, {"self_play": "winrate", "kl": KL(coef=0.1), "entropy_coef": 0.01, "prompts_per_update": 4, "inner_epochs": 2}]
 )
 def test_micro_batches_do_not_change_a_step(folder: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     whole = step(folder, tmp_path, "spspsssp", **settings)
     for parts in (2, 4):
-        close(step(folder, tmp_path, "spspsssp", parts=parts, rollout_chunk=4, **settings), whole)
+        close(step(folder, tmp_path, "spspsssp", parts=parts, answers=Answers(sampling=WARM, chunk=4), **settings), whole)
 
 
 def test_what_is_told_of_a_step(folder: Path, tmp_path: Path) -> None:
@@ -165,7 +167,7 @@ def test_the_first_batches_are_of_both_kinds(folder: Path, tmp_path: Path, stage
 
 def test_pairs_need_a_reference_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
     for kinds in ("ssss", "sssp"):
-        method = MixedGSPO(policy(folder), prompts_per_iteration=4, group_size=3, sampling=COLD, optimizer=SGD)
+        method = MixedGSPO(policy(folder), prompts_per_iteration=4, group_size=3, answers=Answers(sampling=COLD), optimizer=SGD)
         data = PromptsAndPairs(train=write(tmp_path / "rows.jsonl", rows_of(kinds)), shuffle=False)
         if kinds == "ssss":
             fit(method, data)

@@ -8,12 +8,14 @@ import pytest
 import torch
 from toy_text import Digits, model_folder, policy, trainer
 
+from lit_rl.losses.kl import KL, RewardKL
 from lit_rl.methods.grpo import GRPO
 from lit_rl.methods.ppo import PPO
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Sampling
 
 WATCHED = {"policy_loss", "reward_mean", "reward_std", "kl_divergence", "entropy", "clip_fraction"}
-SIZES: dict[str, Any] = {"prompts_per_iteration": 64, "sampling": Sampling(max_new_tokens=5)}
+SIZES: dict[str, Any] = {"prompts_per_iteration": 64, "answers": Answers(sampling=Sampling(max_new_tokens=5))}
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +32,9 @@ def logged(method: Any) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("make", "also"),
     [
-        (lambda p: GRPO(p, group_size=4, kl_coef=1e-3, **SIZES), set()),
-        (lambda p: GRPO(p, group_size=4, kl_in_reward=1e-3, entropy_coef=1e-3, **SIZES), set()),
-        (lambda p: PPO(p, kl_in_reward=1e-3, **SIZES), {"value_loss"}),
+        (lambda p: GRPO(p, group_size=4, kl=KL(coef=1e-3), **SIZES), set()),
+        (lambda p: GRPO(p, group_size=4, kl_in_reward=RewardKL(coef=1e-3), entropy_coef=1e-3, **SIZES), set()),
+        (lambda p: PPO(p, kl_in_reward=RewardKL(coef=1e-3), **SIZES), {"value_loss"}),
     ],
     ids=["grpo", "grpo_kl_in_reward", "ppo"],
 )
@@ -51,7 +53,7 @@ def test_entropy_of_the_sampled_tokens_is_that_of_the_policy(folder: Path) -> No
 
 def test_divergence_in_the_reward_is_logged_where_the_loss_has_none(folder: Path) -> None:
     """log p - log p_ref = x everywhere: k3 = e^-x + x - 1, here with x = 1: 0.3679."""
-    method = GRPO(policy(folder, keep_reference=True), group_size=4, kl_in_reward=1e-3, **SIZES)
+    method = GRPO(policy(folder, keep_reference=True), group_size=4, kl_in_reward=RewardKL(coef=1e-3), **SIZES)
     of = method.all_logprobs
 
     def with_reference(rollout: Any, **kwargs: Any) -> torch.Tensor:

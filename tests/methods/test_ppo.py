@@ -15,19 +15,22 @@ from toy_text import Digits, Sorted, model_folder, policy, trainer
 from callbacks.ema import EMA
 from callbacks.export import Export
 from callbacks.reward_scoring import RewardScoring
+from lit_rl.credit.rules import GAE
 from lit_rl.errors import ConfigError
-from lit_rl.methods.ppo import PPO
+from lit_rl.losses.kl import RewardKL
+from lit_rl.methods.ppo import PPO, CriticTraining
 from lit_rl.methods.sft import SFT
 from lit_rl.miniatures.lm import build_lm
 from lit_rl.policies.critic import Critic
 from lit_rl.policies.weights.lora import LoraSettings
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Sampling
 from lit_rl.types import TokenRollout
 
 SHORT = Sampling(max_new_tokens=5)
 SGD = partial(torch.optim.SGD, lr=0.1)
 ADAM = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
-KL: dict[str, Any] = dict(kl_in_reward=0.05, kl_target=0.01, kl_horizon=50)
+KL: dict[str, Any] = dict(kl_in_reward=RewardKL(coef=0.05, target=0.01, horizon=50))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("lm")
     adam = partial(torch.optim.AdamW, lr=2e-3)
     random = policy(model_folder(root / "random", hidden=64, layers=2))
-    method = SFT(random, prompts_per_iteration=128, prompts_per_update=32, optimizer=adam, sampling=SHORT)
+    method = SFT(random, prompts_per_iteration=128, prompts_per_update=32, optimizer=adam, answers=Answers(sampling=SHORT))
     trainer(max_epochs=8, check_val_every_n_epoch=100).fit(method, datamodule=Digits(prompts=128))
     (root / "sft").mkdir()
     method.policy.save(root / "sft", {name: p.detach() for name, p in method.policy.trainable()})
@@ -44,9 +47,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ppo(folder: Path, *, keep_reference: bool = True, **settings: Any) -> PPO:
+    training = {"lr": 0.1} | settings.pop("critic_training", {})
     defaults: dict[str, Any] = dict(
-        prompts_per_iteration=8, prompts_per_update=4, group_size=2, optimizer=SGD, critic_lr=0.1, sampling=SHORT, lam=0.95
-    )
+        prompts_per_iteration=8, prompts_per_update=4, group_size=2, optimizer=SGD, critic_training=CriticTraining(**training),
+        answers=Answers(sampling=SHORT), credit=GAE(lam=0.95),
+    )  # fmt: skip
     return PPO(policy(folder, keep_reference=keep_reference), **defaults | settings)
 
 
@@ -114,7 +119,7 @@ def test_returns_are_worked_by_hand(folder: Path) -> None:
     A = 1 + 0.5 (1 + 0.5 1), 1 + 0.5 1, 1 = 1.75, 1.5, 1; returns = A + V = 2.75, 3.5, 4. explained variance: the errors are A, variance
     (0.3333^2 + 0.0833^2 + 0.4167^2) = 0.2917, that of the returns 0.6667^2 + 0.0833^2 + 0.5833^2 = 0.7917: 1 - 0.2917 / 0.7917 = 0.6316.
     """
-    method = ppo(folder, lam=0.5, whiten_advantages=False)
+    method = ppo(folder, credit=GAE(lam=0.5, whiten=False))
     trainer(max_epochs=0).fit(method, datamodule=Digits())
     mask = torch.tensor([[True, True, False, True]])
     values = torch.tensor([[1.0, 2.0, 9.0, 3.0]])
@@ -164,7 +169,7 @@ def test_the_policy_waits_for_the_critic(folder: Path) -> None:
             seen.append((weights(module.policy).clone(), weights(module.critic).clone()))
             assert bool(set(trainer.optimizers[0].state) & set(module.policy.parameters())) == (module.iteration >= 2)
 
-    method = ppo(folder, keep_reference=False, critic_warmup=2, optimizer=ADAM, critic_lr=3e-3)
+    method = ppo(folder, keep_reference=False, critic_training={"warmup": 2, "lr": 3e-3}, optimizer=ADAM)
     run = fit(method, max_epochs=3, callbacks=[RewardScoring({"sorted": Sorted()}), Look()])
     start = policy(folder)
     start.load()
@@ -196,7 +201,7 @@ def test_policy_and_critic_are_clipped_apart(folder: Path) -> None:
                 norms.append(tuple(float(torch.nn.utils.get_total_norm(g)) for g in grads))  # type: ignore[arg-type]
 
     settings: dict[str, Any] = dict(gradient_clip_val=1e-3, callbacks=[RewardScoring({"sorted": Sorted()}), Look()])
-    fit(ppo(folder, critic_gradient_clip_val=1e-4), max_epochs=2, **settings)
+    fit(ppo(folder, critic_training={"gradient_clip_val": 1e-4}), max_epochs=2, **settings)
     assert len(norms) == 4
     for of_policy, of_critic in norms:
         assert of_policy == pytest.approx(1e-3, rel=1e-3) and of_critic == pytest.approx(1e-4, rel=1e-3)
@@ -227,7 +232,8 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(folder: Path, tmp_path: Path
         own = PPO(
             policy(folder, lora=adapter, keep_reference=not lora),
             critic=Critic(lora=adapter),
-            prompts_per_iteration=8, prompts_per_update=4, critic_warmup=1, sampling=SHORT, optimizer=ADAM, critic_lr=1e-3, **KL,
+            prompts_per_iteration=8, prompts_per_update=4, answers=Answers(sampling=SHORT), optimizer=ADAM,
+            critic_training=CriticTraining(lr=1e-3, warmup=1), **KL,
         )  # fmt: skip
         return own
 
@@ -240,7 +246,7 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(folder: Path, tmp_path: Path
     run(unbroken, tmp_path / "a")
     run(continued, tmp_path / "b", ckpt_path=str(tmp_path / "a" / f"{name}.ckpt"))
     assert torch.equal(weights(unbroken), weights(continued))
-    assert unbroken.kl_in_reward.coef == continued.kl_in_reward.coef != KL["kl_in_reward"]
+    assert unbroken.kl_in_reward.coef == continued.kl_in_reward.coef != KL["kl_in_reward"].coef
     saved = [torch.load(tmp_path / d / "epoch=2-step=6.ckpt", weights_only=True) for d in "ab"]
     assert saved[0]["state_dict"].keys() == saved[1]["state_dict"].keys()
     for a, b in zip(*(s["optimizer_states"][0]["state"].values() for s in saved), strict=True):
@@ -251,8 +257,9 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(folder: Path, tmp_path: Path
 @pytest.mark.slow
 def test_rewards_rise_on_held_out_prompts(folder: Path) -> None:
     learner = ppo(
-        folder, keep_reference=False, prompts_per_iteration=128, prompts_per_update=128, group_size=1, eval_sampling=SHORT,
-        rollout_chunk=256, optimizer=partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0), critic_lr=2e-3, critic_warmup=2,
+        folder, keep_reference=False, prompts_per_iteration=128, prompts_per_update=128, group_size=1,
+        answers=Answers(sampling=SHORT, eval_sampling=SHORT, chunk=256), optimizer=partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0),
+        critic_training={"lr": 2e-3, "warmup": 2},
     )  # fmt: skip
     data = Digits(prompts=600, held_out=200)
     before = trainer().validate(learner, datamodule=data, verbose=False)[0]["val/exact"]
@@ -267,14 +274,13 @@ def test_rewards_rise_on_held_out_prompts(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(kl_in_reward=0.1), "keep_reference"),
-        (dict(kl_target=0.1), "kl_in_reward=0.0"),
-        (dict(gamma=1.1), r"gamma=1.1 must be in \[0, 1\]"),
-        (dict(critic_lr=0.0), "critic_lr=0.0 must be above 0"),
-        (dict(critic_warmup=-1), "counts iterations without the policy"),
+        (lambda: dict(kl_in_reward=RewardKL(coef=0.1)), "keep_reference"),
+        (lambda: dict(kl_in_reward=RewardKL(target=0.1)), "coef=0.0"),
+        (lambda: dict(credit=GAE(gamma=1.1)), r"gamma=1.1 must be in \[0, 1\]"),
+        (lambda: dict(critic_training={"lr": 0.0}), "critic_training.lr=0.0 must be above 0"),
+        (lambda: dict(critic_training={"warmup": -1}), "counts iterations without the policy"),
     ],
 )
-def test_what_cannot_work_is_refused(settings: dict[str, Any], message: str, folder: Path) -> None:
-    make: Callable[[], Any] = partial(ppo, folder, keep_reference=False, **settings)
+def test_what_cannot_work_is_refused(settings: Callable[[], dict[str, Any]], message: str, folder: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        make()
+        ppo(folder, keep_reference=False, **settings())

@@ -12,11 +12,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from toy_text import Digits, model_folder, policy, trainer
 
+from lit_rl.credit.rules import LengthPenalty
 from lit_rl.errors import ConfigError
+from lit_rl.losses.kl import KL, RewardKL
+from lit_rl.losses.off_policy import Correction
+from lit_rl.losses.surrogates import Clip, GeoMean, Reinforce
 from lit_rl.methods.dpo import DPO
 from lit_rl.methods.grpo import CISPO, DAPO, GRPO, GSPO, RLOO, DrGRPO, ReinforcePP
 from lit_rl.methods.sft import SFT
-from lit_rl.modules.gradient import Correction
+from lit_rl.modules.dynamic import DynamicSampling
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import EvalSampling, Sampling
 from lit_rl.types import Prompts
 
@@ -33,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prompts_per_iteration=128,
         prompts_per_update=32,
         optimizer=partial(torch.optim.AdamW, lr=2e-3),
-        sampling=SHORT,
+        answers=Answers(sampling=SHORT),
     )
     trainer(max_epochs=8, check_val_every_n_epoch=100).fit(method, datamodule=Digits(prompts=128))
     (root / "sft").mkdir()
@@ -59,7 +64,7 @@ def after_one_iteration(make: Callable[[], Any], **settings: Any) -> Tensor:
 
 # ---------------------------------------------------------------------- learning
 def test_sft_teaches_the_answer_and_where_it_ends(folder: Path) -> None:
-    method = SFT(policy(folder), prompts_per_iteration=32, sampling=SHORT)
+    method = SFT(policy(folder), prompts_per_iteration=32, answers=Answers(sampling=SHORT))
     run = trainer()
     accuracy = run.validate(method, datamodule=Digits(prompts=128), verbose=False)[0]
     assert accuracy["val/exact"] > 0.3  # greedy answers that stop by themselves: three digits out of ten, 1 in 200 by chance
@@ -71,15 +76,13 @@ def test_sft_teaches_the_answer_and_where_it_ends(folder: Path) -> None:
 def test_rewards_rise_on_held_out_prompts(method: type[GRPO], folder: Path) -> None:
     given: dict[type[GRPO], dict[str, Any]] = {
         GSPO: {"prompts_per_update": 16},  # its ratio is 1 in the first step
-        DAPO: {"on_limit": "train_partial", "overlong_buffer": 0},
+        DAPO: {"dynamic_sampling": DynamicSampling(on_limit="train_partial"), "length_penalty": LengthPenalty()},
     }
     learner = method(
         policy(folder),
         prompts_per_iteration=32,
         group_size=8,
-        sampling=SHORT,
-        eval_sampling=SHORT,
-        rollout_chunk=256,
+        answers=Answers(sampling=SHORT, eval_sampling=SHORT, chunk=256),
         optimizer=partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0),
         **given.get(method, {}),
     )
@@ -122,7 +125,7 @@ def test_dpo_says_who_answers_prompts(folder: Path) -> None:
 
 # ---------------------------------------------------------------------- how a step is cut up does not matter
 MAKE = {
-    "sft": lambda f: SFT(policy(f), prompts_per_iteration=12, prompts_per_update=6, optimizer=SGD, sampling=SHORT),
+    "sft": lambda f: SFT(policy(f), prompts_per_iteration=12, prompts_per_update=6, optimizer=SGD, answers=Answers(sampling=SHORT)),
     "dpo": lambda f: DPO(policy(f, keep_reference=True), prompts_per_iteration=12, prompts_per_update=6, optimizer=SGD),
     **{
         name: lambda f, m=m, kw=kw: m(
@@ -131,17 +134,17 @@ MAKE = {
             prompts_per_update=3,
             group_size=4,
             optimizer=SGD,
-            sampling=SHORT,
+            answers=Answers(sampling=SHORT),
             **kw,
         )
         for name, m, kw in [
-            ("grpo", GRPO, {"kl_coef": 0.1, "entropy_coef": 0.01}),
+            ("grpo", GRPO, {"kl": KL(coef=0.1), "entropy_coef": 0.01}),
             ("grpo_paper", GRPO, {"aggregation": "seq-mean-token-mean"}),
             ("dr_grpo", DrGRPO, {}),
             ("gspo", GSPO, {}),
-            ("gmpo", GRPO, {"surrogate": "gmpo", "aggregation": "seq-mean-token-mean"}),
-            ("rloo", RLOO, {"kl_in_reward": 0.05}),
-            ("reinforce_pp", ReinforcePP, {"kl_in_reward": 0.05}),
+            ("gmpo", GRPO, {"surrogate": GeoMean(), "aggregation": "seq-mean-token-mean"}),
+            ("rloo", RLOO, {"kl_in_reward": RewardKL(coef=0.05)}),
+            ("reinforce_pp", ReinforcePP, {"kl_in_reward": RewardKL(coef=0.05)}),
             ("cispo", CISPO, {}),
             ("corrected", GRPO, {"correction": Correction(level="sequence")}),
         ]
@@ -171,7 +174,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(folder: Pa
         def on_train_batch_end(self, *_: Any) -> None:
             after.append(weights(self))
 
-    method = Poisoned(policy(folder), prompts_per_iteration=12, prompts_per_update=4, optimizer=SGD, sampling=SHORT)
+    method = Poisoned(policy(folder), prompts_per_iteration=12, prompts_per_update=4, optimizer=SGD, answers=Answers(sampling=SHORT))
     run = trainer(max_epochs=1, check_val_every_n_epoch=100)
     with pytest.warns(UserWarning, match="Optimizer step 2 is left out"):
         run.fit(method, datamodule=Digits())
@@ -207,24 +210,25 @@ def test_a_token_budget_that_cannot_be_kept_is_refused(folder: Path) -> None:
         ({"micro_batch_tokens": 8}, "at least 9"),
         ({"micro_batch_tokens": 36}, "both set the number of micro-batches"),
     ):
-        method = GRPO(policy(folder), prompts_per_iteration=6, group_size=4, sampling=SHORT, **settings)
+        method = GRPO(policy(folder), prompts_per_iteration=6, group_size=4, answers=Answers(sampling=SHORT), **settings)
         with pytest.raises(ConfigError, match=message):
             trainer(max_epochs=1, accumulate_grad_batches=2).fit(method, datamodule=Digits())
 
 
 def test_an_on_policy_step_is_reinforce(folder: Path) -> None:
     """At ratio 1 the clipped surrogate's gradient is that of -A log p, whatever the clip range."""
-    make = partial(GRPO, prompts_per_iteration=4, group_size=4, optimizer=SGD, sampling=SHORT)
-    clipped = after_one_iteration(lambda: make(policy(folder), clip_low=1e-6, clip_high=1e-6))
-    plain = after_one_iteration(lambda: make(policy(folder), surrogate="reinforce"))
+    make = partial(GRPO, prompts_per_iteration=4, group_size=4, optimizer=SGD, answers=Answers(sampling=SHORT))
+    clipped = after_one_iteration(lambda: make(policy(folder), surrogate=Clip(low=1e-6, high=1e-6)))
+    plain = after_one_iteration(lambda: make(policy(folder), surrogate=Reinforce()))
     torch.testing.assert_close(clipped, plain, rtol=0, atol=1e-6)
 
 
 def test_the_first_step_of_recomputed_logprobs_is_the_on_policy_one(folder: Path) -> None:
-    make = partial(GRPO, prompts_per_iteration=4, group_size=4, optimizer=SGD, sampling=SHORT)
-    auto = after_one_iteration(lambda: make(policy(folder)))
+    make = partial(GRPO, prompts_per_iteration=4, group_size=4, optimizer=SGD)
+    auto = after_one_iteration(lambda: make(policy(folder), answers=Answers(sampling=SHORT)))
     for kind in ("recompute", "rollout"):
-        torch.testing.assert_close(after_one_iteration(lambda: make(policy(folder), old_logprobs=kind)), auto, rtol=0, atol=1e-5)  # noqa: B023
+        again = Answers(sampling=SHORT, old_logprobs=kind)
+        torch.testing.assert_close(after_one_iteration(lambda: make(policy(folder), answers=again)), auto, rtol=0, atol=1e-5)  # noqa: B023
 
 
 @pytest.mark.parametrize("ld_alpha", [1.0, 0.3])
@@ -259,10 +263,10 @@ def test_a_precomputed_reference_is_the_live_one_without_its_copy(ld_alpha: floa
     ("make", "message"),
     [
         (lambda p: GRPO(p, prompts_per_iteration=4, group_size=1), "no sibling to compare it with"),
-        (lambda p: GRPO(p, prompts_per_iteration=4, group_size=4, kl_coef=0.1), "keep_reference"),
-        (lambda p: GRPO(p, prompts_per_iteration=4, group_size=4, sampling=Sampling(temperature=0)), "nothing to learn from"),
+        (lambda p: GRPO(p, prompts_per_iteration=4, group_size=4, kl=KL(coef=0.1)), "keep_reference"),
+        (lambda p: Answers(sampling=Sampling(temperature=0)), "nothing to learn from"),
         (lambda p: GRPO(p, prompts_per_iteration=4, prompts_per_update=3, group_size=4), "must divide"),
-        (lambda p: GRPO(p, prompts_per_iteration=4, group_size=4, dual_clip=1.0), "above 1"),
+        (lambda p: GRPO(p, prompts_per_iteration=4, group_size=4, surrogate=Clip(dual=1.0)), "above 1"),
         (lambda p: DPO(p, prompts_per_iteration=4), "no reference weights"),
     ],
 )
@@ -285,9 +289,10 @@ def test_a_part_of_eval_sampling_is_laid_over_the_default_of_evaluation(folder: 
     parser = ArgumentParser()
     parser.add_class_arguments(GRPO, "model", fail_untyped=False, skip={"optimizer", "lr_scheduler"})
     options = {"policy": {"class_path": "lit_rl.policies.causal_lm.CausalLM", "init_args": {"pretrained": str(folder)}}}
-    options |= {"sampling": {"max_new_tokens": 5, "top_k": 3}, "eval_sampling": given, "prompts_per_iteration": 4, "group_size": 2}
+    options |= {"answers": {"sampling": {"max_new_tokens": 5, "top_k": 3}, "eval_sampling": given}}
+    options |= {"prompts_per_iteration": 4, "group_size": 2}
     method = parser.instantiate_classes(parser.parse_object({"model": options})).model
-    assert method.eval_sampling == wanted
+    assert method.answers.eval_sampling == wanted
 
 
 def test_eval_sampling_that_chooses_among_tokens_that_are_not_drawn_is_refused() -> None:

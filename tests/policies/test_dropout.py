@@ -11,6 +11,7 @@ import torch
 from any_lm import save_lm
 from toy_text import Digits, policy, trainer
 
+from lit_rl.losses.kl import KL
 from lit_rl.methods.dpo import DPO
 from lit_rl.methods.grpo import GRPO
 from lit_rl.methods.ppo import PPO
@@ -18,6 +19,7 @@ from lit_rl.methods.sft import SFT
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.critic import Critic
 from lit_rl.policies.weights.lora import LoraSettings
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Sampling
 
 RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
@@ -92,7 +94,9 @@ def test_dpo_begins_at_ln_2(lora: LoraSettings | None, dropping: Path) -> None:
 
 
 def test_ratios_begin_at_1_and_a_critic_values_an_answer_alike_twice(dropping: Path) -> None:
-    common: dict[str, Any] = dict(prompts_per_iteration=8, old_logprobs="recompute", kl_coef=0.1, sampling=Sampling(max_new_tokens=5))
+    common: dict[str, Any] = dict(
+        prompts_per_iteration=8, kl=KL(coef=0.1), answers=Answers(sampling=Sampling(max_new_tokens=5), old_logprobs="recompute")
+    )
     kept = policy(dropping, keep_reference=True)
     found = first_step(GRPO(kept, group_size=2, **common))
     assert found["ppo_kl"] == pytest.approx(0, abs=1e-6) and found["kl_divergence"] == pytest.approx(0, abs=1e-6)

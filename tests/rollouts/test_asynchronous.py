@@ -18,9 +18,10 @@ from test_http import LORA, engine, run
 from toy_text import policy
 
 from lit_rl.errors import ConfigError
+from lit_rl.losses.off_policy import Correction
 from lit_rl.methods.grpo import DAPO, GRPO
-from lit_rl.modules.gradient import Correction
 from lit_rl.policies.base import TokenPolicy
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Request, RolloutEngine, RolloutError, Sample, Sampling
 from lit_rl.rollouts.hf import HFEngine
 from lit_rl.rollouts.http import HTTPEngine
@@ -124,12 +125,13 @@ def test_answers_that_fail_stop_the_run_where_they_are_needed(base: Path, server
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        (GRPO, {"engine": HFEngine()}, "HFEngine answers from those that train: set model.engine to .*HTTPEngine"),
+        (GRPO, {"engine": HFEngine()}, "HFEngine answers from those that train: set model.answers.engine to .*HTTPEngine"),
         (GRPO, {"correction": None}, "nothing corrects for that: set model.correction"),
         (DAPO, {}, "DAPO chooses what to generate while it generates"),
     ],
 )
 def test_what_cannot_be_asynchronous_is_refused(method: Any, settings: Any, message: str, base: Path) -> None:
-    given = {"engine": HTTPEngine("localhost:8000", "sync"), "prompts_per_iteration": 4, "group_size": 4, **ASYNC}
+    given: dict[str, Any] = {"prompts_per_iteration": 4, "group_size": 4, "correction": Correction()} | settings
     with pytest.raises(ConfigError, match=message):
-        method(policy(base), **given | settings)
+        answers = Answers(engine=given.pop("engine", HTTPEngine("localhost:8000", "sync")), asynchronous=True)
+        method(policy(base), answers=answers, **given)

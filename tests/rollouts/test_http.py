@@ -29,6 +29,7 @@ from lit_rl.methods.grpo import GRPO
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.rewards.base import TextReward
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Request, RolloutEngine, RolloutError, Sample, Sampling
 from lit_rl.rollouts.hf import HFEngine
 from lit_rl.rollouts.http import HTTPEngine
@@ -121,16 +122,15 @@ def run(
     ckpt: Path | None = None,
     save: Path | None = None,
     limit_val_batches: int = 1,
+    asynchronous: bool = False,
     **settings: Any,
 ) -> Tensor:
     method = GRPO(
         policy(base, lora=lora),
-        engine=made,
+        answers=Answers(engine=made, sampling=SHORT, chunk=8, asynchronous=asynchronous),
         prompts_per_iteration=4,
         group_size=4,
-        sampling=SHORT,
         optimizer=partial(torch.optim.SGD, lr=0.3),
-        rollout_chunk=8,
         **settings,
     )
     checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in more)
@@ -148,8 +148,8 @@ def test_a_server_that_takes_fewer_tokens_is_refused_before_the_first_prompt(bas
     longest = 4 + SHORT.max_new_tokens
     for most in (longest, longest - 1):
         server.max_model_len = most
-        settings: dict[str, Any] = dict(prompts_per_iteration=1, group_size=2, sampling=SHORT)
-        method = GRPO(policy(base, lora=LoraSettings(rank=2)), engine=engine(server, tmp_path), **settings)
+        settings: dict[str, Any] = dict(prompts_per_iteration=1, group_size=2)
+        method = GRPO(policy(base, lora=LoraSettings(rank=2)), answers=Answers(engine=engine(server, tmp_path), sampling=SHORT), **settings)
         fit = trainer(max_epochs=1, callbacks=[RewardScoring({"small": Small()})], check_val_every_n_epoch=9)
         with nullcontext() if most == longest else pytest.raises(ConfigError, match=f"has {longest} tokens, and the inference .* {most} "):
             fit.fit(method, datamodule=TextPrompts(train=str(tmp_path / "rows.jsonl")))

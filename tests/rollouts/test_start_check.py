@@ -17,6 +17,7 @@ from lit_rl.methods.ppo import PPO
 from lit_rl.methods.sft import SFT
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.weights.lora import LoraSettings
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Request, Sampling
 from lit_rl.rollouts.hf import HFEngine
 from lit_rl.rollouts.native import NativeEngine
@@ -93,9 +94,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 METHODS: dict[str, Any] = {
     "sft": lambda p: SFT(p, prompts_per_iteration=8),
     "dpo": lambda p: DPO(p, prompts_per_iteration=8),
-    "grpo": lambda p: GRPO(p, prompts_per_iteration=8, group_size=2, sampling=Sampling(max_new_tokens=5)),
-    "dapo": lambda p: DAPO(p, prompts_per_iteration=8, group_size=2, sampling=Sampling(max_new_tokens=5)),
-    "ppo": lambda p: PPO(p, prompts_per_iteration=8, sampling=Sampling(max_new_tokens=5)),
+    "grpo": lambda p: GRPO(p, prompts_per_iteration=8, group_size=2, answers=Answers(sampling=Sampling(max_new_tokens=5))),
+    "dapo": lambda p: DAPO(p, prompts_per_iteration=8, group_size=2, answers=Answers(sampling=Sampling(max_new_tokens=5))),
+    "ppo": lambda p: PPO(p, prompts_per_iteration=8, answers=Answers(sampling=Sampling(max_new_tokens=5))),
 }
 
 

@@ -19,9 +19,11 @@ from callbacks.old_policy import OldPolicySync
 from callbacks.progress import Progress
 from callbacks.reward_scoring import RewardScoring
 from callbacks.throughput import Throughput
+from lit_rl.losses.kl import KL
 from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.grpo import GRPO
 from lit_rl.policies.causal_lm import CausalLM
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Sampling
 from lit_rl.strategies.fsdp2 import FSDP2Strategy
 
@@ -57,8 +59,9 @@ def method(kind: str, model: str | None, size: int | None) -> Any:
     sgd = partial(torch.optim.SGD, lr=0.5)
     if kind == "grpo":
         return GRPO(
-            CausalLM(str(model), keep_reference=True), sampling=Sampling(max_new_tokens=6), prompts_per_iteration=6, prompts_per_update=6,
-            group_size=4, kl_coef=0.1, entropy_coef=0.01, inner_epochs=2, optimizer=sgd, seed=0,
+            CausalLM(str(model), keep_reference=True), prompts_per_iteration=6, prompts_per_update=6,
+            answers=Answers(sampling=Sampling(max_new_tokens=6)),
+            group_size=4, kl=KL(coef=0.1), entropy_coef=0.01, inner_epochs=2, optimizer=sgd, seed=0,
         )  # fmt: skip
     settings: dict[str, Any] = dict(prompts_per_iteration=6, updates_per_iteration=7, warmup_steps=2, warmup_batch_size=7, kl_coef=0.1)
     flow = toy_method(**settings, train_micro_batch=size, optimizer=sgd)

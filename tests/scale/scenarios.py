@@ -27,16 +27,17 @@ from datamodules.base import PromptDataModule
 from datamodules.mixed import PromptsAndPairs
 from lit_rl.credit.rules import Advantage
 from lit_rl.errors import ConfigError
+from lit_rl.losses.off_policy import Correction
 from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.flow_grpo import FlowGRPO
 from lit_rl.methods.grpo import GRPO
 from lit_rl.methods.gspo_mixed import MixedGSPO
-from lit_rl.modules.gradient import Correction
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.sd3 import SD3Policy
 from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.policies.weights.shards import gathered
 from lit_rl.rewards.base import Reward, TextReward
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Request, Sampling
 from lit_rl.rollouts.http import HTTPEngine
 from lit_rl.rollouts.native import NativeEngine
@@ -205,12 +206,13 @@ def answers(
                 first = sum(more[: trainer.global_rank])
                 last = first + more[trainer.global_rank] if trainer.world_size > 1 else sum(more)
                 wanted = [Request(range(2, 4 + i % 3), (7, i)) for i in range(first, last)]
-                found[-1]["more"] = [answer.ids for answer in module.engine.generate(wanted, module.sampling)]
+                found[-1]["more"] = [answer.ids for answer in module.answers.engine.generate(wanted, module.answers.sampling)]
 
     module = GRPO(
-        toy_text.policy(Path(folder), **settings), engine=engine, sampling=Sampling(max_new_tokens=8, temperature=0.8),
-        prompts_per_iteration=4, group_size=4, rollout_chunk=5, optimizer=partial(torch.optim.SGD, lr=30.0), seed=0,
-        asynchronous=asynchronous, correction=Correction() if asynchronous else None,
+        toy_text.policy(Path(folder), **settings), prompts_per_iteration=4, group_size=4, seed=0,
+        optimizer=partial(torch.optim.SGD, lr=30.0),
+        answers=Answers(engine=engine, sampling=Sampling(max_new_tokens=8, temperature=0.8), chunk=5, asynchronous=asynchronous),
+        correction=Correction() if asynchronous else None,
     )  # fmt: skip
     run = L.Trainer(
         accelerator="cpu", strategy=STRATEGIES[strategy](), devices=1 if strategy == "one" else 2, max_epochs=2, precision=precision,  # type: ignore[arg-type]
@@ -225,7 +227,8 @@ def mixed(folder: str, strategy: str, *, train: str, val: str) -> dict[str, floa
     """What is told of an iteration of self-play and preferences, and of the held-out rows after it."""
     torch.manual_seed(0)
     module = MixedGSPO(
-        toy_text.policy(Path(folder), keep_reference=True), sampling=Sampling(max_new_tokens=4, temperature=0.8), group_size=3,
+        toy_text.policy(Path(folder), keep_reference=True), group_size=3,
+        answers=Answers(sampling=Sampling(max_new_tokens=4, temperature=0.8)),
         prompts_per_iteration=4, optimizer=partial(torch.optim.SGD, lr=0.5), seed=0,
     )  # fmt: skip
     run = toy_text.trainer(

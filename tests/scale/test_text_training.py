@@ -52,14 +52,14 @@ def test_deepspeed_trains_as_one_process_does(pair: Pair, tmp_path: Path, model:
     """Without what DeepSpeed cannot: clip two models apart, and leave one as it is for a while."""
     plain: dict[str, Any] = dict(method=method, clip=None)
     if method == "ppo":
-        plain["settings"] = dict(critic_warmup=0, critic_gradient_clip_val=None)
+        plain["settings"] = dict(critic_training=dict(lr=1e-2))
     one = text_runs.fit(model, str(tmp_path / "one"), "one", parts=3, **plain)
     two = pair.run("text_runs.fit", model=model, out=str(tmp_path / "two"), strategy=strategy, **plain)
     assert two[0]["metrics"] == pytest.approx(one["metrics"], abs=1e-5)
     assert distance(ended(tmp_path / "one")["weights"], ended(tmp_path / "two")["weights"]) < 1e-6
 
 
-@pytest.mark.parametrize("setting", [dict(method="ppo"), dict(method="dapo", settings=dict(on_limit="skip_step"))])
+@pytest.mark.parametrize("setting", [dict(method="ppo"), dict(method="dapo", settings=dict(dynamic_sampling=dict(on_limit="skip_step")))])
 def test_deepspeed_does_not_leave_weights_alone(pair: Pair, tmp_path: Path, model: str, setting: dict[str, Any]) -> None:
     with pytest.raises(RemoteError, match="which DeepSpeed's optimizer cannot"):
         pair.run("text_runs.fit", model=model, out=str(tmp_path), strategy="zero2", **setting)

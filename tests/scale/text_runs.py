@@ -18,28 +18,32 @@ from toy_text import Digits, policy, trainer
 from callbacks.ema import EMA
 from callbacks.reward_scoring import RewardScoring
 from callbacks.rng_state import RngState
+from lit_rl.losses.kl import KL, RewardKL
 from lit_rl.methods.dpo import DPO
 from lit_rl.methods.grpo import DAPO, GRPO
 from lit_rl.methods.gspo_mixed import MixedGSPO
-from lit_rl.methods.ppo import PPO
+from lit_rl.methods.ppo import PPO, CriticTraining
 from lit_rl.methods.sft import SFT
+from lit_rl.modules.dynamic import DynamicSampling
 from lit_rl.policies.critic import Critic
 from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.policies.weights.shards import gathered
 from lit_rl.rewards.base import TextReward
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Sampling
 from lit_rl.types import Info
 
 ADAM = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3)  # with an eps of 1e-8 gradients of twice the size would train the same
-KL: dict[str, Any] = dict(kl_in_reward=0.05, kl_target=0.01, kl_horizon=100)
+PENALTY: dict[str, Any] = dict(kl_in_reward=RewardKL(coef=0.05, target=0.01, horizon=100))
 ROWS: dict[str, Any] = dict(prompts_per_iteration=8, prompts_per_update=4, optimizer=ADAM)
-ANSWERS: dict[str, Any] = ROWS | dict(group_size=4, sampling=Sampling(max_new_tokens=6), rollout_chunk=5)
+ANSWERS: dict[str, Any] = ROWS | dict(group_size=4, answers=Answers(sampling=Sampling(max_new_tokens=6), chunk=5))
+PARTS: dict[str, Any] = {"critic_training": CriticTraining, "dynamic_sampling": DynamicSampling}
 METHODS: dict[str, Any] = {
     "sft": partial(SFT, **ROWS),
     "dpo": partial(DPO, **ROWS),
-    "grpo": partial(GRPO, **ANSWERS, kl_coef=0.1, entropy_coef=0.01),
-    "ppo": partial(PPO, **ANSWERS, **KL, critic_lr=1e-2, critic_warmup=1, critic_gradient_clip_val=0.1),
-    "dapo": partial(DAPO, **ANSWERS, prompts_per_generation=6, max_generations=20),
+    "grpo": partial(GRPO, **ANSWERS, kl=KL(coef=0.1), entropy_coef=0.01),
+    "ppo": partial(PPO, **ANSWERS, **PENALTY, critic_training=CriticTraining(lr=1e-2, warmup=1, gradient_clip_val=0.1)),
+    "dapo": partial(DAPO, **ANSWERS, dynamic_sampling=DynamicSampling(prompts_per_generation=6, max_generations=20)),
     "gspo": partial(MixedGSPO, **ANSWERS),
 }
 
@@ -81,8 +85,9 @@ def fit(
     at = Path(out)
     at.mkdir(parents=True, exist_ok=True)
     adapter = LoraSettings(rank=4, alpha=16.0) if lora else None
+    chosen = {name: PARTS[name](**value) for name, value in (settings or {}).items()}
     more = {"critic": Critic(lora=adapter, gradient_checkpointing=True)} if method == "ppo" else {}
-    module = METHODS[method](policy(Path(model), lora=adapter, keep_reference=True, gradient_checkpointing=True), **more, **settings or {})
+    module = METHODS[method](policy(Path(model), lora=adapter, keep_reference=True, gradient_checkpointing=True), **more, **chosen)
     average = EMA(0.5)
     callbacks = [RewardScoring({"odd": Odd()}), average, RngState()]
     callbacks += [ModelCheckpoint(dirpath=at, save_top_k=-1, filename="{epoch}-{step}", every_n_train_steps=1)] if save else []
