@@ -73,7 +73,9 @@ class NoReference(Reference):
         yield
 
     def check(self, *, after_warmup: bool) -> None:
-        raise ConfigError("a full fine-tune has no reference weights: set model.policy.keep_reference to true, or model.kl_coef to 0")
+        raise ConfigError(
+            "a full fine-tune has no reference weights: set model.policy.keep_reference to true, or model.kl_coef (model.kl.coef) to 0"
+        )
 
 
 class AdapterOff(Reference):
@@ -85,7 +87,8 @@ class AdapterOff(Reference):
     def check(self, *, after_warmup: bool) -> None:
         if after_warmup:
             raise ConfigError(
-                "LoRA's reference is the base from before the warm-up: set model.policy.keep_reference to true, or model.kl_coef to 0"
+                "LoRA's reference is the base from before the warm-up: set model.policy.keep_reference to true, or model.kl_coef "
+                "(model.kl.coef) to 0"
             )
 
 
