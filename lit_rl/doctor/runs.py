@@ -189,8 +189,7 @@ class Run:
 
     def _times(self, writer: ModelCheckpoint | Export) -> int:
         """How often it writes."""
-        every = writer.every_n_epochs if isinstance(writer, Export) else writer._every_n_epochs
-        return max(1, (self.config.trainer.max_epochs or 0) // max(1, every or 1))
+        return max(1, (self.config.trainer.max_epochs or 0) // max(1, writer.every_n_epochs or 1))
 
 
 def _data(data: L.LightningDataModule | None) -> Iterator[Finding]:

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.strategies.model_parallel import _is_sharded_checkpoint
-from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
@@ -21,6 +19,9 @@ from lit_rl.checkpoints.restricted import load_file, load_shards, stored_shapes
 from lit_rl.errors import ConfigError
 from lit_rl.policies.weights.shards import reshard, whole
 from lit_rl.strategies.folders import check_intact, check_moments, refuse_nan, replaced
+
+META = "meta.pt"
+"""File beside the shards of a checkpoint, with everything in it that is no shard."""
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -44,6 +45,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, **kwargs)
+        self.saves_shards = save_distributed_checkpoint
         self.gather_dtype: torch.dtype | None = getattr(torch, gather_dtype) if gather_dtype else None
 
     def _setup_distributed(self) -> None:
@@ -66,7 +68,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Shards; or the whole tensors, on the first process only. Nothing but what goes into the file is gathered."""
         weights = self._kept_weights()
-        if self._save_distributed_checkpoint:
+        if self.saves_shards:
             return weights
         gathered_here: dict[str, Any] = {}
         for name, weight in weights.items():
@@ -81,14 +83,14 @@ class FSDP2Strategy(ModelParallelStrategy):
 
         assert self.model is not None
         plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        options = StateDictOptions(full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True)
+        options = StateDictOptions(full_state_dict=not self.saves_shards, cpu_offload=True)
         state = get_optimizer_state_dict(self.model, plain, options=options)
-        if self._save_distributed_checkpoint or not self.is_global_zero:
+        if self.saves_shards or not self.is_global_zero:
             return state  # type: ignore[return-value]
         return _renamed(state, {name: i for i, name in enumerate(_names(self.model, plain))})
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        if not self._save_distributed_checkpoint:
+        if not self.saves_shards:
             Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)  # the parent would remove a folder of shards first
             return
         with replaced(self, filepath) as folder:
@@ -98,7 +100,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
         trusted = weights_only is False
-        if _is_sharded_checkpoint(path):
+        if (path / META).is_file():
             check_intact(self, path)
             return self._load_shards(path, trusted)
         if path.is_dir():
@@ -109,7 +111,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
         check_layout(stored_shapes(path), checkpointed(self.lightning_module).checkpoint_shapes())
-        checkpoint = load_file(path / _METADATA_FILENAME, trusted=trusted)
+        checkpoint = load_file(path / META, trusted=trusted)
         check_moments(self, checkpoint.get("optimizer", {}))
         assert self.model is not None
         weights = self._kept_weights()
