@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -17,6 +19,7 @@ import torch
 import yaml
 from PIL import Image
 
+from callbacks.reward_scoring import RewardScoring
 from lit_rl.miniatures.images import build_sd3
 from lit_rl.rewards.client import HTTPReward
 
@@ -101,6 +104,36 @@ def test_a_server_of_ones_own_and_curl(tmp_path: Path) -> None:
         if shutil.which("curl"):
             said = subprocess.run(blocks("sh")[0].replace("8000", str(port)), shell=True, cwd=tmp_path, capture_output=True, text=True)
             assert yaml.safe_load(said.stdout) == {"brightness": 0.2}, said
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_texts_over_http(tmp_path: Path) -> None:
+    """The page's server, the page's curl and the page's YAML give the same scores."""
+    _, serve, curl = blocks("sh")
+    port = free_port()
+    serve, curl = (text.replace("8000", str(port)) for text in (serve, curl))
+    assert serve.startswith("python ")
+    process = subprocess.Popen([sys.executable, *shlex.split(serve)[1:]], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    try:
+        page = yaml.safe_load(blocks("yaml")[1])
+        options = page["rewards"]["rules"]["init_args"]
+        reward = HTTPReward(**options | {"urls": options["urls"].replace("8000", str(port)), "samples_per_request": 1})
+        end = time.monotonic() + 60
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.05)
+        reward.setup(rank=0, world_size=1, device="cpu")
+        sent = json.loads(re.findall(r"-d '(.*)'", curl)[0])
+        scoring = RewardScoring({"rules": reward}, page["weights"])
+        scoring.submit([sent["text"], "\\boxed{5}"], [{**sent["row"], "prompt": sent["prompt"]}] * 2)
+        scores = scoring.gather()
+        scoring.close()
+        assert {name: values.tolist() for name, values in scores.items()} == {"score": [1, 0], "acc": [1, 0], "format": [0, 0]}
+        if shutil.which("curl"):
+            said = subprocess.run(curl, shell=True, capture_output=True, text=True)
+            assert yaml.safe_load(said.stdout) == {"score": 1.0, "acc": 1.0, "parsed": 1.0, "format": 0.0}, said
     finally:
         process.kill()
         process.wait()

@@ -8,7 +8,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +50,8 @@ def of_environment(urls: Sequence[str], *, processes: int, token: str | None) ->
 
     def check(url: str) -> Finding:
         try:
-            check_health(url, headers=headers, patience_s=LOADING_SECONDS)
-            return _judge(url, _score(url, headers))
+            health = check_health(url, headers=headers, patience_s=LOADING_SECONDS)
+            return _of_texts(url, health) or _judge(url, _score(url, headers))
         except ConfigError as error:
             return (problem if asked_for else warning)(f"reward server {url}", str(error))
 
@@ -81,7 +81,7 @@ def of_reward(reward: HTTPReward, label: str, *, processes: int) -> list[Finding
         try:
             health = check_health(url, headers=reward._headers(), patience_s=LOADING_SECONDS)
             check_outputs(url, list(reward.fields.values()), health)
-            return _judge(url, _score_with(probe), why=probe.last_error)
+            return _of_texts(url, health) or _judge(url, _score_with(probe), why=probe.last_error)
         except (ConfigError, RuntimeError) as error:  # RewardError too
             return problem(f"reward server {url}", str(error))
 
@@ -126,6 +126,13 @@ def shared(train: Sequence[str], launch: Sequence[str], *, found: Sequence[Gpu])
 def _all(check: Callable[[str], Finding], urls: Sequence[str]) -> list[Finding]:
     with ThreadPoolExecutor(max_workers=16) as pool:
         return list(pool.map(check, urls))
+
+
+def _of_texts(url: str, health: Mapping[str, Any]) -> Finding | None:
+    """The finding about a server that scores texts alone: which texts it can score depends on their rows, so none is sent."""
+    if health.get("media") != ["texts"]:
+        return None
+    return ok(f"reward server {url}", f"ready, scores texts: {', '.join(health.get('outputs') or ['names known after the first text'])}")
 
 
 def _judge(url: str, scores: dict[str, float], *, why: str = "") -> Finding:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Any, Generic, Literal
 
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from lit_rl.types import Info
+
+M = TypeVar("M", default=Any)
+"""The finished samples: a Tensor of images, or a sequence of texts."""
 
 
 class RewardError(RuntimeError):
     """Scores that the run cannot do without are missing, or a reward broke its contract. Raised on every rank alike."""
 
 
-class Reward(ABC):
+class Reward(ABC, Generic[M]):
     """A reward function over finished samples.
 
     `score` runs in a worker thread while the next chunk is being sampled. A reward that waits for the network overrides `score_async`
@@ -35,8 +39,8 @@ class Reward(ABC):
     counted: Collection[str] | None = None
     """Those of its scores that have a weight in the run; None where nobody has said. Known when `check` is called."""
 
-    medium: ClassVar[Literal["images", "texts"] | None] = "images"
-    """What it scores; None for a reward that takes both."""
+    medium: Literal["images", "texts"] | None = "images"
+    """The kind of samples that it scores; None for a reward that takes both."""
 
     last_error: str = ""
     """Why samples could last not be scored; becomes part of the message that stops a run."""
@@ -44,21 +48,21 @@ class Reward(ABC):
     remedy: str = "correct the reward, or raise its deadline_s or timeout_s if it has one and is slow"
     """What to do when too many samples could not be scored; follows `last_error` in that message."""
 
-    def setup(self, *, rank: int, world_size: int, device: str) -> None:  # noqa: B027  (optional by design)
+    def setup(self, *, rank: int, world_size: int, device: str) -> None:
         """Called once per process before the first score, with the place of this process in the run: load models, pick a server."""
 
-    def check(self, rows: Iterable[Info]) -> None:  # noqa: B027  (optional by design)
+    def check(self, rows: Iterable[Info]) -> None:
         """Called before `setup` with all prompts whose answers the run will score: raise ConfigError for those that never can be."""
 
     @abstractmethod
-    def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+    def score(self, media: M, info: Sequence[Info]) -> Mapping[str, Tensor]:
         """Scores by output name, each Float "B". media: uint8 "B 3 H W"; info: the B prompts (`info[i]["prompt"]` is the text)."""
 
-    def explain(self, media: Tensor, info: Sequence[Info]) -> tuple[Mapping[str, Tensor], Mapping[str, Sequence[str]]]:
+    def explain(self, media: M, info: Sequence[Info]) -> tuple[Mapping[str, Tensor], Mapping[str, Sequence[str]]]:
         """The scores, and by name B texts worth showing beside them (what was read in the image, ...): the reward server answers both."""
         return self.score(media, info), {}
 
-    async def score_async(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+    async def score_async(self, media: M, info: Sequence[Info]) -> Mapping[str, Tensor]:
         """As `score`, awaited on the scoring loop. Default: `score` in a thread."""
         import asyncio
 
@@ -68,17 +72,17 @@ class Reward(ABC):
         """Totals since the start worth logging (retries, failures, ...)."""
         return {}
 
-    async def close(self) -> None:  # noqa: B027
+    async def close(self) -> None:
         """Release sessions and threads; called once, on the scoring loop."""
 
 
-class TextReward(Reward):
+class TextReward(Reward[Sequence[str]]):
     """A reward function over finished texts: what the policy answered, without the prompt and special tokens."""
 
     medium = "texts"
 
     @abstractmethod
-    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:  # type: ignore[override]
+    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
         """Scores by output name, each Float "B". media: B answers; info: the B prompts with what their rows say about the right answer."""
 
 

@@ -1,4 +1,4 @@
-"""Rewards from servers over HTTP: which server a rank asks, how it retries, and what it does with an image that got no score."""
+"""Rewards from servers over HTTP: the servers of a rank, retries, and samples that got no score."""
 
 from __future__ import annotations
 
@@ -21,29 +21,33 @@ from lit_rl.net.pool import Pool
 from lit_rl.net.retry import UNREADABLE_TRIES, NoAnswer, bearer, exchange, refusal, retried
 from lit_rl.rewards.base import Reward, RewardError
 from lit_rl.rewards.quotes import check_targets
-from lit_rl.rewards.requests import ROUTES, ScoreRequest, images_request
+from lit_rl.rewards.requests import ROUTES, ScoreRequest, images_request, texts_request
 from lit_rl.rewards.service.wire import WireError, decode_answer
 from lit_rl.types import Info
 
 log = logging.getLogger(__name__)
 
+Media = Tensor | Sequence[str]
+
 Row = dict[str, float] | None
-"""Scores of one image by the server's names; None: the server could not score it."""
+"""Scores of one sample by the server's names; None: the server could not score it."""
 
 MAX_ANSWER = 1 << 20
-"""Bytes of an answer beside `MAX_ROW` for each image; a server that says more is not believed."""
+"""Bytes of an answer beside `MAX_ROW` for each sample; a server that says more is not believed."""
 MAX_ROW = 1 << 16
 MAX_WAIT = 5.0
 """Seconds of the longest back-off."""
 
 
 class HTTPReward(Reward):
-    """Scores from reward servers: `POST /v1/score_batch` with raw uint8, or `POST /score` (route: single) with one PNG per request.
+    """Scores from reward servers: `POST /v1/score_batch`, or `POST /score` (route: single) with one sample per request.
+
+    Images go as raw uint8 (single: as PNG) with their prompts, and the wanted text (`quotes.find_target`) and `mask` where there are any;
+    texts go as JSON with the rows that they answer. docs/rewards.md has the protocol.
 
     Retried until the deadline: connection errors, timeouts, 408, 429 (waiting as Retry-After says), 502-504. A body that is no answer
     is retried twice, 500 once, other statuses never. What remains without a score is NaN, counted in `counters()`, and explained in
-    `last_error`. The wanted text (`quotes.find_target`) and `mask` of a
-    prompt go with the image where there are any. docs/rewards.md has the protocol.
+    `last_error`.
 
     Args:
         urls: `http://host:port`, bare `host:port`, or a range of ports `host:8000-8003`, several in a list or after commas. Default: what
@@ -52,8 +56,8 @@ class HTTPReward(Reward):
         outputs: Names of the scores to use, or {name here: name at the server}. The first counts where the run gives no weights.
         mapping: Which servers a process asks. `rank`: process i server i, fewer servers are shared evenly; `round_robin`: all of them,
             starting at its own; `auto`: as `rank`, and with more servers than processes every n-th.
-        route: `batch` sends raw uint8 to /v1/score_batch, `single` one PNG per request to /score.
-        images_per_request: Images in one request of route batch.
+        route: `batch` sends several samples at once to /v1/score_batch, `single` one per request to /score.
+        samples_per_request: Images or texts in one request of route batch.
         concurrency: Requests in flight per server.
         timeout_s: Seconds of one try.
         deadline_s: Seconds of one request with all its retries, counted from its first try or, if earlier, from when its server was given
@@ -64,6 +68,7 @@ class HTTPReward(Reward):
         token_env: Environment variable with a bearer token; unset = none.
     """
 
+    medium = None
     remedy = "look at the reward server's log; raise HTTPReward's deadline_s or timeout_s if it is slow"
 
     def __init__(
@@ -72,7 +77,7 @@ class HTTPReward(Reward):
         outputs: Sequence[str] | Mapping[str, str] = ("ocr_similarity",),
         mapping: Literal["auto", "rank", "round_robin"] = "auto",
         route: Literal["batch", "single"] = "batch",
-        images_per_request: int = 8,
+        samples_per_request: int = 8,
         concurrency: int = 4,
         timeout_s: float = 30.0,
         deadline_s: float = 120.0,
@@ -81,7 +86,7 @@ class HTTPReward(Reward):
         spill: bool = False,
         token_env: str = "REWARD_TOKEN",
     ) -> None:
-        counts = {"images_per_request": images_per_request, "concurrency": concurrency, "breaker_after": breaker_after}
+        counts = {"samples_per_request": samples_per_request, "concurrency": concurrency, "breaker_after": breaker_after}
         times = {"timeout_s": timeout_s, "deadline_s": deadline_s, "probe_s": probe_s}
         for name, value in {**counts, **times}.items():
             if not value > 0:
@@ -97,7 +102,7 @@ class HTTPReward(Reward):
             raise ConfigError("outputs is empty; name at least one score of the server, e.g. outputs: [ocr_similarity]")
         self.outputs = list(self.fields)
         self.mapping, self.route = mapping, route
-        self.images_per_request = images_per_request if route == "batch" else 1
+        self.samples_per_request = samples_per_request if route == "batch" else 1
         self.concurrency, self.timeout_s, self.deadline_s = concurrency, timeout_s, deadline_s
         self.breaker_after, self.probe_s, self.spill, self.token_env = breaker_after, probe_s, spill, token_env
         self.last_error = ""
@@ -123,8 +128,10 @@ class HTTPReward(Reward):
             check_outputs(url, list(self.fields.values()), health)
             told = health.get("highest")
             self.highest = {n: float(told[f]) for n, f in self.fields.items() if f in told} if isinstance(told, dict) else {}
+            if (media := health.get("media")) in (["images"], ["texts"]):
+                self.medium = media[0]
 
-    def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+    def score(self, media: Media, info: Sequence[Info]) -> Mapping[str, Tensor]:
         """As `score_async`, from code without a loop: connects, scores, disconnects."""
 
         async def once() -> Mapping[str, Tensor]:
@@ -135,13 +142,17 @@ class HTTPReward(Reward):
 
         return asyncio.run(once())
 
-    async def score_async(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
-        """Scores Float64 "B" by output name, NaN where there is none. media: uint8 "B 3 H W"."""
-        images = media.permute(0, 2, 3, 1).contiguous().numpy()
-        size, pool = self.images_per_request, self._connect()
+    async def score_async(self, media: Media, info: Sequence[Info]) -> Mapping[str, Tensor]:
+        """Scores Float64 "B" by output name, NaN where there is none. media: uint8 "B 3 H W", or B texts."""
+        size, pool = self.samples_per_request, self._connect()
         pool.hurry()
         pieces = [slice(i, i + size) for i in range(0, len(info), size)]
-        encodes = [partial(images_request, images[p], info[p], route=self.route) for p in pieces]
+        encodes: list[Callable[[], Awaitable[ScoreRequest]]]
+        if isinstance(media, Tensor):
+            images = media.permute(0, 2, 3, 1).contiguous().numpy()
+            encodes = [partial(images_request, images[p], info[p], route=self.route) for p in pieces]
+        else:
+            encodes = [partial(texts_request, media[p], info[p], route=self.route) for p in pieces]
         answers = await asyncio.gather(*(self._score_piece(pool, encode, len(info[p])) for encode, p in zip(encodes, pieces, strict=True)))
         rows = [row for answer in answers for row in answer]
         for row in rows:
@@ -150,7 +161,7 @@ class HTTPReward(Reward):
         return {name: torch.tensor([math.nan if r is None else r[f] for r in rows], dtype=torch.float64) for name, f in self.fields.items()}
 
     def counters(self) -> Mapping[str, float]:
-        """requests, retries, failures (images that lack a score), breaker_opened."""
+        """requests, retries, failures (samples that lack a score), breaker_opened."""
         return dict(self._counts)
 
     async def close(self) -> None:
@@ -196,7 +207,7 @@ class HTTPReward(Reward):
         lost = [row for row in rows if row is None or any(math.isnan(row.get(f, 0.0)) for f in fields)]
         self._counts["failures"] += len(lost)
         if lost:
-            self.last_error = next(iter(reasons.values()), f"reward server {pool.own}: null for an image among {list(fields)}")
+            self.last_error = next(iter(reasons.values()), f"reward server {pool.own}: null for a sample among {list(fields)}")
         return rows
 
     async def _try(self, pool: Pool, request: ScoreRequest, until: float, number: int) -> tuple[list[Row], dict[int, str]]:
@@ -223,7 +234,7 @@ class HTTPReward(Reward):
             rows, reasons = decode_answer(request.unwrap(text), request.count)
         except WireError as error:
             raise NoAnswer(f"{name}: {error}", tries=UNREADABLE_TRIES) from error
-        return rows, {i: f"{name}, image {i}: {reason}" for i, reason in reasons.items()}
+        return rows, {i: f"{name}, {request.what} {i}: {reason}" for i, reason in reasons.items()}
 
 
 def _said(body: bytes) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from lit_rl.rewards.masks import mask_of
 from lit_rl.rewards.quotes import find_target
+from lit_rl.rewards.service.texts import TEXT_TYPE, encode_text, encode_texts
 from lit_rl.rewards.service.wire import CONTENT_TYPE, encode_batch
 from lit_rl.types import Info
 
@@ -22,12 +23,13 @@ ROUTES = {"batch": "/v1/score_batch", "single": "/score"}
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """One POST. count: samples in it; unwrap: brings an answer to the form of the batched route."""
+    """One POST. count: samples in it; what: the word for one; unwrap: brings an answer to the form of the batched route."""
 
     route: str
     body: bytes
     headers: Mapping[str, str]
     count: int
+    what: str
     unwrap: Callable[[bytes], bytes]
 
 
@@ -40,18 +42,26 @@ async def images_request(images: np.ndarray, info: Sequence[Info], *, route: str
         extra = {"target": targets[0]} if targets[0] is not None else {}
         extra |= {"mask": await asyncio.to_thread(_png_base64, masks[0])} if masks is not None else {}
         png = await asyncio.to_thread(_png_base64, images[0])
-        return _single({"image": png, "prompt": prompts[0], **extra})
+        return _single(json.dumps({"image": png, "prompt": prompts[0], **extra}).encode(), "image")
     some_targets = targets if any(t is not None for t in targets) else None
     body = encode_batch(images, prompts, request_id=uuid.uuid4().hex, masks=masks, targets=some_targets)
-    return _batch(body, CONTENT_TYPE, len(images))
+    return _batch(body, CONTENT_TYPE, len(images), "image")
 
 
-def _single(body: Mapping[str, object]) -> ScoreRequest:
-    return ScoreRequest(ROUTES["single"], json.dumps(body).encode(), {"Content-Type": "application/json"}, 1, _as_batch_answer)
+async def texts_request(texts: Sequence[str], info: Sequence[Info], *, route: str) -> ScoreRequest:
+    """Answers with the rows of their prompts; one answer where the route is `single`."""
+    if route == "single":
+        return _single(encode_text(texts[0], info[0]), "text")
+    body = await asyncio.to_thread(encode_texts, texts, info, request_id=uuid.uuid4().hex)
+    return _batch(body, TEXT_TYPE, len(texts), "text")
 
 
-def _batch(body: bytes, content_type: str, count: int) -> ScoreRequest:
-    return ScoreRequest(ROUTES["batch"], body, {"Content-Type": content_type, "X-Batch-Size": str(count)}, count, bytes)
+def _single(body: bytes, what: str) -> ScoreRequest:
+    return ScoreRequest(ROUTES["single"], body, {"Content-Type": "application/json"}, 1, what, _as_batch_answer)
+
+
+def _batch(body: bytes, content_type: str, count: int, what: str) -> ScoreRequest:
+    return ScoreRequest(ROUTES["batch"], body, {"Content-Type": content_type, "X-Batch-Size": str(count)}, count, what, bytes)
 
 
 def _masks(images: np.ndarray, info: Sequence[Info]) -> np.ndarray | None:

@@ -1,6 +1,7 @@
-"""Reward server: scores images over HTTP, apart from the training process.
+"""Reward server: scores images and texts over HTTP, apart from the training process.
 
     python -m lit_rl.rewards.server --port 8000 --scorers ocr
+    python -m lit_rl.rewards.server --port 8000 --scorers rules,format
 
 Nothing heavy is imported before the arguments are checked and the port is taken; the scorers load while /health already answers `loading`.
 """
@@ -31,12 +32,14 @@ DRAIN_SECONDS = 30.0
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(  # abbreviations would hide `--tok SECRET` and `--por 9000` from the launcher, which looks for whole names
-        prog="python -m lit_rl.rewards.server", description="Score images over HTTP.", allow_abbrev=False
+        prog="python -m lit_rl.rewards.server", description="Score images and texts over HTTP.", allow_abbrev=False
     )
     p.add_argument("--host", default="127.0.0.1", help="address to listen on; any other than loopback needs a token (default: %(default)s)")
     p.add_argument("--port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
     p.add_argument(
-        "--scorers", help="comma list of ocr, vlm, clip, pickscore, jpeg, pseudo, or dotted paths (default: ocr; with a VLM: ocr,vlm)"
+        "--scorers",
+        help="comma list, for images of ocr, vlm, clip, pickscore, jpeg, for texts of rules, function, reward_model, format, repetition, "
+        "for both of pseudo, or dotted paths (default: ocr; with a VLM: ocr,vlm)",
     )
     p.add_argument("--vlm-model-path", help="folder of a Qwen2.5-VL model")
     p.add_argument(
@@ -46,8 +49,10 @@ def parser() -> argparse.ArgumentParser:
         help="""JSON of constructor options, e.g. '{"ocr": {"detect": false}}' for pictures or masks that hold one line of text (faster)""",
     )
     p.add_argument("--device", help="where models run (default: cuda if there is one, else cpu)")
-    p.add_argument("--max-batch", type=int, default=32, help="images per call of the scorers (default: %(default)s)")
-    p.add_argument("--max-queue-images", type=int, default=256, help="images waiting before 429 is answered (default: %(default)s)")
+    p.add_argument("--max-batch", type=int, default=32, help="images or texts per call of the scorers (default: %(default)s)")
+    p.add_argument(
+        "--max-queue-images", type=int, default=256, help="images or texts waiting before 429 is answered (default: %(default)s)"
+    )
     p.add_argument("--max-body-mb", type=int, default=64, help="largest request in MiB (default: %(default)s)")
     p.add_argument("--max-pixels", type=int, default=2048**2, help="largest image (default: %(default)s)")
     p.add_argument("--body-seconds", type=float, default=10.0, help="time in which a body must arrive (default: %(default)s)")
@@ -184,7 +189,8 @@ async def _load(args: argparse.Namespace, app: RewardApp, stop: asyncio.Event) -
     rewards = loaded.result()
     app.highest = {name: value for reward in rewards for name, value in reward.highest.items()}
     app.outputs = [name for reward in rewards for name in reward.outputs] if all(reward.outputs for reward in rewards) else None
-    app.batcher.start(partial(scorers.score_images, rewards))
+    app.media = scorers.media_of(rewards)
+    app.batcher.start(partial(scorers.score_samples, rewards))
     return True
 
 

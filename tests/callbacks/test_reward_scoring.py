@@ -473,7 +473,7 @@ def test_training_goes_on_through_faults(scoring: list, server: RedServer) -> No
     ]
     plan = [draw.choice(kinds) if draw.random() < 1 / 3 else Fault("ok") for _ in range(2000)]
     with FaultProxy(server.url, plan) as proxy:
-        scorer = RewardScoring({"judge": HTTPReward(proxy.url, ["red"], images_per_request=2, probe_s=0.05)}, max_failed_fraction=0.9)
+        scorer = RewardScoring({"judge": HTTPReward(proxy.url, ["red"], samples_per_request=2, probe_s=0.05)}, max_failed_fraction=0.9)
         scoring.append(scorer)
         lost, requests = 0, 0
         for _ in range(30):
@@ -492,7 +492,7 @@ def test_training_goes_on_through_faults(scoring: list, server: RedServer) -> No
 
 def test_training_survives_a_server_that_is_killed_and_restarted(scoring: list, server: RedServer) -> None:
     proxy = FaultProxy(server.url, (Fault("slow", seconds=0.01) for _ in range(10_000))).start()
-    scorer = RewardScoring([HTTPReward(proxy.url, ["red"], images_per_request=1, concurrency=2, breaker_after=2, probe_s=0.05)])
+    scorer = RewardScoring([HTTPReward(proxy.url, ["red"], samples_per_request=1, concurrency=2, breaker_after=2, probe_s=0.05)])
     scoring.append(scorer)
     restarted = threading.Event()
 
@@ -540,7 +540,7 @@ def test_our_server_killed_and_started_again_costs_no_score(scoring: list, tmp_p
         port = free.getsockname()[1]
     server = start_server(port, tmp_path / "ready")
     try:
-        scorer = RewardScoring([HTTPReward(f"127.0.0.1:{port}", ["pseudo"], images_per_request=1, concurrency=1, probe_s=0.1)])
+        scorer = RewardScoring([HTTPReward(f"127.0.0.1:{port}", ["pseudo"], samples_per_request=1, concurrency=1, probe_s=0.1)])
         scoring.append(scorer)
         while not (tmp_path / "ready").exists():
             assert server.poll() is None, "the server did not start"

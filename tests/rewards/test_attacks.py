@@ -24,7 +24,8 @@ from lit_rl.net.addresses import check_health
 from lit_rl.net.bodies import retry_after
 from lit_rl.rewards.client import HTTPReward
 from lit_rl.rewards.service.app import _decode_single
-from lit_rl.rewards.service.images import MAX_ASPECT, ImageError, decode_image, pixel_error
+from lit_rl.rewards.service.images import MAX_ASPECT, decode_image, pixel_error
+from lit_rl.rewards.service.samples import SampleError
 from lit_rl.rewards.service.wire import decode_answer, encode_batch
 
 PIXELS = 2048**2
@@ -62,7 +63,7 @@ async def test_a_thin_picture_spoils_no_other_of_its_batch() -> None:
 def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
     assert decode_image(jpeg(0), max_pixels=PIXELS).shape == (256, 256, 3)
     began = time.process_time()
-    with pytest.raises(ImageError, match="more than 64 scans"):
+    with pytest.raises(SampleError, match="more than 64 scans"):
         decode_image(jpeg(2000), max_pixels=PIXELS)
     assert time.process_time() - began < 1  # the decoder takes minutes
 

@@ -212,7 +212,7 @@ def test_order_of_scores_is_order_of_images_when_answers_come_in_any_order(serve
     reds = [draw.randrange(256) for _ in range(draw.randrange(5, 25))]
     delays = (Fault("slow", seconds=draw.uniform(0, 0.05)) for _ in range(100))
     with FaultProxy(server.url, delays) as proxy:
-        reward = HTTPReward(proxy.url, ["red", "blue"], route=route, images_per_request=draw.randrange(1, 5), concurrency=8)
+        reward = HTTPReward(proxy.url, ["red", "blue"], route=route, samples_per_request=draw.randrange(1, 5), concurrency=8)
         scores = reward.score(red_images(reds), prompts(len(reds)))
     assert {name: s.dtype for name, s in scores.items()} == {"red": torch.float64, "blue": torch.float64}
     assert scores["red"].tolist() == pytest.approx(expected(reds), abs=0)
@@ -284,7 +284,7 @@ def test_one_pool_of_connections_serves_every_chunk(server: RedServer) -> None:
         await reward.close()
 
     with FaultProxy(server.url, (Fault("slow", seconds=0.01) for _ in range(48))) as proxy:
-        asyncio.run(chunks(HTTPReward(proxy.url, ["red"], images_per_request=2, concurrency=3)))
+        asyncio.run(chunks(HTTPReward(proxy.url, ["red"], samples_per_request=2, concurrency=3)))
         assert (len(proxy.posts), proxy.most_in_flight) == (48, 3)
         assert len(proxy.connections) <= 4
 
@@ -334,7 +334,7 @@ def test_a_server_without_the_route_of_batches_is_told_how_to_be_asked(
 
 def test_one_lost_request_leaves_the_others_scored(server: RedServer) -> None:
     with FaultProxy(server.url, [Fault("ok"), Fault("status", 400), Fault("ok")]) as proxy:
-        reward = HTTPReward(proxy.url, ["red"], images_per_request=2, concurrency=1)
+        reward = HTTPReward(proxy.url, ["red"], samples_per_request=2, concurrency=1)
         scores = reward.score(red_images([1, 2, 3, 4, 5, 6]), prompts(6))["red"]
     assert scores.isnan().tolist() == [False, False, True, True, False, False]
     assert scores[[0, 1, 4, 5]].tolist() == expected([1, 2, 5, 6])
@@ -378,7 +378,7 @@ def test_a_wait_beyond_the_deadline_is_not_begun(server: RedServer) -> None:
 def test_a_dead_server_opens_the_breaker_and_its_return_closes_it(server: RedServer) -> None:
     """40 images, one per request: after 3 refused tries the rest wait for /health instead of knocking, and give up together."""
     proxy = FaultProxy(server.url)
-    reward = HTTPReward(proxy.url, ["red"], images_per_request=1, concurrency=2, deadline_s=1.0, breaker_after=3, probe_s=0.2)
+    reward = HTTPReward(proxy.url, ["red"], samples_per_request=1, concurrency=2, deadline_s=1.0, breaker_after=3, probe_s=0.2)
 
     async def run() -> tuple[torch.Tensor, torch.Tensor]:
         dead = (await reward.score_async(red_images(range(40)), prompts(40)))["red"]
@@ -396,7 +396,7 @@ def test_a_dead_server_opens_the_breaker_and_its_return_closes_it(server: RedSer
 
 def test_a_server_restarted_in_time_costs_no_score(server: RedServer) -> None:
     proxy = FaultProxy(server.url, (Fault("slow", seconds=0.02) for _ in range(99))).start()
-    reward = HTTPReward(proxy.url, ["red"], images_per_request=1, concurrency=2, breaker_after=3, probe_s=0.1)
+    reward = HTTPReward(proxy.url, ["red"], samples_per_request=1, concurrency=2, breaker_after=3, probe_s=0.1)
 
     async def run() -> torch.Tensor:
         scores = asyncio.ensure_future(reward.score_async(red_images(range(30)), prompts(30)))
@@ -420,7 +420,7 @@ def test_a_server_restarted_in_time_costs_no_score(server: RedServer) -> None:
 @pytest.mark.parametrize("kwargs", [{"mapping": "rank", "spill": True}, {"mapping": "round_robin"}])
 def test_another_server_takes_over(server: RedServer, kwargs: dict) -> None:
     dead = RedServer().url
-    reward = HTTPReward([dead, server.url], ["red"], images_per_request=1, concurrency=1, breaker_after=2, probe_s=60.0, **kwargs)
+    reward = HTTPReward([dead, server.url], ["red"], samples_per_request=1, concurrency=1, breaker_after=2, probe_s=60.0, **kwargs)
     reward.own = servers_of_rank(reward.urls, rank=0, world_size=2, mapping=reward.mapping)
     assert reward.score(red_images(range(10)), prompts(10))["red"].tolist() == expected(list(range(10)))
     assert reward.counters()["retries"] == 2

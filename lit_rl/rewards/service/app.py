@@ -1,8 +1,10 @@
 """The routes of a reward server.
 
 POST /score           {"image": base64 PNG, "prompt": text} -> {"vlm_score", "ocr_confidence", "ocr_similarity", "ocr_text", ...};
-                      optional "mask" (base64 PNG, above 0 where the text is) and "target" (the wanted text, else quoted in the prompt)
-POST /v1/score_batch  safetensors body (lit_rl.rewards.service.wire) -> {"scores": [...], "errors": {...}}
+                      optional "mask" (base64 PNG, above 0 where the text is) and "target" (the wanted text, else quoted in the prompt);
+                      or {"text": answer, "prompt": text or messages, "row": {...}} -> the scores of text rewards
+POST /v1/score_batch  safetensors body (lit_rl.rewards.service.wire) with images, or JSON (lit_rl.rewards.service.texts) with texts
+                      -> {"scores": [...], "errors": {...}}
 GET  /health          {"status": "loading | ready | draining", ...}, 200 only when ready
 GET  /metrics         Prometheus text
 """
@@ -10,10 +12,9 @@ GET  /metrics         Prometheus text
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,13 +26,19 @@ from aiohttp.log import server_logger
 
 from lit_rl.net.metrics import Metrics
 from lit_rl.net.serving import REQUEST_ID, ApiError, check_content_type, guard, in_one_line, read_body, whole_number
-from lit_rl.rewards.service.batching import Batcher, Row
-from lit_rl.rewards.service.images import ImageError, decode_base64, decode_image, decode_mask, mask_problem, pixel_error
-from lit_rl.rewards.service.wire import MAX_PROMPT, Batch, WireError, decode_batch, is_text
+from lit_rl.rewards.service.batching import Batcher
+from lit_rl.rewards.service.images import decode_base64, decode_image, decode_mask, mask_problem, pixel_error
+from lit_rl.rewards.service.samples import Medium, Row, SampleError
+from lit_rl.rewards.service.texts import TEXT_TYPE, decode_text, decode_texts
+from lit_rl.rewards.service.wire import MAX_PROMPT, Batch, WireError, decode_batch, is_text, parse_json
+from lit_rl.types import Answer
 
 T = TypeVar("T")
+Hold = Callable[[int, int], None]
+Answered = tuple[list[Row | SampleError], str]
+"""Rows in the order of the request, and its id."""
 GUIDE_KEYS = ("vlm_score", "ocr_confidence", "ocr_similarity", "ocr_text")
-"""Always in the answer of /score; null where no scorer computed them."""
+"""Always in the answer of /score about an image; null where no reward computed them."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,8 @@ class RewardApp:
         """Names of the scores, once the scorers are loaded and if all of them declare theirs."""
         self.highest: dict[str, float] = {}
         """The highest value of each score that has one."""
+        self.media: Sequence[Medium] = ("images", "texts")
+        """The kinds of samples that its rewards score."""
         self.batcher = Batcher(
             self.metrics, max_batch=limits.max_batch, max_queue_images=limits.max_queue_images, max_bytes=limits.max_held_bytes
         )
@@ -68,36 +77,54 @@ class RewardApp:
         self.app.on_cleanup.append(self._close)
 
     async def score(self, request: web.Request) -> web.Response:
+        """The single route."""
         check_content_type(request, "application/json")
         deadline = _deadline(request)
         with self.batcher.admit(1, request.content_length or 0) as hold:
             body = await self._body(request, hold)
             hold(1, 0)
-            image, info = await self._decode(partial(_decode_single, body, max_pixels=self.limits.max_pixels), deadline)
-            hold(0, image.nbytes + (info["mask"].nbytes if "mask" in info else 0))
-            row = (await self.batcher.submit([image], [info], deadline=deadline))[0]
-        if isinstance(row, ImageError):
+            sample, info = await self._decode(partial(_decode_single, body, max_pixels=self.limits.max_pixels), deadline)
+            self._check_medium("texts" if isinstance(sample, str) else "images")
+            hold(0, len(body) if isinstance(sample, str) else sample.nbytes + (info["mask"].nbytes if "mask" in info else 0))
+            row = (await self.batcher.submit([sample], [info], deadline=deadline))[0]
+        if isinstance(row, SampleError):
             raise ApiError(500, row.code, str(row))
-        return web.json_response(dict.fromkeys(GUIDE_KEYS) | _finite(row))
+        return web.json_response(({} if isinstance(sample, str) else dict.fromkeys(GUIDE_KEYS)) | _finite(row))
 
     async def score_batch(self, request: web.Request) -> web.Response:
-        check_content_type(request, "application/octet-stream", "application/x-safetensors")
-        deadline = _deadline(request)
+        """The batched route."""
+        check_content_type(request, "application/octet-stream", "application/x-safetensors", TEXT_TYPE)
+        deadline, medium = _deadline(request), _medium(request)
         announced = whole_number(request, "X-Batch-Size", highest=1 << 20)
+        self._check_medium(medium)
         with self.batcher.admit(announced or 1, request.content_length or 0) as hold:
             body = await self._body(request, hold)
-            batch = await self._decode(partial(decode_batch, body), deadline)
-            if announced is not None and announced != len(batch.images):
-                raise ApiError(422, "bad_batch", f"X-Batch-Size is {announced}, the body holds {len(batch.images)} images")
-            hold(len(batch.images), 0)
-            rows = await self._score(batch, deadline)
-        errors = {str(i): {"code": row.code, "message": str(row)} for i, row in enumerate(rows) if isinstance(row, ImageError)}
-        scores = [None if isinstance(row, ImageError) else _finite(row) for row in rows]
-        return web.json_response({"scores": scores, "errors": errors, "request_id": batch.request_id or request[REQUEST_ID]})
+            rows, request_id = await (self._texts if medium == "texts" else self._images)(body, announced, deadline, hold)
+        errors = {str(i): {"code": row.code, "message": str(row)} for i, row in enumerate(rows) if isinstance(row, SampleError)}
+        scores = [None if isinstance(row, SampleError) else _finite(row) for row in rows]
+        return web.json_response({"scores": scores, "errors": errors, "request_id": request_id or request[REQUEST_ID]})
 
-    async def _score(self, batch: Batch, deadline: float | None) -> list[Row | ImageError]:
+    async def _images(self, body: bytearray, announced: int | None, deadline: float | None, hold: Hold) -> Answered:
+        batch = await self._decode(partial(decode_batch, body), deadline)
+        _check_count(announced, len(batch.images), "images")
+        hold(len(batch.images), 0)
+        return await self._score(batch, deadline), batch.request_id
+
+    async def _texts(self, body: bytearray, announced: int | None, deadline: float | None, hold: Hold) -> Answered:
+        batch = await self._decode(partial(decode_texts, body), deadline)
+        _check_count(announced, len(batch.texts), "texts")
+        hold(len(batch.texts), len(body))
+        return await self.batcher.submit(batch.texts, batch.infos, deadline=deadline), batch.request_id
+
+    def _check_medium(self, medium: Medium) -> None:
+        """422 for what no reward here scores, before it is decoded."""
+        if self.batcher.state == "ready" and medium not in self.media:
+            fitting = {"texts": "rules, function, reward_model or format", "images": "ocr, vlm, clip or jpeg"}[medium]
+            raise ApiError(422, "wrong_medium", f"this server scores {self.media[0]}, not {medium}; start one with --scorers {fitting}")
+
+    async def _score(self, batch: Batch, deadline: float | None) -> list[Row | SampleError]:
         """Rows in the order of the batch; images that are too large or have an empty mask are answered without being scored."""
-        rows: list[Row | ImageError | None] = [pixel_error(*image.shape[:2], max_pixels=self.limits.max_pixels) for image in batch.images]
+        rows: list[Row | SampleError | None] = [pixel_error(*image.shape[:2], max_pixels=self.limits.max_pixels) for image in batch.images]
         for i, mask in enumerate(batch.masks or []):
             rows[i] = rows[i] or _mask_error(mask, batch.images[i])
         good = [i for i, row in enumerate(rows) if row is None]
@@ -114,13 +141,14 @@ class RewardApp:
             "images_per_s": batcher.rate,
             "outputs": self.outputs,
             "highest": self.highest,
+            "media": list(self.media),
         }
         return web.json_response(body, status=200 if batcher.state == "ready" else 503)
 
     async def prometheus(self, request: web.Request) -> web.Response:
         return web.Response(body=self.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
-    async def _body(self, request: web.Request, hold: Callable[[int, int], None]) -> bytearray:
+    async def _body(self, request: web.Request, hold: Hold) -> bytearray:
         limits = self.limits
         return await read_body(request, limit=limits.max_body_bytes, seconds=limits.body_seconds, reserve=partial(hold, 0))
 
@@ -131,7 +159,7 @@ class RewardApp:
                 return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
         except TimeoutError as error:
             raise ApiError(504, "deadline", "not decoded before X-Deadline-Ms ran out") from error
-        except ImageError as error:
+        except SampleError as error:
             raise ApiError(413 if error.code == "too_many_pixels" else 422, error.code, str(error)) from error
         except WireError as error:
             raise ApiError(422, "bad_batch", str(error)) from error
@@ -156,14 +184,32 @@ def _deadline(request: web.Request) -> float | None:
     return None if budget is None else asyncio.get_running_loop().time() + budget / 1000
 
 
-def _decode_single(body: bytearray, *, max_pixels: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """The JSON of /score -> image and info. Unknown keys are ignored (older clients send `timestep`)."""
+def _medium(request: web.Request) -> Medium:
+    return "texts" if request.content_type == TEXT_TYPE else "images"
+
+
+def _check_count(announced: int | None, count: int, what: str) -> None:
+    if announced is not None and announced != count:
+        raise ApiError(422, "bad_batch", f"X-Batch-Size is {announced}, the body holds {count} {what}")
+
+
+def _decode_single(body: bytearray, *, max_pixels: int) -> tuple[np.ndarray | Answer, dict[str, Any]]:
+    """The JSON of /score -> an image or a text, and its info. Unknown keys are ignored (older clients send `timestep`)."""
     try:
-        request = json.loads(bytes(body))
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, "bad_json", f"the body is not JSON: {str(error)[:120]}") from error
+        request = parse_json(bytes(body), "the body")
+    except WireError as error:
+        raise ApiError(400, "bad_json", str(error)) from error
     if not isinstance(request, dict):
-        raise ApiError(422, "bad_request", 'the body must be a JSON object {"image": base64, "prompt": text}')
+        raise ApiError(422, "bad_request", 'the body must be a JSON object {"image": base64, "prompt": text}, or {"text": ..., ...}')
+    if "text" in request and "image" not in request:
+        try:
+            return decode_text(request)
+        except WireError as error:
+            raise ApiError(422, "bad_request", str(error)) from error
+    return _decode_single_image(request, max_pixels=max_pixels)
+
+
+def _decode_single_image(request: Mapping[str, Any], *, max_pixels: int) -> tuple[np.ndarray, dict[str, Any]]:
     texts: dict[str, Any] = {key: request.get(key) for key in ("image", "prompt", "mask", "target")}
     if type(texts["target"]) in (int, float):  # 42 asks for "42"
         texts["target"] = None if texts["target"] in (math.inf, -math.inf) or texts["target"] != texts["target"] else str(texts["target"])
@@ -182,9 +228,9 @@ def _decode_single(body: bytearray, *, max_pixels: int) -> tuple[np.ndarray, dic
     return image, info
 
 
-def _mask_error(mask: np.ndarray, image: np.ndarray) -> ImageError | None:
+def _mask_error(mask: np.ndarray, image: np.ndarray) -> SampleError | None:
     problem = mask_problem(mask, *image.shape[:2])
-    return None if problem is None else ImageError("bad_mask", f"`mask` {problem}")
+    return None if problem is None else SampleError("bad_mask", f"`mask` {problem}")
 
 
 def _info(batch: Batch, i: int) -> dict[str, Any]:

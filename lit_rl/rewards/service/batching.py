@@ -6,45 +6,41 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
+from typing import Literal
 
 from lit_rl.net.metrics import Metrics
 from lit_rl.net.serving import ApiError
-from lit_rl.rewards.service.images import ImageError
+from lit_rl.rewards.service.samples import Row, Sample, SampleError
+from lit_rl.types import Info
 
-Row = Mapping[str, Any]
-"""One image's scores (float, NaN = could not be computed) and texts."""
-
-Model = Callable[[Sequence[np.ndarray], Sequence[Mapping[str, Any]]], "list[Row | ImageError]"]
-"""Images of any sizes and their infos -> a row or a reason for each. Runs in the model thread."""
+Model = Callable[[Sequence[Sample], Sequence[Info]], Sequence[Row | SampleError]]
+"""Images of any sizes or texts, and their infos -> a row or a reason for each. Runs in the model thread."""
 
 
 @dataclass
 class _Item:
-    image: np.ndarray
-    info: Mapping[str, Any]
-    answer: asyncio.Future[Row | ImageError]
+    sample: Sample
+    info: Info
+    answer: asyncio.Future[Row | SampleError]
 
 
 class Batcher:
     """Admission, queue and model thread.
 
     Args:
-        max_batch: images per call of the model.
-        max_queue_images: images received and not yet answered; more are refused with 429.
-        max_bytes: bodies and decoded images held in memory at one time; more are refused with 429.
+        max_batch: Samples per call of the model.
+        max_queue_images: Samples, images or texts, received and not yet answered; more are refused with 429.
+        max_bytes: Bodies and decoded samples held in memory at one time; more are refused with 429.
     """
 
     def __init__(self, metrics: Metrics, *, max_batch: int, max_queue_images: int, max_bytes: int) -> None:
         self.state: Literal["loading", "ready", "draining"] = "loading"
         self.images = 0
-        self.rate: float | None = None  # images per second of model time, smoothed
+        self.rate: float | None = None  # samples per second of model time, smoothed
         self.max_queue_images = max_queue_images
         self._metrics = metrics
         self._max_batch = max_batch
@@ -105,15 +101,13 @@ class Batcher:
         """Seconds until what is queued now is done, from the measured rate; 1 to 60."""
         return min(60, max(1, math.ceil(self.images / self.rate))) if self.rate else 1
 
-    async def submit(
-        self, images: Sequence[np.ndarray], infos: Sequence[Mapping[str, Any]], *, deadline: float | None = None
-    ) -> list[Row | ImageError]:
-        """Queue admitted images and await their rows.
+    async def submit(self, samples: Sequence[Sample], infos: Sequence[Info], *, deadline: float | None = None) -> list[Row | SampleError]:
+        """Queue admitted samples and await their rows.
 
         What is still queued at `deadline` (loop time; ApiError 504), or when the caller goes away, is dropped before the model.
         """
         new = asyncio.get_running_loop().create_future
-        items = [_Item(image, info, new()) for image, info in zip(images, infos, strict=True)]
+        items = [_Item(sample, info, new()) for sample, info in zip(samples, infos, strict=True)]
         self._queue.extend(items)
         self._wake.set()
         try:
@@ -146,7 +140,7 @@ class Batcher:
                 continue
             start = time.perf_counter()
             try:
-                rows = await loop.run_in_executor(self._thread, model, [i.image for i in batch], [i.info for i in batch])
+                rows = await loop.run_in_executor(self._thread, model, [i.sample for i in batch], [i.info for i in batch])
             except Exception as error:  # to the requests of this batch; the next batch may fare better
                 for item in batch:
                     if not item.answer.done():
@@ -157,7 +151,7 @@ class Batcher:
             for item, row in zip(batch, rows, strict=True):
                 if not item.answer.done():
                     item.answer.set_result(row)
-                if not isinstance(row, ImageError):
+                if not isinstance(row, SampleError):
                     self._metrics.observe_row(row)
 
     def _take(self) -> list[_Item]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from lit_rl.rewards.service.samples import SampleError
+
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_ASPECT = 64
 """Longer side over shorter side of an image that is scored. A reader of text scales a line to a fixed height: one of 1 x 3000 pixels
@@ -17,20 +19,12 @@ MAX_SCANS = 64
 """Scans of a progressive JPEG; encoders write about ten. Each costs a pass over all pixels, and an empty one takes a few bytes."""
 
 
-class ImageError(ValueError):
-    """An image that will not be scored. `code` is for programs, the text for people."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-def pixel_error(height: int, width: int, *, max_pixels: int) -> ImageError | None:
+def pixel_error(height: int, width: int, *, max_pixels: int) -> SampleError | None:
     """The reason not to score an image of this size, if there is one."""
     if height * width > max_pixels:
-        return ImageError("too_many_pixels", f"the image is {width} x {height}; at most {max_pixels} pixels are scored (--max-pixels)")
+        return SampleError("too_many_pixels", f"the image is {width} x {height}; at most {max_pixels} pixels are scored (--max-pixels)")
     if max(height, width) > MAX_ASPECT * min(height, width):
-        return ImageError("too_thin", f"the image is {width} x {height}; one side may be at most {MAX_ASPECT} times the other")
+        return SampleError("too_thin", f"the image is {width} x {height}; one side may be at most {MAX_ASPECT} times the other")
     return None
 
 
@@ -49,7 +43,7 @@ def decode_base64(text: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError as error:
-        raise ImageError("bad_image", f"`image` is not base64: {error}") from error
+        raise SampleError("bad_image", f"`image` is not base64: {error}") from error
 
 
 def lossy(image: Any, data: bytes | None = None) -> bool:
@@ -76,7 +70,7 @@ def decode_image(data: bytes, *, max_pixels: int, under: str = "white") -> np.nd
     """PNG, JPEG or WebP of one frame with 8 bits per channel -> RGB uint8 [H, W, 3], upright as its EXIF says; transparency is laid over
     the colour `under`.
 
-    Raises ImageError. The size is read from the header first: 20 kB of PNG can claim 13000 x 13000 pixels, for which Pillow only warns
+    Raises SampleError. The size is read from the header first: 20 kB of PNG can claim 13000 x 13000 pixels, for which Pillow only warns
     while it allocates 800 MB.
     """
     from PIL import Image, ImageOps
@@ -84,23 +78,23 @@ def decode_image(data: bytes, *, max_pixels: int, under: str = "white") -> np.nd
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise ImageError("too_many_pixels", str(error)) from error
+        raise SampleError("too_many_pixels", str(error)) from error
     except Exception as error:  # hostile files make Pillow raise nearly anything
-        raise ImageError("bad_image", f"not a {', '.join(FORMATS)} image") from error
+        raise SampleError("bad_image", f"not a {', '.join(FORMATS)} image") from error
     with image:
         if (too_large := pixel_error(image.height, image.width, max_pixels=max_pixels)) is not None:
             raise too_large
         if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
-            raise ImageError("bad_image", f"the JPEG has more than {MAX_SCANS} scans; encode it again")
+            raise SampleError("bad_image", f"the JPEG has more than {MAX_SCANS} scans; encode it again")
         if getattr(image, "n_frames", 1) != 1:
-            raise ImageError("bad_image", "the image is animated; send one frame")
+            raise SampleError("bad_image", "the image is animated; send one frame")
         if image.mode not in ("RGB", "RGBA", "L", "LA") or (image.format == "PNG" and data[24:25] != b"\x08"):
-            raise ImageError("bad_image", f"the image has mode {image.mode}; 8 bits per channel RGB, RGBA or grey are taken")
+            raise SampleError("bad_image", f"the image has mode {image.mode}; 8 bits per channel RGB, RGBA or grey are taken")
         try:
             image.load()
             upright = ImageOps.exif_transpose(image)
         except Exception as error:
-            raise ImageError("bad_image", f"the image cannot be decoded: {str(error)[:120]}") from error
+            raise SampleError("bad_image", f"the image cannot be decoded: {str(error)[:120]}") from error
         if image.mode in ("RGBA", "LA"):
             rgba = upright.convert("RGBA")
             return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, under), rgba).convert("RGB"))

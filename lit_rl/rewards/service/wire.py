@@ -104,9 +104,9 @@ def decode_answer(body: bytes | str, count: int) -> tuple[list[dict[str, float] 
     return rows, reasons
 
 
-def is_text(value: Any) -> bool:
-    """A string that can be written as UTF-8 (JSON can hold lone surrogates) and is not absurdly long."""
-    if not isinstance(value, str) or len(value) > MAX_PROMPT:
+def is_text(value: object, *, limit: int = MAX_PROMPT) -> bool:
+    """A string that can be written as UTF-8 (JSON can hold lone surrogates) and has at most `limit` characters."""
+    if not isinstance(value, str) or len(value) > limit:
         return False
     return value.isascii() or value == value.encode("utf-8", "replace").decode()
 
@@ -158,7 +158,7 @@ def _read_safetensors(body: memoryview) -> tuple[dict[str, np.ndarray], dict[str
     length = int.from_bytes(body[:8], "little")
     if length > min(len(body) - 8, MAX_HEADER):
         raise WireError(f"the safetensors header claims {length} bytes; the body has {len(body) - 8} left and the limit is {MAX_HEADER}")
-    header = _json(bytes(body[8 : 8 + length]), "the safetensors header")
+    header = parse_json(bytes(body[8 : 8 + length]), "the safetensors header")
     if not isinstance(header, dict):
         raise WireError("the safetensors header is not a JSON object")
     metadata = header.pop("__metadata__", {})
@@ -188,7 +188,8 @@ def _entry(name: str, entry: Any) -> tuple[str, int, int, list[int]]:
     raise WireError(f"tensor `{name}` is {json.dumps(entry)[:120]}; expected dtype U8, a shape of whole numbers and two data_offsets")
 
 
-def _json(text: bytes | str, what: str) -> Any:
+def parse_json(text: bytes | str, what: str) -> Any:
+    """JSON without keys that appear twice. Raises WireError; what: the text's name in it."""
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -204,7 +205,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
 def _json_strings(metadata: Mapping[str, str], key: str, *, count: int | None = None, allow_null: bool = False) -> list[Any]:
     if key not in metadata:
         raise WireError(f"metadata `{key}` is missing; expected a JSON list of strings, one per image")
-    rows = _json(metadata[key], f"metadata `{key}`")
+    rows = parse_json(metadata[key], f"metadata `{key}`")
     if not isinstance(rows, list) or not all(is_text(r) or (allow_null and r is None) for r in rows):
         raise WireError(f"metadata `{key}` must be a JSON list of strings of at most {MAX_PROMPT} characters")
     if not rows or (count is not None and len(rows) != count):

@@ -97,10 +97,10 @@ class FunctionReward(TextReward):
     def counters(self) -> Mapping[str, float]:
         return dict(self._counts)
 
-    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:  # type: ignore[override]
-        return asyncio.run(self.score_async(media, info))  # type: ignore[arg-type]
+    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
+        return asyncio.run(self.score_async(media, info))
 
-    async def score_async(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:  # type: ignore[override]
+    async def score_async(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
         gate = asyncio.Semaphore(self.concurrency)
         rows = await asyncio.gather(*(self._one(gate, text, row) for text, row in zip(media, info, strict=True)))
         table = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(self.outputs))

@@ -107,7 +107,7 @@ class ModelReward(TextReward):
         return {"cut": float(self._cut)}
 
     @torch.no_grad()
-    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:  # type: ignore[override]
+    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
         if self._model is None:
             self.setup(rank=0, world_size=1, device="cpu")
         ids = [self._ids(row["prompt"], text) for row, text in zip(info, media, strict=True)]

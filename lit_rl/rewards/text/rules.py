@@ -167,7 +167,7 @@ class RuleReward(TextReward):
         return self.model.counters() if self.model is not None else {}
 
     # ------------------------------------------------------------------ scores
-    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:  # type: ignore[override]
+    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
         try:
             rules = [self.route(row) for row in info]
         except ConfigError as error:

@@ -51,7 +51,7 @@ class FormatReward(TextReward):
             raise ConfigError(f"pattern={pattern!r} is no regular expression: {error}") from error
         self.pattern = pattern
 
-    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:  # type: ignore[override]
+    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
         return {"format": torch.tensor([float(matches(self.whole(text), self.pattern)) for text in media])}
 
     def whole(self, answer: str) -> str:
@@ -91,6 +91,6 @@ class RepetitionReward(TextReward):
             raise ConfigError(f"n={n} must be at least 1 and penalty={penalty} at most 0, e.g. n: 3, penalty: -1.0")
         self.n, self.penalty, self.of = n, penalty, of
 
-    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:  # type: ignore[override]
+    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
         parts = [text.lower().split() if self.of == "words" else text for text in media]
         return {"repetition": torch.tensor([repetition_penalty(items, n=self.n, penalty=self.penalty) for items in parts])}

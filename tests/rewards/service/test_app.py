@@ -27,8 +27,9 @@ from lit_rl.rewards.ocr import OCRReward
 from lit_rl.rewards.pseudo import PseudoReward
 from lit_rl.rewards.service.app import Limits, RewardApp, make_runner
 from lit_rl.rewards.service.batching import Model
-from lit_rl.rewards.service.images import ImageError, decode_base64, decode_image, decode_mask
-from lit_rl.rewards.service.scorers import score_images
+from lit_rl.rewards.service.images import decode_base64, decode_image, decode_mask
+from lit_rl.rewards.service.samples import SampleError
+from lit_rl.rewards.service.scorers import score_samples
 from lit_rl.rewards.service.wire import decode_answer, encode_batch
 
 RNG = np.random.default_rng(0)
@@ -49,7 +50,7 @@ def single(data: bytes, prompt: str = "a cat") -> dict[str, str]:
     return {"image": base64.b64encode(data).decode(), "prompt": prompt}
 
 
-def bright(images: Any, infos: Any) -> list[dict[str, Any] | ImageError]:
+def bright(images: Any, infos: Any) -> list[dict[str, Any] | SampleError]:
     """A model: the mean of the pixels; NaN where the prompt says so."""
     return [{"bright": math.nan if i["prompt"] == "nan" else float(x.mean()) / 255, "note": i["prompt"]} for x, i in zip(images, infos)]
 
@@ -62,7 +63,7 @@ class Gate:
         self.entered = threading.Event()
         self.batches: list[int] = []
 
-    def __call__(self, images: Any, infos: Any) -> list[dict[str, Any] | ImageError]:
+    def __call__(self, images: Any, infos: Any) -> list[dict[str, Any] | SampleError]:
         self.batches.append(len(images))
         self.entered.set()
         assert self.open.wait(10)
@@ -238,7 +239,7 @@ async def test_the_masked_part_alone_is_read_from_trainer_to_server(route: str) 
     mask[34:60, 24:72] = 255
     media = torch.from_numpy(np.stack([np.asarray(canvas) for canvas in canvases])).permute(0, 3, 1, 2)
     info = [{"prompt": "The text is 'say \"47\"'.", "target": "47", "mask": mask}] * 2
-    async with served(partial(score_images, [OCRReward()])) as (_, session):
+    async with served(partial(score_samples, [OCRReward()])) as (_, session):
         reward = HTTPReward(str(session._base_url), ["ocr_similarity", "ocr_confidence"], route=route)  # type: ignore[arg-type]
         scores = await reward.score_async(media, info)
         await reward.close()
@@ -254,7 +255,7 @@ async def test_one_failing_image_spoils_no_other() -> None:
                 raise RuntimeError("secret detail")
             return super().score(media, info)
 
-    async with served(partial(score_images, [Picky()])) as (_, session):
+    async with served(partial(score_samples, [Picky()])) as (_, session):
         body = encode_batch([picture()] * 3, ["a", "bad", "c"], request_id="")
         async with session.post("/v1/score_batch", data=body, headers=BINARY) as r:
             text = await r.text()
@@ -270,7 +271,7 @@ async def test_a_score_does_not_depend_on_its_batch_or_route() -> None:
     """Every image alone by /score, all at once by the batch route, and shuffled in several requests at once."""
     images = [picture(8, 8 + 4 * (i % 2)) for i in range(12)]
     prompts = [f"p{i}" for i in range(12)]
-    async with served(partial(score_images, [PseudoReward(seed=3)]), max_batch=5) as (_, session):
+    async with served(partial(score_samples, [PseudoReward(seed=3)]), max_batch=5) as (_, session):
 
         async def batch(rows: list[int]) -> list[float]:
             body = encode_batch([images[i] for i in rows], [prompts[i] for i in rows], request_id="")
@@ -293,7 +294,7 @@ async def test_a_score_does_not_depend_on_its_batch_or_route() -> None:
 async def test_the_real_ocr_behind_both_routes() -> None:
     image = Image.new("RGB", (32, 16), "white")
     ImageDraw.Draw(image).text((16, 8), "47", font=ImageFont.load_default(13), fill="black", anchor="mm")
-    async with served(partial(score_images, [OCRReward()])) as (_, session):
+    async with served(partial(score_samples, [OCRReward()])) as (_, session):
         async with session.post("/score", json=single(png(np.asarray(image)), 'the number "47"')) as r:
             alone = await r.json()
         body = encode_batch([np.asarray(image)] * 2, ['the number "47"', 'the number "41"'], request_id="")
@@ -497,7 +498,7 @@ def test_base64_as_tools_write_it() -> None:
     ):
         assert decode_base64(text) == decode_base64(f"data:image/png;base64,{text}") == decode_base64(f"\nDATA:;base64,\n{text}") == data
     for text in ("a*b=", "abc"):
-        with pytest.raises(ImageError, match="not base64"):
+        with pytest.raises(SampleError, match="not base64"):
             decode_base64(text)
 
 
