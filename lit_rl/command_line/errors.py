@@ -27,6 +27,9 @@ EXAMPLES = {
     "logger": "lightning.pytorch.loggers.TensorBoardLogger",
     "callbacks": "callbacks.reward_scoring.RewardScoring",
     "rewards": "lit_rl.rewards.client.HTTPReward",
+    "surrogate": "lit_rl.losses.surrogates.Clip",
+    "credit": "lit_rl.credit.rules.Group",
+    "engine": "lit_rl.rollouts.native.NativeEngine",
 }
 """A class that may stand under a key that takes one."""
 

@@ -31,8 +31,38 @@ MOVED = {
 }
 """Dotted path of a class or module of an earlier release -> the present one."""
 
-RENAMED: Mapping[str, str] = {}
-"""Option of an earlier release, as `short` writes it -> its path now, and the value it takes where that is another."""
+RENAMED: Mapping[str, str] = {
+    "model.sampling": "model.init_args.answers.sampling",
+    "model.eval_sampling": "model.init_args.answers.eval_sampling",
+    "model.eval_seed": "model.init_args.answers.eval_seed",
+    "model.engine": "model.init_args.answers.engine",
+    "model.rollout_chunk": "model.init_args.answers.chunk",
+    "model.old_logprobs": "model.init_args.answers.old_logprobs",
+    "model.asynchronous": "model.init_args.answers.asynchronous",
+    "model.clip_low": "model.init_args.surrogate.init_args.low",
+    "model.clip_high": "model.init_args.surrogate.init_args.high",
+    "model.dual_clip": "model.init_args.surrogate.init_args.dual",
+    "model.estimator": "model.init_args.credit",
+    "model.std": "model.init_args.credit",
+    "model.gamma": "model.init_args.credit",
+    "model.lam": "model.init_args.credit",
+    "model.kl_coef": "model.init_args.kl.coef",
+    "model.kl_kind": "model.init_args.kl.kind",
+    "model.kl_in_reward_kind": "model.init_args.kl_in_reward.kind",
+    "model.kl_target": "model.init_args.kl_in_reward.target",
+    "model.kl_horizon": "model.init_args.kl_in_reward.horizon",
+    "model.overlong_buffer": "model.init_args.length_penalty.buffer",
+    "model.overlong_factor": "model.init_args.length_penalty.factor",
+    "model.filter_metric": "model.init_args.dynamic_sampling.filter_metric",
+    "model.max_generations": "model.init_args.dynamic_sampling.max_generations",
+    "model.on_limit": "model.init_args.dynamic_sampling.on_limit",
+    "model.prompts_per_generation": "model.init_args.dynamic_sampling.prompts_per_generation",
+    "model.critic_lr": "model.init_args.critic_training.lr",
+    "model.critic_warmup": "model.init_args.critic_training.warmup",
+    "model.value_clip": "model.init_args.critic_training.value_clip",
+}
+"""Option of an earlier release, as `short` writes it -> its path now. Options that only some methods lost are listed too: what is there is
+never looked up."""
 
 
 def moved(path: str) -> str | None:

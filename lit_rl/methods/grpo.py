@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -106,12 +106,16 @@ class GRPO(LitPolicyGradient):
 class DrGRPO(GRPO):
     """Without the biases to short wrong answers and easy prompts: no std, and one constant length for all (arXiv 2503.20783)."""
 
+    defines: ClassVar = {"credit": Group}
+
     def __init__(self, policy: TokenPolicy, *, credit: Credit | None = None, aggregation: Aggregation = "dr-grpo", **kwargs: Any) -> None:
         super().__init__(policy, credit=credit or Group(std=False), aggregation=aggregation, **kwargs)
 
 
 class GSPO(GRPO):
     """The ratio of whole sequences is clipped, in a range a thousand times narrower (arXiv 2507.18071)."""
+
+    defines: ClassVar = {"surrogate": SequenceClip}
 
     def __init__(
         self, policy: TokenPolicy, *, surrogate: Surrogate | None = None, aggregation: Aggregation = "seq-mean-token-mean", **kwargs: Any
@@ -122,6 +126,8 @@ class GSPO(GRPO):
 class RLOO(GRPO):
     """The others in the group are the baseline; with `kl_in_reward` the divergence is part of the reward (arXiv 2402.14740)."""
 
+    defines: ClassVar = {"credit": LeaveOneOut}
+
     def __init__(self, policy: TokenPolicy, *, credit: Credit | None = None, **kwargs: Any) -> None:
         super().__init__(policy, credit=credit or LeaveOneOut(), **kwargs)
 
@@ -129,12 +135,16 @@ class RLOO(GRPO):
 class ReinforcePP(GRPO):
     """REINFORCE++: returns, with `kl_in_reward` at every token, whitened over the batch; no groups needed (arXiv 2501.03262)."""
 
+    defines: ClassVar = {"credit": Returns}
+
     def __init__(self, policy: TokenPolicy, *, credit: Credit | None = None, **kwargs: Any) -> None:
         super().__init__(policy, credit=credit or Returns(), **kwargs)
 
 
 class CISPO(GRPO):
     """Importance weights are clipped instead of updates, so that no token loses its gradient (arXiv 2506.13585)."""
+
+    defines: ClassVar = {"surrogate": Cispo}
 
     def __init__(self, policy: TokenPolicy, *, surrogate: Surrogate | None = None, **kwargs: Any) -> None:
         super().__init__(policy, surrogate=surrogate or Cispo(), **kwargs)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -49,6 +49,8 @@ class LitPolicyGradient(LitTokens):
     asks: Sequence[str] = ("prompts", "prompt_ids", "max_prompt_length")
     datamodules = "datamodules.prompts_text.TextPrompts"
     answers: Answers
+    defines: ClassVar[Mapping[str, type]] = {}
+    """Class by option of the components that make a relative what it is; the command line says where a run sets another."""
 
     def __init__(
         self,

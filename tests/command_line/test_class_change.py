@@ -131,3 +131,37 @@ def test_a_method_whose_defining_component_is_replaced_says_so(run: list[str]) -
     (said,) = replaced_components(Relative, options)
     assert "Relative is defined by surrogate=SequenceClip, and this run sets model.surrogate to Clip" in said
     assert not replaced_components(Method, options) and not replaced_components(Relative, {"surrogate": None})
+
+
+# ---------------------------------------------------------------------- shipped runs
+GRPO = ["--config", str(Path(__file__).parents[2] / "configs/grpo/qwen25_7b_gsm8k.yaml")]
+
+
+def test_a_shipped_range_of_tokens_is_none_of_answers() -> None:
+    """0.2 with a dual bound of 3, of whole answers a thousand times too wide."""
+    surrogate = parse([*GRPO, "--model.surrogate", "lit_rl.losses.surrogates.SequenceClip"]).model.init_args.surrogate.init_args
+    assert (surrogate.low, surrogate.high, surrogate.dual) == (3e-4, 4e-4, None)
+
+
+def test_gspo_over_a_run_of_grpo_is_gspo() -> None:
+    model = parse([*GRPO, "--model", "lit_rl.methods.grpo.GSPO"]).model.init_args
+    assert model.surrogate is None and model.aggregation == "seq-mean-token-mean"
+    assert (model.group_size, model.answers.chunk, model.kl.coef, model.policy.init_args.pretrained) == (5, 160, 0.001, "Qwen/Qwen2.5-7B")
+
+
+@pytest.mark.parametrize(
+    ("method", "component"),
+    [
+        ("GSPO", "surrogate=lit_rl.losses.surrogates.Clip"),
+        ("CISPO", "surrogate=lit_rl.losses.surrogates.Sapo"),
+        ("RLOO", "credit=lit_rl.credit.rules.Group"),
+        ("DrGRPO", "credit=lit_rl.credit.rules.PassAtK"),
+        ("ReinforcePP", "credit=lit_rl.credit.rules.Group"),
+    ],
+)
+def test_a_relative_with_another_component_says_that_it_is_none(method: str, component: str) -> None:
+    from lit_rl.methods import grpo
+
+    options = parse([*GRPO, "--model", f"lit_rl.methods.grpo.{method}", f"--model.{component}"]).model.init_args
+    (said,) = replaced_components(getattr(grpo, method), options)
+    assert said.startswith(f"{method} is defined by ") and component.rpartition(".")[2] in said

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 from toy import toy_config
 
-from lit_rl.command_line.options import options, short
 from lit_rl.command_line.renamed import CONFIG_VERSION, MOVED, RENAMED, moved, other_version
 from lit_rl.doctor.runs import parse
 from lit_rl.errors import ConfigError
@@ -42,18 +42,42 @@ def test_an_old_class_in_a_file_is_named_with_its_line(tmp_path: Path) -> None:
     assert f"run.yaml:{line}: lit_rl.strategies.FSDP2Strategy is now lit_rl.strategies.fsdp2.FSDP2Strategy" in str(said.value)
 
 
+@pytest.fixture(scope="module")
+def runs() -> dict[str, Namespace]:
+    """Shipped runs, with the components that they leave out."""
+    nothing = ["--model.kl_in_reward.coef", "0.1", "--model.length_penalty.buffer", "1", "--model.credit", "lit_rl.credit.rules.Group"]
+    dynamic = ["--model.dynamic_sampling.max_generations", "3"]
+    more = {"grpo/qwen25_7b_gsm8k": [*nothing, *dynamic], "ppo/qwen25_7b_gsm8k": []}
+    return {name: parse(["--config", str(ROOT / f"configs/{name}.yaml"), *options]) for name, options in more.items()}
+
+
 @pytest.mark.parametrize("old", RENAMED)
-def test_an_old_option_is_named_with_the_new_one(tmp_path: Path, old: str) -> None:
-    """On the command line; it is one of no class of today."""
-    shipped = next(path for path in (ROOT / "configs").rglob("*/*.yaml") if _knows(path, RENAMED[old]))
-    with pytest.raises(ConfigError) as said:
-        parse(["--config", str(shipped), f"--{old}", "1"])
-    assert f"{old} of earlier releases is now {RENAMED[old]}" in str(said.value)
+def test_an_old_option_is_where_the_sentence_says(runs: dict[str, Namespace], old: str) -> None:
+    assert any(RENAMED[old] in run for run in runs.values()) and not all(old in run for run in runs.values())
 
 
-def _knows(path: Path, new: str) -> bool:
-    paths = {short(option.path) for option in options(["--config", str(path)])}
-    return path.parent.name != "base" and short(new.split()[0].rstrip(":")) in paths
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model.clip_low", "0.1"], "model.clip_low of earlier releases is now model.init_args.surrogate.init_args.low"),
+        (["--model.init_args.sampling.top_p", "0.9"], "is now model.init_args.answers.sampling"),
+    ],
+)
+def test_an_old_option_is_named_with_the_new_one(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse(["--config", str(ROOT / "configs/grpo/qwen25_7b_gsm8k.yaml"), *words])
+    assert said in str(raised.value)
+
+
+def test_an_old_option_in_a_file_is_named_with_its_line(tmp_path: Path) -> None:
+    text = (
+        (ROOT / "configs/grpo/qwen25_7b_gsm8k.yaml").read_text().replace("    group_size: 5\n", "    group_size: 5\n    dual_clip: 3.0\n")
+    )
+    (tmp_path / "run.yaml").write_text(text)
+    line = next(i for i, row in enumerate(text.splitlines(), start=1) if "dual_clip" in row)
+    with pytest.raises(ConfigError) as raised:
+        parse(["--config", str(tmp_path / "run.yaml")])
+    assert f"run.yaml:{line}: model.dual_clip of earlier releases is now model.init_args.surrogate.init_args.dual" in str(raised.value)
 
 
 # ---------------------------------------------------------------------- versions
