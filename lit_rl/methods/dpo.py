@@ -17,6 +17,7 @@ from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.ranks import gather_objects
 from lit_rl.replay.sequences import pair_sequences
+from lit_rl.replay.sources import PairSource, members
 from lit_rl.seeding import seed_of
 from lit_rl.types import Minibatch, Prompts, TokenRollout
 
@@ -39,7 +40,7 @@ class DPO(LitTokens):
     """
 
     together = 2
-    asks = ("prompts", "pair_ids", "max_length", "train_prompts", "held_out")
+    asks = members(PairSource)
     datamodules = "datamodules.pairs.PreferencePairs"
 
     def __init__(
@@ -86,7 +87,7 @@ class DPO(LitTokens):
             return replace(rollout, reference=self.all_logprobs(rollout))
 
     def sequences(self, prompts: Prompts) -> TokenRollout:
-        return pair_sequences(prompts, self.data.pair_ids).to(self.device)  # type: ignore[attr-defined]
+        return pair_sequences(prompts, self.source(PairSource).pair_ids).to(self.device)
 
     # ------------------------------------------------------------------ the reference of all pairs at once
     def remembered(self, rollout: TokenRollout) -> Tensor:
@@ -108,7 +109,8 @@ class DPO(LitTokens):
         """The sums of all training and held-out pairs. Every process does a share; collective."""
         if self.trainer.global_step:
             raise ConfigError("model.reference=precomputed needs a checkpoint that was written with it, or a run from its beginning")
-        rows = [*self.data.train_prompts, *self.data.held_out]  # type: ignore[attr-defined]
+        data = self.source(PairSource)
+        rows = [*data.train_prompts, *data.held_out]
         size, world = max(1, self.prompts_per_update // self.trainer.world_size), self.trainer.world_size
         share = -(-len(rows) // (size * world)) * size
         known: dict[int, tuple[float, float]] = {}

@@ -22,6 +22,7 @@ from lit_rl.modules.gradient import LitPolicyGradient
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.replay.batches import TokenBatch
 from lit_rl.replay.sequences import assemble, joined, pair_sequences, select
+from lit_rl.replay.sources import PairSource, TextSource, members
 from lit_rl.types import Info, Minibatch, Prompts, TokenRollout
 
 
@@ -76,12 +77,12 @@ class MixedGSPO(LitPolicyGradient):
         self._margins: list[Tensor] = []
 
     # ------------------------------------------------------------------ sizes
-    asks = ("prompts", "prompt_ids", "max_prompt_length", "pair_ids", "train_prompts")
+    asks = (*members(TextSource), *members(PairSource))
     datamodules = "datamodules.mixed.PromptsAndPairs"
 
     def check_parts(self, stage: str) -> None:
         super().check_parts(stage)
-        rows = chain(self.held_out_pairs, self.data.train_prompts if stage == "fit" else ())  # type: ignore[attr-defined]
+        rows = chain(self.held_out_pairs, self.source(PairSource).train_prompts if stage == "fit" else ())
         if stage != "predict" and any(is_pair(row) for row in rows):
             self.policy.check_reference(after_warmup=False)
 
@@ -146,7 +147,7 @@ class MixedGSPO(LitPolicyGradient):
         """Chosen, rejected, chosen, rejected, ...: each row of the data stands twice in `prompts`."""
         which = torch.tensor([1, -1]).repeat(len(prompts) // 2)
         stopped = torch.ones(len(prompts), dtype=torch.bool)
-        return replace(pair_sequences(prompts, self.data.pair_ids), stopped=stopped, preference=which)  # type: ignore[attr-defined]
+        return replace(pair_sequences(prompts, self.source(PairSource).pair_ids), stopped=stopped, preference=which)
 
     def annotate(self, rollout: TokenRollout) -> TokenRollout:
         """Log-probabilities where they are needed: the trainer's of answers, the reference's of pairs."""

@@ -13,6 +13,7 @@ from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.replay.sequences import sequences
+from lit_rl.replay.sources import SupervisedSource, members
 from lit_rl.rollouts.answers import Answers
 from lit_rl.types import Minibatch, Prompts, TokenRollout
 
@@ -32,7 +33,7 @@ class SFT(LitTokens):
     """
 
     drops = True
-    asks = ("prompts", "supervised_ids", "max_length")
+    asks = members(SupervisedSource)
     datamodules = "datamodules.supervised.SupervisedText"
 
     def __init__(
@@ -54,7 +55,7 @@ class SFT(LitTokens):
 
     def demonstrations(self, prompts: Prompts) -> TokenRollout:
         """The rows' conversations, the assistant's tokens being the actions."""
-        rows = [self.data.supervised_ids(row) for row in prompts.info]  # type: ignore[attr-defined]
+        rows = [self.source(SupervisedSource).supervised_ids(row) for row in prompts.info]
         return sequences(prompts, [ids for ids, _ in rows], [chosen for _, chosen in rows]).to(self.device)
 
     def score(self, rollout: TokenRollout) -> TokenRollout:

@@ -24,6 +24,7 @@ from lit_rl.losses.terms import Terms
 from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.replay.sequences import assemble
+from lit_rl.replay.sources import TextSource, members
 from lit_rl.rollouts.answers import Answers, Keys
 from lit_rl.types import Minibatch, Prompts, TokenRollout
 
@@ -46,7 +47,7 @@ class LitPolicyGradient(LitTokens):
         kwargs: See `LitTokens`.
     """
 
-    asks: Sequence[str] = ("prompts", "prompt_ids", "max_prompt_length")
+    asks: Sequence[str] = members(TextSource)
     datamodules = "datamodules.prompts_text.TextPrompts"
     answers: Answers
     defines: ClassVar[Mapping[str, type]] = {}
@@ -96,7 +97,7 @@ class LitPolicyGradient(LitTokens):
         return self.updates * self.inner_epochs == 1 and not self.answers.asynchronous
 
     def longest_sequence(self) -> int:
-        return self.data.max_prompt_length + self.answers.sampling.max_new_tokens  # type: ignore[attr-defined]
+        return self.source(TextSource).max_prompt_length + self.answers.sampling.max_new_tokens
 
     # ------------------------------------------------------------------ collect
     def collect(self, prompts: Prompts) -> TokenRollout:

@@ -18,6 +18,7 @@ from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.replay.batches import TokenBatch, finite_rows, token_batch, without_rows
 from lit_rl.replay.partition import balanced_parts
+from lit_rl.replay.sources import Kind, PairSource, S, source_of
 from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.start_check import check_logprobs
 from lit_rl.types import Minibatch, Prompts, TokenRollout
@@ -67,6 +68,10 @@ class LitTokens(LitPolicy[TokenRollout]):
         self.aggregation: Aggregation = aggregation
 
     # ------------------------------------------------------------------ life
+    def source(self, kind: Kind[S]) -> S:
+        """The datamodule as a source of this kind. Raises ConfigError that names what it lacks."""
+        return source_of(self.data, kind, who=type(self).__name__, use=self.datamodules)
+
     def setup(self, stage: str) -> None:
         self.check_sizes()
         super().setup(stage)
@@ -175,7 +180,7 @@ class LitTokens(LitPolicy[TokenRollout]):
 
     def longest_sequence(self) -> int:
         """Tokens of the longest sequence that the options let through."""
-        return self.data.max_length  # type: ignore[attr-defined]
+        return self.source(PairSource).max_length
 
     @property
     def units_per_prompt(self) -> int:

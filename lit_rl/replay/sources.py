@@ -13,9 +13,10 @@ A datamodule inherits from the protocols that it serves; a duck-typed one is tak
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Protocol, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor
 
@@ -83,16 +84,18 @@ class SupervisedSource(PromptSource, Protocol):
 
 
 S = TypeVar("S")
+Kind = Callable[..., S]
+"""A protocol; `type[S]` would be a class that can be instantiated."""
 
 
-def members(source: type) -> list[str]:
+def members(source: Kind[Any]) -> list[str]:
     """Names of the methods and then of the attributes that a protocol asks for, its bases' first."""
-    own = [cls for cls in reversed(source.__mro__) if cls.__module__ == source.__module__]
+    own = [cls for cls in reversed(inspect.getmro(cast(type, source))) if cls.__module__ == source.__module__]
     names = [name for part in ([vars(cls) for cls in own], [cls.__annotations__ for cls in own]) for found in part for name in found]
     return list(dict.fromkeys(name for name in names if not name.startswith("_")))
 
 
-def source_of(data: object, kind: type[S], *, who: str, use: str) -> S:
+def source_of(data: object, kind: Kind[S], *, who: str, use: str) -> S:
     """`data` as a source of this kind. Raises ConfigError that names what it lacks.
 
     who: The method that asks, for the message. use: Datamodules that have it.
