@@ -16,7 +16,7 @@ from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
 install_import_hook(
-    ["lit_rl.samplers", "lit_rl.losses", "lit_rl.credit.groups", "lit_rl.credit.tokens", "lit_rl.replay.packing"],
+    ["lit_rl.samplers", "lit_rl.losses", "lit_rl.credit", "lit_rl.replay.packing"],
     "beartype.beartype",
 )
 
@@ -40,6 +40,14 @@ def golden_dir() -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"GOLDEN_DIR={folder} is not a folder; unset it to use the numbers shipped in tests/golden")
     return folder
+
+
+@pytest.fixture(scope="session")
+def sorting_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A miniature language model that has seen the task of `toy_text`: about half of its answers are right."""
+    from learners import demonstrated
+
+    return demonstrated(tmp_path_factory.mktemp("sorting_lm"))
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,8 @@ import lit_rl.methods
 import lit_rl.policies
 import lit_rl.rewards
 import lit_rl.rollouts
+from lit_rl.losses.off_policy import Correction
 from lit_rl.modules.base import LitRL
-from lit_rl.modules.gradient import Correction
 from lit_rl.policies.base import Policy
 from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.rewards.base import Reward

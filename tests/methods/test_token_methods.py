@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from learners import rewards_rise
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from toy_text import Digits, model_folder, policy, trainer
+from toy_text import Digits, policy, trainer
 
-from lit_rl.credit.rules import LengthPenalty
+from lit_rl.credit.rules import LengthPenalty, LengthWeighted, PassAtK, ReturnsBaseline
 from lit_rl.errors import ConfigError
 from lit_rl.losses.kl import KL, RewardKL
 from lit_rl.losses.off_policy import Correction
-from lit_rl.losses.surrogates import Clip, GeoMean, Reinforce
+from lit_rl.losses.surrogates import Clip, GeoMean, Reinforce, Sapo, Vespo
 from lit_rl.methods.dpo import DPO
 from lit_rl.methods.grpo import CISPO, DAPO, GRPO, GSPO, RLOO, DrGRPO, ReinforcePP
 from lit_rl.methods.sft import SFT
@@ -29,21 +30,9 @@ SHORT = Sampling(max_new_tokens=5)
 SGD = partial(torch.optim.SGD, lr=0.1)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A miniature that has seen the task: about half of its answers are right."""
-    root = tmp_path_factory.mktemp("lm")
-    method = SFT(
-        policy(model_folder(root / "random", hidden=64, layers=2)),
-        prompts_per_iteration=128,
-        prompts_per_update=32,
-        optimizer=partial(torch.optim.AdamW, lr=2e-3),
-        answers=Answers(sampling=SHORT),
-    )
-    trainer(max_epochs=8, check_val_every_n_epoch=100).fit(method, datamodule=Digits(prompts=128))
-    (root / "sft").mkdir()
-    method.policy.save(root / "sft", {name: p.detach() for name, p in method.policy.trainable()})
-    return root / "sft"
+@pytest.fixture
+def folder(sorting_lm: Path) -> Path:
+    return sorting_lm
 
 
 def weights(method: Any) -> Tensor:
@@ -78,19 +67,24 @@ def test_rewards_rise_on_held_out_prompts(method: type[GRPO], folder: Path) -> N
         GSPO: {"prompts_per_update": 16},  # its ratio is 1 in the first step
         DAPO: {"dynamic_sampling": DynamicSampling(on_limit="train_partial"), "length_penalty": LengthPenalty()},
     }
-    learner = method(
-        policy(folder),
-        prompts_per_iteration=32,
-        group_size=8,
-        answers=Answers(sampling=SHORT, eval_sampling=SHORT, chunk=256),
-        optimizer=partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0),
-        **given.get(method, {}),
-    )
-    data = Digits(prompts=600, held_out=200)
-    before = trainer().validate(learner, datamodule=data, verbose=False)[0]["val/exact"]
-    run = trainer(max_epochs=40, check_val_every_n_epoch=40)
-    run.fit(learner, datamodule=data)
-    assert run.callback_metrics["val/exact"] > before + 0.15
+    rewards_rise(folder, method, **given.get(method, {}))
+
+
+PARTS: list[dict[str, Any]] = [
+    {"surrogate": Sapo(), "prompts_per_update": 16},
+    {"surrogate": GeoMean(), "aggregation": "seq-mean-token-mean", "prompts_per_update": 16},
+    {"surrogate": Vespo(), "prompts_per_update": 16},
+    {"surrogate": Reinforce()},
+    {"credit": LengthWeighted()},
+    {"credit": PassAtK(), "by": 0.05},  # it is the best answer of a group that it improves
+    {"credit": ReturnsBaseline()},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: type(next(iter(parts.values()))).__name__)
+def test_rewards_rise_with_each_part_of_grpo(parts: dict[str, Any], folder: Path) -> None:
+    rewards_rise(folder, GRPO, **parts)
 
 
 def test_dpo_prefers_the_chosen_answer_on_held_out_prompts(folder: Path) -> None:
