@@ -25,6 +25,12 @@ def load_llm(folder: Path, name: str) -> tuple[dict, dict]:
     return data, json.loads(data.pop("meta"))
 
 
+def load_pack(folder: Path, name: str) -> tuple[dict, dict]:
+    """One .npz of `pack`: its arrays, and `meta`, the settings of its cases."""
+    data = load(folder / "pack", name)
+    return data, json.loads(data.pop("meta"))
+
+
 def cases(data: dict, pattern: str) -> Iterator[tuple[re.Match, dict]]:
     """Arrays `<case>__<name>` gathered per case, for the cases that `pattern` matches entirely. Never none."""
     found: dict[str, dict] = {}
