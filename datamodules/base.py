@@ -1,4 +1,4 @@
-"""What every datamodule of a method that acts offers: prompts by iteration, evaluation batches, and the module's own training loader."""
+"""Base of all datamodules: prompts by iteration, evaluation batches, and the method's own training loader."""
 
 from __future__ import annotations
 
@@ -92,12 +92,15 @@ class PromptDataModule(L.LightningDataModule, PromptSource):
         return method.train_loader()
 
     def val_dataloader(self) -> Batches:
+        """Batches of the held-out prompts."""
         return self._batches(self.held_out)
 
     def test_dataloader(self) -> Batches:
+        """Batches of the held-out prompts."""
         return self._batches(self.held_out)
 
     def predict_dataloader(self) -> Batches:
+        """Batches of the prompts of predict, or of the held-out ones."""
         if not (rows := self.to_predict or self.held_out):
             raise ConfigError("nothing to predict: set data.predict, or data.val, to prompts that are to be answered")
         return self._batches(rows)

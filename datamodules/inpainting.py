@@ -124,7 +124,7 @@ class Inpainting(PromptDataModule, ExampleSource):
 
     # ------------------------------------------------------------------ before any model is read
     def unreadable(self) -> list[str]:
-        """Of every image file whose pixels cannot be decoded what is wrong. The constructor reads no more than headers and masks."""
+        """A sentence for every image file whose pixels cannot be decoded. The constructor reads no more than headers and masks."""
         rows = [row for part in (self.train_prompts, self.held_out, self.to_predict) for row in part]
         return unreadable([*self._targets, *(reader for row in rows for reader in row.readers())])  # type: ignore[attr-defined]
 
@@ -161,7 +161,7 @@ class Inpainting(PromptDataModule, ExampleSource):
         return rows
 
     def _before(self, round_: int) -> np.ndarray:
-        """How often each prompt has come before a round."""
+        """Times that each prompt has come before a round."""
         return np.floor(round_ * self._weights + self._phases).astype(np.int64)
 
     def _order(self, round_: int) -> list[int]:
@@ -172,7 +172,7 @@ class Inpainting(PromptDataModule, ExampleSource):
 
     # ------------------------------------------------------------------ supervised examples
     def examples(self, step: int, count: int, part: slice = ALL) -> tuple[Sequence[Info], Tensor]:
-        """Of `count` prompts that have a ground truth those in `part`, and that as uint8 "B 3 H W"; a function of (seed, step).
+        """The prompts in `part` of `count` ones with a ground truth, and that as uint8 "B 3 H W"; a function of (seed, step).
 
         `style_dropout` of them have `styled` False. Only pictures in `part` are read.
         """
@@ -198,6 +198,7 @@ def convert(folder: Path, out: Path) -> int:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Convert a benchmark folder from the command line."""
     if len(arguments) != 2:
         raise SystemExit("usage: python -m datamodules.inpainting BENCHMARK_FOLDER OUT.json")
     try:

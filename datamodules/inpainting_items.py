@@ -26,7 +26,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Item:
-    """What an item of a file says, checked."""
+    """A checked item of a file."""
 
     where: str  # file and place in it, for messages
     id: str
@@ -97,7 +97,7 @@ class _Check:
         )
 
     def _shape(self, fields: Mapping[str, Any], where: str) -> None:
-        """Which fields there are, and what they hold."""
+        """Note fields that are missing, unknown or of a wrong type."""
         for field in fields.keys() - set(FIELDS):
             close = difflib.get_close_matches(str(field), FIELDS, n=1)
             self._wrong(where, f"{field}: no such field; {f'did you mean {close[0]}?' if close else f'there are {sorted(FIELDS)}'}")

@@ -34,6 +34,7 @@ class ImageCache:
         self._lock = threading.Lock()
 
     def read(self, reader: Reader) -> Tensor:
+        """The image of a reader, read once while it is held."""
         key = reader.func, reader.args
         with self._lock:
             if key in self.held:
@@ -80,7 +81,7 @@ class LazyRow(Mapping[str, Any]):
         return f"LazyRow({self._values}, images={list(self._images)})"
 
     def readers(self) -> list[Reader]:
-        """Of each of its images."""
+        """The readers of its images."""
         return list(self._images.values())
 
     def but(self, **values: Any) -> LazyRow:
@@ -130,7 +131,7 @@ def read_mask(path: Path, size: Size, *, where: str) -> Tensor:
 
 
 def white_of(mask: Any) -> Any:
-    """What an open Pillow image masks, upright: "L", 255 wherever it is neither black nor transparent, 0 elsewhere.
+    """The mask in an open Pillow image, upright: "L", 255 wherever it is neither black nor transparent, 0 elsewhere.
 
     Black in a lossy file (JPEG, JPEG 2000, WebP) is not exactly black around an edge: there from half white on.
     """
@@ -196,7 +197,7 @@ def _opaque(image: Any, background: str) -> Any:
 
 
 def _deep(image: Any) -> bool:
-    """Whether an image is grey with more than 8 bits: Pillow's own conversion would cut off all that is above 255."""
+    """True for grey images of more than 8 bits: Pillow's own conversion would cut off all that is above 255."""
     return image.mode == "F" or image.mode.startswith("I")
 
 

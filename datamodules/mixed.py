@@ -36,6 +36,7 @@ class PromptsAndPairs(TextPrompts, PairSource):
         super().__init__(**kwargs)
 
     def fields(self, row: Fields) -> Fields:
+        """The fields of a prompt or of a pair, with its `kind`."""
         kind = row_kind(row)
         if kind == "self_play":
             return super().fields(row) | {"kind": kind}
@@ -43,6 +44,7 @@ class PromptsAndPairs(TextPrompts, PairSource):
         return pair | {"kind": kind}
 
     def unusable(self, info: Info) -> str | None:
+        """The reason why a row is left out, by its kind."""
         if info["kind"] == "self_play":
             return super().unusable(info)
         prompt, chosen, rejected = self.pair_ids(info)
@@ -54,6 +56,7 @@ class PromptsAndPairs(TextPrompts, PairSource):
         return pair_ids(self.policy, info, limit=self.max_length, how=self.pair_truncation, keys=("max_length", "pair_truncation"))
 
     def use(self, split: str, rows: Rows) -> None:
+        """Take the checked rows; held-out pairs apart from held-out prompts."""
         if split == "val":
             pairs = [info["kind"] == "pair" for info in rows]
             self.held_out_pairs = rows.select([i for i, pair in enumerate(pairs) if pair])
@@ -69,4 +72,5 @@ class PromptsAndPairs(TextPrompts, PairSource):
     test_dataloader = val_dataloader
 
     def rows_to_score(self, stage: str) -> Iterator[Info]:
+        """The prompts; pairs are not scored."""
         return (info for info in super().rows_to_score(stage) if info["kind"] == "self_play")

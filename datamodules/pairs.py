@@ -50,9 +50,11 @@ class PreferencePairs(TextData, PairSource):
         self.read()
 
     def fields(self, row: Fields) -> Fields:
+        """`prompt`, `chosen` and `rejected`."""
         return pair_fields(row, **self.keys, chat=self.chat)
 
     def unusable(self, info: Info) -> str | None:
+        """The reason why a pair is left out: no learned token within `max_length`."""
         prompt, chosen, rejected = self.pair_ids(info)
         self.note("sequence", len(prompt) + max(len(chosen), len(rejected)))
         return None if any(chosen.learned) and any(rejected.learned) else f"no answer within data.max_length={self.max_length} tokens"

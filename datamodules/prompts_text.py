@@ -45,9 +45,11 @@ class TextPrompts(TextData, TextSource):
         self.read()
 
     def fields(self, row: Fields) -> Fields:
+        """`prompt`, and what rewards need."""
         return prompt_fields(row, key=self.prompt_key, chat=self.chat)
 
     def unusable(self, info: Info) -> str | None:
+        """The reason why a prompt is left out: it is too long, or its template refuses it."""
         try:
             ids = super().prompt_ids(info)
         except Exception as error:  # templates are programs: they refuse roles and orders of turns in their own ways
@@ -62,6 +64,7 @@ class TextPrompts(TextData, TextSource):
         return None
 
     def prompt_ids(self, info: Info) -> list[int]:
+        """Token ids of a prompt, cut to `max_prompt_length`."""
         return self._cut(super().prompt_ids(info))
 
     def _cut(self, ids: list[int]) -> list[int]:

@@ -78,7 +78,7 @@ class RenderedText(PromptDataModule, ExampleSource):
         self._rendered: dict[tuple[str, int], Tensor] = {}
 
     def examples(self, step: int, count: int, part: slice = ALL) -> tuple[Sequence[Info], Tensor]:
-        """Of `count` prompts those in `part`, with their pictures uint8 "B 3 H W", a function of (seed, step)."""
+        """The prompts in `part` of `count` ones, with their pictures uint8 "B 3 H W", a function of (seed, step)."""
         draw = generator(self.seed, "examples", step)
         rows = [self.train_prompts[i] for i in torch.randint(len(self.train_prompts), (count,), generator=draw).tolist()]
         shifts = torch.randint(-self.jitter, self.jitter + 1, (count,), generator=draw).tolist()

@@ -47,9 +47,11 @@ class SupervisedText(TextData, SupervisedSource):
         self.read()
 
     def fields(self, row: Fields) -> Fields:
+        """`messages`, `prompt` and `response`."""
         return supervised_fields(row, messages_key=self.messages_key, keys=self.keys, chat=self.chat)
 
     def unusable(self, info: Info) -> str | None:
+        """The reason why a row is left out: no supervised token within `max_length`."""
         _, mask = self._whole(info)
         self.note("sequence", min(len(mask), self.max_length))
         if any(mask[: self.max_length]):

@@ -1,4 +1,4 @@
-"""What all datamodules of texts share: rows from files, checked with the policy's tokenizer before training starts."""
+"""Base of the datamodules of texts: rows from files, checked with the policy's tokenizer before training starts."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class TextData(PromptDataModule):
 
     @abstractmethod
     def unusable(self, info: Info) -> str | None:
-        """Why a row is left out, found with the tokenizer: one reason for all rows alike. Raises InvalidRow for what stops the run."""
+        """The reason why a row is left out, equal ones counted together. Raises InvalidRow for what stops the run."""
 
     # ------------------------------------------------------------------ with the tokenizer
     @property
@@ -101,6 +101,7 @@ class TextData(PromptDataModule):
         return self._trainer().lightning_module.policy
 
     def setup(self, stage: str) -> None:
+        """Look at every row of the stage's splits with the policy's tokenizer, once."""
         for split in STAGES[stage]:
             if split not in self._checked:
                 self._checked.add(split)
@@ -143,7 +144,7 @@ class TextData(PromptDataModule):
 
 
 def template_of(info: Info) -> dict[str, Any]:
-    """What a row gives to the chat template beside its messages."""
+    """Arguments of the chat template that a row holds beside its messages."""
     return {"tools": info["tools"]} if "tools" in info and not isinstance(info["prompt"], str) else {}
 
 

@@ -22,7 +22,7 @@ Fields = dict[str, Any]
 
 
 class InvalidRow(ConfigError):
-    """What is wrong with a row: its field, what is there and what was expected."""
+    """A row that cannot be used: its field, its value and the expected one."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class TextFile:
     lines: Sequence[int] | None  # None: rows are counted, from 1
 
     def place(self, i: int) -> str:
+        """File and line, or row, of row `i`."""
         return f"{self.path}:{self.lines[i]}" if self.lines is not None else f"{self.path}: row {i + 1}"
 
 

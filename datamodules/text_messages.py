@@ -38,7 +38,7 @@ def text_field(row: Mapping[str, Any], key: str, *, empty: bool = False) -> Text
 
 
 def _json(text: str) -> Any:
-    """What a text says that is a JSON list or object; None for any other."""
+    """The value of a text that is a JSON list or object; None for any other."""
     if not text.lstrip().startswith(("[", "{")):
         return None
     try:
@@ -79,7 +79,7 @@ def _message(message: Any, key: str) -> Message:
 
 
 def _switch(value: Any, key: str) -> bool | None:
-    """Whether a message is learned; NaN, which tables have for what is missing, says nothing."""
+    """True or False as a message is learned or not; None for NaN, which tables have for missing values."""
     if isinstance(value, float) and math.isnan(value):
         return None
     if not isinstance(value, bool | int | float) or value not in (0, 1):

@@ -1,4 +1,4 @@
-"""What the fields of a row of text mean, and what is said when they mean nothing."""
+"""Rows of text under the field names that methods and rewards know; a sentence for each that has no meaning."""
 
 from __future__ import annotations
 

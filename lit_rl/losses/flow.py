@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 KLKind = Literal["x_diffusion", "x_noise_std", "x", "v", "v_diffusion"]
-"""What `gaussian_kl` divides by, and whether it compares predicted next samples (x) or velocities (v)."""
+"""The denominator of `gaussian_kl`, and the quantity that it compares: predicted next samples (x) or velocities (v)."""
 
 
 def gaussian_kl(

@@ -40,7 +40,7 @@ def weighted_sum(x: Float[Tensor, "*S"], weights: Float[Tensor, "*S"]) -> Float[
 
 
 def weighted_means(values: Mapping[str, Float[Tensor, "*S"]], weights: Float[Tensor, "*S"]) -> dict[str, Float[Tensor, ""]]:
-    """Of each of the values sum(x w) / sum(w), without a gradient; 0 without any weight."""
+    """sum(x w) / sum(w) of each of the values, without a gradient; 0 without any weight."""
     total = weights.sum()
     return {name: torch.where(total > 0, weighted_sum(x.detach(), weights) / total, 0.0) for name, x in values.items()}
 

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 AdvantageMode = Literal["normal", "positive_only", "negative_only", "one_only", "binary"]
-"""What remains of an advantage A: A itself; max(A, 0); min(A, 0); 1 where A > 0, else 0; its sign."""
+"""The part of an advantage A that is used: A itself; max(A, 0); min(A, 0); 1 where A > 0, else 0; its sign."""
 
 MatchingWeight = Literal["uniform", "t", "t2", "huber", "ghuber"]
-"""What `matching_logprob` makes of the squared error, see there."""
+"""The weight of the squared error in `matching_logprob`, see there."""
 
 
 class NFTLoss(NamedTuple):

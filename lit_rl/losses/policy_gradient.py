@@ -90,7 +90,7 @@ def policy_metrics(
     clip_high: float,
     weights: Float[Tensor, "*S"] | Bool[Tensor, "*S"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
-    """How far the policy has moved from the one that acted: 0-d tensors on the device, averaged with `weights` (or a mask).
+    """Distances between the policy and the one that acted: 0-d tensors on the device, averaged with `weights` (or a mask).
 
     approx_kl = 0.5 mean (new - logprobs)^2; clip_fraction_high: r > 1 + clip_high; clip_fraction_low: r < 1 - clip_low; clip_fraction: sum.
     ratio_max_dev = max |r - 1| over elements of non-zero weight: at the first update it is the rollout/training mismatch, ideally 0.

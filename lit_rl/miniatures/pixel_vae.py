@@ -38,11 +38,13 @@ class PixelUnshuffleVAE(ModelMixin, ConfigMixin):
         self.register_buffer("anchor", torch.zeros(1))  # a tensor for the dtype, the device and the weights file to hang on
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Pixels to latents, without loss."""
         pixels = x if self.image_channels == 3 else x.mean(dim=1, keepdim=True)
         mean = pixel_unshuffle(pixels, self.factor)
         posterior = DiagonalGaussianDistribution(torch.cat([mean, torch.zeros_like(mean)], dim=1), deterministic=True)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> DecoderOutput | tuple[Tensor]:
+        """Latents to pixels, without loss."""
         pixels = pixel_shuffle(z, self.factor).expand(-1, 3, -1, -1)
         return DecoderOutput(sample=pixels) if return_dict else (pixels,)

@@ -73,6 +73,7 @@ class Policy(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
+        """The device of the first parameter."""
         return next(self.parameters()).device
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -95,7 +96,7 @@ class FlowPolicy(Policy):
         return self.encode([str(row["prompt"]) for row in info])
 
     def condition_key(self, info: Info) -> Hashable:
-        """What `condition` depends on: of prompts with equal keys one is conditioned for all."""
+        """Prompts with equal keys are conditioned once for all of them."""
         return str(info["prompt"])
 
     @abstractmethod

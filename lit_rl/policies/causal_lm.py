@@ -108,11 +108,13 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         return read_lm(self.pretrained, dtype=torch.float32 if self.full else self.dtype, attention=self.attention, **self.source)
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        """The decoder layers."""
         return repeated_blocks(network.lm)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ text
     @cached_property
     def tokenizer(self) -> Any:
+        """The tokenizer of the folder, with the configured chat template or a plain one. Read when first asked for."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_folder, **self.source)
@@ -142,14 +144,17 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         return found
 
     def encode(self, prompt: str | Sequence[Message], **template: Any) -> list[int]:
+        """Token ids of a prompt through the chat template; `template` goes before `chat_template_kwargs`."""
         return prompt_ids(self.tokenizer, prompt, **{**self.chat_template_kwargs, **template})
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text without special tokens and without the token that ends the turn."""
         ended = bool(ids) and ids[-1] in self.stop_ids  # not all tokens that end a turn are special ones
         text = self.tokenizer.decode(list(ids[:-1] if ended else ids), skip_special_tokens=True)
         return text.removesuffix(turn_ends(self.tokenizer, **self.chat_template_kwargs).text) if ended else text
 
     def reply(self, ids: Sequence[int], *, prompt_ids: Sequence[int], info: Info) -> Answer:
+        """The answer with the special tokens in it, and with the part of it that its prompt holds already."""
         return reply(self.tokenizer, ids, text=self.decode(ids), prompt_ids=prompt_ids, info=info, stop_ids=self.stop_ids)
 
     def check_sizes(self, longest: int, *, what: str, remedy: str) -> None:
@@ -166,6 +171,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
     def logprobs(
         self, tokens: Tensor, lengths: Tensor, mask: Tensor, *, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
+        """One forward over the micro-batch; without padding where `padding_free` is set."""
         width = max(int(lengths.max()), 2)
         inputs, chosen = tokens[:, : width - 1], mask[:, : width - 1]
         inputs = inputs.where(torch.arange(width - 1, device=tokens.device) < lengths[:, None], 0)  # padding may be no token at all

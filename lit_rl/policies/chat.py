@@ -51,7 +51,7 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], **template: Any)
 
 
 def prompt_text(tokenizer: Any, messages: Sequence[Message], **template: Any) -> str:
-    """What `prompt_ids` tokenizes of a conversation."""
+    """The text of a conversation that `prompt_ids` tokenizes."""
     last, before = messages[-1], without_ends(tokenizer, messages[:-1], template=template)
     if last["role"] != "assistant":
         return render(tokenizer, [*before, last], add_generation_prompt=True, **template)
@@ -143,7 +143,7 @@ def _ends_of_marked(places: Sequence[tuple[int, int]], marks: Sequence[bool], tu
 
 
 def is_learned(message: Message) -> bool:
-    """Whether nothing in a message says that it is not."""
+    """True unless a message says that it is not learned."""
     return all(message.get(name) is None or bool(message[name]) for name in SWITCHES)
 
 

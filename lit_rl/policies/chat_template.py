@@ -117,7 +117,7 @@ def without_ends(tokenizer: Any, messages: Sequence[Message], *, stops: Collecti
 
 @dataclass(frozen=True)
 class Ends:
-    """How a template ends what the assistant says.
+    """The end of an assistant's turn in a template.
 
     stops: Strings of control tokens that end a conversation's last turn, a call of tools among them; empty: the template writes none.
     inside: Those that end a turn which is followed by another one. text: What stands behind an answer where no token does.
@@ -210,7 +210,7 @@ def _tried(tokenizer: Any, messages: Sequence[Message], kwargs: dict[str, Any]) 
 
 
 def _behind(text: str | None) -> str:
-    """What follows the last mark."""
+    """The text after the last mark."""
     return text.rpartition(MARK)[2] if text and MARK in text else ""
 
 

@@ -1,4 +1,4 @@
-"""Where in a rendered conversation each of the assistant's turns stands.
+"""The spans of the assistant's turns in a rendered conversation.
 
 A template is a program, so the places are found by what changes in its text when a message does. A turn begins where the generation prompt
 ends and goes to the token that ends it: what a policy would have to say there.
@@ -54,7 +54,7 @@ class Conversation:
 
     # ------------------------------------------------------------------ turns
     def turn(self, i: int) -> Turn | None:
-        """Where message `i` of the assistant stands; None where the template leaves it out."""
+        """The span of message `i` of the assistant; None where the template leaves it out."""
         place = self.place(i)
         if place is None:
             return None
@@ -118,12 +118,12 @@ class Conversation:
         return self._header(i, begin)
 
     def _header(self, i: int, begin: int) -> int:
-        """Where a template knows no generation prompt: behind what it writes before a turn is added."""
+        """The start of an answer where a template knows no generation prompt: after the text that it writes before a turn is added."""
         before = render(self.tokenizer, self.messages[:i], **self.template) if i else ""
         return len(before) if before and self.text.startswith(before) and len(before) <= begin else begin
 
     def stop(self, i: int, close: int) -> tuple[int, int]:
-        """Where the token that ends the turn begins and ends."""
+        """The span of the token that ends the turn."""
         if (found := self.ending.search(self.text, close)) and not self.text[close : found.start()].strip():
             return found.span()
         following = self.place(i + 1) if i + 1 < len(self.messages) else None

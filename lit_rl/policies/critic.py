@@ -1,4 +1,4 @@
-"""Who says what a text is worth before it is finished."""
+"""Value models: the reward that a text which is not finished will bring."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class ValueHead(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Values Float32 "N" of hidden states "N H"."""
         with torch.autocast(hidden.device.type, enabled=False):
             return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())[:, 0]
 
@@ -127,9 +128,11 @@ class Critic(nn.Module):
         return super().train(False)
 
     def networks(self) -> Sequence[nn.Module]:
+        """The one trained network."""
         return [self.network]
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        """The decoder layers."""
         return repeated_blocks(network.lm)
 
     def checkpoint_keys(self) -> set[str]:

@@ -158,6 +158,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
 
     @property
     def vae_factor(self) -> int:
+        """Pixels per latent cell."""
         return vae_factor(self._pipe.vae.config)
 
     @property
@@ -166,11 +167,12 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         return self.resolution[0] // self.vae_factor, self.resolution[1] // self.vae_factor
 
     def latent_shape(self) -> tuple[int, ...]:
+        """The shape of one packed latent at the configured resolution."""
         channels = self._pipe.vae.config.latent_channels
         return tuple(self.pack(torch.empty(1, channels, *self.latent_size, device="meta")).shape[1:])
 
     def scheduler_sigmas(self, num_steps: int, **given: Any) -> Tensor:
-        """What the pipeline's own scheduler steps through, its resolution-dependent shift included. given: for `set_timesteps`."""
+        """The sigmas of the pipeline's own scheduler, its resolution-dependent shift included. given: for `set_timesteps`."""
         scheduler = type(self._pipe.scheduler).from_config(self._pipe.scheduler.config)
         config = scheduler.config
         if config.use_dynamic_shifting:
@@ -196,6 +198,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
 
     # ------------------------------------------------------------------ text and images
     def encode(self, prompts: Sequence[str]) -> Cond:
+        """Conditioning of U prompts, each encoded alone and remembered; see `FrozenParts.encode`."""
         return self.frozen.encode(prompts, self.encode_one, device=self.device, negative="" if self.guided else None)
 
     @property
@@ -204,14 +207,17 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         return False
 
     def decode(self, x: Tensor) -> Tensor:
+        """Clean latents Float "B *D" -> images uint8 "B 3 H W" by the VAE; sets `finite_pixels`."""
         images, self.finite_pixels = self.frozen.images(self.unpack(x.float()), device=self.device)
         return images
 
     def encode_images(self, images: Tensor, info: Sequence[Info] = ()) -> Tensor:
+        """Clean latents of images, packed; the mode of the VAE's posterior."""
         return self.pack(self.frozen.latents(images.to(self.device).float() / 255 * 2 - 1))
 
     # ------------------------------------------------------------------ saving
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """A LoRA folder that `load_lora_weights` reads, or the whole pipeline."""
         named = {name.removeprefix("network."): tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         if self.lora:
             save_adapter(self.network, folder, named, pipeline=type(self._pipe), base=base_name(self.folder or self.pretrained))

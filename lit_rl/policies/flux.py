@@ -40,17 +40,20 @@ class FluxPolicy(DiffusersFlowPolicy):
 
     @staticmethod
     def tokens_side(transformer: dict[str, Any]) -> int:
+        """2: a token is 2 x 2 latent cells."""
         return 2
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        """Double blocks, then single ones."""
         return [*network.transformer_blocks, *network.single_transformer_blocks]  # type: ignore[misc, list-item]
 
     def encode_one(self, prompt: str) -> Cond:
+        """T5's embeddings and CLIP's pooled one."""
         embeds, pooled, _ = self._pipe.encode_prompt(prompt=prompt, device=self.device, max_sequence_length=self.max_sequence_length)
         return {"prompt_embeds": embeds, "pooled": pooled}
 
     def tokens(self, x: Tensor, cond: Cond) -> Tensor:
-        """What the network takes as image tokens for the noisy latents."""
+        """The image tokens of the network for noisy latents."""
         return x
 
     def attention_inputs(self, cond: Cond) -> dict[str, Any] | None:
@@ -58,6 +61,7 @@ class FluxPolicy(DiffusersFlowPolicy):
         return None
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """One forward; guidance is an input where the network takes it."""
         network = self.active_network
         image, embeds, pooled = self.compute_dtype(self.tokens(x, cond), cond["prompt_embeds"], cond["pooled"])
         guidance = (
@@ -82,14 +86,17 @@ class FluxPolicy(DiffusersFlowPolicy):
         return torch.cartesian_prod(*axes)
 
     def sigmas(self, num_steps: int) -> Tensor:
+        """The pipeline's schedule, shifted by the number of tokens where its scheduler is."""
         return self.scheduler_sigmas(num_steps, sigmas=np.linspace(1.0, 1 / num_steps, num_steps))
 
     def pack(self, z: Tensor) -> Tensor:
+        """ "B C h w" -> "B L 4C", 2 x 2 cells to a token."""
         batch, channels, height, width = z.shape
         cells = z.view(batch, channels, height // 2, 2, width // 2, 2)
         return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, 4 * channels)
 
     def unpack(self, x: Tensor) -> Tensor:
+        """ "B L 4C" -> "B C h w"."""
         height, width = self.latent_size
         cells = x.view(len(x), height // 2, width // 2, -1, 2, 2)
         return cells.permute(0, 3, 1, 4, 2, 5).reshape(len(x), -1, height, width)

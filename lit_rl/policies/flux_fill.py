@@ -69,10 +69,12 @@ class FluxFillPolicy(FluxPolicy):
 
     @property
     def full(self) -> bool:
+        """Every weight is trained, those of a style adapter too."""
         return self.train_what == "full"
 
     # ------------------------------------------------------------------ loading
     def load(self) -> None:
+        """Read the weights as `DiffusersFlowPolicy` does, and train the style adapter where there is one."""
         if "network" in self._modules:
             return
         super().load()
@@ -115,6 +117,7 @@ class FluxFillPolicy(FluxPolicy):
         return cond
 
     def condition_key(self, info: Info) -> Hashable:
+        """The prompt object itself: its images are not compared."""
         return id(info)  # siblings share the object
 
     def _check_images(self, row: Info) -> None:
@@ -163,22 +166,27 @@ class FluxFillPolicy(FluxPolicy):
 
     # ------------------------------------------------------------------ the network
     def tokens(self, x: Tensor, cond: Cond) -> Tensor:
+        """Noisy latents with the masked image and the mask beside them."""
         return torch.cat([x, cond["fill"].to(x.dtype)], dim=-1)
 
     def attention_inputs(self, cond: Cond) -> dict[str, Any] | None:
+        """The style's features, which the network projects itself."""
         return {FEATURES: cond[FEATURES]} if self.style else None
 
     def decode(self, x: Tensor) -> Tensor:
+        """Images without the strip above them."""
         return super().decode(x)[:, :, self.context_height :]
 
     # ------------------------------------------------------------------ saving
     def checkpoint_keys(self) -> set[str]:
+        """The style adapter with its frozen copy, and LoRA; everything in a full fine-tune."""
         if self.full or self.style is None:
             return super().checkpoint_keys()
         adapter = {f"network.{name}" for name in adapter_names(self.network)} | {key for key in self.state_dict() if FROZEN in key}
         return adapter | (super().checkpoint_keys() if self.lora else set())
 
     def check_format(self, format: str) -> None:
+        """Raise ConfigError where this adapter has no place in a file of that format."""
         if self.style is None:
             super().check_format(format)
         network: Any = self.network

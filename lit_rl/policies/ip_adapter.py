@@ -79,7 +79,7 @@ class StyleAttention(nn.Module):
         return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
 
     def style(self, query: Tensor, tokens: Tensor) -> Tensor:
-        """What the tokens Float "B N C" say to the queries Float "B L H D": Float "B L H*D"."""
+        """Attention of the queries Float "B L H D" to the style tokens Float "B N C": Float "B L H*D"."""
         if self.frozen_is_active:
             return self.frozen.style(query, tokens)
         tokens = tokens.to(self.to_k_ip.weight.dtype)
@@ -106,6 +106,7 @@ class MLPProjection(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features Float "B F" -> tokens Float "B N C"."""
         return self.norm(self.proj(features).unflatten(-1, (-1, self.norm.normalized_shape[0])))
 
 
@@ -121,6 +122,7 @@ class QFormerProjection(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features Float "B F" -> tokens Float "B N C"."""
         keys = self.id_proj(features).unflatten(-1, (-1, self.query_embeds.shape[1]))
         queries = self.query_embeds.expand(len(features), -1, -1)
         attended, _ = self.cross_attn(queries, keys, keys, need_weights=False)
@@ -198,6 +200,7 @@ def style_modules(network: Any) -> list[Any]:
 
 
 def flux_blocks(network: Any) -> list[Any]:
+    """Double blocks, then single ones."""
     return [*network.transformer_blocks, *network.single_transformer_blocks]
 
 

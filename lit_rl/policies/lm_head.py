@@ -20,7 +20,7 @@ PROBED = (1e-3, 0.1, 1.0, 10.0, 1000.0)
 
 @dataclass(frozen=True)
 class LMHead:
-    """How a model makes logits of hidden states.
+    """The function from hidden states to logits.
 
     affine: softcap tanh(scale (hidden W^T + bias) / softcap), which `token_logprobs` knows. own: some other function of each place's hidden
     state, for which the model's `forward` is asked. whole: not told apart from the model's body, so that all logits are made at once.

@@ -1,4 +1,4 @@
-"""Where a pipeline comes from: what can be known of a folder or hub id without reading any weights."""
+"""Facts about a pipeline in a folder or hub repository, without reading any weights."""
 
 from __future__ import annotations
 

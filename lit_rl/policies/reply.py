@@ -1,4 +1,4 @@
-"""What a language model's token ids say, with what a reward on the form of an answer needs to know beside the text."""
+"""A language model's token ids as an answer: its text, and its special tokens for rewards on its form."""
 
 from __future__ import annotations
 

@@ -32,16 +32,20 @@ class SD3Policy(DiffusersFlowPolicy):
 
     @staticmethod
     def tokens_side(transformer: dict[str, Any]) -> int:
+        """The transformer's patch size."""
         return transformer["patch_size"]
 
     @property
     def guided(self) -> bool:
+        """The guidance scale is above 1."""
         return self.guidance_scale > 1
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        """The transformer blocks."""
         return list(network.transformer_blocks)  # type: ignore[arg-type]
 
     def encode_one(self, prompt: str) -> Cond:
+        """Embeddings of all text encoders side by side, and CLIP's pooled ones."""
         embeds, _, pooled, _ = self._pipe.encode_prompt(
             prompt=prompt,
             prompt_2=None,
@@ -53,6 +57,7 @@ class SD3Policy(DiffusersFlowPolicy):
         return {"prompt_embeds": embeds, "pooled": pooled}
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """One forward of prompt and empty prompt together where guidance is on."""
         embeds, pooled = cond["prompt_embeds"], cond["pooled"]
         if self.guided:
             x, t = torch.cat([x, x]), torch.cat([t, t])
@@ -68,10 +73,13 @@ class SD3Policy(DiffusersFlowPolicy):
         return v
 
     def sigmas(self, num_steps: int) -> Tensor:
+        """The pipeline's schedule with its fixed shift."""
         return self.scheduler_sigmas(num_steps)
 
     def pack(self, z: Tensor) -> Tensor:
+        """Latents as they are."""
         return z
 
     def unpack(self, x: Tensor) -> Tensor:
+        """Latents as they are."""
         return x

@@ -57,6 +57,7 @@ class StyleOff(Reference):
 
     @contextmanager
     def active(self, policy: Referenced) -> Iterator[None]:
+        """Inside it the network answers without style."""
         projection: Any = policy.network.image_proj
         before, projection.is_off = projection.is_off, True
         try:
@@ -69,11 +70,13 @@ class FrozenStyle(Reference):
     """A frozen copy of the style adapter in the modules of the trained one, which answer with it while it is active."""
 
     def add(self, policy: Referenced, *, dtype: torch.dtype) -> None:
+        """Copy the style adapter into each of its own modules."""
         for module in style_modules(policy.network):
             module.frozen = copy.deepcopy(module).requires_grad_(False)
 
     @contextmanager
     def active(self, policy: Referenced) -> Iterator[None]:
+        """Inside it the copies answer in place of the modules that hold them."""
         modules = style_modules(policy.network)
         before = [module.frozen_is_active for module in modules]
         try:
@@ -86,12 +89,14 @@ class FrozenStyle(Reference):
 
     @torch.no_grad()
     def refresh(self, policy: Referenced) -> None:
+        """The copies <- the adapter as it is now; local shards when sharded."""
         reshard(policy.network)
         for module in style_modules(policy.network):
             for name, parameter in module.frozen.named_parameters():
                 local(parameter).copy_(local(module.get_parameter(name)))
 
     def bytes(self, policy: Referenced) -> int:
+        """The style adapter again, in float32."""
         return sum(p.nbytes for module in style_modules(policy.network) for p in module.frozen.parameters())
 
 

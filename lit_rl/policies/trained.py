@@ -1,4 +1,4 @@
-"""What all policies around one transformer share: trained whole or by LoRA, and a reference beside it."""
+"""Base of the policies around one transformer: trained whole or by LoRA, with a reference beside it."""
 
 from __future__ import annotations
 
@@ -79,15 +79,19 @@ class TrainedPolicy(Policy):
 
     @property
     def has_reference(self) -> bool:
+        """`reference()` has weights to answer with."""
         return self.reference_weights.exists
 
     def reference(self) -> AbstractContextManager[None]:
+        """Inside it the reference answers, see `lit_rl.policies.weights.reference`."""
         return self.reference_weights.active(self)
 
     def check_reference(self, *, after_warmup: bool) -> None:
+        """Raise ConfigError where the reference has no weights, or those from before a warm-up."""
         self.reference_weights.check(after_warmup=after_warmup)
 
     def refresh_reference(self) -> None:
+        """A kept copy <- the current weights; nothing where none is kept."""
         self.reference_weights.refresh(self)
 
     def checkpoint_keys(self) -> set[str]:

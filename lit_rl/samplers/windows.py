@@ -1,4 +1,4 @@
-"""Which steps of a denoising path are stochastic, and therefore trained. Never empty; the same on every rank for the same arguments."""
+"""The stochastic steps of a denoising path, which are those trained. Never empty; the same on every rank for the same arguments."""
 
 from __future__ import annotations
 

@@ -90,6 +90,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return _renamed(state, {name: i for i, name in enumerate(_names(self.model, plain))})
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write a folder of shards that appears whole, or one file."""
         if not self.saves_shards:
             Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)  # the parent would remove a folder of shards first
             return
@@ -98,6 +99,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     # ------------------------------------------------------------------ loading
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a folder of shards, or a file of an unsharded run."""
         path = Path(self.broadcast(checkpoint_path))
         trusted = weights_only is False
         if (path / META).is_file():

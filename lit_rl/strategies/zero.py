@@ -63,6 +63,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write DeepSpeed's shards into a folder that appears whole."""
         module, named = self._module(), checkpointed(self.lightning_module)
         keys = named.checkpoint_keys()
         frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
@@ -76,6 +77,7 @@ class ZeroStrategy(DeepSpeedStrategy):
                 (folder / OPTIMIZER_FILE).write_text(json.dumps(checkpoint.get("optimizer", {}), default=str))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read DeepSpeed's shards, after a look at their layout and contents."""
         path = Path(checkpoint_path)
         if not (path / LAYOUT_FILE).is_file():
             kind = "a single file" if path.is_file() else "no folder of DeepSpeed's shards"

@@ -34,6 +34,7 @@ def add_frozen_copy(network: nn.Module, name: str) -> None:
 
 
 def to_float32(network: nn.Module, name: str) -> None:
+    """Keep an adapter in float32, whatever the precision of its base."""
     # peft gives a new adapter the precision of its base layer; in bfloat16 an optimizer's small steps would round to nothing.
     for parameter in adapter_parameters(network, name).values():
         parameter.data = parameter.data.float()
@@ -53,7 +54,7 @@ def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]
 
 
 def geometry(network: nn.Module) -> dict[str, Any]:
-    """What a checkpoint keeps of the trained adapter beside its weights: rank, alpha, and (rank, scaling) by layer."""
+    """Facts about the trained adapter that a checkpoint keeps beside its weights: rank, alpha, and (rank, scaling) by layer."""
     config: Any = network.peft_config[TRAINED]  # type: ignore[union-attr, index]
     layers = {
         name: [int(layer.r[TRAINED]), float(layer.scaling[TRAINED])] for name, layer in named_tuner_layers(network) if TRAINED in layer.r
@@ -114,6 +115,7 @@ def adapted_parameters(network: nn.Module) -> list[str]:
 
 
 def tuner_layers(network: nn.Module) -> list[Any]:
+    """PEFT's layers."""
     return [layer for _, layer in named_tuner_layers(network)]
 
 

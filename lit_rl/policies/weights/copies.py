@@ -16,11 +16,11 @@ from lit_rl.policies.weights.shards import cut, joined, part, reachable, reshard
 
 
 class OldPolicy(Protocol):
-    """What a method that samples with an older policy than it trains asks of the callback that keeps it."""
+    """The callback that keeps an older policy, as a method that samples with it sees it."""
 
     @property
     def is_current(self) -> bool:
-        """Whether it is known to be the very weights that are trained, so that asking it would be asking them again."""
+        """True where the old policy is known to be the very weights that are trained: its forward would give theirs again."""
 
     def acting(self) -> AbstractContextManager[None]:
         """Inside it the old policy answers. Not between a forward and its backward."""

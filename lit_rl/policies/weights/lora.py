@@ -80,7 +80,7 @@ class LoraSettings:
         return None if isinstance(self.targets, str) else self.targets
 
     def new_config(self, **targets: list[str]) -> LoraConfig:
-        """Of an adapter that is drawn. targets: `target_modules`, `target_parameters` of PEFT."""
+        """The configuration of an adapter that is drawn. targets: `target_modules`, `target_parameters` of PEFT."""
         from peft import LoraConfig
 
         return LoraConfig(

@@ -118,7 +118,7 @@ def coverage(lm: Any, sites: Sites) -> str:
 
 
 def bypassed(lm: Any, name: str) -> bool:
-    """Whether a state-space module reads the layer's weight itself, for a kernel of its own: an adapter there is not asked."""
+    """True where a state-space module reads the layer's weight itself, for a kernel of its own: an adapter there has no effect."""
     parent, _, leaf = name.rpartition(".")
     cls: Any = type(lm.get_submodule(parent))
     return re.search("Mamba|Mixer|SSM", cls.__name__) is not None and leaf in _read_weights(cls)
@@ -156,7 +156,7 @@ def _name_of(lm: nn.Module, wanted: nn.Module) -> str:
 
 
 def _reach(lm: Any) -> tuple[str, str]:
-    """How names of the decoder begin, and the name of the output layer."""
+    """The prefix of the names of the decoder, and the name of the output layer."""
     return f"{_name_of(lm, decoder_of(lm))}.".removeprefix("."), _name_of(lm, lm.get_output_embeddings())
 
 

@@ -70,9 +70,11 @@ class NoReference(Reference):
 
     @contextmanager
     def active(self, policy: Referenced) -> Iterator[None]:
+        """The trained weights answer."""
         yield
 
     def check(self, *, after_warmup: bool) -> None:
+        """Raise ConfigError: there is no reference."""
         raise ConfigError(
             "a full fine-tune has no reference weights: set model.policy.keep_reference to true, or model.kl_coef (model.kl.coef) to 0"
         )
@@ -82,9 +84,11 @@ class AdapterOff(Reference):
     """LoRA's base network. It needs no memory and cannot be refreshed."""
 
     def active(self, policy: Referenced) -> AbstractContextManager[None]:
+        """Inside it the base network answers."""
         return disabled_adapters(policy.network)
 
     def check(self, *, after_warmup: bool) -> None:
+        """Raise ConfigError after a warm-up, which the base has not seen."""
         if after_warmup:
             raise ConfigError(
                 "LoRA's reference is the base from before the warm-up: set model.policy.keep_reference to true, or model.kl_coef "
@@ -96,16 +100,20 @@ class FrozenAdapter(Reference):
     """A frozen copy of the trained adapter beside it, in float32. The base network is shared."""
 
     def add(self, policy: Referenced, *, dtype: torch.dtype) -> None:
+        """Copy the trained adapter, the one of `lora.initial` included."""
         add_frozen_copy(policy.network, REFERENCE)
 
     def active(self, policy: Referenced) -> AbstractContextManager[None]:
+        """Inside it the frozen adapter answers."""
         return using_adapter(policy.network, REFERENCE)
 
     def refresh(self, policy: Referenced) -> None:
+        """The frozen adapter <- the trained one."""
         reshard(policy.network)
         copy_adapter(policy.network, source=TRAINED, target=REFERENCE)
 
     def bytes(self, policy: Referenced) -> int:
+        """The adapter again, in float32."""
         return sum(p.nbytes for p in adapter_parameters(policy.network, REFERENCE).values())
 
 
@@ -116,10 +124,12 @@ class FrozenNetwork(Reference):
         self.is_active = False
 
     def add(self, policy: Referenced, *, dtype: torch.dtype) -> None:
+        """Copy the network."""
         policy.reference_network = copy.deepcopy(policy.network).requires_grad_(False).to(dtype)
 
     @contextmanager
     def active(self, policy: Referenced) -> Iterator[None]:
+        """Inside it `network` is the copy."""
         before, self.is_active = self.is_active, True
         try:
             yield
@@ -127,12 +137,15 @@ class FrozenNetwork(Reference):
             self.is_active = before
 
     def refresh(self, policy: Referenced) -> None:
+        """The copy <- the trained network."""
         copy_weights(policy.network, self._frozen(policy))
 
     def network(self, policy: Referenced) -> nn.Module:
+        """The copy while it is active."""
         return self._frozen(policy) if self.is_active else policy.network
 
     def bytes(self, policy: Referenced) -> int:
+        """The network again, in the precision of frozen weights."""
         return sum(p.nbytes for p in self._frozen(policy).parameters())
 
     def _frozen(self, policy: Referenced) -> nn.Module:
@@ -147,24 +160,29 @@ class Combined(Reference):
         self.parts = parts
 
     def add(self, policy: Referenced, *, dtype: torch.dtype) -> None:
+        """Add every part."""
         for part in self.parts:
             part.add(policy, dtype=dtype)
 
     @contextmanager
     def active(self, policy: Referenced) -> Iterator[None]:
+        """Inside it every part is active."""
         with ExitStack() as stack:
             for part in self.parts:
                 stack.enter_context(part.active(policy))
             yield
 
     def refresh(self, policy: Referenced) -> None:
+        """Refresh every part."""
         for part in self.parts:
             part.refresh(policy)
 
     def check(self, *, after_warmup: bool) -> None:
+        """Ask the first part."""
         self.parts[0].check(after_warmup=after_warmup)
 
     def bytes(self, policy: Referenced) -> int:
+        """The sum over the parts."""
         return sum(part.bytes(policy) for part in self.parts)
 
 

@@ -67,7 +67,7 @@ def readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def part(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter, as a plain tensor (flat under ZeRO-3). An alias: writing to it changes the parameter."""
+    """The part of a parameter on this process, as a plain tensor (flat under ZeRO-3). An alias: writing to it changes the parameter."""
     from torch.distributed.tensor import DTensor
 
     held = local(parameter).detach()
