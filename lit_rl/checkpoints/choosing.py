@@ -44,7 +44,7 @@ def _best(keepers: Sequence[ModelCheckpoint]) -> str:
     keeper = next((k for k in keepers if k.monitor is not None and k.dirpath), None)
     if keeper is None:
         raise ConfigError(
-            "--ckpt_path best is what a ModelCheckpoint with monitor and dirpath has kept, and trainer.callbacks has none: add them, or "
+            "--ckpt_path best is what a ModelCheckpoint with monitor has kept, and trainer.callbacks has none: add one, or "
             "give the path of a checkpoint"
         )
     folder = Path(str(keeper.dirpath))

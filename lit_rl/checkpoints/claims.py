@@ -45,8 +45,7 @@ def _check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"checkpoints cannot be written to {folder}: {error.strerror}; set dirpath of ModelCheckpoint in trainer.callbacks to a folder "
-            "that can be written"
+            f"checkpoints cannot be written to {folder}: {error.strerror}; set run.dir to a folder that can be written"
         ) from error
 
 
@@ -66,8 +65,8 @@ def _lock(folder: Path) -> int | None:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 return None  # no locks on this file system
             raise ConfigError(
-                f"another run ({holder or 'of another process'}) writes its checkpoints to {folder}: wait for its end, or set "
-                "dirpath of ModelCheckpoint in trainer.callbacks to another folder"
+                f"another run ({holder or 'of another process'}) writes its checkpoints to {folder}: wait for its end, or give "
+                "this one another --run.name"
             ) from error
         if file.exists() and os.path.samestat(os.fstat(descriptor), os.stat(file)):
             break

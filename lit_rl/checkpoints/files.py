@@ -91,8 +91,8 @@ def check_unused(folders: Sequence[str | os.PathLike]) -> None:
     for folder in map(Path, folders):
         if there := newest_complete(folder):
             raise ConfigError(
-                f"{folder} holds checkpoints of an earlier run (newest: {there.name}): continue it with --ckpt_path last, or set dirpath "
-                "of ModelCheckpoint in trainer.callbacks to another folder, or move that one away"
+                f"{folder} holds checkpoints of an earlier run (newest: {there.name}): continue it with --ckpt_path last, give this "
+                "run another --run.name, or move that folder away"
             )
 
 
@@ -159,7 +159,7 @@ def newest_first(checkpoints: Iterable[Path]) -> list[Path]:
 def _resolve_last(folders: list[Path]) -> str | None:
     if not folders:
         raise ConfigError(
-            "--ckpt_path last looks into the dirpath of ModelCheckpoint, and none is set: add dirpath to it in trainer.callbacks"
+            "--ckpt_path last looks into the dirpath of ModelCheckpoint, and this run has none: leave run.callbacks.newest as it is"
         )
     found = [file for folder in folders for file in folder.glob("last*.ckpt") if file.exists()]  # a link may point to what was removed
     if not found:

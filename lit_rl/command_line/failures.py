@@ -12,7 +12,7 @@ import torch
 
 from lit_rl.checkpoints.files import newest_complete, newest_first
 
-_ELSEWHERE = "set dirpath of ModelCheckpoint, of Export or of what writes there in trainer.callbacks to a folder that can be written"
+_ELSEWHERE = "set run.dir, or where the run names it the folder of what writes there, to one that can be written"
 _ADVICE = {
     errno.ENOSPC: "free space there, keep fewer checkpoints (save_top_k), or move the run's folders to another disk",
     errno.EDQUOT: "free space there, keep fewer checkpoints (save_top_k), or move the run's folders to another disk",

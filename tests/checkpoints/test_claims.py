@@ -70,5 +70,5 @@ def test_children_do_not_hold_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["/proc/1/checkpoints", "a-file/checkpoints", "/sys/kernel/checkpoints"])
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "a-file").touch()
-    with pytest.raises(ConfigError, match="checkpoints cannot be written to .*; set dirpath of ModelCheckpoint"):
+    with pytest.raises(ConfigError, match="checkpoints cannot be written to .*; set run.dir"):
         claim([tmp_path / place])

@@ -30,8 +30,8 @@ ROOT = Path(__file__).parents[2]
     ("error", "sentence"),
     [
         (OSError(28, "No space left on device", "/a/last.ckpt"), r"^/a/last\.ckpt: No space left on device; free space there"),
-        (OSError(30, "Read-only file system", "/a"), r"^/a: Read-only file system; set dirpath"),
-        (PermissionError(13, "Permission denied", b"/a"), "^/a: Permission denied; set dirpath"),
+        (OSError(30, "Read-only file system", "/a"), r"^/a: Read-only file system; set run.dir"),
+        (PermissionError(13, "Permission denied", b"/a"), "^/a: Permission denied; set run.dir"),
         (OSError(5, "Input/output error"), "^a file: Input/output error; the disk"),
         (RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer"), r"another process of this run has ended.*timeout"),
         (torch.distributed.DistStoreError("Timed out"), r"another process .*DistStoreError: Timed out$"),
