@@ -50,6 +50,7 @@ class EMA(RLCallback):
 
     # ------------------------------------------------------------------ life of the average
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        """Refuse a second average, and strategies whose forward misses a swap."""
         remedy = "two averages would take each other's weights for those that train; set decay and the rest where the YAML has it"
         check_alone(trainer, EMA, remedy)
         check_swaps_reach(trainer.strategy, who="EMA")
@@ -61,7 +62,8 @@ class EMA(RLCallback):
         if self._average is None:
             self._average = WeightCopy(_policy(module))
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: object, batch: object, batch_idx: int) -> None:
+        """Follow the weights after an optimizer step."""
         if trainer.global_step == self._global_step:
             return  # gradients are still being accumulated
         self._global_step = trainer.global_step
@@ -92,25 +94,32 @@ class EMA(RLCallback):
             self._average.swap_out(_policy(module))
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Evaluate the average, where `evaluate` says so."""
         if self.evaluate:
             self.swap_in(module)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Continue with the live weights."""
         self.swap_out(module)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the live weights in place."""
         self.swap_out(module)
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """As validation."""
         self.on_validation_start(trainer, module)
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """As validation."""
         self.swap_out(module)
 
     def on_predict_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """As validation."""
         self.on_validation_start(trainer, module)
 
     def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """As validation."""
         self.swap_out(module)
 
     # ------------------------------------------------------------------ checkpoints
@@ -120,6 +129,7 @@ class EMA(RLCallback):
             checkpoint["ema"] = {"steps": self.steps, "weights": self.averaged_weights(trainer, module)}
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the stored average until the weights are in their place."""
         if "ema" in checkpoint:
             self.steps, self._restored = checkpoint["ema"]["steps"], checkpoint["ema"]["weights"]
 

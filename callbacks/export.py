@@ -71,6 +71,7 @@ class Export(RLCallback):
         self._exported = -1
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        """Refuse an export of an average without EMA, and two exports into one folder."""
         if self.weights == "ema" and self._ema(trainer) is None:
             raise ConfigError("Export weights=ema needs callbacks.ema.EMA in trainer.callbacks; or set weights=live")
         exports = callbacks_of(trainer, Export)
@@ -78,11 +79,13 @@ class Export(RLCallback):
             raise ConfigError(f"two Exports write {self.dirpath / self.folder}: give one of them another dirpath or folder")
 
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Refuse a format that the policy does not write."""
         if self.format:
             module.policy.check_format(self.format)
 
     # ------------------------------------------------------------------ when
     def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Export after every n-th iteration."""
         if self.at == "iteration" and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self.export(trainer, module, iteration=module.iteration + 1)
 
@@ -93,11 +96,12 @@ class Export(RLCallback):
             self.export(trainer, module, iteration=max(0, module.iteration + ended))
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Export the last weights."""
         if self._exported != trainer.global_step and not self._in_haste(trainer):
             self.export(trainer, module, iteration=module.iteration)  # the epoch counter has moved on
 
     # ------------------------------------------------------------------ what
-    def export(self, trainer: L.Trainer, module: Any, *, iteration: int) -> None:
+    def export(self, trainer: L.Trainer, module: object, *, iteration: int) -> None:
         """Write the folder of this iteration and of the step that has been reached. Collective."""
         tensors = self._gather(trainer, module)
         if trainer.is_global_zero:
@@ -146,7 +150,7 @@ class Export(RLCallback):
             )
 
     def _forget_old(self, newest: str) -> None:
-        """Of an earlier run there may be later ones, which are not this run's to count."""
+        """Remove this run's oldest exports beyond `keep`. Later ones are an earlier run's, and are not counted."""
         pattern = re.escape(self.folder).replace(r"\{iteration\}", r"(\d+)").replace(r"\{step\}", r"(\d+)")
 
         def order(name: str) -> list[int] | None:

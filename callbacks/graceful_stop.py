@@ -9,7 +9,6 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins.environments import LightningEnvironment
@@ -50,9 +49,11 @@ class GracefulStop(RLCallback):
 
     # ------------------------------------------------------------------ being asked
     def on_sanity_check_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Take signals from here on."""
         self._listen(trainer)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Take signals, remove an old STOP file, and leave if asked already."""
         trainer.callbacks = [c for c in callbacks_of(trainer, L.Callback) if c is not self] + [self]  # type: ignore[attr-defined]  # others' states first
         self._listen(trainer)
         self._step = trainer.global_step
@@ -83,7 +84,7 @@ class GracefulStop(RLCallback):
             os.write(2, f"\n{self._asked_by}: stopping after this optimizer step with a checkpoint for --ckpt_path last{again}\n".encode())
 
     # ------------------------------------------------------------------ obeying
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: object, batch: object, batch_idx: int) -> None:
         """Mid-epoch; on the last minibatch Lightning cannot resume, so the end of the epoch decides."""
         if trainer.global_step == self._step or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # a partial gradient is in no checkpoint
@@ -98,6 +99,7 @@ class GracefulStop(RLCallback):
         trainer.should_stop = trainer.should_stop or self.leaving
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Leave if asked, and see that `last.ckpt` holds the end."""
         if self.leaving:
             self._save_and_leave(trainer)
         keeper = self._keeper(trainer)
@@ -105,7 +107,7 @@ class GracefulStop(RLCallback):
             self._save(trainer)
 
     def _agreed(self, trainer: L.Trainer) -> bool:
-        """Whether any process was asked. Collective."""
+        """True when any process was asked to stop. Collective."""
         if not self._asked_by and trainer.is_global_zero and self._stop_path(trainer).exists():
             self._asked_by = "the STOP file"
         return trainer.strategy.reduce_boolean_decision(bool(self._asked_by), all=False)

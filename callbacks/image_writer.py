@@ -37,9 +37,11 @@ class ImageWriter(RLCallback):
         self._written: list[dict[str, Any]] = []
 
     def on_predict_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Begin an empty list of files."""
         self._written = []
 
     def on_predict_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int, *_: Any) -> None:
+        """Refuse triptychs of prompts that lack an image."""
         lacking = [field for field in ("source", "mask", "reference") if any(field not in row for row in batch.info)]
         if self.triptych and lacking:
             raise ConfigError(f"images.triptych shows source, mask and reference, and prompts lack {lacking}: set it to false")
@@ -47,6 +49,7 @@ class ImageWriter(RLCallback):
     def on_predict_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        """Write the images of a batch."""
         if "media" not in outputs:
             return
         prompts: Prompts = outputs["prompts"]
@@ -62,6 +65,7 @@ class ImageWriter(RLCallback):
             self._written.append({"file": name, "index": index, "prompt": text, **known})
 
     def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Write prompts.jsonl, on the first process."""
         rows = sorted((row for rank in gather_objects(self._written) for row in rank), key=lambda row: row["index"])
         if trainer.is_global_zero and rows:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

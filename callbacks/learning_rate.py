@@ -19,7 +19,8 @@ class LearningRate(RLCallback, LearningRateMonitor):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(logging_interval="step", **kwargs)
 
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *args: object, **kwargs: object) -> None:
+        """Log with the first micro-batch of an optimizer step."""
         ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # this minibatch among them
         if (ready - 1) % trainer.accumulate_grad_batches == 0:
             super().on_train_batch_start(trainer, *args, **kwargs)

@@ -48,7 +48,7 @@ class OldPolicySync(RLCallback):
     # ------------------------------------------------------------------ what the method asks
     @property
     def is_current(self) -> bool:
-        """Whether no optimizer step came after the weights were copied."""
+        """True while no optimizer step has come after the weights were copied."""
         return self._synced_at == self._trainer.global_step
 
     def acting(self) -> AbstractContextManager[None]:
@@ -60,6 +60,7 @@ class OldPolicySync(RLCallback):
 
     # ------------------------------------------------------------------ life of the copy
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+        """Give the method its old policy. Raises ConfigError for a method without one."""
         if not hasattr(module, "old_policy"):
             raise ConfigError(f"OldPolicySync has no part in {type(module).__name__}: remove it from trainer.callbacks")
         check_alone(trainer, OldPolicySync, "the method samples with one old policy; set decay where the YAML has it")
@@ -75,6 +76,7 @@ class OldPolicySync(RLCallback):
             self._copy = WeightCopy.restored(module.policy, saved, what="old policy")
 
     def on_phase_start(self, trainer: L.Trainer, module: Any, name: str) -> None:
+        """Update before a rollout."""
         if name != "rollout":
             return
         if self._copy is None:
@@ -82,7 +84,8 @@ class OldPolicySync(RLCallback):
         elif self.every == "rollout":
             self._follow(trainer, module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: object, outputs: object, batch: object, batch_idx: int) -> None:
+        """Update after an optimizer step, where `every` says so."""
         stepped, self._global_step = trainer.global_step != self._global_step, trainer.global_step
         if stepped and self.every == "step" and self._copy is not None:
             self._follow(trainer, module)
@@ -100,12 +103,13 @@ class OldPolicySync(RLCallback):
         assert self._copy is not None, "the old policy exists from the first rollout on"
         return self._copy.whole(module.policy, keep=trainer.is_global_zero)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, module: object, checkpoint: dict[str, Any]) -> None:
         """In the first process's state, which is the one that strategies write (ZeRO-3 writes all of them)."""
         if self._copy is not None:
             checkpoint["old_policy"] = {"synced_at": self._synced_at, "weights": self.old_weights(trainer, module)}
 
-    def on_load_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, module: object, checkpoint: dict[str, Any]) -> None:
+        """Keep the stored old policy until the weights are in their place."""
         if "old_policy" in checkpoint:
             self._synced_at, self._restored = checkpoint["old_policy"]["synced_at"], checkpoint["old_policy"]["weights"]
 

@@ -33,6 +33,7 @@ class Progress(RLCallback, TQDMProgressBar):
         self._epoch_began = self._last_line = time.perf_counter()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Choose between bar and lines."""
         super().setup(trainer, pl_module, stage)
         self._lines = self.is_enabled and trainer.is_global_zero and not sys.stdout.isatty()
         if self._lines:
@@ -47,12 +48,13 @@ class Progress(RLCallback, TQDMProgressBar):
         return reward | {n: v for n, v in metrics.items() if n not in reward and (pl_module.warming_up or not n.startswith("warmup/"))}
 
     def label(self, trainer: L.Trainer, module: Any) -> str:
+        """ "iteration 3/100", or "warm-up"."""
         if module.warming_up:
             return "warm-up"
         last = (trainer.max_epochs or 0) - module.warmup_epochs
         return f"iteration {module.iteration + 1}" + (f"/{last}" if last > 0 else "")
 
-    def _show(self, trainer: L.Trainer, module: Any, activity: str, total: int | float, unit: str) -> None:
+    def _show(self, trainer: L.Trainer, module: object, activity: str, total: int | float, unit: str) -> None:
         bar = self.train_progress_bar
         bar.unit, bar.initial, bar.postfix = f" {unit}", 0, ""
         bar.set_description(f"{self.label(trainer, module)} {activity}".rstrip(), refresh=False)
@@ -60,6 +62,7 @@ class Progress(RLCallback, TQDMProgressBar):
         self._done = 0
 
     def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print a line above the bar, or into the log."""
         if self._lines:
             print(*args, flush=True, **kwargs)
         else:
@@ -73,13 +76,15 @@ class Progress(RLCallback, TQDMProgressBar):
 
     # ------------------------------------------------------------------ rollout and scoring
     def on_phase_start(self, trainer: L.Trainer, module: Method, name: str) -> None:
+        """Begin the bar of a rollout, or say that rewards are awaited."""
         if name == "rollout":
             samples = module.prompts_per_iteration // trainer.world_size * module.group_size
             self._show(trainer, module, "rollout", samples, module.samples)
         elif name == "score":
             self.train_progress_bar.set_description(f"{self.label(trainer, module)} waiting for rewards")
 
-    def on_rollout_chunk(self, trainer: L.Trainer, module: Method, media: Sized, info: Sequence[Any], total: int) -> None:
+    def on_rollout_chunk(self, trainer: L.Trainer, module: Method, media: Sized, info: Sequence[object], total: int) -> None:
+        """Move the bar by the samples of a chunk."""
         self._done += len(media)
         bar = self.train_progress_bar
         bar.total, bar.n = total, self._done
@@ -87,20 +92,24 @@ class Progress(RLCallback, TQDMProgressBar):
         self._say(lambda: f"{self.label(trainer, module)}: rollout {self._done}/{total} {module.samples}")
 
     def on_rollout_end(self, trainer: L.Trainer, module: Method, rollout: Rollout) -> None:
+        """Begin the bar of the training on a rollout."""
         self._show(trainer, module, "training", self.total_train_batches, "minibatches")
         self.train_progress_bar.set_postfix(self.get_metrics(trainer, module))
 
     # ------------------------------------------------------------------ training
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # type: ignore[override]
+        """Begin the bar."""
         super().on_train_start(trainer, pl_module)
         self._epoch_began = self._last_line = time.perf_counter()
         self._show(trainer, pl_module, "", self.total_train_batches, "minibatches")  # on_train_epoch_start is left out after some resumes
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # type: ignore[override]
+        """Begin the bar of an epoch."""
         super().on_train_epoch_start(trainer, pl_module)
         self._show(trainer, pl_module, "", self.total_train_batches, "minibatches")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """A line now and then, where there is no terminal."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._say(
             lambda: (
@@ -132,14 +141,15 @@ class Progress(RLCallback, TQDMProgressBar):
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         return " | ".join([f"Step {trainer.global_step}/{last}", *said, f"LR: {rate:.2g}"])
 
-    def _metrics(self, trainer: L.Trainer, module: Any) -> str:
+    def _metrics(self, trainer: L.Trainer, module: object) -> str:
         shown = {n: v for n, v in self.get_metrics(trainer, module).items() if self._evaluated or not n.startswith("val/")}
         return "".join(f"  {name} {float(value):.4g}" for name, value in shown.items())
 
     # ------------------------------------------------------------------ evaluation
     def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        """Call the bar "evaluation"."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         if batch_idx == 0:
             self.val_progress_bar.set_description("evaluation")
@@ -147,9 +157,11 @@ class Progress(RLCallback, TQDMProgressBar):
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        """A line now and then, where there is no terminal."""
         super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
         self._say(lambda: f"evaluation: batch {batch_idx + 1}/{self.total_val_batches_current_dataloader}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the scores of this evaluation with the iteration."""
         self._evaluated = not trainer.sanity_checking
         super().on_validation_end(trainer, pl_module)

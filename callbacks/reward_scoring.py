@@ -92,7 +92,7 @@ class RewardScoring(RLCallback, Scorer):
             message = self._told_by(int(failed.argmax()), str(problem))
             raise problem or ConfigError(message)
 
-    def check(self, datamodule: Any, stage: str) -> None:
+    def check(self, datamodule: object, stage: str) -> None:
         """Have the rewards look at the rows that they will score. Raises ConfigError; scores that count nothing may be missing."""
         rows = getattr(datamodule, "rows_to_score", None)
         for label, reward in self._rewards.items():
@@ -106,18 +106,22 @@ class RewardScoring(RLCallback, Scorer):
         module.rollout_metrics |= self.metrics()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """End the scoring thread."""
         self.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the scoring thread."""
         self.close()  # Lightning does not call a callback's teardown after an error
 
     # -- Scorer
 
     @property
     def highest(self) -> Mapping[str, float]:
+        """The highest value of each score that has one."""
         return {name: value for reward in self._rewards.values() for name, value in reward.highest.items()}
 
     def submit(self, media: Tensor | Sequence[str], info: Sequence[Info]) -> None:
+        """Queue a chunk. Raises RewardError where a reward does not score its kind."""
         if isinstance(media, Tensor) and (media.dtype != torch.uint8 or media.ndim != 4 or media.shape[1] != 3):
             raise ValueError(f"submit takes uint8 B 3 H W; got {media.dtype} {tuple(media.shape)}")
         if len(media) != len(info):
@@ -132,6 +136,7 @@ class RewardScoring(RLCallback, Scorer):
         self._chunks.append(_Chunk(len(info), futures))
 
     def gather(self) -> dict[str, Tensor]:
+        """Await the scores of all chunks; see `Scorer.gather`."""
         started = time.perf_counter()
         chunks, self._chunks = self._chunks, []
         total = sum(chunk.size for chunk in chunks)
@@ -149,10 +154,11 @@ class RewardScoring(RLCallback, Scorer):
 
     @property
     def weights(self) -> Mapping[str, float]:
+        """Weight of each named score in the total."""
         return self._weights
 
     def metrics(self) -> dict[str, float]:
-        """Of the last `gather`, all ranks: reward/<name>/failed_fraction, reward/<label>/<counter>, reward/wait_seconds (the longest)."""
+        """reward/<name>/failed_fraction, reward/<label>/<counter>, reward/wait_seconds (the longest): of the last `gather`, all ranks."""
         return dict(self._metrics)
 
     def close(self) -> None:
@@ -258,7 +264,7 @@ class RewardScoring(RLCallback, Scorer):
 
 
 def _is_set(variable: str) -> bool:
-    """Whether a variable of the environment says yes. Raises ConfigError for what says neither yes nor no."""
+    """True when a variable of the environment says yes. Raises ConfigError for a value that says neither yes nor no."""
     value = os.environ.get(variable, "").strip().lower()
     if value not in (*YES, *NO):
         raise ConfigError(f"{variable}={value} in the environment is neither true nor false; set it to true, or unset it")

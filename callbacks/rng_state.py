@@ -26,18 +26,22 @@ class RngState(RLCallback):
         self._restored: list[dict[str, Any]] | None = None
         self._begun: tuple[int, dict[str, Any]] = (-1, {})  # an optimizer step, and the streams when the next one began
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: object, batch_idx: int) -> None:
+        """Keep the streams at the beginning of an optimizer step."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._begun = trainer.global_step, streams()
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the streams of all processes."""
         step, begun = self._begun
         checkpoint["rng"] = gather_objects(begun if step == trainer.global_step else streams())
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the stored streams until training starts."""
         self._restored = checkpoint.get("rng")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Restore this process's streams."""
         saved, self._restored = self._restored, None
         if saved is None:
             return

@@ -46,10 +46,12 @@ class SampleGallery(RLCallback):
 
     # ------------------------------------------------------------------ training samples
     def on_phase_start(self, trainer: L.Trainer, module: Method, name: str) -> None:
+        """Begin a new sheet with each rollout."""
         if name == "rollout":
             self._seen, self._kept = 0, []
 
     def on_rollout_chunk(self, trainer: L.Trainer, module: Method, media: Tensor, info: Sequence[Info], total: int) -> None:
+        """Keep the images that the sheet shows."""
         rows = range(self._seen, self._seen + len(media))
         self._seen += len(media)
         if trainer.is_global_zero and module.iteration % self.every_n_iterations == 0:
@@ -57,15 +59,18 @@ class SampleGallery(RLCallback):
             self._kept += [(row, image.clone(), prompt) for row, image, prompt in zip(rows, media, info) if row in wanted]
 
     def on_rollout_end(self, trainer: L.Trainer, module: Method, rollout: Rollout) -> None:
+        """Show the sheet of the rollout."""
         self._show(trainer, module, "samples/rollout", f"rollout-{module.iteration + 1:05d}", rollout.rewards)
 
     # ------------------------------------------------------------------ evaluation samples
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Begin a new sheet."""
         self._seen, self._kept = 0, []
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        """Keep the first images."""
         prompts: Prompts = outputs["prompts"]
         for i, image in enumerate(outputs["media"]):
             if prompts.group[i] >= 0 and trainer.is_global_zero and len(self._kept) < self.max_images:
@@ -73,6 +78,7 @@ class SampleGallery(RLCallback):
         self._seen += len(prompts)
 
     def on_evaluation_end(self, trainer: L.Trainer, module: Method, prompts: Prompts, rewards: Mapping[str, Tensor]) -> None:
+        """Show the sheet of the evaluation."""
         if not trainer.sanity_checking:
             self._show(trainer, module, "samples/evaluation", f"evaluation-{trainer.global_step:06d}", rewards)
 

@@ -37,10 +37,12 @@ class SampleTexts(RLCallback):
 
     # ------------------------------------------------------------------ training
     def on_phase_start(self, trainer: L.Trainer, module: Method, name: str) -> None:
+        """Begin anew with each rollout."""
         if name == "rollout":
             self._kept = []
 
     def on_rollout_chunk(self, trainer: L.Trainer, module: Method, texts: Sequence[str], info: Sequence[Info], total: int) -> None:
+        """Keep the first answers."""
         if trainer.is_global_zero and module.iteration % self.every_n_iterations == 0:
             self._kept += list(zip(texts, info))[: self.max_texts - len(self._kept)]
 
@@ -52,6 +54,7 @@ class SampleTexts(RLCallback):
         self.on_rollout_chunk(trainer, module, texts, rollout.info[: len(first)], len(rollout))
 
     def on_rollout_end(self, trainer: L.Trainer, module: Method, rollout: Rollout) -> None:
+        """Show the answers of the rollout."""
         rows = self._take(rollout.rewards)
         self._show(trainer, module, "samples/rollout", rows)
         if self.console:
@@ -60,15 +63,18 @@ class SampleTexts(RLCallback):
 
     # ------------------------------------------------------------------ evaluation
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Begin anew."""
         self._kept = []
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        """Keep the first answers."""
         if trainer.is_global_zero and "texts" in outputs:
             self._kept += list(zip(outputs["texts"], outputs["prompts"].info))[: self.max_texts - len(self._kept)]
 
     def on_evaluation_end(self, trainer: L.Trainer, module: Method, prompts: Prompts, rewards: Mapping[str, Tensor]) -> None:
+        """Show the answers of the evaluation."""
         if not trainer.sanity_checking:
             self._show(trainer, module, "samples/evaluation", self._take(rewards))
 

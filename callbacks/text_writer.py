@@ -28,11 +28,13 @@ class TextWriter(RLCallback):
         self._written: list[tuple[int, dict[str, Any]]] = []
 
     def on_predict_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Begin an empty list."""
         self._written = []
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        """Keep the answers of a batch."""
         prompts: Prompts = outputs["prompts"]
         for text, index, info in zip(outputs.get("texts", ()), prompts.group.tolist(), prompts.info):
             if index >= 0:  # the rest fills up the last batch
@@ -40,6 +42,7 @@ class TextWriter(RLCallback):
                 self._written.append((index, known | {"prompt": info["prompt"], "response": text}))
 
     def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Write the file, on the first process."""
         rows = sorted((row for rank in gather_objects(self._written) for row in rank), key=lambda row: row[0])
         if trainer.is_global_zero and rows:
             self.output_file.parent.mkdir(parents=True, exist_ok=True)

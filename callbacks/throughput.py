@@ -1,4 +1,4 @@
-"""Where the time of an iteration goes."""
+"""Time of an iteration by phase, and samples and actions per second."""
 
 from __future__ import annotations
 
@@ -39,22 +39,28 @@ class Throughput(RLCallback):
 
     # ------------------------------------------------------------------ what is going on
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Start the clock."""
         self._clock.restart()
 
     def on_phase_start(self, trainer: L.Trainer, module: Method, name: str) -> None:
+        """Count time for a phase."""
         self._clock.enter(name)
 
     def on_phase_end(self, trainer: L.Trainer, module: Method, name: str) -> None:
+        """Count time for "other"."""
         self._clock.enter("other")
 
-    def on_rollout_chunk(self, trainer: L.Trainer, module: Method, media: Sized, info: Sequence[Any], total: int) -> None:
+    def on_rollout_chunk(self, trainer: L.Trainer, module: Method, media: Sized, info: Sequence[object], total: int) -> None:
+        """Count samples."""
         self._samples += len(media)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        """Count time and actions for training."""
         self._clock.enter("train")
         self._actions += module.count_actions(batch) if hasattr(batch, "weights") else 0
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: object, batch: object, batch_idx: int) -> None:
+        """Count time for "other" after the last minibatch."""
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # a GPU is still at work on this minibatch when the next one is cut
         if module.device.type == "cuda":
@@ -62,13 +68,16 @@ class Throughput(RLCallback):
         self._clock.enter("other")
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Count time for validation."""
         self._clock.enter("validation")
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Count time for "other"."""
         self._clock.enter("other")
 
     # ------------------------------------------------------------------ the sums
     def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Log the means over all processes. Collective."""
         everyone = gather_objects((dict(self._clock.restart()), self._samples, self._actions))
         self._samples = self._actions = 0
         mean = {phase: sum(seconds.get(phase, 0.0) for seconds, _, _ in everyone) / len(everyone) for phase in get_args(Phase)}
@@ -89,12 +98,13 @@ class Clock:
         self.phase, self.since = "other", time.perf_counter()
 
     def enter(self, phase: str) -> None:
+        """Count time for another phase from now on."""
         now = time.perf_counter()
         self.seconds[self.phase] += now - self.since
         self.phase, self.since = phase, now
 
     def restart(self) -> defaultdict[str, float]:
-        """What was counted so far; counting goes on from nothing, in "other"."""
+        """Return the seconds so far and start again from zero, in "other"."""
         self.enter("other")
         seconds, self.seconds = self.seconds, defaultdict(float)
         return seconds

@@ -1,4 +1,4 @@
-"""Which checkpoint `--ckpt_path` means, where it is a word or an address."""
+"""Resolves `--ckpt_path` where it is a word (last, best, hpc) or an address."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _kept(keepers: Sequence[ModelCheckpoint], monitor: str) -> Iterator[tuple[fl
 
 
 def _content(checkpoint: Path) -> dict[str, Any]:
-    """What is beside the weights; these stay on the disk."""
+    """The content of a checkpoint; weights stay on the disk until they are used."""
     file = state_file(checkpoint)
     with deepspeed_reads_plain_files() if file.parent.name == "checkpoint" else nullcontext():
         return load_file(file, mmap=True)

@@ -28,6 +28,7 @@ def claim(folders: Iterable[str | os.PathLike]) -> None:
 
 
 def release() -> None:
+    """Give back all folders that this process has claimed."""
     for folder in list(_held):
         lock_file(folder).unlink(missing_ok=True)
         os.close(_held.pop(folder))

@@ -1,4 +1,4 @@
-"""Whether what a checkpoint file held is what a run stores, before anything is restored from it."""
+"""Checks the content of a checkpoint file before anything is restored from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_rl.errors import ConfigError, listed
 
 
-def check_contents(found: Any, file: str | os.PathLike) -> dict[str, Any]:
+def check_contents(found: object, file: str | os.PathLike) -> dict[str, Any]:
     """`found` itself. Raises ConfigError unless it is a dict whose `state_dict` holds tensors, none of them with a NaN in it."""
     if not isinstance(found, dict) or not isinstance(found.get("state_dict"), Mapping):
         there = f"the keys {listed(sorted(map(str, found)))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
@@ -36,7 +36,7 @@ def with_nan(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     return [name for name, tensor in tensors if tensor.is_floating_point() and bool(torch.isnan(tensor).any())]
 
 
-def named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+def named(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
     """The tensors in nested dicts, lists and tuples, by the path that leads to them."""
     if isinstance(value, Tensor):
         yield name, value

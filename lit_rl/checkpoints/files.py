@@ -36,7 +36,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = cls()
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
+        """Write a checkpoint whole, with checksums. An address (http://) is left to Lightning."""
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -67,7 +68,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def resolve_checkpoint(path: str, folders: Sequence[str | os.PathLike]) -> str | None:
-    """What `--ckpt_path` means: a complete checkpoint's path, or None to start from scratch.
+    """The complete checkpoint that `--ckpt_path` names, or None to start from scratch.
 
     "last" is the `last*.ckpt` of `folders` (the `dirpath`s of the checkpoint callbacks) after most optimizer steps, where there is none the
     complete checkpoint after most, None with a notice if there is nothing yet. Raises ConfigError if nothing is at `path`, or if it is
@@ -104,6 +105,7 @@ def recover_all(folders: Iterable[str | os.PathLike]) -> None:
 
 
 def is_whole(checkpoint: Path) -> bool:
+    """True when nothing of a checkpoint is missing; contents are not read."""
     return what_is_missing(checkpoint) is None
 
 
@@ -133,13 +135,14 @@ def what_is_missing(checkpoint: Path) -> str | None:
 
 
 def what_is_wrong(checkpoint: Path, rank: int = 0, size: int = 1) -> str | None:
-    """What is missing, or not as it was written. Reads all of a file; of a folder the share of process `rank` of `size`."""
+    """The reason why `checkpoint` is damaged, or None. Reads all of a file, and process `rank`'s share of a folder's files."""
     if missing := what_is_missing(checkpoint):
         return missing
     return damage(checkpoint) if checkpoint.is_file() else folder_damage(checkpoint, rank, size)
 
 
 def note_age(checkpoint: Path) -> None:
+    """Say once that a checkpoint has no checksums."""
     if not has_checksums(checkpoint):
         rank_zero_info(
             f"{checkpoint} is of an earlier release, without checksums: the CRC32 of its archives, which covers less, was compared"
@@ -153,6 +156,7 @@ def newest_complete(folder: Path, *, intact: bool = False) -> Path | None:
 
 
 def newest_first(checkpoints: Iterable[Path]) -> list[Path]:
+    """Checkpoints by their optimizer steps, the latest first."""
     return sorted(checkpoints, key=_age_key, reverse=True)
 
 

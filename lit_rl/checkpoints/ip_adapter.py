@@ -73,7 +73,7 @@ def to_standard(state: Mapping[str, Any], *, what: str = "the IP-Adapter's state
 
 
 def from_standard(weights: Weights, *, format: Format = "standard") -> Weights:
-    """What a file of that format holds.
+    """The content of an adapter file in the given format.
 
     A released file has a Q-Former always: where there is none, one whose tokens are exactly zero takes its place. A legacy one has none:
     raises ConfigError where there is one, as without it the adapter would be another function.
@@ -144,20 +144,20 @@ def convert(source: str, target: str, format: Format = "standard") -> None:
     write_ip_adapter(target, read_ip_adapter(source), format=format)
 
 
-def _holds_tensors(section: Any) -> bool:
+def _holds_tensors(section: object) -> bool:
     return isinstance(section, Mapping) and all(isinstance(value, Tensor) for value in section.values())
 
 
 def _inner_keys(section: str, stored: Mapping[str, Tensor]) -> set[str]:
-    """What the section must hold; attentions are numbered from 0, as many as the highest number stored says."""
+    """The keys that the section must hold; attentions are numbered from 0 to the highest number stored."""
     if section != "ip_adapter":
         return MLP_KEYS if section == "image_proj" else QFORMER_KEYS
     numbers = [int(first) for key in stored if (first := key.partition(".")[0]).isdecimal()]
     return {f"{i}.{layer}.weight" for i in range(max(numbers, default=0) + 1) for layer in ("to_k_ip", "to_v_ip")}
 
 
-def _nearest(state: Iterable[Any]) -> str:
-    """Of the formats, the one that most of the keys are of, and what is wrong with it."""
+def _nearest(state: Iterable[object]) -> str:
+    """A sentence about the format that most of the keys belong to, and what is wrong with it."""
     there = set(_words(state))
     name, keys = min(((name, set(layout.values())) for name, layout in LAYOUTS.items()), key=lambda format: len(format[1] ^ there))
     return f"a {name} file holds {', '.join(sorted(keys))}: {_problems(sorted(keys - there), sorted(there - keys))}"
@@ -167,7 +167,7 @@ def _problems(missing: list[str], unknown: list[str]) -> str:
     return "; ".join(f"{what}: {listed(keys)}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys)
 
 
-def _words(keys: Iterable[Any]) -> list[str]:
+def _words(keys: Iterable[object]) -> list[str]:
     return [str(key) for key in keys]
 
 

@@ -1,4 +1,4 @@
-"""Whether the weights in a checkpoint, and the adapters that they belong to, are those of a run."""
+"""Compares the weights and adapters in a checkpoint with those of a run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Checkpointed(Protocol):
     def checkpoint_shapes(self) -> dict[str, list[int]]:
         """Shape by name of those weights, whole."""
 
-    def check_moments(self, stored: Mapping[str, Any]) -> None:
+    def check_moments(self, stored: Mapping[str, object]) -> None:
         """Raise ConfigError if `checkpoint["optimizer"]` tells of another optimizer than this run's."""
 
     def networks(self) -> Sequence[nn.Module]:
         """Every network that is trained, each cut into shards as a whole."""
 
 
-def checkpointed(module: Any) -> Checkpointed:
+def checkpointed(module: object) -> Checkpointed:
     """`module` as one that names its weights. Raises ConfigError for any other."""
     if not isinstance(module, Checkpointed):
         raise ConfigError(f"model: {type(module).__name__} does not say what its checkpoints hold; use a method of lit_rl.methods")

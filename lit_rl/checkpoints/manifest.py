@@ -22,7 +22,7 @@ import xxhash
 MANIFEST = "manifest.json"
 BLOCK = 1 << 22
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError, EOFError, ValueError)
-"""What `zipfile` raises of archives with wrong bits, according to where they are."""
+"""Errors that `zipfile` raises for archives with wrong bits, depending on where the bits are."""
 _END = b"PK\x05\x06"  # of a zip archive: this, 16 bytes, the length of the comment in 2, the comment
 _END_SIZE = 22
 _SEAL = b"xxh3_64="
@@ -51,6 +51,7 @@ class SealedFile:
             raise
 
     def flush(self) -> None:
+        """Flush the file."""
         self.file.flush()
 
     def seal(self) -> None:
@@ -69,7 +70,7 @@ def has_checksums(checkpoint: Path) -> bool:
 
 
 def damage(file: Path) -> str | None:
-    """What is wrong with the content of a zip archive, or None. Reads all of it."""
+    """The damage of a zip archive, or None. Reads all of it."""
     with open(file, "rb") as stream:
         tail = _tail(stream)
         size = stream.seek(0, os.SEEK_END)
@@ -104,7 +105,10 @@ def _zip_damage(stream: IO[bytes], name: str) -> str | None:
 
 # ---------------------------------------------------------------------- folders
 def entries(folder: Path, rank: int, size: int) -> Entries:
-    """Of the files that process `rank` of `size` has written, by their names; the first one's are those that name none. Flushes them."""
+    """Sizes and checksums of the files that process `rank` of `size` has written. Flushes them.
+
+    Names tell the process; files without a rank in their name are the first one's.
+    """
     found: Entries = {}
     for path in files_of(folder):
         named = re.search(r"(?:^|/)(?:__|[a-z0-9]*_?zero_pp_rank_)(\d+)_", path)
@@ -116,6 +120,7 @@ def entries(folder: Path, rank: int, size: int) -> Entries:
 
 
 def files_of(folder: Path) -> list[str]:
+    """Names of all files in a folder but its manifest, sorted."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
 
 
@@ -142,7 +147,7 @@ def read_manifest(folder: Path) -> Entries | None:
 
 
 def missing_files(folder: Path) -> str | None:
-    """Which files of a folder with a manifest are not there, or of another length. Reads no contents."""
+    """The files of a folder's manifest that are missing or have another length, as a sentence, or None. Reads no contents."""
     try:
         wanted = read_manifest(folder) or {}
     except ValueError as error:
@@ -156,7 +161,7 @@ def missing_files(folder: Path) -> str | None:
 
 
 def file_damage(file: Path) -> str | None:
-    """Of a single file in a folder: how it is not as the manifest says, or None, where there is no manifest too."""
+    """The difference between a single file and its folder's manifest, or None (also without a manifest)."""
     try:
         wanted = (read_manifest(file.parent) or {}).get(file.name)
     except ValueError as error:
@@ -169,7 +174,7 @@ def file_damage(file: Path) -> str | None:
 
 
 def folder_damage(folder: Path, rank: int = 0, size: int = 1) -> str | None:
-    """What is wrong with the contents that fall to process `rank` of `size`, or None."""
+    """The damage of the files that process `rank` of `size` reads, or None."""
     if missing := missing_files(folder):
         return missing
     wanted = read_manifest(folder)

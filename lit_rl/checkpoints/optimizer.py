@@ -25,7 +25,7 @@ COMPUTED = ("fused", "foreach", "capturable", "differentiable")
 """Settings that say how a step is computed: the moments lie where the checkpoint's had them."""
 
 ON_PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
-"""What `ReduceLROnPlateau` has seen."""
+"""State of `ReduceLROnPlateau`."""
 
 NEEDS_STATE = ("amsgrad", "centered")
 """Settings that add a moment, which the checkpoint of a run without them lacks."""
@@ -37,7 +37,7 @@ OF_WEIGHT_SHAPE = (
 
 
 def settings_of(optimizer: Optimizer) -> Groups:
-    """What each parameter group is trained with, and how many tensors it has."""
+    """Settings of each parameter group, and its number of tensors."""
     return [{k: v for k, v in group.items() if k != "params"} | {"tensors": len(group["params"])} for group in optimizer.param_groups]
 
 

@@ -13,13 +13,13 @@ PLAIN = (str, int, float, bool, type(None))
 REMEDY = "or from a checkpoint of the end of an epoch, after which everything may change"
 
 
-def options_of(part: Any, prefix: str) -> dict[str, Any]:
+def options_of(part: object, prefix: str) -> dict[str, Any]:
     """Value by dotted name of the options in `stored_with` of the class of `part` and its bases, in types that any file can hold."""
     names = [name for cls in type(part).__mro__ for name in vars(cls).get("stored_with", ())]
     return {key: value for name in dict.fromkeys(names) for key, value in _flat(f"{prefix}.{name}", getattr(part, name))}
 
 
-def check_options(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_options(stored: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Raise ConfigError that names the first option with another value than the rollout in a checkpoint was made with.
 
     Options that one of the two lacks are left alone: releases differ in what they have.
@@ -31,7 +31,7 @@ def check_options(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _flat(name: str, value: object) -> Iterator[tuple[str, Any]]:
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, Mapping):

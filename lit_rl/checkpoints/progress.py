@@ -1,4 +1,4 @@
-"""Where in an epoch a checkpoint was written, and how Lightning's loops continue there: exactly, after any number of stops.
+"""The place in an epoch at which a checkpoint was written, and how Lightning's loops continue there: exactly, after any number of stops.
 
 Lightning infers the place from counters that its own restart changes, so that a second restart can count a finished epoch or a finished
 minibatch twice. Here the counters are set anew from two facts: how many epochs are over, and how many optimizer steps the present one has.
@@ -123,7 +123,7 @@ def saved_at(trainer: L.Trainer) -> dict[str, int]:
 
 
 def remember_saved(trainer: L.Trainer, steps: dict[str, int]) -> None:
-    """What they have written they do not write again, in the middle of the next step."""
+    """Keep every ModelCheckpoint from writing the restored step again, in the middle of the next one."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             callback._last_global_step_saved = steps.get(callback.state_key, callback._last_global_step_saved)

@@ -105,7 +105,7 @@ def swept(target: Path, whole: Whole) -> None:
 
 
 def leftovers(target: Path) -> list[Path]:
-    """What was left beside `target`, by earlier releases too."""
+    """Files and folders left beside `target`, by earlier releases too."""
     pattern = re.compile(rf"\.{re.escape(target.name)}(\.\w+-\d+-\d+)?\.(new|old|tmp)")
     with suppress(FileNotFoundError, NotADirectoryError):
         return [target.with_name(name) for name in os.listdir(target.parent) if pattern.fullmatch(name)]
@@ -139,7 +139,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _newest_first(path: Path) -> tuple[bool, float]:
-    """What was about to take the place is newer than what stood there."""
+    """Sort key: the checkpoint that was about to take the place is newer than the one that stood there."""
     return path.suffix == ".old", -path.stat().st_mtime
 
 

@@ -64,7 +64,7 @@ def told(checkpoint: str | os.PathLike) -> Iterator[None]:
 
 
 def read_metadata(folder: str | os.PathLike) -> Metadata:
-    """What is in an FSDP2 folder, where. Raises ConfigError when its `.metadata` names other things, or is damaged."""
+    """The index of an FSDP2 folder. Raises ConfigError when its `.metadata` names other classes or is damaged."""
     from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
     file = Path(folder) / METADATA_FILE
@@ -100,7 +100,7 @@ def load_shards(state: dict[str, Any], folder: str | os.PathLike, *, trusted: bo
     from torch.distributed.checkpoint.api import CheckpointException
 
     class Reader(dcp.FileSystemReader):
-        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
             metadata = read_metadata(self.path)
             metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
             return metadata

@@ -8,10 +8,10 @@ from lit_rl.checkpoints.position import number_in
 from lit_rl.errors import ConfigError
 
 CHECKPOINT_VERSION = 1
-"""Of what a method stores. It rises whenever a checkpoint of before cannot be continued from exactly; 0 is before there was a number."""
+"""Version of what a method stores. It rises whenever older checkpoints cannot be continued exactly; those without a number have 0."""
 
 KEY = "lit_rl_version"
-"""Of the number in a checkpoint: in a single file, in `meta.pt` of FSDP2's folders, in the model states of DeepSpeed's."""
+"""Key of that number: in a single file, in `meta.pt` of FSDP2's folders, in the model states of DeepSpeed's."""
 
 
 def check_file(checkpoint: Path) -> None:

@@ -28,7 +28,7 @@ def read_tensors(file: Path, *, what: str) -> dict[str, Tensor]:
 
 
 def read_plain(file: Path, *, what: str) -> Any:
-    """What the file holds. Raises ConfigError as `read_tensors` does, whatever is in it."""
+    """The content of a file, unchecked. Raises ConfigError as `read_tensors` does."""
     from safetensors.torch import load_file
 
     try:
@@ -42,6 +42,7 @@ def read_plain(file: Path, *, what: str) -> Any:
         raise ConfigError(f"{what} is not a file of tensors, or not a whole one ({reason})") from error
 
 
-def check_numbers(tensors: Mapping[str, Any], *, what: str) -> None:
+def check_numbers(tensors: Mapping[str, object], *, what: str) -> None:
+    """Raises ConfigError for a tensor that holds NaN."""
     if bad := with_nan(pair for name, value in tensors.items() for pair in named(name, value)):
         raise ConfigError(f"{what} holds NaN in {listed(bad)}: training had failed when it was written, use an earlier one")

@@ -39,6 +39,7 @@ LINES = ("--scorers", "ocr", "--scorer-args", '{"ocr": {"detect": false}}')
 
 
 def main() -> None:
+    """Run the demo of a task and method."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--task", choices=TASKS, default="text")
     parser.add_argument("--method", choices=("grpo", "nft"), default="grpo")
@@ -81,6 +82,7 @@ def main() -> None:
 
 
 def say(message: str) -> None:
+    """Print a line."""
     print(f"\n== {message} ==", flush=True)
 
 

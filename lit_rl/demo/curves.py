@@ -1,4 +1,4 @@
-"""What the demo's runs logged, and what summary.json says of it."""
+"""The curves that the demo's runs logged, and their summary."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_curves(logs: Path) -> dict[str, Curve]:
 
 
 def summarize(curves: Mapping[str, Curve], scores: Mapping[str, str], *, seconds: Mapping[str, float], seed: int) -> dict[str, Any]:
-    """What summary.json holds. scores: tags of held-out numbers by their name in it.
+    """The content of summary.json. scores: tags of held-out numbers by their name in it.
 
     Accuracy is the share of evaluation images whose text the OCR engine reads exactly as prompted.
     """

@@ -13,7 +13,7 @@ from lit_rl.demo.curves import Curve, Known, images_seen, over_images
 BLUE, GREEN, GREY = "#1f6feb", "#2da44e", "#9aa5b1"
 LABELS = {"held_out_accuracy": "held-out prompts read exactly right", "held_out_ink_similarity": "likeness of the ink to the reference's"}
 LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
-"""Of the first seeds of a method: style and marker."""
+"""Line style and marker of a method's first seeds."""
 DPI = 150
 COLUMNS = "columns"
 """Key in a picture's `info`: places from its left edge, and what is written above them."""

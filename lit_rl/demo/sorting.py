@@ -29,6 +29,7 @@ ACCURACY = "val/score"
 
 
 def main() -> None:
+    """Run the demo of a language model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--method", choices=METHODS, default="grpo")
     parser.add_argument("--seed", type=int, default=0)
@@ -68,6 +69,7 @@ def main() -> None:
 
 
 def config(stage: str) -> str:
+    """Path of the YAML of a stage."""
     return f"configs/demo/{stage}_sort.yaml"
 
 
@@ -143,7 +145,7 @@ def write_rows(file: Path, numbers: Iterable[int]) -> None:
 
 
 def summarize(before: float, after: float, curves: Mapping[str, Curve], *, seconds: Mapping[str, float], seed: int) -> dict[str, Any]:
-    """What summary.json holds: accuracy is the share of held-out prompts whose sampled answer is right."""
+    """The content of summary.json; accuracy is the share of held-out prompts whose sampled answer is right."""
     answers = curves["samples"].values if "samples" in curves else [2 * n for n in curves["pairs"].values]
     return {
         "held_out_accuracy": {"after_warmup": round(before, 4), "after_rl": round(after, 4)},

@@ -1,4 +1,4 @@
-"""What the demos learn, and from what."""
+"""Data, panels and settings of the demos' tasks."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class Task:
 
 
 def prepare_text(out: Path, seed: int) -> None:
+    """Prompts and pictures of numbers."""
     from lit_rl.miniatures.images import build_sd3
 
     build_sd3(
@@ -54,6 +55,7 @@ def prepare_text(out: Path, seed: int) -> None:
 
 
 def prepare_fill(out: Path, seed: int) -> None:
+    """Signs with holes, masks and references."""
     from lit_rl.demo.signs import HEIGHT, WIDTH, write_signs
     from lit_rl.miniatures.images import build_flux, build_siglip
 

@@ -1,1 +1,1 @@
-"""What is wrong with a machine or a run, and what to do about it, before hours are spent on it: `python -m lit_rl.doctor`."""
+"""Finds problems of a machine or a run, with their remedies, before hours are spent on it: `python -m lit_rl.doctor`."""

@@ -21,6 +21,7 @@ from lit_rl.own_code import use_working_folder
 
 
 def parser() -> argparse.ArgumentParser:
+    """Options of the doctor."""
     p = argparse.ArgumentParser(
         prog="python -m lit_rl.doctor",
         description="Check this machine, a run and its reward servers, and say what to fix. Exit code 1 when there is a problem.",
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def findings(args: argparse.Namespace, rest: Sequence[str]) -> Iterator[Finding]:
+    """All findings, in the order of the report."""
     found = gpus()
     train, launch = ([i.strip() for i in ids.split(",") if i.strip()] if ids else [] for ids in (args.train_gpu_ids, args.launch_gpu_ids))
     yield from machine.packages()
@@ -71,6 +73,7 @@ def findings(args: argparse.Namespace, rest: Sequence[str]) -> Iterator[Finding]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report; 1 where there is a problem."""
     use_working_folder()
     args, rest = parser().parse_known_args(argv)
     if rest and not args.config:

@@ -52,6 +52,7 @@ def packages(root: Path = ROOT) -> Iterator[Finding]:
 
 
 def installed(name: str) -> str | None:
+    """Version of an installed package, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -105,7 +106,7 @@ def accelerators(found: Sequence[Gpu], *, wants_gpu: bool, wants_bfloat16: bool)
 
 
 def room(folders: Sequence[Path], *, checkpoint: float, copies: int, least: bool, what: str = "checkpoint") -> Iterator[Finding]:
-    """Whether the folders that a run writes to can be written to, and hold its checkpoints.
+    """Findings about the folders that a run writes to: permissions, and room for its checkpoints.
 
     checkpoint: bytes of one, of which `copies` are kept; least: the bytes are a lower bound. what: "export" for those of `Export`.
     """

@@ -1,4 +1,4 @@
-"""Whether the folders and files that a run reads are whole, from their first kilobytes: no weights are loaded."""
+"""Checks the folders and files that a run reads by their first kilobytes: no weights are loaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Broken(Exception):
 
 
 def check_path(key: str, path: str) -> Iterator[Finding]:
-    """What `key` of a run names: a pipeline, a model, a LoRA folder, an adapter's file, or a hub id."""
+    """The finding about the value of `key`: a pipeline, a model, a LoRA folder, an adapter's file, or a hub id."""
     place = Path(path).expanduser()
     try:
         if place.is_file():
@@ -40,7 +40,7 @@ def check_path(key: str, path: str) -> Iterator[Finding]:
 
 
 def folder(place: Path) -> tuple[str, Header]:
-    """What a folder holds, in words, and the weights of the network that is trained. Raises Broken."""
+    """A folder's content in words, and the weights of the network that is trained. Raises Broken."""
     if (place / "model_index.json").is_file():
         index = _json(place / "model_index.json")
         parts = {name: kind[1] for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None}
@@ -59,6 +59,7 @@ def folder(place: Path) -> tuple[str, Header]:
 
 
 def component(place: Path, *, weightless: bool) -> Header:
+    """Shapes of the weights in a folder with a config, {} where it needs none. Raises Broken."""
     configs = [place / name for name in CONFIGS if (place / name).is_file()]
     for config in configs:
         _json(config)

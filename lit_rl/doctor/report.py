@@ -1,4 +1,4 @@
-"""What a check found, and how it is shown."""
+"""Findings of checks, and how they are shown."""
 
 from __future__ import annotations
 
@@ -21,22 +21,27 @@ class Finding:
 
 
 def ok(about: str, text: str) -> Finding:
+    """A finding without a problem."""
     return Finding("ok", about, text)
 
 
 def warning(about: str, text: str) -> Finding:
+    """A finding that may be a problem."""
     return Finding("warning", about, text)
 
 
 def problem(about: str, text: str) -> Finding:
+    """A finding that keeps a run from working."""
     return Finding("problem", about, text)
 
 
 def count(findings: Iterable[Finding], status: Status) -> int:
+    """Number of findings of a kind."""
     return sum(finding.status == status for finding in findings)
 
 
 def as_json(findings: Sequence[Finding]) -> str:
+    """The findings as JSON."""
     totals = {"problems": count(findings, "problem"), "warnings": count(findings, "warning")}
     return json.dumps({**totals, "findings": [asdict(finding) for finding in findings]}, indent=1, ensure_ascii=False)
 
@@ -54,6 +59,7 @@ def show(findings: Sequence[Finding]) -> None:
 
 
 def gigabytes(size: float) -> str:
+    """A number of bytes, in words."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 

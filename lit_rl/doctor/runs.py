@@ -1,4 +1,4 @@
-"""What a run's YAML files name, parsed by the project's own command line, one part after the other so that one mistake hides no other."""
+"""The parts that a run's YAML files name, each parsed by the project's own command line, so that one mistake hides no other."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from lit_rl.rewards.client import HTTPReward
 PATH_KEYS = ("pretrained", "encoder", "initial", "model_path")
 """Arguments of policies and rewards that name a folder, a file or a hub id."""
 SHOWN = 10
-"""Of things that are wrong in the same way."""
+"""Names that a message lists of things that are wrong in the same way."""
 BYTES = 4
-"""Of a number in a checkpoint."""
+"""Bytes of a number in a checkpoint."""
 
 
 class Inspector(CLI):
@@ -58,7 +58,7 @@ class Inspector(CLI):
 
 
 def parse(options: Sequence[str]) -> Namespace:
-    """What `python cli.py fit OPTIONS` would run. Raises ConfigError with the sentence that the command line would say."""
+    """The run that `python cli.py fit OPTIONS` would start. Raises ConfigError with the sentence that the command line would say."""
     argv, said = sys.argv, io.StringIO()
     sys.argv = ["cli.py", "fit", *options]
     try:
@@ -81,10 +81,12 @@ class Run:
 
     @property
     def wants_gpu(self) -> bool:
+        """True when the run trains on a GPU."""
         return str(self.config.trainer.accelerator) in ("gpu", "cuda")
 
     @property
     def wants_bfloat16(self) -> bool:
+        """True when the run computes in bfloat16."""
         dtype = (self.config.model.init_args.get("policy") or {}).get("init_args", {}).get("dtype")
         return "bf16" in str(self.config.trainer.precision) or dtype == "bfloat16"
 
@@ -101,10 +103,11 @@ class Run:
         return len(devices) if isinstance(devices, Sequence) else int(devices)
 
     def processes(self) -> int:
+        """Number of processes of the run on this machine."""
         return self.devices() * int(self.config.trainer.num_nodes)
 
     def gpu_ids(self) -> list[str]:
-        """Of the GPUs that it will train on; none when it does not."""
+        """Ids of the GPUs that the run trains on; none when it uses no GPU."""
         if self.train_ids or not (self.wants_gpu or self.gpus):
             return list(self.train_ids)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -124,6 +127,7 @@ class Run:
 
     # ------------------------------------------------------------------ checks
     def findings(self) -> Iterator[Finding]:
+        """Findings about every part of the run."""
         method, problems = self._try("model", LitRL, self.config.model)
         yield from problems
         told = " ".join(problem.text for problem in problems)
@@ -188,7 +192,7 @@ class Run:
         return (times if keeper.save_top_k < 0 else min(keeper.save_top_k, times)) + bool(keeper.save_last)
 
     def _times(self, writer: ModelCheckpoint | Export) -> int:
-        """How often it writes."""
+        """Number of times that it writes."""
         return max(1, (self.config.trainer.max_epochs or 0) // max(1, writer.every_n_epochs or 1))
 
 
@@ -206,7 +210,7 @@ def _data(data: L.LightningDataModule | None) -> Iterator[Finding]:
 COUNTED = {"train_prompts": "prompts to train on", "held_out": "held out"}
 
 
-def paths(value: Any, key: str) -> Iterator[tuple[str, str]]:
+def paths(value: object, key: str) -> Iterator[tuple[str, str]]:
     """Key and value of whatever names a file to read; `init_args` and `class_path` are left out of the keys."""
     if isinstance(value, Mapping | Namespace):
         for name, inner in value.items():
@@ -219,7 +223,7 @@ def paths(value: Any, key: str) -> Iterator[tuple[str, str]]:
             yield from paths(inner, f"{key}[{number}]")
 
 
-def trainable(policy: Any) -> tuple[int, bool]:
+def trainable(policy: object) -> tuple[int, bool]:
     """Numbers that training changes, as far as files on the disk tell them, and whether that is only a lower bound."""
     if not isinstance(policy, DiffusersFlowPolicy) or policy.folder is None:
         return 0, True

@@ -89,7 +89,7 @@ def of_reward(reward: HTTPReward, label: str, *, processes: int) -> list[Finding
 
 
 def ports(ids: Sequence[str], *, first: int) -> Iterator[Finding]:
-    """Whether `python -m lit_rl.rewards.launch --gpu-ids IDS --port FIRST` could take its ports, or has taken them."""
+    """Findings about the ports of `python -m lit_rl.rewards.launch --gpu-ids IDS --port FIRST`: free, taken by it, or taken by others."""
     for gpu, port in zip(ids, range(first, first + len(ids))):
         about = f"port {port} (GPU {gpu})"
         try:
@@ -104,7 +104,7 @@ def ports(ids: Sequence[str], *, first: int) -> Iterator[Finding]:
 
 
 def shared(train: Sequence[str], launch: Sequence[str], *, found: Sequence[Gpu]) -> Iterator[Finding]:
-    """Whether training and reward servers have GPUs that are there, and keep off each other's."""
+    """Findings about the GPUs of training and of reward servers: they exist, and none is given to both."""
     for ids, option in ((train, "--train-gpu-ids"), (launch, "--gpu-ids")):
         try:
             check_ids(ids, found, option=option)

@@ -1,4 +1,4 @@
-"""Where servers are, which of them a rank asks, and whether reward servers are there."""
+"""Addresses of servers, the servers of a rank, and the check that reward servers answer."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def servers_of_rank(urls: Sequence[str], *, rank: int, world_size: int, mapping:
 
 
 def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> Mapping[str, Any]:
-    """What the server at `url` says of itself once it has loaded; {} without `/health`. Raises ConfigError when nobody answers."""
+    """The answer of the server at `url` to GET /health once it has loaded; {} without that route. Raises ConfigError when none answers."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _StayHere())
     until, status, body = time.monotonic() + patience_s, 0, b""
     while status != 200:
@@ -163,11 +163,11 @@ def _read_within(response: Any, url: str, *, seconds: float) -> bytes:
 class _StayHere(urllib.request.HTTPRedirectHandler):
     """Takes a redirect for an answer: followed, it would carry the token to whoever it names."""
 
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+    def redirect_request(self, *args: object, **kwargs: object) -> None:
         return None
 
 
-def check_outputs(url: str, wanted: Sequence[str], health: Mapping[str, Any]) -> None:
+def check_outputs(url: str, wanted: Sequence[str], health: Mapping[str, object]) -> None:
     """Raises ConfigError when the server says which scores it gives, and one of `wanted` is not among them.
 
     Older servers do not say: scoring a test image at every start would cost a VLM seconds, so theirs are compared at the first scoring.

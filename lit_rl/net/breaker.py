@@ -27,6 +27,7 @@ class Breaker:
 
     @property
     def closed(self) -> bool:
+        """True while requests go out."""
         return self.open_since is None
 
     async def admit(self, probe: Callable[[], Awaitable[bool]], *, patience_s: float, until: float) -> None:

@@ -23,7 +23,7 @@ class Gpu:
 
 
 def gpus() -> list[Gpu]:
-    """What nvidia-smi lists; nothing where there is no driver."""
+    """The GPUs that nvidia-smi lists; none where there is no driver."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []

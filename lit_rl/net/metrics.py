@@ -1,11 +1,10 @@
-"""What a reward server tells Prometheus."""
+"""Metrics of a reward server for Prometheus."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -33,9 +32,10 @@ class Metrics:
         self.gpu_bytes.set_function(_gpu_memory)
 
     def watch_queue(self, images: Callable[[], float]) -> None:
+        """Report the number that a function returns as the length of the queue."""
         self.queue_images.set_function(images)
 
-    def observe_row(self, row: Mapping[str, Any]) -> None:
+    def observe_row(self, row: Mapping[str, object]) -> None:
         """Count the numbers of one image's scores."""
         for name, value in row.items():
             if isinstance(value, float) and math.isnan(value):
@@ -44,6 +44,7 @@ class Metrics:
                 self.scores.labels(name).observe(value)
 
     def text(self) -> bytes:
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 

@@ -1,4 +1,4 @@
-"""What every route of a reward server shares: the error envelope, the token, bodies bounded in size and time."""
+"""The parts that all routes of a reward server share: the error envelope, the token, bodies bounded in size and time."""
 
 from __future__ import annotations
 

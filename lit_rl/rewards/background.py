@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
@@ -32,7 +31,7 @@ class Background:
         self._thread = threading.Thread(target=self._loop.run_forever, name="reward-scoring", daemon=True)
         self._thread.start()
 
-    def start(self, label: str, reward: Reward, media: Any, info: Sequence[Info]) -> Future[Mapping[str, Tensor]]:
+    def start(self, label: str, reward: Reward, media: object, info: Sequence[Info]) -> Future[Mapping[str, Tensor]]:
         """Score one chunk; returns at once. Rewards that compute in this process see one chunk at a time."""
         return asyncio.run_coroutine_threadsafe(self._score(label, reward, media, info), self._loop)
 
@@ -53,7 +52,7 @@ class Background:
         if not self._loop.is_running():
             self._loop.close()
 
-    async def _score(self, label: str, reward: Reward, media: Any, info: Sequence[Info]) -> Mapping[str, Tensor]:
+    async def _score(self, label: str, reward: Reward, media: object, info: Sequence[Info]) -> Mapping[str, Tensor]:
         if type(reward).score_async is not Reward.score_async:
             return await reward.score_async(media, info)
         async with self._one_at_a_time[label]:

@@ -1,4 +1,4 @@
-"""What turns a finished sample into a number, and who collects the numbers."""
+"""Contracts: rewards turn finished samples into numbers, and a callback collects the numbers for the method."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Reward(ABC, Generic[M]):
     """Why samples could last not be scored; becomes part of the message that stops a run."""
 
     remedy: str = "correct the reward, or raise its deadline_s or timeout_s if it has one and is slow"
-    """What to do when too many samples could not be scored; follows `last_error` in that message."""
+    """The advice for a run that stops because too many samples have no score; follows `last_error` in that message."""
 
     def setup(self, *, rank: int, world_size: int, device: str) -> None:
         """Called once per process before the first score, with the place of this process in the run: load models, pick a server."""
@@ -87,7 +87,7 @@ class TextReward(Reward[Sequence[str]]):
 
 
 class Scorer(ABC):
-    """What a method asks for rewards; implemented by the callback that owns them (`callbacks.reward_scoring.RewardScoring`)."""
+    """The rewards of a run as a method sees them; implemented by the callback that owns them (`callbacks.reward_scoring.RewardScoring`)."""
 
     @abstractmethod
     def submit(self, media: Tensor | Sequence[str], info: Sequence[Info]) -> None:

@@ -113,6 +113,7 @@ class HTTPReward(Reward):
     # -- the trainer's side
 
     def check(self, rows: Iterable[Info]) -> None:
+        """Raises ConfigError for prompts without a wanted text, where a score of OCR counts."""
         if "ocr_similarity" in (self.fields[name] for name in (self.outputs if self.counted is None else self.counted)):
             check_targets(rows)
 

@@ -1,4 +1,4 @@
-"""How well an image fits its prompt, by the cosine of CLIP embeddings."""
+"""Likeness of image and prompt: the cosine of their CLIP embeddings."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ class CLIPScoreReward(Reward):
 
     @torch.no_grad()
     def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+        """exp(logit_scale) cos(image, prompt) / divisor of each image."""
         self.setup(device=str(self._model.device) if self._model is not None else "cpu")
         parts = [
             self._similarity(media[i : i + self.batch_size], [str(row["prompt"]) for row in info[i : i + self.batch_size]])

@@ -33,6 +33,7 @@ class InkReward(Reward):
     highest = MappingProxyType({"ink_similarity": 1.0})
 
     def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+        """Likeness of the ink in each image to that of its reference: 0 without ink in the image, NaN without ink in the reference."""
         images = media.permute(0, 2, 3, 1).cpu().numpy()
         return {"ink_similarity": torch.tensor([_similarity(image, row) for image, row in zip(images, info, strict=True)])}
 

@@ -1,4 +1,4 @@
-"""How many bytes a JPEG of the image takes: the cheapest reward with a visible effect."""
+"""Size of the image as a JPEG: the cheapest reward with a visible effect."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class JPEGSizeReward(Reward):
         self.quality = quality
 
     def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+        """Encode each image and take the size of the file."""
         sizes = [self._kilobytes(image) for image in media.permute(0, 2, 3, 1).cpu()]
         return {"jpeg_size": torch.tensor(sizes) * self.scale}
 

@@ -52,9 +52,11 @@ class Server:
 
     @property
     def name(self) -> str:
+        """GPU and address, for messages."""
         return f"server on GPU {self.gpu} at {self.host}:{self.port}"
 
     def start(self) -> None:
+        """Start the process; its output goes to the log."""
         self.ready_since = None
         command = [sys.executable, "-m", "lit_rl.rewards.server", "--host", self.host, "--port", str(self.port), *self.options]
         with self.log.open("ab") as log:
@@ -74,6 +76,7 @@ class Server:
         return dict(os.environ) | own
 
     def healthy(self) -> bool:
+        """True when the server answers GET /health with 200."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         connection = http.client.HTTPConnection(host, self.port, timeout=1.0)  # unlike urllib it ignores http_proxy
         try:
@@ -85,6 +88,7 @@ class Server:
             connection.close()
 
     def last_words(self) -> str:
+        """The last line of the log."""
         lines = self.log.read_text(errors="replace").strip().splitlines()
         return lines[-1][:300] if lines else "nothing was logged"
 
@@ -104,6 +108,7 @@ def die_with_parent() -> Callable[[], None] | None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Options of the launcher."""
     p = argparse.ArgumentParser(
         prog="python -m lit_rl.rewards.launch",
         allow_abbrev=False,
@@ -242,6 +247,7 @@ def run(servers: Sequence[Server], *, timeout: float) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Start the servers and keep them running; the exit code."""
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without ✓ must not stop the servers
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)

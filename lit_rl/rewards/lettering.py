@@ -1,4 +1,4 @@
-"""How near what was read is to what was wanted: the comparison of texts, blind for what a reader of pictures cannot see."""
+"""Similarity of a text that was read to the text that was wanted, blind for differences that nobody can see in a picture."""
 
 from __future__ import annotations
 

@@ -77,6 +77,7 @@ class OCRReward(Reward):
         self._scene: Callable[[np.ndarray], Reading] | None = None
 
     def check(self, rows: Iterable[Info]) -> None:
+        """Raises ConfigError for prompts whose wanted text is not told, or in a script that is not read."""
         check_targets(rows := list(rows))
         unread = [row for row in rows if not _can_read(str(find_target(row)))]
         if unread:
@@ -88,6 +89,7 @@ class OCRReward(Reward):
             )
 
     def setup(self, *, rank: int = 0, world_size: int = 1, device: str = "cpu") -> None:
+        """Load the engine."""
         if self.detect is not True and self._line is None:
             self._line = line_reader(self.threads)
         if self.detect is not False and self._scene is None:
@@ -115,9 +117,11 @@ class OCRReward(Reward):
         return {"ocr_similarity": torch.tensor(similar), "ocr_confidence": torch.tensor([conf for _, conf in readings])}
 
     def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+        """Confidence and similarity of the text that is read in each image."""
         return self.explain(media, info)[0]
 
     def explain(self, media: Tensor, info: Sequence[Info]) -> tuple[Mapping[str, Tensor], Mapping[str, Sequence[str]]]:
+        """The scores, and the text that was read."""
         images = media.permute(0, 2, 3, 1).cpu().numpy()
         readings = self.read([_visible(image, row) for image, row in zip(images, info, strict=True)])
         return self.grade(readings, info), {"ocr_text": [text for text, _ in readings]}

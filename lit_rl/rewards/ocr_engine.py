@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 Reading = tuple[str, float]
-"""What was read, and the mean confidence in [0, 1] ("" and 0.0 on a blank image)."""
+"""The text that was read, and the mean confidence in [0, 1] ("" and 0.0 on a blank image)."""
 
 DETECTION, RECOGNITION = "PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx"
 LONGEST_LINE = 64
@@ -108,7 +108,7 @@ def _prepared(image: np.ndarray, side: int) -> np.ndarray:
     return canvas
 
 
-def _engine(threads: int, options: Mapping[str, Any]) -> Callable[[np.ndarray], Any]:
+def _engine(threads: int, options: Mapping[str, object]) -> Callable[[np.ndarray], Any]:
     """rapidocr with the files of the wheel: named by path, they are neither looked for elsewhere nor downloaded."""
     import rapidocr
 

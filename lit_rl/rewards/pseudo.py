@@ -26,6 +26,7 @@ class PseudoReward(Reward):
         self.seed = seed
 
     def score(self, media: Tensor | Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
+        """A hash of each sample, as a number."""
         samples = media.permute(0, 2, 3, 1).cpu() if isinstance(media, Tensor) else media
         return {"pseudo": torch.tensor([self._uniform(sample, str(row["prompt"])) for sample, row in zip(samples, info, strict=True)])}
 

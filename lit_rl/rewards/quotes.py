@@ -57,7 +57,7 @@ def find_target(info: Info) -> str | None:
 
 
 def quoted(prompt: str) -> str | None:
-    """What stands in the first quotes of a prompt, double ones before single ones, without surrounding white space."""
+    """The text in the first quotes of a prompt, double ones before single ones, without surrounding white space."""
     prompt = _unwrap(_ENTITY.sub(lambda entity: html.unescape(entity[0]), prompt.strip()))
     for pattern in (_DOUBLE, _SINGLE):
         for match in pattern.finditer(prompt):

@@ -31,6 +31,7 @@ DRAIN_SECONDS = 30.0
 
 
 def parser() -> argparse.ArgumentParser:
+    """Options of the server."""
     p = argparse.ArgumentParser(  # abbreviations would hide `--tok SECRET` and `--por 9000` from the launcher, which looks for whole names
         prog="python -m lit_rl.rewards.server", description="Score images and texts over HTTP.", allow_abbrev=False
     )
@@ -211,6 +212,7 @@ def _announce(args: argparse.Namespace, sock: socket.socket) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run a server until a signal comes; the exit code."""
     use_working_folder()
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -88,9 +88,11 @@ class VLMReward(Reward):
         self._model.to(device)
 
     def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+        """The model's score of each image, NaN where its text has none."""
         return self.explain(media, info)[0]
 
     def explain(self, media: Tensor, info: Sequence[Info]) -> tuple[Mapping[str, Tensor], Mapping[str, Sequence[str]]]:
+        """The scores, and the model's texts."""
         if self._model is None:
             self.setup()
         answers: list[str] = []
@@ -100,7 +102,7 @@ class VLMReward(Reward):
 
     @torch.no_grad()
     def answer(self, media: Tensor, prompts: Sequence[str]) -> list[str]:
-        """What the model writes about each image."""
+        """The model's text about each image."""
         device = self._model.device
         images = [image.numpy() for image in media.permute(0, 2, 3, 1).cpu()]
         pixels = self._processor(images, return_tensors="pt", input_data_format="channels_last")

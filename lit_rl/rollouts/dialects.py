@@ -1,4 +1,4 @@
-"""What inference servers are asked and how they answer: vLLM's completions and SGLang's /generate, token ids both ways."""
+"""Requests to inference servers and their answers: vLLM's completions and SGLang's /generate, token ids both ways."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Body = Mapping[str, Any]
 
 
 class Unreadable(Exception):
-    """What the server sent is no answer to what it was asked. The message says what is wrong with it."""
+    """The server's answer does not fit the request. The message says what is wrong with it."""
 
 
 class Unusable(Exception):
@@ -36,14 +36,14 @@ class Dialect(ABC):
     """Requests as (route, body), answers from parsed JSON; knows no connection."""
 
     tells_models = False
-    """Whether requests name a model, out of those that `GET /v1/models` lists."""
+    """True when requests name a model, out of those that `GET /v1/models` lists."""
 
     @abstractmethod
     def ask(self, prompt: Sequence[int], sampling: Sampling, *, seed: int, stops: Sequence[int], model: str) -> tuple[str, Body]:
         """One answer. model: the name it is served under; of the adapter where one answers."""
 
     @abstractmethod
-    def read(self, body: Any) -> Answer:
+    def read(self, body: object) -> Answer:
         """Raises Unreadable, Unusable."""
 
     @abstractmethod
@@ -51,7 +51,7 @@ class Dialect(ABC):
         """Log-probabilities of given tokens."""
 
     @abstractmethod
-    def read_scores(self, body: Any, ids: Sequence[int]) -> list[float]:
+    def read_scores(self, body: object, ids: Sequence[int]) -> list[float]:
         """Those of `ids[1:]`, at temperature 1. Raises Unreadable, Unusable."""
 
     @abstractmethod
@@ -66,8 +66,8 @@ class Dialect(ABC):
     def load_weights(self, name: str, folder: str) -> tuple[str, Body]:
         """Exchange all weights for those of a folder in transformers format."""
 
-    def read_load(self, body: Any) -> None:
-        """Of the three above, where the server answers by more than a status. Raises Unusable."""
+    def read_load(self, body: object) -> None:
+        """Check the answer to one of the three requests above, where the server says more than a status. Raises Unusable."""
         if isinstance(body, Mapping) and body.get("success") is False:
             raise Unusable(f"it could not load the weights: {body.get('error_message') or body.get('message') or body}")
 
@@ -98,7 +98,7 @@ class OpenAI(Dialect):
     def score(self, ids: Sequence[int], *, model: str) -> tuple[str, Body]:
         return self._completions(ids, model, max_tokens=1, temperature=0.0, prompt_logprobs=1)
 
-    def read_scores(self, body: Any, ids: Sequence[int]) -> list[float]:
+    def read_scores(self, body: object, ids: Sequence[int]) -> list[float]:
         rows = _choice(body).get("prompt_logprobs")
         if not isinstance(rows, list) or len(rows) != len(ids):
             raise Unreadable(f"it has no prompt_logprobs of {len(ids)} tokens")
@@ -116,7 +116,7 @@ class OpenAI(Dialect):
     def load_weights(self, name: str, folder: str) -> tuple[str, Body]:
         return "/areal_update_weights", {"model_path": folder}
 
-    def _completions(self, prompt: Sequence[int], model: str, **settings: Any) -> tuple[str, Body]:
+    def _completions(self, prompt: Sequence[int], model: str, **settings: object) -> tuple[str, Body]:
         fixed = {"n": 1, "stream": False, "return_tokens_as_token_ids": True, "skip_special_tokens": False}
         return "/v1/completions", {"model": model, "prompt": list(prompt), **fixed, **settings}
 
@@ -128,7 +128,7 @@ class SGLang(Dialect):
         drawing = {"max_new_tokens": sampling.max_new_tokens, "sampling_seed": seed, "stop_token_ids": list(stops), **_drawing(sampling)}
         return self._generate(prompt, model, {**drawing, "skip_special_tokens": False})
 
-    def read(self, body: Any) -> Answer:
+    def read(self, body: object) -> Answer:
         meta = _meta(body)
         finish = meta.get("finish_reason")
         pairs = _pairs(meta, "output_token_logprobs")
@@ -139,7 +139,7 @@ class SGLang(Dialect):
     def score(self, ids: Sequence[int], *, model: str) -> tuple[str, Body]:
         return self._generate(ids, model, {"max_new_tokens": 1, "temperature": 0.0}, logprob_start_len=0)
 
-    def read_scores(self, body: Any, ids: Sequence[int]) -> list[float]:
+    def read_scores(self, body: object, ids: Sequence[int]) -> list[float]:
         pairs = _pairs(_meta(body), "input_token_logprobs")
         if [pair[1] for pair in pairs] != list(ids):
             raise Unreadable("its input_token_logprobs are not of the prompt's tokens")
@@ -154,7 +154,7 @@ class SGLang(Dialect):
     def load_weights(self, name: str, folder: str) -> tuple[str, Body]:
         return "/update_weights_from_disk", {"model_path": folder, "weight_version": name, "abort_all_requests": True}
 
-    def _generate(self, prompt: Sequence[int], model: str, sampling: Body, **settings: Any) -> tuple[str, Body]:
+    def _generate(self, prompt: Sequence[int], model: str, sampling: Body, **settings: object) -> tuple[str, Body]:
         adapter = {"lora_path": model} if model else {}
         body = {"input_ids": list(prompt), "sampling_params": sampling, "return_logprob": True, "stream": False}
         return "/generate", {**body, **adapter, **settings}
@@ -169,28 +169,28 @@ def _drawing(sampling: Sampling) -> dict[str, Any]:
     return {**shape, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
-def _choice(body: Any) -> Mapping[str, Any]:
+def _choice(body: object) -> Mapping[str, Any]:
     choices = body.get("choices") if isinstance(body, Mapping) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], Mapping):
         raise Unreadable("it has no `choices` with one answer")
     return choices[0]
 
 
-def _meta(body: Any) -> Mapping[str, Any]:
+def _meta(body: object) -> Mapping[str, Any]:
     meta = body.get("meta_info") if isinstance(body, Mapping) else None
     if not isinstance(meta, Mapping):
         raise Unreadable("it has no `meta_info`")
     return meta
 
 
-def _pairs(meta: Mapping[str, Any], name: str) -> list[Any]:
+def _pairs(meta: Mapping[str, object], name: str) -> list[Any]:
     pairs = meta.get(name)
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) >= 2 for pair in pairs):
         raise Unreadable(f"it has no {name}")
     return pairs
 
 
-def _answer(ids: list[int], logprobs: Any, finish: Any, echo: str | None) -> Answer:
+def _answer(ids: list[int], logprobs: object, finish: object, echo: str | None) -> Answer:
     if finish == "abort":
         return Answer([], [], "abort", echo)  # what there was of it is drawn again
     if finish not in ("stop", "length"):

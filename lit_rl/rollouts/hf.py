@@ -32,11 +32,13 @@ class HFEngine(RolloutEngine):
         self.one_length = False  # whether only prompts of the same length are answered together: for models that do not see past padding
 
     def setup(self, policy: TokenPolicy, *, rank: int, world_size: int) -> None:
+        """Keep the policy and the number of processes."""
         super().setup(policy, rank=rank, world_size=world_size)
         self.world_size = world_size
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+        """Answers by transformers, in batches of prompts of similar length."""
         from torch.distributed.tensor import DTensor
 
         lm: Any = self.policy.network.lm
@@ -57,7 +59,7 @@ class HFEngine(RolloutEngine):
         return samples
 
     def batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Which requests are answered together."""
+        """Indices of the requests that are answered together."""
         kinds: dict[int, list[int]] = {}
         for i, request in enumerate(requests):
             kinds.setdefault(len(request.prompt) if self.one_length else 0, []).append(i)
@@ -92,7 +94,7 @@ class HFEngine(RolloutEngine):
 
 
 def _waits(lm: torch.nn.Module) -> bool:
-    """Whether every forward gathers weights from all processes."""
+    """True when every forward gathers weights from all processes."""
     return any(hasattr(parameter, "ds_id") for parameter in lm.parameters())
 
 

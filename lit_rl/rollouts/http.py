@@ -102,6 +102,7 @@ class HTTPEngine(RolloutEngine):
 
     # ------------------------------------------------------------------ life
     def setup(self, policy: TokenPolicy, *, rank: int, world_size: int) -> None:
+        """Wait for the servers and look at the models that they serve. Collective."""
         super().setup(policy, rank=rank, world_size=world_size)
         self.rank, self.world_size = rank, world_size
         self.own = servers_of_rank(self.urls, rank=rank, world_size=world_size, mapping="auto")
@@ -126,6 +127,7 @@ class HTTPEngine(RolloutEngine):
 
     # ------------------------------------------------------------------ weights
     def update_weights(self, version: int) -> None:
+        """Push the weights where they changed, and compare log-probabilities of the probe. Collective."""
         self.version, self.unseen = version, True
         mine = fingerprint(self.policy)
         if not any(gather_objects(mine != self.pushed)):
@@ -165,7 +167,7 @@ class HTTPEngine(RolloutEngine):
                 self._everywhere_load(*self.dialect.unload_adapter(oldest), done="")  # a server that has forgotten it may say so
             shutil.rmtree(self.sync_dir / oldest)
 
-    def _everywhere_load(self, route: str, body: Mapping[str, Any], *, done: str | None) -> None:
+    def _everywhere_load(self, route: str, body: Mapping[str, object], *, done: str | None) -> None:
         try:
             self.connection.run([Call([url], route, body, self.dialect.read_load, done=done) for url in self.urls])
         except RolloutError as error:
@@ -176,7 +178,7 @@ class HTTPEngine(RolloutEngine):
             ) from error
 
     def _asked_for(self, name: str) -> str:
-        """What a request names so that the weights of that push answer."""
+        """The model name in a request that the weights of that push answer."""
         return name if self.adapter else self.base
 
     def _compare(self, model: str, name: str, expected: Sequence[float]) -> None:
@@ -189,6 +191,7 @@ class HTTPEngine(RolloutEngine):
 
     # ------------------------------------------------------------------ answers
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+        """Answers of the servers; those of the first rollout are compared with the trainer."""
         samples = self.connection.run(self._calls(requests, sampling))
         if self.unseen and sampling.temperature:
             self._look_at(requests[:4], samples[:4], sampling)
@@ -196,6 +199,7 @@ class HTTPEngine(RolloutEngine):
         return samples
 
     def begin(self, requests: Sequence[Request], sampling: Sampling) -> Future[list[Sample]]:
+        """Ask in a thread, and return the answers to come."""
         future: Future[list[Sample]] = Future()
         calls = self._calls(requests, sampling)
 
@@ -221,7 +225,7 @@ class HTTPEngine(RolloutEngine):
             calls.append(Call(urls, route, body, self._sample))
         return calls
 
-    def _sample(self, body: Any) -> Sample:
+    def _sample(self, body: object) -> Sample:
         """Raises Again, and Unusable where other weights answered."""
         answer = self.dialect.read(body)
         if answer.finish == "abort":

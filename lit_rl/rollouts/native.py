@@ -42,6 +42,7 @@ class NativeEngine(RolloutEngine):
         self.fallback: HFEngine | None = None
 
     def setup(self, policy: TokenPolicy, *, rank: int, world_size: int) -> None:
+        """Choose HFEngine for a model that the decoder cannot run."""
         from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
         super().setup(policy, rank=rank, world_size=world_size)
@@ -54,6 +55,7 @@ class NativeEngine(RolloutEngine):
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+        """Answers by the decoder, in batches of similar length."""
         if self.fallback is not None:
             return self.fallback.generate(requests, sampling)
         if any(not request.prompt for request in requests):

@@ -1,4 +1,4 @@
-"""Whether a server answers with the trainer's weights: its log-probabilities beside the trainer's."""
+"""Compares a server's log-probabilities with the trainer's, to find out whether it answers with the trainer's weights."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def trainer_logprobs(policy: TokenPolicy, rows: Sequence[tuple[Sequence[int], Se
 
 
 class Scores:
-    """What a server and the trainer said of the probe, and when that was measurably something else."""
+    """The last measurable change of a server's and the trainer's log-probabilities of the probe."""
 
     def __init__(self) -> None:
         self.before: tuple[Tensor, Tensor] | None = None
 
     def compare(self, told: Sequence[float], mine: Sequence[float], *, tolerance: float) -> str:
-        """What is wrong, in words; nothing if nothing is.
+        """The difference between server and trainer, in words; empty if there is none.
 
         Two numbers apart by more than rounding are other weights. But a step of training moves them by less than a server in 16 bits
         rounds: weights that the server never took show in that its numbers stay where they were, to a tenth of the trainer's move.
@@ -65,7 +65,7 @@ class Scores:
 
 
 def disagreement(samples: Sequence[Sample], mine: Sequence[Sequence[float]], *, temperature: float, tolerance: float) -> str:
-    """What is wrong with the log-probabilities of answers, in words; nothing if nothing is."""
+    """The difference between the log-probabilities of answers, in words; empty if there is none."""
     theirs = torch.tensor([value for sample in samples for value in sample.logprobs], dtype=torch.float64)
     ours = torch.tensor([value for row in mine for value in row], dtype=torch.float64)
     gap = (theirs - ours).abs()

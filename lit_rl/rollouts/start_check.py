@@ -1,4 +1,4 @@
-"""Whether training computes the log-probabilities of the model's own logits, and the sampler those of training: tried on a few tokens."""
+"""Checks on a few tokens that training computes the log-probabilities of the model's logits, and that the sampler reports the same."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def typical(difference: Tensor) -> float:
 
 
 # ---------------------------------------------------------------------- the sampler
-def check_sampler(policy: CausalLM, engine: RolloutEngine, sampling: Sampling, *, world_size: int, autocast: Any = None) -> None:
+def check_sampler(policy: CausalLM, engine: RolloutEngine, sampling: Sampling, *, world_size: int, autocast: object = None) -> None:
     """Raise ConfigError unless an engine over the training weights reports the trainer's log-probabilities of its answers. Collective.
 
     Where padding on the left is what makes the difference, `HFEngine` is told to do without.

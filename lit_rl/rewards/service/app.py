@@ -43,7 +43,7 @@ GUIDE_KEYS = ("vlm_score", "ocr_confidence", "ocr_similarity", "ocr_text")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server takes on."""
+    """Limits of one server."""
 
     max_batch: int = 32
     max_queue_images: int = 256
@@ -133,6 +133,7 @@ class RewardApp:
         return [found[i] if row is None else row for i, row in enumerate(rows)]
 
     async def health(self, request: web.Request) -> web.Response:
+        """State of the queue and names of the scores; 503 while loading or draining."""
         batcher = self.batcher
         body = {
             "status": batcher.state,
@@ -146,6 +147,7 @@ class RewardApp:
         return web.json_response(body, status=200 if batcher.state == "ready" else 503)
 
     async def prometheus(self, request: web.Request) -> web.Response:
+        """The metrics as text."""
         return web.Response(body=self.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _body(self, request: web.Request, hold: Hold) -> bytearray:
@@ -209,7 +211,7 @@ def _decode_single(body: bytearray, *, max_pixels: int) -> tuple[np.ndarray | An
     return _decode_single_image(request, max_pixels=max_pixels)
 
 
-def _decode_single_image(request: Mapping[str, Any], *, max_pixels: int) -> tuple[np.ndarray, dict[str, Any]]:
+def _decode_single_image(request: Mapping[str, object], *, max_pixels: int) -> tuple[np.ndarray, dict[str, Any]]:
     texts: dict[str, Any] = {key: request.get(key) for key in ("image", "prompt", "mask", "target")}
     if type(texts["target"]) in (int, float):  # 42 asks for "42"
         texts["target"] = None if texts["target"] in (math.inf, -math.inf) or texts["target"] != texts["target"] else str(texts["target"])
@@ -242,6 +244,6 @@ def _info(batch: Batch, i: int) -> dict[str, Any]:
     return info
 
 
-def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+def _finite(row: Mapping[str, object]) -> dict[str, Any]:
     """JSON has no NaN: what could not be computed is null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -126,6 +126,7 @@ class Batcher:
         return not self._requests
 
     def close(self) -> None:
+        """Stop the model thread; what is queued is dropped."""
         if self._task is not None:
             self._task.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)

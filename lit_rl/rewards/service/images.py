@@ -29,7 +29,7 @@ def pixel_error(height: int, width: int, *, max_pixels: int) -> SampleError | No
 
 
 def mask_problem(mask: Any, height: int, width: int) -> str | None:
-    """What is wrong with a mask for an image of this size, if there is something."""
+    """The problem of a mask for an image of this size, or None."""
     shape = tuple(getattr(mask, "shape", ()))
     if shape != (height, width):
         return f"is {list(shape) or type(mask).__name__}, its image {[height, width]} (height, width); they must be equal"
@@ -47,7 +47,7 @@ def decode_base64(text: str) -> bytes:
 
 
 def lossy(image: Any, data: bytes | None = None) -> bool:
-    """Whether an open Pillow image comes from a file in which black is not exactly black around an edge. data: the file's bytes."""
+    """True when an open Pillow image comes from a file in which black is not exactly black around an edge. data: the file's bytes."""
     if image.format == "WEBP":
         head = Path(image.filename).read_bytes() if data is None else data
         return b"VP8L" not in head[:64]  # behind VP8X and a profile it would be farther; such a file counts as lossy

@@ -25,5 +25,5 @@ class SampleError(ValueError):
 
 
 def medium_of(sample: Sample) -> Medium:
-    """Which rewards can score it."""
+    """The kind of a sample, which decides the rewards that can score it."""
     return "texts" if isinstance(sample, str) else "images"

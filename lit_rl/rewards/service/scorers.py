@@ -73,7 +73,7 @@ def build(names: Sequence[str], options: Options, *, device: str | None) -> list
     return rewards
 
 
-def _made(value: Any) -> Any:
+def _made(value: object) -> Any:
     """An object that is described by `class_path` and `init_args`, as in a YAML; anything else as it is."""
     if not isinstance(value, Mapping) or "class_path" not in value or not value.keys() <= {"class_path", "init_args"}:
         return value

@@ -70,7 +70,7 @@ def decode_texts(body: bytes | bytearray) -> TextBatch:
     return TextBatch(answers, infos, request_id)
 
 
-def decode_text(request: Mapping[str, Any]) -> tuple[Answer, dict[str, Any]]:
+def decode_text(request: Mapping[str, object]) -> tuple[Answer, dict[str, Any]]:
     """The parsed body of the single route -> answer and row. Raises WireError."""
     return _answer(request["text"], "`text`"), _info(request.get("prompt"), request.get("row", {}), "")
 

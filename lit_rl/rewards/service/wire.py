@@ -1,4 +1,4 @@
-"""What travels between a trainer and a reward server: a safetensors body of raw uint8 images, a JSON answer.
+"""Images between a trainer and a reward server: a safetensors body of raw uint8, a JSON answer.
 
 Request: tensor `images` uint8 [N, H, W, 3], or `image_000`, `image_001`, ... uint8 [H, W, 3] when sizes differ; optional `masks` uint8
 [N, H, W] or `mask_000`, ... ; metadata `prompts` (JSON list of N strings), optional `targets` (JSON list of N strings or nulls: the text
@@ -111,7 +111,7 @@ def is_text(value: object, *, limit: int = MAX_PROMPT) -> bool:
     return value.isascii() or value == value.encode("utf-8", "replace").decode()
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     if value is None:
         return math.nan
     if not isinstance(value, float):
@@ -176,8 +176,8 @@ def _read_safetensors(body: memoryview) -> tuple[dict[str, np.ndarray], dict[str
     return tensors, metadata
 
 
-def _entry(name: str, entry: Any) -> tuple[str, int, int, list[int]]:
-    def whole(value: Any) -> bool:
+def _entry(name: str, entry: object) -> tuple[str, int, int, list[int]]:
+    def whole(value: object) -> bool:
         return type(value) is int and 0 <= value < 1 << 48
 
     match entry:

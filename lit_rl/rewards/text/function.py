@@ -91,16 +91,20 @@ class FunctionReward(TextReward):
         self._told: set[str] = set()
 
     def setup(self, *, rank: int, world_size: int, device: str) -> None:
+        """Load the function and look at its arguments. Raises ConfigError."""
         self._call = load_function(self.path, self.function)
         check_signature(self._call, [*ASKED, *self.arguments], place=self.place)
 
     def counters(self) -> Mapping[str, float]:
+        """Totals of `timeouts` and `errors`."""
         return dict(self._counts)
 
     def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
+        """As `score_async`, from code without a loop."""
         return asyncio.run(self.score_async(media, info))
 
     async def score_async(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
+        """Call the function for each answer, `concurrency` at once."""
         gate = asyncio.Semaphore(self.concurrency)
         rows = await asyncio.gather(*(self._one(gate, text, row) for text, row in zip(media, info, strict=True)))
         table = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(self.outputs))
@@ -140,14 +144,14 @@ class FunctionReward(TextReward):
         line = f":{code.co_firstlineno}" if code is not None and Path(code.co_filename) == self.path else ""
         return f"{self.path}{line}: {self.function}"
 
-    async def _answer(self, asked: Mapping[str, Any]) -> Any:
+    async def _answer(self, asked: Mapping[str, object]) -> Any:
         call = self._call = self._call or load_function(self.path, self.function)
         if inspect.iscoroutinefunction(call):
             return await call(**asked)
         result = await in_thread(lambda: call(**asked))
         return await result if inspect.isawaitable(result) else result
 
-    def _numbers(self, result: Any) -> list[float]:
+    def _numbers(self, result: object) -> list[float]:
         fields = fields_of(result)
         missing = [name for name in ("score", *self.extras) if name not in fields]
         if missing:
@@ -187,7 +191,7 @@ def check_signature(call: Callable[..., Any], asked: Iterable[str], *, place: st
         ) from error
 
 
-def fields_of(result: Any) -> Mapping[str, Any]:
+def fields_of(result: object) -> Mapping[str, Any]:
     """The parts of a result by name: of a mapping, named tuple or dataclass its own, of a tuple or list the first, as verl takes it."""
     if isinstance(result, Mapping):
         return result
@@ -214,10 +218,10 @@ def as_number(value: Any) -> float:
 
 
 async def in_thread(call: Callable[[], Any]) -> Any:
-    """What `call` returns. In a thread of its own that ends with the process: an executor would wait for one that hangs."""
+    """Await `call()` in a thread of its own that ends with the process: an executor would wait for one that hangs."""
     loop, answer = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
-    def settle(result: Any, error: BaseException | None) -> None:
+    def settle(result: object, error: BaseException | None) -> None:
         if not answer.done():
             answer.set_exception(error) if error is not None else answer.set_result(result)
 

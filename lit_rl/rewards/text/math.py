@@ -17,14 +17,14 @@ def math(answer: str, truth: str) -> Verdict:
 
 
 def boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{}, or after the last "\\boxed " up to a dollar sign; None if there is none or it is not closed."""
+    """The content of the last \\boxed{}, or the text from the last "\\boxed " to a dollar sign; None without one, or if it is open."""
     if f"{BOX} " in text:
         return text.rpartition(f"{BOX} ")[2].partition("$")[0]
     return braced(text.rpartition(BOX)[2]) if BOX in text else None
 
 
 def braced(text: str) -> str | None:
-    """What stands between the brace that a text starts with and the one that closes it."""
+    """The content of the braces that a text starts with."""
     depth = 0
     for i, letter in enumerate(text):
         depth += (letter == "{") - (letter == "}")
@@ -34,7 +34,7 @@ def braced(text: str) -> str | None:
 
 
 def equal(a: str, b: str) -> bool:
-    """Whether two answers are the same after normalization, or as they are where it does not understand them."""
+    """True when two answers are equal after normalization, or equal as they are where normalization fails."""
     try:
         return normalize(a) == normalize(b)
     except NotUnderstoodError:

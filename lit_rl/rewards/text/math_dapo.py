@@ -24,7 +24,7 @@ REMOVED = [
     *["\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!", "{,}", '"', "\\dots"],
 ]
 KEPT = [(r"(.*?)(\$)(.*?)(\$)(.*)", r"$\3$"), *[(rf"(\\{name}{{)(.*?)(}})", r"\2") for name in ("text", "textbf", "overline")]]
-"""Of formulas and of these commands only what stands in them."""
+"""Formulas and commands of which only the content is kept."""
 
 
 def math_dapo(answer: str, truth: str) -> Verdict:

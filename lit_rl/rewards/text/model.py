@@ -104,10 +104,12 @@ class ModelReward(TextReward):
         return self.max_length or min(self._tokenizer.model_max_length, 4096, most or 4096)
 
     def counters(self) -> Mapping[str, float]:
+        """Total of `cut`: conversations that lost their beginning."""
         return {"cut": float(self._cut)}
 
     @torch.no_grad()
     def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
+        """One forward per `batch_size` conversations, sorted by length."""
         if self._model is None:
             self.setup(rank=0, world_size=1, device="cpu")
         ids = [self._ids(row["prompt"], text) for row, text in zip(info, media, strict=True)]

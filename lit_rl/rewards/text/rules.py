@@ -1,4 +1,4 @@
-"""Which rule scores which row."""
+"""Rules by data source."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ WRITTEN = {
     "math_dapo": "Answer: {}",
     "math_dapo_boxed": "\\boxed{{{}}}",
 }
-"""How an answer gives a truth to each rule."""
+"""The form in which each rule finds an answer."""
 WITH_FORMAT_SCORE = ("gsm8k", "gsm8k_flexible", "gsm8k_robust")
 GSM8K_NUMBER = re.compile(r"-?[.,]*[0-9][0-9.,]*")
 """Letters of which the gsm8k rules make an answer."""
@@ -137,6 +137,7 @@ class RuleReward(TextReward):
         return None
 
     def check(self, rows: Iterable[Info]) -> None:
+        """Raises ConfigError that names the rows that no rule scores."""
         counts: Counter[str] = Counter()
         problems: list[str] = []
         unused = set(self.own)
@@ -156,18 +157,22 @@ class RuleReward(TextReward):
 
     # ------------------------------------------------------------------ life
     def setup(self, *, rank: int, world_size: int, device: str) -> None:
+        """Load the model, if there is one."""
         if self.model is not None:
             self.model.setup(rank=rank, world_size=world_size, device=device)
 
     async def close(self) -> None:
+        """Close the model, if there is one."""
         if self.model is not None:
             await self.model.close()
 
     def counters(self) -> Mapping[str, float]:
+        """The model's, if there is one."""
         return self.model.counters() if self.model is not None else {}
 
     # ------------------------------------------------------------------ scores
     def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
+        """The verdict of each row on its answer. Raises RewardError for a row that no rule scores."""
         try:
             rules = [self.route(row) for row in info]
         except ConfigError as error:
@@ -184,7 +189,7 @@ class RuleReward(TextReward):
             self.last_error = self.model.last_error
         return dict(zip(self.outputs, table.unbind(1), strict=True))
 
-    def _apply(self, rule: str, text: str, truth: Any) -> Verdict:
+    def _apply(self, rule: str, text: str, truth: object) -> Verdict:
         """The verdict on the accepted answer that the text gives, else on the first. A number is also compared as one: 18.50 is 18.5."""
         options: dict[str, Any] = {"format_score": self.format_score} if rule in WITH_FORMAT_SCORE else {}
         accepted = truths(rule, truth)
@@ -195,11 +200,11 @@ class RuleReward(TextReward):
 
 
 def fits(source: str, pattern: str) -> bool:
-    """Whether a data source is what a pattern describes: `*` and `?` as in file names, [ ] as they stand or as a choice of letters."""
+    """True when a data source matches a pattern: `*` and `?` as in file names, [ ] literally or as a choice of letters."""
     return fnmatchcase(source, pattern) or fnmatchcase(source, pattern.replace("[", "[[]"))
 
 
-def truths(rule: str, value: Any) -> tuple[str, ...]:
+def truths(rule: str, value: object) -> tuple[str, ...]:
     """The texts that a rule accepts for a ground truth. Raises ConfigError for one that no answer can give."""
     try:
         accepted = accepted_texts(value)

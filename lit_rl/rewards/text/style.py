@@ -1,4 +1,4 @@
-"""How an answer is written: its form, its repetitions."""
+"""Rewards for the form of an answer, and against repetition."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TAGS = re.compile(f"(?:{TAG.pattern})*")
 
 
 def matches(text: str, pattern: str) -> bool:
-    """Whether a text starts with what the pattern says; `.` is any character, new lines too."""
+    """True when a text starts with a match of the pattern; `.` is any character, new lines too."""
     return re.match(pattern, text, re.DOTALL) is not None
 
 
@@ -52,6 +52,7 @@ class FormatReward(TextReward):
         self.pattern = pattern
 
     def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
+        """See the class."""
         return {"format": torch.tensor([float(matches(self.whole(text), self.pattern)) for text in media])}
 
     def whole(self, answer: str) -> str:
@@ -70,7 +71,7 @@ class FormatReward(TextReward):
         return "".join(tags[first:]) + text
 
     def names(self, tag: str) -> bool:
-        """Whether the pattern says something of a tag, as it stands or by its name: <(think|reason)>."""
+        """True when the pattern names a tag, as it stands or by its name: <(think|reason)>."""
         plain, name = self.pattern.replace("\\", ""), re.sub(r"\W", "", tag)
         return tag.strip() in plain or (len(name) > 2 and name in plain)
 
@@ -92,5 +93,6 @@ class RepetitionReward(TextReward):
         self.n, self.penalty, self.of = n, penalty, of
 
     def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
+        """See the class."""
         parts = [text.lower().split() if self.of == "words" else text for text in media]
         return {"repetition": torch.tensor([repetition_penalty(items, n=self.n, penalty=self.penalty) for items in parts])}

@@ -19,10 +19,10 @@ NUMBER = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d*)?")
 EXPONENT = re.compile(r"([-+]?\d+(?:\.\d*)?)[eE]([-+]?\d{1,3})")
 WRAPPERS = [re.compile(p, re.DOTALL) for p in (r"\$+(.*?)\$+", r"\\\((.*)\\\)", r"\\\[(.*)\\\]", r"\\boxed\{(.*)\}", r"\\boxed (.*)")]
 DROPPED = [("\\$", ""), ("$", ""), ("\\%", ""), ("%", ""), ("{,}", ","), ("\\,", ""), ("\\!", ""), ("^\\circ", ""), ("^{\\circ}", "")]
-"""What stands beside a number that rules do not read: currency, percent, degrees, thin spaces of LaTeX."""
+"""Signs beside a number that rules do not read: currency, percent, degrees, thin spaces of LaTeX."""
 
 
-def accepted_texts(value: Any) -> tuple[str, ...]:
+def accepted_texts(value: object) -> tuple[str, ...]:
     """The texts of which an answer must give one: the truth as it stands, then without LaTeX around it, and a number as rules read it.
 
     72.0 gives 72.0 and 72; "1,234" gives 1,234 and 1234; "$72$" gives 72 too; "50\\%" gives 50 too; a whole answer of GSM8K what stands
@@ -32,13 +32,13 @@ def accepted_texts(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(form for text in _texts(value, value) for form in _forms(text)))
 
 
-def is_number(value: Any) -> bool:
-    """Whether a ground truth is held as a number, so that an answer is compared with it as one; a text that holds a number is not."""
+def is_number(value: object) -> bool:
+    """True for a ground truth that is a number, with which an answer is compared as a number; False for a text that holds one."""
     value = _plain(value)
     return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
 
 
-def _texts(value: Any, whole: Any) -> list[str]:
+def _texts(value: object, whole: object) -> list[str]:
     """A value, or each item of a list, as text."""
     value = _plain(value)
     if isinstance(value, bool):
@@ -55,7 +55,7 @@ def _texts(value: Any, whole: Any) -> list[str]:
     raise ConfigError(f"a text or number, found {whole!r}; a list may hold several accepted answers")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """A value of numpy, torch, pyarrow or pandas as one of Python."""
     if isinstance(value, np.floating):
         return Decimal(str(value)) if np.isfinite(value) else math.nan  # float() would write out the digits that a float32 does not have

@@ -1,4 +1,4 @@
-"""What a rule says of an answer."""
+"""The verdict of a rule on an answer."""
 
 from __future__ import annotations
 
