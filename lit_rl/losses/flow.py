@@ -43,19 +43,6 @@ def gaussian_kl(
     return torch.where(noisy, square / (2 * torch.where(noisy, scale, 1.0) ** 2), 0.0)
 
 
-def old_policy_penalty(new: Float[Tensor, "*S"], logprobs: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-    """(new - logprobs)^2 / 2, elementwise: MixGRPO's "KL", a pull towards the policy that acted, not towards a reference."""
-    return 0.5 * (new - logprobs) ** 2
-
-
 def flow_matching_loss(v: Float[Tensor, "B *D"], x0: Float[Tensor, "B *D"], noise: Float[Tensor, "B *D"]) -> Float[Tensor, "B"]:
     """mean_D (v - (noise - x0))^2 (arXiv 2210.02747), for v predicted at x = (1 - t) x0 + t noise."""
     return (v - (noise - x0)).pow(2).flatten(1).mean(1)
-
-
-def longcat_weight(sigma: Float[Tensor, "B"], sigma_next: Float[Tensor, "B"], *, sigma_max: float) -> Float[Tensor, "B"]:
-    """kappa = sqrt(sigma / (1 - sigma*)) / sqrt(-dt): LongCat-Video (arXiv 2510.22200) multiplies policy losses by kappa, KLs by kappa^2.
-
-    It undoes the factor by which flow_sde's gradient falls with the step. sigma* = sigma_max (the schedule's second entry) at sigma 1.
-    """
-    return (sigma / (1 - torch.where(sigma >= 1, sigma_max, sigma)) / (sigma - sigma_next)).sqrt()

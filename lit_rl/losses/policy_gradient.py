@@ -66,18 +66,14 @@ def guard_logratio(
     old_mean: Float[Tensor, "B *D"],
     *,
     noise_std: Float[Tensor, "B"],
-    batch_bias: bool = False,
 ) -> Float[Tensor, "B"]:
     """s (new - logprobs) + mean_D (mu - mu_old)^2 / (2 s), s = noise_std: GRPO-Guard's log-ratio (arXiv 2510.22319).
 
     The Gaussian log-ratio has mean -(mu - mu_old)^2 / (2 s^2): clipping it around 1 is lopsided, and differently so at every step.
     Adding that mean back and multiplying with s makes one clip range (2e-6 ... 4e-6) fit all steps.
-    batch_bias: the squared difference is averaged over the micro-batch too, as in Flow-GRPO's code; then it depends on the micro-batch.
-    Rows without noise give 0.
+    Flow-GRPO's code averages the squared difference over the micro-batch too; here no row depends on others. Rows without noise give 0.
     """
     bias = (mean - old_mean).pow(2).flatten(1).mean(1)
-    if batch_bias:
-        bias = bias.mean().expand_as(bias)
     noisy = noise_std > 0
     return torch.where(noisy, noise_std * (new - logprobs) + bias / (2 * torch.where(noisy, noise_std, 1.0)), 0.0)
 

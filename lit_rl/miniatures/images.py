@@ -59,12 +59,11 @@ def build_sd3(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         autoencoder = _autoencoder(vae, factor, image_channels, scaling_factor, shift_factor)
-        channels = autoencoder.config.latent_channels
-        side = max(height, width) // factor
+        channels, side = autoencoder.config.latent_channels, max(height, width) // factor
         sizes = {"sample_size": side, "patch_size": patch_size, "pos_embed_max_size": side // patch_size}
         sizes |= {"in_channels": channels, "out_channels": channels, "num_layers": layers, "num_attention_heads": heads}
-        sizes |= {"attention_head_dim": hidden // heads, "caption_projection_dim": hidden}
-        sizes |= {"joint_attention_dim": _sd3_width(text_hidden, t5_hidden), "pooled_projection_dim": 2 * text_hidden}
+        sizes |= {"attention_head_dim": hidden // heads, "caption_projection_dim": hidden, "pooled_projection_dim": 2 * text_hidden}
+        sizes |= {"joint_attention_dim": _sd3_width(text_hidden, t5_hidden)}
         transformer = SD3Transformer2DModel(**sizes, dual_attention_layers=tuple(dual_attention_layers), qk_norm=qk_norm)
         pipe: Any = StableDiffusion3Pipeline(
             transformer=transformer,

@@ -42,7 +42,6 @@ def sde_step(
     noise: Float[Tensor, "B *D"] | None = None,
     sample: Float[Tensor, "B *D"] | None = None,
     dtype: torch.dtype | None = None,
-    diffusion_clip: float | None = None,
 ) -> Step:
     """x' = x + v dt + k eps_hat + noise_std z: draw it from `noise`, or score a given `sample`.
 
@@ -62,7 +61,6 @@ def sde_step(
         sample: an x' that was drawn earlier, to score it (training). Exactly one of noise and sample.
         dtype: storage dtype of the drawn x'. It is rounded through it *before* its log-probability, so that scoring the stored sample
             later gives the very same number. Default: the dtype of the mathematics.
-        diffusion_clip: LongCat's c (arXiv 2510.22200, 0.45): g is at most c / sqrt(-dt).
 
     The mathematics is in float32, or float64 if x or v are: bfloat16 overflows here.
     """
@@ -70,21 +68,13 @@ def sde_step(
     work = torch.promote_types(torch.promote_types(x.dtype, v.dtype), torch.float32)
     x, v, sigma, sigma_next = x.to(work), v.to(work), sigma.to(work), sigma_next.to(work)
     level = noise_level.to(work) if isinstance(noise_level, Tensor) else x.new_full((len(x),), noise_level, dtype=work)
-    diffusion, noise_std, pull = _coefficients(
-        sigma, sigma_next, level, dynamics=dynamics, sigma_max=sigma_max, diffusion_clip=diffusion_clip
-    )
-
+    diffusion, noise_std, pull = _coefficients(sigma, sigma_next, level, dynamics=dynamics, sigma_max=sigma_max)
     mean = x + v * _rows(sigma_next - sigma, x) + (x + v * _rows(1 - sigma, x)) * _rows(pull, x)
     if sample is None:
         drawn = mean if noise is None else mean + noise.to(work) * _rows(noise_std, x)
         sample = drawn.detach().to(dtype or work)
     sample = sample.detach()
     return Step(sample, mean, noise_std, diffusion, _logprob(sample.to(work), mean, noise_std, level, dynamics))
-
-
-def predict_clean(x: Float[Tensor, "B *D"], v: Float[Tensor, "B *D"], *, sigma: Float[Tensor, "B"]) -> Float[Tensor, "B *D"]:
-    """x0_hat = x - sigma v. DanceGRPO decodes this, not x', at its last step."""
-    return x - v * _rows(sigma.to(x.dtype), x)
 
 
 def _coefficients(
@@ -94,9 +84,8 @@ def _coefficients(
     *,
     dynamics: Dynamics,
     sigma_max: float,
-    diffusion_clip: float | None,
 ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"], Float[Tensor, "B"]]:
-    """(g, noise_std, k): what `sde_step` multiplies its noise and eps_hat with."""
+    """(g, noise_std, k): the coefficients of noise and eps_hat in `sde_step`."""
     root = (sigma - sigma_next).sqrt()
     if dynamics == "ode":
         zero = torch.zeros_like(sigma)
@@ -111,8 +100,6 @@ def _coefficients(
         diffusion = level
     else:
         diffusion = level * sigma_max * sigma
-    if diffusion_clip is not None:
-        diffusion = torch.minimum(diffusion, diffusion_clip / root)
     return diffusion, diffusion * root, -(diffusion**2) * root**2 / (2 * sigma)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -65,14 +66,7 @@ def mix_window(
         first = int(np.random.default_rng(seed + iteration - 1).integers(0, steps - size + 1)) if iteration else 0
         return range(first, first + size)
 
-    def stay(position: int) -> int:
-        if strategy == "decay":
-            last = max(1, iterations_per_window // 4)
-            return max(last, int(iterations_per_window * (1 - position / steps) + last * (position / steps)))
-        if strategy == "exp_decay":
-            return math.ceil(iterations_per_window * math.exp(-decay_rate * max(0, position - decay_from)))
-        return iterations_per_window
-
+    stay = partial(_stay, strategy=strategy, iterations=iterations_per_window, steps=steps, decay_from=decay_from, decay_rate=decay_rate)
     positions = range(0, steps + 1, overlap_step if overlap else size)
     if roll_back:
         iteration %= sum(stay(p) for p in positions)
@@ -82,6 +76,16 @@ def mix_window(
         if iteration < 0:
             break
     return range(first, min(first + size, steps))
+
+
+def _stay(position: int, *, strategy: MixStrategy, iterations: int, steps: int, decay_from: int, decay_rate: float) -> int:
+    """Iterations that `mix_window` stays at a position."""
+    if strategy == "decay":
+        last = max(1, iterations // 4)
+        return max(last, int(iterations * (1 - position / steps) + last * (position / steps)))
+    if strategy == "exp_decay":
+        return math.ceil(iterations * math.exp(-decay_rate * max(0, position - decay_from)))
+    return iterations
 
 
 def random_subset(candidates: Sequence[int], *, count: int, generator: torch.Generator) -> list[int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_rl.credit.groups import group_advantages
 from lit_rl.losses.flow import gaussian_kl
 from lit_rl.losses.nft import nft_loss, optimality
-from lit_rl.policies.weights.decay import ema_decay, ema_update, old_policy_decay
+from lit_rl.policies.weights.decay import OLD_POLICY_DECAYS, ema_decay, ema_update, ramp_decay
 from lit_rl.samplers.solvers import solve
 
 pytestmark = pytest.mark.golden
@@ -75,7 +75,7 @@ class Run:
         assert_close(self.theta, epoch["theta_after"][update], f32=LOGPROB_F32, what=f"{what} parameters")
 
     def after_epoch(self, epoch: dict, what: str) -> None:
-        self.old = ema_update(self.old, self.theta.detach(), decay=old_policy_decay(self.step, kind="slow"))
+        self.old = ema_update(self.old, self.theta.detach(), decay=ramp_decay(self.step, **OLD_POLICY_DECAYS["slow"]))
         assert self.step == int(epoch["global_step_after"])
         assert_close(self.old, epoch["theta_old_after"], f32=LOGPROB_F32, what=f"{what} old policy")
         assert_close(self.average, epoch["ema_after"], f32=LOGPROB_F32, what=f"{what} average")

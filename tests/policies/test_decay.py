@@ -8,12 +8,9 @@ from golden_numbers import assert_close, load
 
 from lit_rl.policies.weights.decay import (
     OLD_POLICY_DECAYS,
-    cosine_decay,
     ema_decay,
     ema_is_due,
     ema_update,
-    linear_decay,
-    old_policy_decay,
     ramp_decay,
 )
 
@@ -42,10 +39,10 @@ def test_ema_forgets_its_start():
 
 
 def test_old_policy_decays_by_hand():
-    assert [old_policy_decay(s, kind="copy") for s in (0, 100)] == [0, 0]
-    assert [old_policy_decay(s, kind="slow") for s in (0, 100, 500, 900)] == pytest.approx([0, 0.1, 0.5, 0.5])
-    assert [old_policy_decay(s, kind="late") for s in (0, 75, 79, 300)] == pytest.approx([0, 0, 0.03, 0.999])
-    assert old_policy_decay(7, kind="frozen") == 1
+    assert [ramp_decay(s, **OLD_POLICY_DECAYS["copy"]) for s in (0, 100)] == [0, 0]
+    assert [ramp_decay(s, **OLD_POLICY_DECAYS["slow"]) for s in (0, 100, 500, 900)] == pytest.approx([0, 0.1, 0.5, 0.5])
+    assert [ramp_decay(s, **OLD_POLICY_DECAYS["late"]) for s in (0, 75, 79, 300)] == pytest.approx([0, 0, 0.03, 0.999])
+    assert ramp_decay(7, **OLD_POLICY_DECAYS["frozen"]) == 1
 
 
 def test_ema_interval():
@@ -64,14 +61,14 @@ def test_published_decays(golden_dir):
     names = list(OLD_POLICY_DECAYS)
     for key in (k for k in data if k.startswith("return_decay_type")):
         kind = names[int(key.removeprefix("return_decay_type"))]
-        check(key, partial(old_policy_decay, kind=kind))
+        check(key, partial(ramp_decay, **OLD_POLICY_DECAYS[kind]))
     for key in (k for k in data if k.startswith("crd_decay_")):
         name = key.removeprefix("crd_decay_")
         if name == "custom":
             start, value, slope, end = map(float, data["crd_custom_spec"].split("-"))
             check(key, partial(ramp_decay, start=start, value=value, slope=slope, end=end))
         else:
-            check(key, partial(old_policy_decay, kind=names[int(name)]))
+            check(key, partial(ramp_decay, **OLD_POLICY_DECAYS[names[int(name)]]))
     for key in (k for k in data if k.startswith("ema_wrapper_decay_")):
         decay = float(key.removeprefix("ema_wrapper_decay_"))
         check(key, partial(ema_decay, decay=decay))
@@ -86,25 +83,14 @@ def test_flow_factory_decays(golden_dir):
     def check(key, function):
         assert_close(torch.tensor([function(s) for s in steps], dtype=torch.float64), data[key], what=key)
 
-    def corner(values):
-        """First step that has the last value."""
-        return next(s for s, v in zip(steps, values.tolist(), strict=True) if v == values[-1])
-
-    constant, power, linear = data["ff_ema_constant"], data["ff_ema_power"], data["ff_ema_linear"]
+    constant, power = data["ff_ema_constant"], data["ff_ema_power"]
     check("ff_ema_constant", partial(ramp_decay, value=constant[0].item(), end=constant[0].item()))
     check("ff_ema_power", partial(ema_decay, decay=power[-1].item(), warmup_steps=round(1 / power[0].item())))
-    check("ff_ema_linear", partial(linear_decay, decay=linear[-1].item(), initial=linear[0].item(), warmup_steps=corner(linear)))
 
     piecewise = data["ff_ema_piecewise"]
     start = int((piecewise > 0).nonzero()[0]) - 1
     slope = round(piecewise[start + 1].item(), 10)
     check("ff_ema_piecewise", partial(ramp_decay, start=start, slope=slope, end=piecewise[-1].item()))
-
-    cosine, warm = data["ff_ema_cosine"], data["ff_ema_warmup_cosine"]
-    check("ff_ema_cosine", partial(cosine_decay, decay=cosine[-1].item(), initial=cosine[0].item(), total_steps=corner(cosine)))
-    straight = int((warm.diff().diff().abs() > 1e-12).nonzero()[0]) + 1
-    options = {"decay": warm[-1].item(), "initial": warm[straight].item(), "total_steps": corner(warm), "warmup_steps": straight}
-    check("ff_ema_warmup_cosine", partial(cosine_decay, **options))
 
 
 @pytest.mark.golden
@@ -134,5 +120,5 @@ def test_old_policy_updates(golden_dir):
     assert keys
     for key in keys:
         kind, step = key.removeprefix("oldpolicy_type").split("_step")
-        decay = old_policy_decay(int(step), kind=list(OLD_POLICY_DECAYS)[int(kind)])
+        decay = ramp_decay(int(step), **list(OLD_POLICY_DECAYS.values())[int(kind)])
         assert_close(ema_update(data["oldpolicy_tgt"], data["oldpolicy_src"], decay=decay), data[key], what=key)

@@ -9,12 +9,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from schedule_formulas import flux_sigmas, sd3_sigmas
 from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
 from lit_rl.policies.weights.lora import LoraSettings
-from lit_rl.samplers.schedules import flux_sigmas, sd3_sigmas
 from lit_rl.types import Cond, take_rows
 
 HEIGHT, WIDTH, TOKENS = 16, 24, 8

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from torch.autograd import gradcheck
 
-from lit_rl.samplers.flow import DYNAMICS, predict_clean, sde_step
+from lit_rl.samplers.flow import DYNAMICS, sde_step
 
 NOISY = [d for d in DYNAMICS if d != "ode"]
 SIGMAS = torch.tensor([1.0, 0.96, 0.7, 0.3, 0.01, 0.0], dtype=torch.float64)
@@ -163,20 +163,6 @@ def test_logprob_is_the_normal_density():
     step = sde_step(x, v, dynamics="flow_sde", noise_level=0.7, noise=z, **sigmas)
     normal = torch.distributions.Normal(step.mean, step.noise_std.view(-1, 1, 1, 1))
     torch.testing.assert_close(step.logprob, normal.log_prob(step.sample).flatten(1).mean(1))
-
-
-def test_diffusion_clip_bounds_the_noise_of_a_step():
-    x, v, z, sigmas = path()
-    step = sde_step(x, v, dynamics="flow_sde", noise_level=0.7, noise=z, diffusion_clip=0.45, **sigmas)
-    free = sde_step(x, v, dynamics="flow_sde", noise_level=0.7, noise=z, **sigmas)
-    torch.testing.assert_close(step.noise_std, free.noise_std.clamp(max=0.45))
-    assert (free.noise_std > 0.45).any()
-
-
-def test_predict_clean_inverts_the_forward_process():
-    x0, eps, _, sigmas = path()
-    sigma = sigmas["sigma"].view(-1, 1, 1, 1)
-    torch.testing.assert_close(predict_clean((1 - sigma) * x0 + sigma * eps, eps - x0, sigma=sigmas["sigma"]), x0)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 from golden_numbers import assert_close, cases, load
+from schedule_formulas import flux_sigmas, sd3_sigmas
 
 from lit_rl.samplers.flow import sde_step
-from lit_rl.samplers.schedules import flux_mu, flux_sigmas, linear_sigmas, sd3_sigmas, shift_sigmas, shifted_sigmas
+from lit_rl.samplers.schedules import flux_mu, linear_sigmas, shift_sigmas, shifted_sigmas
 
 
 def test_shift_by_hand():

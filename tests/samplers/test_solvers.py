@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from golden_numbers import assert_close, load
+from schedule_formulas import sd3_sigmas
 
-from lit_rl.samplers.schedules import sd3_sigmas, shifted_sigmas
+from lit_rl.samplers.schedules import shifted_sigmas
 from lit_rl.samplers.solvers import ddim_step, dpm_step, solve
 
 SOLVERS = ("ode", "ddim", "dpm1", "dpm2")

@@ -5,7 +5,6 @@ copy <- d copy + (1 - d) new: 0 copies, 1 freezes. Step counts optimizer steps f
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -27,19 +26,6 @@ def ema_decay(step: int, *, decay: float, warmup_steps: int = 10) -> float:
     return min((1 + step) / max(warmup_steps + step, 1), decay)
 
 
-def linear_decay(step: int, *, decay: float, initial: float = 0.0, warmup_steps: int = 100) -> float:
-    """From `initial` to `decay` in a straight line over warmup_steps (Flow-Factory)."""
-    return initial + (decay - initial) * min(step / warmup_steps, 1.0)
-
-
-def cosine_decay(step: int, *, decay: float, initial: float = 0.9, total_steps: int = 1000, warmup_steps: int = 0) -> float:
-    """0 to `initial` in a line over warmup_steps, then to `decay` along half a cosine until total_steps (Flow-Factory)."""
-    if step < warmup_steps:
-        return initial * step / warmup_steps
-    progress = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
-    return initial + (decay - initial) * (1 - math.cos(math.pi * progress)) / 2
-
-
 def ramp_decay(step: int, *, start: float = 0, value: float = 0.0, slope: float = 0.0, end: float = 0.0) -> float:
     """`value` before step `start`, then min(value + slope (step - start), end)."""
     return value if step < start else min(value + (step - start) * slope, end)
@@ -57,11 +43,6 @@ OLD_POLICY_DECAYS: dict[OldPolicyDecay, dict[str, float]] = {
     "steep": {"slope": 0.0075, "end": 0.999},
 }
 """Arguments of `ramp_decay` by name: DiffusionNFT's decay types (arXiv 2509.16117) and, in this order, CRD's presets 0 ... 6."""
-
-
-def old_policy_decay(step: int, *, kind: OldPolicyDecay) -> float:
-    """`ramp_decay` with the arguments that DiffusionNFT and CRD publish."""
-    return ramp_decay(step, **OLD_POLICY_DECAYS[kind])
 
 
 DECAY_TYPES: dict[int, OldPolicyDecay] = {0: "frozen", 1: "slow", 2: "late"}
