@@ -82,7 +82,7 @@ class PromptDataModule(L.LightningDataModule, PromptSource):
             yield from rows if place is None else ({**row, "place": place(i)} for i, row in enumerate(rows))
 
     def examples(self, step: int, count: int, part: slice = ALL) -> tuple[Sequence[Info], Tensor]:
-        raise ConfigError(f"{type(self).__name__} has no images to imitate: set model.warmup_steps to 0, or use datamodules.rendered_text")
+        raise ConfigError(f"{type(self).__name__} has no images to imitate: leave model.supervised out, or use datamodules.rendered_text")
 
     def train_dataloader(self) -> ReplayLoader:
         """The rollouts of this epoch, which the method collects itself."""

@@ -131,7 +131,7 @@ class Inpainting(PromptDataModule, ExampleSource):
     def setup(self, stage: str) -> None:
         """Compare with the method what it will ask of the data."""
         method = self._trainer().lightning_module
-        if stage == "fit" and isinstance(method, LitRL) and method.warmup_steps:
+        if stage == "fit" and isinstance(method, LitRL) and method.supervised:
             self._check_targets()
         wanted = getattr(getattr(method, "policy", None), "image_size", None)
         if wanted is not None and tuple(wanted) != self.size:
@@ -142,8 +142,8 @@ class Inpainting(PromptDataModule, ExampleSource):
     def _check_targets(self) -> None:
         if not self._imitable:
             raise ConfigError(
-                "model.warmup_steps asks for pictures to imitate, and no item of data.train has one: give items a target, or the "
-                "source_text of their source where it equals text; or set model.warmup_steps to 0"
+                "model.supervised asks for pictures to imitate, and no item of data.train has one: give items a target, or the "
+                "source_text of their source where it equals text; or leave model.supervised out"
             )
 
     # ------------------------------------------------------------------ training prompts

@@ -120,7 +120,7 @@ class Examples(Minibatch):
     images: Tensor  # uint8 "B 3 H W"
     step: int  # optimizer step of the warm-up
     first: int  # number of the first example within the step, counted over all processes
-    share: float = 1.0  # how many examples of the step these are, relative to an equal share of each micro-batch and process
+    weights: Tensor  # Float "B", 1 / number of examples of the step; 0 for one that only fills up
 
 
 def take_rows(cond: Cond, rows: Tensor) -> Cond:

@@ -80,7 +80,13 @@ def test_pieces_fit(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DISABLE_RL_REWARD_MODEL", "true")
     task.prepare(run.out, 0)
-    model: dict[str, Any] = {"warmup_steps": 1, "prompts_per_iteration": 2, "group_size": 2, "num_steps": 4, "eval_num_steps": 2}
+    model: dict[str, Any] = {
+        "supervised.warmup_steps": 1,
+        "prompts_per_iteration": 2,
+        "group_size": 2,
+        "num_steps": 4,
+        "eval_num_steps": 2,
+    }
     changed = [f"--model.init_args.{key}={value}" for key, value in model.items()]
     changed += ["--data.init_args.max_val=4", "--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1"]
     monkeypatch.setattr(sys, "argv", ["cli.py", "fit", "--config", str(ROOT / run.config), *changed])

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from test_kill_and_resume import differences
-from toy import ToyData, ToyPolicy, toy_method, toy_trainer
+from toy import ToyData, ToyPolicy, toy_method, toy_trainer, with_examples
 from toy_text import Digits, Sorted, model_folder, policy, trainer
 
 from callbacks.ema import EMA
@@ -123,7 +123,7 @@ def flow(*, old: Callable[[], OldPolicySync] | None = None, callbacks: Callable[
         else:
             adam = partial(torch.optim.AdamW, lr=1e-2)
             sizes: dict[str, Any] = dict(prompts_per_iteration=4, group_size=4, num_steps=4, eval_num_steps=4, warmup_batch_size=24)
-            method = DiffusionNFT(ToyPolicy(dropout=0.1), optimizer=adam, **sizes, **given)
+            method = DiffusionNFT(ToyPolicy(dropout=0.1), optimizer=adam, **with_examples(sizes | given))
         first = [old()] if old else []
         toy_trainer(folder, callbacks=[*first, EMA(0.9), *callbacks(), *after], **settings).fit(method, ToyData(), ckpt_path=path)
 
@@ -427,7 +427,7 @@ def test_other_options_may_change_inside_an_iteration(tmp_path: Path) -> None:
 def test_the_warm_up_stays_as_long_as_it_was(tmp_path: Path) -> None:
     flow_run(warmup_steps=2)(tmp_path / "a", checkpoints(tmp_path / "a", [EVERY_STEP]), None)
     for name in ("epoch=0-step=1", "epoch=1-step=3", "epoch=1-step=6"):
-        with pytest.raises(ConfigError, match="model.warmup_steps=3, and the run of this checkpoint began with 2"):
+        with pytest.raises(ConfigError, match="model.supervised.warmup_steps=3, and the run of this checkpoint began with 2"):
             flow_run(warmup_steps=3)(tmp_path / "b", [], str(tmp_path / "a" / "0" / f"{name}.ckpt"))
 
 

@@ -66,10 +66,10 @@ def shrunk(run: dict[str, Any], home: Path) -> dict[str, Any]:
         policy |= {"pretrained": str(home / "fill/pipeline"), "context_height": 8}
         policy["style"] |= {"encoder": str(home / "fill/siglip"), "tokens": 3}
         data |= {"train": str(home / "items.json"), "resolution": [HEIGHT, WIDTH]}
-    if model.get("warmup_steps"):
-        model |= {"warmup_steps": 1, "warmup_batch_size": 4}
+    if model.get("supervised"):
+        model["supervised"] |= {"warmup_steps": 1, "batch_size": 4}
     trainer |= {"accelerator": "cpu", "devices": 1, "accumulate_grad_batches": 2, "check_val_every_n_epoch": 1}
-    trainer |= {"max_epochs": 2 if model.get("warmup_steps") else 1, "enable_model_summary": False}
+    trainer |= {"max_epochs": 2 if model.get("supervised") else 1, "enable_model_summary": False}
     if trainer["precision"] == "16-mixed":  # which CPUs do not have
         trainer["precision"], policy["dtype"] = "bf16-mixed", "bfloat16"
     return saved_every_iteration(run)
@@ -104,7 +104,7 @@ def test_run_trains_on_a_miniature(path: Path, home: Path, tmp_path: Path, fit: 
     done = fit(run)
     method, trainer = done.model, done.trainer
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    warmup = 1 if run["model"]["init_args"].get("warmup_steps") else 0
+    warmup = 1 if run["model"]["init_args"].get("supervised") else 0
     assert trainer.global_step == 1 + warmup and metrics["images"] == PROMPTS * GROUP
     assert metrics["zero_std_ratio"] == 0 and np.isfinite(metrics["loss"])
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from callbacks.reward_scoring import RewardScoring
 from datamodules.base import PromptDataModule
 from lit_rl.methods.flow_grpo import FlowGRPO
+from lit_rl.modules.supervised import Supervised
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.weights.shards import copy_weights
 from lit_rl.rewards.base import Reward
@@ -106,12 +107,20 @@ class ToyData(PromptDataModule):
         return [self.train_prompts[i % len(self.train_prompts)] for i in rows], torch.zeros(len(rows), 3, 2, 2, dtype=torch.uint8)
 
 
+def with_examples(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with the component `supervised` in the place of warmup_steps, warmup_batch_size, warmup_lr and warmup_timesteps."""
+    names = {"warmup_steps": "warmup_steps", "warmup_batch_size": "batch_size", "warmup_lr": "warmup_lr", "warmup_timesteps": "timesteps"}
+    given = {names[name]: value for name, value in settings.items() if name in names}
+    rest = {name: value for name, value in settings.items() if name not in names}
+    return rest | ({"supervised": Supervised(**given)} if given.get("warmup_steps") else {})
+
+
 def toy_method(cls: type[FlowGRPO] = FlowGRPO, *, lr: float = 1e-2, dropout: float = 0.0, **kwargs: Any) -> FlowGRPO:
     defaults: dict[str, Any] = dict(
         prompts_per_iteration=4, group_size=4, num_steps=4, eval_num_steps=4, rollout_micro_batch=6, warmup_batch_size=24,
         clip_low=1e-2, clip_high=1e-2, optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
     )  # fmt: skip
-    return cls(ToyPolicy(dropout=dropout), **(defaults | kwargs))
+    return cls(ToyPolicy(dropout=dropout), **with_examples(defaults | kwargs))
 
 
 def toy_trainer(

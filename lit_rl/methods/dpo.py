@@ -17,7 +17,7 @@ from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.ranks import gather_objects
 from lit_rl.replay.sequences import pair_sequences
-from lit_rl.replay.sources import PairSource, members
+from lit_rl.replay.sources import PairSource
 from lit_rl.seeding import seed_of
 from lit_rl.types import Minibatch, Prompts, TokenRollout
 
@@ -40,7 +40,7 @@ class DPO(LitTokens):
     """
 
     together = 2
-    asks = members(PairSource)
+    sources = (PairSource,)
     datamodules = "datamodules.pairs.PreferencePairs"
 
     def __init__(

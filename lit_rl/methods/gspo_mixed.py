@@ -22,7 +22,7 @@ from lit_rl.modules.gradient import LitPolicyGradient
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.replay.batches import TokenBatch
 from lit_rl.replay.sequences import assemble, joined, pair_sequences, select
-from lit_rl.replay.sources import PairSource, TextSource, members
+from lit_rl.replay.sources import PairSource, TextSource
 from lit_rl.types import Info, Minibatch, Prompts, TokenRollout
 
 
@@ -77,7 +77,7 @@ class MixedGSPO(LitPolicyGradient):
         self._margins: list[Tensor] = []
 
     # ------------------------------------------------------------------ sizes
-    asks = (*members(TextSource), *members(PairSource))
+    sources = (TextSource, PairSource)
     datamodules = "datamodules.mixed.PromptsAndPairs"
 
     def check_parts(self, stage: str) -> None:

@@ -16,7 +16,7 @@ from lit_rl.losses.masked import COUNT_EPS
 from lit_rl.losses.terms import Term, Terms
 from lit_rl.losses.value import clipped_share, value_loss
 from lit_rl.modules.gradient import LitPolicyGradient
-from lit_rl.modules.policy import Shardable
+from lit_rl.modules.models import Shardable
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.critic import Critic
 from lit_rl.types import Minibatch, TokenRollout

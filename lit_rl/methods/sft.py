@@ -13,7 +13,7 @@ from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.replay.sequences import sequences
-from lit_rl.replay.sources import SupervisedSource, members
+from lit_rl.replay.sources import SupervisedSource
 from lit_rl.rollouts.answers import Answers
 from lit_rl.types import Minibatch, Prompts, TokenRollout
 
@@ -33,7 +33,7 @@ class SFT(LitTokens):
     """
 
     drops = True
-    asks = members(SupervisedSource)
+    sources = (SupervisedSource,)
     datamodules = "datamodules.supervised.SupervisedText"
 
     def __init__(

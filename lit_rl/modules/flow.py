@@ -19,7 +19,10 @@ from lit_rl.credit.rules import Advantage
 from lit_rl.errors import ConfigError
 from lit_rl.losses.flow import flow_matching_loss
 from lit_rl.losses.masked import finite_rows, harmless
-from lit_rl.modules.policy import LitPolicy, named
+from lit_rl.modules.base import LitRL
+from lit_rl.modules.checks import check_at_least
+from lit_rl.modules.evaluation import count_not_finite, named
+from lit_rl.modules.supervised import Supervised
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.samplers.schedules import linear_sigmas, shifted_sigmas
 from lit_rl.samplers.solvers import Solver, solve
@@ -40,7 +43,7 @@ class FlowBatch(Minibatch):
     info: Sequence[Info]  # N prompts where `cond` is computed again, else none
 
 
-class LitFlow(LitPolicy[FlowRollout]):
+class LitFlow(LitRL[FlowRollout]):
     """Base of the methods on flow models.
 
     Args:
@@ -59,7 +62,7 @@ class LitFlow(LitPolicy[FlowRollout]):
             DanceGRPO, MixGRPO and Flow-Factory do, or `linear` as they are.
         shift: s of the shifted schedule, sigma = s u / (1 + (s - 1) u).
         advantage: How rewards become advantages.
-        warmup_timesteps: Distribution of t in the supervised warm-up: uniform, or SD3's logit-normal (arXiv 2403.03206, eq. 19).
+        supervised: Examples to imitate: a warm-up before the first rollout, or a share of every optimizer step.
         kwargs: See `LitRL`.
     """
 
@@ -80,19 +83,12 @@ class LitFlow(LitPolicy[FlowRollout]):
         schedule: Literal["pipeline", "shifted", "linear"] = "pipeline",
         shift: float = 3.0,
         advantage: Advantage | None = None,
-        warmup_timesteps: Literal["uniform", "logit_normal"] = "logit_normal",
+        supervised: Supervised | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
-        sizes: dict[str, int | None] = {
-            "num_steps": num_steps,
-            "eval_num_steps": eval_num_steps,
-            "rollout_micro_batch": rollout_micro_batch,
-        }
-        sizes |= {"updates_per_iteration": updates_per_iteration, "train_micro_batch": train_micro_batch}
-        for name, value in sizes.items():
-            if value is not None and value < 1:
-                raise ConfigError(f"model.{name}={value} must be at least 1")
+        check_at_least(1, num_steps=num_steps, eval_num_steps=eval_num_steps, rollout_micro_batch=rollout_micro_batch)
+        check_at_least(1, updates_per_iteration=updates_per_iteration, train_micro_batch=train_micro_batch)
         self.updates_per_iteration = updates_per_iteration or self.inner_epochs
         if self.updates_per_iteration % self.inner_epochs:
             raise ConfigError(
@@ -117,7 +113,7 @@ class LitFlow(LitPolicy[FlowRollout]):
         self.tracker = self.credit_rule.tracker()
         self._finite: list[Tensor] = []  # of each sampled micro-batch Bool "B"
         self._told: set[str] = set()
-        self.warmup_timesteps = warmup_timesteps
+        self.supervised = supervised
 
     def on_fit_start(self) -> None:
         """Say what the numbers of the YAML multiply to."""
@@ -210,11 +206,12 @@ class LitFlow(LitPolicy[FlowRollout]):
     # ------------------------------------------------------------------ supervised warm-up
     def supervised_loss(self, batch: Examples) -> Tensor:
         """Flow matching |v - (eps - x0)|^2 on the examples (arXiv 2210.02747), one number per example."""
+        assert self.supervised is not None
         x0 = self.policy.encode_images(batch.images, batch.info)
         finite = finite_rows(x0)
         keys = [(self.seed, "warmup", batch.step, batch.first + i) for i in range(len(x0))]
         draws = torch.stack([torch.randn(2, generator=generator(*key, "t")) for key in keys]).to(self.device)
-        t = torch.special.ndtr(draws[:, 0]) if self.warmup_timesteps == "uniform" else draws[:, 0].sigmoid()
+        t = torch.special.ndtr(draws[:, 0]) if self.supervised.timesteps == "uniform" else draws[:, 0].sigmoid()
         noise = self.noise(keys)
         cond, rows = self.encode(Prompts(group=torch.arange(len(x0)), info=batch.info))
         at = t.view(-1, *[1] * (x0.ndim - 1))
@@ -232,7 +229,7 @@ class LitFlow(LitPolicy[FlowRollout]):
         self._told |= lost
         if lost:
             warnings.warn(
-                f"warm-up: examples are not finite (image latents or condition) and are left out: {named([(sorted(lost), 0, 0)])}",
+                f"warm-up: examples are not finite (image latents or condition) and are left out: {named(sorted(lost))}",
                 stacklevel=2,
             )
 
@@ -263,7 +260,7 @@ class LitFlow(LitPolicy[FlowRollout]):
         media, finite = self.render(batch)
         lost = [str(batch.info[i]["prompt"]) for i in (~finite).nonzero()[:, 0].tolist() if batch.group[i] >= 0]
         if lost:
-            warnings.warn(f"predict: pictures are not finite and show nothing ({WHAT}): {named([(lost, 0, 0)])}", stacklevel=2)
+            warnings.warn(f"predict: pictures are not finite and show nothing ({WHAT}): {named(lost)}", stacklevel=2)
         return {"media": media, "prompts": batch}
 
     def check_geometry(self) -> None:
@@ -276,6 +273,8 @@ class LitFlow(LitPolicy[FlowRollout]):
             )
         if self.train_micro_batch is not None:
             self.set_micro_batches(self.train_micro_batch)
+        if self.supervised is not None:
+            self.set_example_micro_batches(self.supervised)
         if (pairs := self.pairs_of_update()) < self.micro_batches_per_update:
             raise ConfigError(
                 f"trainer.accumulate_grad_batches={self.micro_batches_per_update} asks for more micro-batches than an optimizer step has "
@@ -293,10 +292,16 @@ class LitFlow(LitPolicy[FlowRollout]):
                 "are meant, set model.updates_per_iteration"
             )
         self.micro_batches_per_update = max(asked, needed)
+
+    def set_example_micro_batches(self, supervised: Supervised) -> None:
+        """As many as keep each within `train_micro_batch` examples; without it as many as pairs have, and one beside those."""
+        world = self.trainer.world_size
+        needed = -(-supervised.batch_size // (world * (self.train_micro_batch or supervised.batch_size)))
+        self.example_micro_batches = needed if supervised.coef else 0
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # accumulates as many throughout a run
-            self.micro_batches_per_warmup_step = self.micro_batches_per_update
-        else:
-            self.micro_batches_per_warmup_step = -(-self.warmup_batch_size // (self.trainer.world_size * size))
+            self.warmup_micro_batches = self.micro_batches_of_step(warmup=False)
+        elif self.train_micro_batch is not None:
+            self.warmup_micro_batches = needed
 
     def pairs_of_update(self) -> int:
         """(sample, step) pairs of an optimizer step on a process, at most."""
@@ -318,7 +323,7 @@ class LitFlow(LitPolicy[FlowRollout]):
     def scored_finite(self, rewards: dict[str, Tensor], idle: Tensor, info: Sequence[Info], *, where: str) -> tuple[dict[str, Tensor], int]:
         """NaN for samples that are not finite, and how many these are on all processes. idle: Bool "B", those that do not count."""
         finite, self._finite = torch.cat(self._finite) | idle, []
-        count = self.leave_out(finite, rewards, info, where=where, what=WHAT)
+        count = count_not_finite(finite, rewards, info, scorer=self.scorer, where=where, what=WHAT)
         return {name: values.where(finite, torch.nan) for name, values in rewards.items()}, count
 
     # ------------------------------------------------------------------ credit

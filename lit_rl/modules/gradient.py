@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from lit_rl.losses.terms import Terms
 from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.replay.sequences import assemble
-from lit_rl.replay.sources import TextSource, members
+from lit_rl.replay.sources import PromptSource, TextSource
 from lit_rl.rollouts.answers import Answers, Keys
 from lit_rl.types import Minibatch, Prompts, TokenRollout
 
@@ -47,7 +47,7 @@ class LitPolicyGradient(LitTokens):
         kwargs: See `LitTokens`.
     """
 
-    asks: Sequence[str] = members(TextSource)
+    sources: Sequence[Callable[..., PromptSource]] = (TextSource,)
     datamodules = "datamodules.prompts_text.TextPrompts"
     answers: Answers
     defines: ClassVar[Mapping[str, type]] = {}

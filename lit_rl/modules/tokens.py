@@ -13,7 +13,8 @@ from torch import Tensor
 from lit_rl.checkpoints.options import options_of
 from lit_rl.credit.weights import Aggregation, token_weights
 from lit_rl.errors import ConfigError
-from lit_rl.modules.policy import LitPolicy
+from lit_rl.modules.base import LitRL
+from lit_rl.modules.evaluation import count_not_finite
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.replay.batches import TokenBatch, finite_rows, token_batch, without_rows
@@ -24,7 +25,7 @@ from lit_rl.rollouts.start_check import check_logprobs
 from lit_rl.types import Minibatch, Prompts, TokenRollout
 
 
-class LitTokens(LitPolicy[TokenRollout]):
+class LitTokens(LitRL[TokenRollout]):
     """Base of the methods on token sequences.
 
     Args:
@@ -251,7 +252,8 @@ class LitTokens(LitPolicy[TokenRollout]):
         """Sequences that are not finite have no score, no chosen token and no part in the loss; they are counted and named. Collective."""
         finite = self.finite(rollout)
         what = "log-probabilities of policy, sampler or reference, or values"
-        self.non_finite = self.leave_out(finite, rollout.rewards, rollout.info, where=f"iteration {self.iteration + 1}", what=what)
+        where = f"iteration {self.iteration + 1}"
+        self.non_finite = count_not_finite(finite, rollout.rewards, rollout.info, scorer=self.scorer, where=where, what=what)
         return without_rows(rollout, finite) if self.non_finite else rollout
 
     def count_actions(self, batch: Minibatch) -> int:
@@ -275,7 +277,7 @@ class LitTokens(LitPolicy[TokenRollout]):
         if not counts.any():
             return result
         asked = units or self.units(rollout, everything)[:1]  # sharded weights want as many forwards on every process
-        for here in self.micro_batches(rollout, asked, min(self.minibatches_per_pass(), max(1, int(counts.min())))):
+        for here in self.micro_batches(rollout, asked, min(self.updates * self.micro_batches_per_update, max(1, int(counts.min())))):
             batch = self.minibatch(rollout, here)
             values = of(batch).float()
             if units:

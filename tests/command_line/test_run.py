@@ -230,7 +230,7 @@ def changed(text: str, old: str, new: str) -> tuple[str, int]:
             "`group_size` stands beside class_path: options of a class stand under its init_args",
         ),
         ("lr: 0.01", "lr: fast", 0, "lr is 'fast'; expected a number"),
-        ("lr: 0.01", "lr: 0.01\n    warmup_lr: fast", 1, "warmup_lr is 'fast'; expected a number or null"),
+        ("lr: 0.01", "lr: 0.01\n    supervised: {warmup_lr: fast}", 1, "warmup_lr is 'fast'; expected a number or null"),
         ("max_epochs: 2", "max_epochs: 2\n  precision: bf16-mixd", 1, "did you mean bf16-mixed?"),
         ("trainer:", "trianer:", 0, "did you mean 'trainer'?"),
         (

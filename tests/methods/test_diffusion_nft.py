@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from toy import ToyData, ToyPolicy, toy_trainer
+from toy import ToyData, ToyPolicy, toy_trainer, with_examples
 
 from callbacks.old_policy import EMAOldPolicy, OldPolicySync
 from lit_rl.credit.rules import Advantage
@@ -25,7 +25,7 @@ def nft(cls: type[DiffusionNFT] = DiffusionNFT, *, lr: float = 1e-2, dropout: fl
         prompts_per_iteration=4, group_size=4, num_steps=4, eval_num_steps=4, rollout_micro_batch=6, warmup_batch_size=24, kl_coef=0.0,
         optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
     )  # fmt: skip
-    return cls(ToyPolicy(dropout=dropout), **(defaults | kwargs))
+    return cls(ToyPolicy(dropout=dropout), **with_examples(defaults | kwargs))
 
 
 def run(

@@ -48,7 +48,7 @@ def train(folder: Path, method: Method, **kwargs: Any) -> Gradients:
 def nft(**kwargs: Any) -> DiffusionNFT:
     method = toy_method(**{name: kwargs.pop(name) for name in list(kwargs)})
     same = ("prompts_per_iteration", "group_size", "num_steps", "inner_epochs", "updates_per_iteration", "train_micro_batch")
-    same = (*same, "warmup_steps", "warmup_batch_size")
+    same = (*same, "supervised")
     return DiffusionNFT(method.policy, **{name: getattr(method, name) for name in same}, rollout_micro_batch=6, optimizer=method.optimizer)
 
 
@@ -109,7 +109,7 @@ def plans(case: dict[str, Any], world: int, size: int) -> list[list[list[int]]]:
         steps: list[list[int]] = []
         for inner in range(case["inner"]):
             plan = method.split(rollout, inner)
-            assert len(plan) == method.minibatches_per_pass() and all(1 <= len(rows) <= size for rows in plan)
+            assert len(plan) == method.updates * method.micro_batches_per_update and all(1 <= len(rows) <= size for rows in plan)
             for i in range(0, len(plan), method.micro_batches_per_update):
                 rows = torch.cat(plan[i : i + method.micro_batches_per_update])
                 kept = rows[rows >= 0]

@@ -16,7 +16,7 @@ from fill import FillData, fill_policy
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
-from toy import Brightness, ToyData, ToyPolicy, toy_trainer
+from toy import Brightness, ToyData, ToyPolicy, toy_trainer, with_examples
 
 from callbacks.ema import EMA
 from callbacks.export import Export
@@ -104,7 +104,7 @@ def method(settings: dict[str, Any], sd3: dict[str, Any] | None, fill: dict[str,
     settings = defaults | settings | {"optimizer": chosen}
     dropout = settings.pop("dropout", 0.0)
     settings["advantage"] = Advantage(**settings.get("advantage", {}))
-    nft = settings.pop("nft", None)
+    nft, settings = settings.pop("nft", None), with_examples(settings)
     if nft is None:
         return FlowGRPO(policy(sd3, fill, dropout), **settings)
     clips = ("clip_low", "clip_high")
