@@ -57,7 +57,7 @@ class Throughput(RLCallback):
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         """Count time and actions for training."""
         self._clock.enter("train")
-        self._actions += module.count_actions(batch) if hasattr(batch, "weights") else 0
+        self._actions += module.count_actions(batch)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: object, batch: object, batch_idx: int) -> None:
         """Count time for "other" after the last minibatch."""

@@ -20,6 +20,7 @@ from lit_rl.credit.rules import Advantage
 from lit_rl.doctor.__main__ import parser as doctor_parser
 from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.flow_grpo import FlowGRPO
+from lit_rl.modules.supervised import Supervised
 from lit_rl.policies.flux_fill import FluxFillPolicy
 from lit_rl.policies.style import StyleSettings
 from lit_rl.rewards import launch, server
@@ -43,6 +44,7 @@ ROOMS: dict[str, list[type]] = {
     "model.init_args.policy.init_args": [FluxFillPolicy],
     "model.init_args.optimizer.init_args": [torch.optim.AdamW],
     "model.init_args.advantage": [Advantage],
+    "model.init_args.supervised": [Supervised],
     "model.init_args": [FlowGRPO, DiffusionNFT],
     "data.init_args": [Inpainting],
     "run.callbacks": [UsualCallbacks],

@@ -13,8 +13,8 @@ import lightning as L
 import pytest
 import torch
 import toy_text
+from modules.test_updates import nft
 from safetensors.torch import load_file, save_file
-from test_updates import nft
 from torch import Tensor
 from toy import Metrics, ToyData, ToyPolicy, toy_method, toy_trainer, weights
 

@@ -321,8 +321,8 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             self.report_epoch()
 
     def count_actions(self, batch: Minibatch) -> int:
-        """Actions that a minibatch trains."""
-        return batch.weights.numel()
+        """Actions that a minibatch trains; examples are none."""
+        return 0 if isinstance(batch, Examples) else batch.weights.numel()
 
     # ------------------------------------------------------------------ optimization
     def parameter_groups(self) -> list[Any]:

@@ -83,14 +83,14 @@ def test_the_warm_up_imitates_the_examples(places: Path, tmp_path: Path, kind: s
 
 def test_an_example_without_style_teaches_the_adapter_nothing(places: Path) -> None:
     """Style dropout: its loss has the gradient 0 in every weight of the adapter; that of an example with style has not, in the values."""
-    module = method(places)
+    module = method(places, warmup_steps=1)
     module.policy.load()
     images = torch.stack([row["source"] for row in rows(2)])
 
     def gradients(*, styled: bool) -> dict[str, Tensor]:
         module.zero_grad()
         info = [{**row, "styled": styled} for row in rows(2)]
-        module.supervised_loss(Examples(info=info, images=images, step=0, first=0)).sum().backward()
+        module.supervised_loss(Examples(info=info, images=images, step=0, first=0, weights=torch.ones(2))).sum().backward()
         return {name: p.grad.abs().max() for name, p in module.policy.trainable() if p.grad is not None}
 
     assert not any(gradients(styled=False).values())

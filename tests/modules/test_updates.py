@@ -32,7 +32,7 @@ class Gradients(L.Callback):
         self.sizes: list[int] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        self.sizes.append(len(batch.info) if hasattr(batch, "info") else len(batch.weights))
+        self.sizes.append(len(batch.weights))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
         self.seen.append(torch.cat([p.grad.flatten().clone() for p in module.parameters() if p.grad is not None]))
