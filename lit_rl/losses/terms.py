@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lit_rl.losses.masked import weighted_sum
+from lit_rl.losses.masked import masked_mean, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -33,3 +33,9 @@ class Term:
 
 Terms = Mapping[str, Term]
 """The terms of a loss by name: `policy`, `kl`, `entropy`, `value`, `sft`, `preference`, ..."""
+
+
+def token_means(terms: Terms, mask: Bool[Tensor, "B S"]) -> dict[str, Float[Tensor, ""]]:
+    """kl_divergence and entropy: means over the masked tokens of the terms `kl` and, with its sign turned, `entropy`."""
+    signs = {"kl": ("kl_divergence", 1), "entropy": ("entropy", -1)}
+    return {name: sign * masked_mean(terms[key].losses.detach(), mask) for key, (name, sign) in signs.items() if key in terms}

@@ -13,8 +13,9 @@ from lit_rl.checkpoints.options import options_of
 from lit_rl.credit.rules import Credit, Group, LeaveOneOut, LengthPenalty, Returns
 from lit_rl.credit.weights import Aggregation
 from lit_rl.errors import ConfigError
+from lit_rl.losses.off_policy import sampler_kl
 from lit_rl.losses.surrogates import Cispo, Clip, SequenceClip, Surrogate
-from lit_rl.losses.terms import Term, Terms
+from lit_rl.losses.terms import Term, Terms, token_means
 from lit_rl.modules.dynamic import DynamicSampling
 from lit_rl.modules.gradient import LitPolicyGradient
 from lit_rl.policies.base import TokenPolicy
@@ -63,8 +64,10 @@ class GRPO(LitPolicyGradient):
 
     # ------------------------------------------------------------------ loss
     def loss(self, batch: Minibatch) -> Terms:
-        new, entropy = self.forward_policy(batch)
-        old = self.old_logprobs(new, batch)
+        temperature, look = self.answers.sampling.temperature, self.entropy_coef != 0
+        new, entropy = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature, entropy=look)
+        stored = batch.behaviour is not None or self.answers.old_logprobs == "rollout"
+        old = batch.logprobs if stored else new.detach()  # one optimizer step per rollout: the ratio is 1
         losses, metrics = self.surrogate(new, old, batch.advantages, batch.mask, behaviour=batch.behaviour)
         if self.correction is not None:
             losses = losses * self.correction(batch.logprobs, batch.behaviour, batch.mask)
@@ -73,7 +76,10 @@ class GRPO(LitPolicyGradient):
             terms["kl"] = Term(self.kl(new, batch.reference), batch.weights, self.kl.coef)
         if entropy is not None:
             terms["entropy"] = Term(-entropy, batch.weights, self.entropy_coef)
-        self.track(metrics, terms, batch)
+        if batch.behaviour is not None:
+            metrics["rollout_kl"] = sampler_kl(batch.logprobs, batch.behaviour, batch.mask)
+        counted = batch.mask & (batch.weights != 0)  # a minibatch without weight only fills up
+        self.meters.mean(metrics | token_means(terms, batch.mask), weight=counted.sum())
         return terms
 
     # ------------------------------------------------------------------ dynamic sampling

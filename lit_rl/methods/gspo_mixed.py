@@ -15,9 +15,10 @@ from lit_rl.credit.rules import Credit, Group
 from lit_rl.credit.tokens import win_rates
 from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import row_mean
+from lit_rl.losses.off_policy import sampler_kl
 from lit_rl.losses.preference import preference_loss, sequence_logprobs
 from lit_rl.losses.surrogates import SequenceClip, is_clipped
-from lit_rl.losses.terms import Term, Terms
+from lit_rl.losses.terms import Term, Terms, token_means
 from lit_rl.modules.gradient import LitPolicyGradient
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.replay.batches import TokenBatch
@@ -223,10 +224,13 @@ class MixedGSPO(LitPolicyGradient):
     # ------------------------------------------------------------------ loss
     def loss(self, batch: Minibatch) -> Terms:
         """One forward for both kinds, so that sharded processes keep step whatever they hold."""
-        new, entropy = self.forward_policy(batch)
+        temperature, look = self.answers.sampling.temperature, self.entropy_coef != 0
+        new, entropy = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature, entropy=look)
         given = is_given(batch)
         own = TokenBatch(**vars(batch) | {"mask": batch.mask & ~given[:, None], "weights": batch.weights.where(~given[:, None], 0.0)})
-        losses, metrics = self.surrogate(new, self.old_logprobs(new, own), own.advantages, own.mask, behaviour=own.behaviour)
+        stored = own.behaviour is not None or self.answers.old_logprobs == "rollout"
+        old = own.logprobs if stored else new.detach()  # one optimizer step per rollout: the ratio is 1
+        losses, metrics = self.surrogate(new, old, own.advantages, own.mask, behaviour=own.behaviour)
         if self.correction is not None:
             losses = losses * self.correction(own.logprobs, own.behaviour, own.mask)
         of_pairs, pair_weights, seen = self.of_pairs(new, batch)
@@ -235,8 +239,11 @@ class MixedGSPO(LitPolicyGradient):
             terms["kl"] = Term(self.kl(new, own.reference), own.weights, self.kl.coef)
         if entropy is not None:
             terms["entropy"] = Term(-entropy, own.weights, self.entropy_coef)
-        self.track(metrics, terms, own)
-        self.meters.mean(seen | self.of_ratios(new.detach(), own))
+        if own.behaviour is not None:
+            metrics["rollout_kl"] = sampler_kl(own.logprobs, own.behaviour, own.mask)
+        counted = own.mask & (own.weights != 0)  # a minibatch without weight only fills up
+        self.meters.mean(metrics | token_means(terms, own.mask), weight=counted.sum())
+        self.meters.mean(seen | self.of_ratios(new.detach(), old, own))
         return terms
 
     def of_pairs(self, new: Tensor, batch: Minibatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -251,11 +258,10 @@ class MixedGSPO(LitPolicyGradient):
         shares = {name: self.share(values.float().sum(), "gspo/pref_rows") for name, values in metrics.items()}
         return losses, batch.weights[chosen].amax(1), shares
 
-    def of_ratios(self, new: Tensor, batch: Minibatch) -> dict[str, Tensor]:
+    def of_ratios(self, new: Tensor, old: Tensor, batch: Minibatch) -> dict[str, Tensor]:
         """How far answers that teach have moved since they were sampled."""
-        stored = self.needs_logprobs() or self.answers.old_logprobs == "rollout"
         advantage = row_mean(batch.advantages, batch.mask)
-        moved = row_mean(new - batch.logprobs, batch.mask) if stored else torch.zeros_like(advantage)
+        moved = row_mean(new - old, batch.mask)
         counts = (advantage != 0) & (batch.weights != 0).any(1)
         clipped = is_clipped(moved, advantage, clip_low=self.surrogate.low, clip_high=self.surrogate.high) & counts
         largest = torch.where(counts, moved, -torch.inf).amax().exp()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lit_rl.credit.rules import GAE
 from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import COUNT_EPS
-from lit_rl.losses.terms import Term, Terms
+from lit_rl.losses.off_policy import sampler_kl
+from lit_rl.losses.terms import Term, Terms, token_means
 from lit_rl.losses.value import clipped_share, value_loss
 from lit_rl.modules.gradient import LitPolicyGradient
 from lit_rl.modules.models import Shardable
@@ -143,11 +144,14 @@ class PPO(LitPolicyGradient):
         clip, values = self.critic_training.value_clip, self.values(batch)
         value = Term(value_loss(values, batch.values, batch.returns, clip=clip), batch.weights)
         metrics = {} if clip is None else {"value_clip_fraction": clipped_share(values, batch.values, batch.returns, batch.mask, clip=clip)}
+        counted = batch.mask & (batch.weights != 0)  # a minibatch without weight only fills up
         if self.critic_alone:
-            self.track(metrics, {}, batch)
+            self.meters.mean(metrics, weight=counted.sum())
             return {"value": replace(value, losses=value.losses + self.untouched())}
-        new, entropy = self.forward_policy(batch)
-        old = self.old_logprobs(new, batch)
+        temperature, look = self.answers.sampling.temperature, self.entropy_coef != 0
+        new, entropy = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature, entropy=look)
+        stored = batch.behaviour is not None or self.answers.old_logprobs == "rollout"
+        old = batch.logprobs if stored else new.detach()  # one optimizer step per rollout: the ratio is 1
         losses, found = self.surrogate(new, old, batch.advantages, batch.mask, behaviour=batch.behaviour)
         if self.correction is not None:
             losses = losses * self.correction(batch.logprobs, batch.behaviour, batch.mask)
@@ -156,7 +160,9 @@ class PPO(LitPolicyGradient):
             terms["kl"] = Term(self.kl(new, batch.reference), batch.weights, self.kl.coef)
         if entropy is not None:
             terms["entropy"] = Term(-entropy, batch.weights, self.entropy_coef)
-        self.track(metrics | found, terms, batch)
+        if batch.behaviour is not None:
+            metrics["rollout_kl"] = sampler_kl(batch.logprobs, batch.behaviour, batch.mask)
+        self.meters.mean(metrics | found | token_means(terms, batch.mask), weight=counted.sum())
         return terms
 
     def untouched(self) -> Tensor:

@@ -17,19 +17,15 @@ from lit_rl.credit.rules import LengthPenalty
 from lit_rl.credit.tokens import token_rewards
 from lit_rl.errors import ConfigError
 from lit_rl.losses.kl import KL, AdaptiveKL, RewardKL, kl_estimate
-from lit_rl.losses.masked import masked_mean, row_mean
-from lit_rl.losses.off_policy import Correction, sampler_kl
+from lit_rl.losses.masked import row_mean
+from lit_rl.losses.off_policy import Correction
 from lit_rl.losses.surrogates import Clip, Surrogate
-from lit_rl.losses.terms import Terms
 from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.replay.sequences import assemble
 from lit_rl.replay.sources import PromptSource, TextSource
 from lit_rl.rollouts.answers import Answers, Keys
-from lit_rl.types import Minibatch, Prompts, TokenRollout
-
-MEANS = {"kl": "kl_divergence", "entropy": "entropy"}
-"""Names of what is logged of these terms, as means over tokens."""
+from lit_rl.types import Prompts, TokenRollout
 
 
 class LitPolicyGradient(LitTokens):
@@ -216,25 +212,6 @@ class LitPolicyGradient(LitTokens):
         sums = [*(stream.double().where(rollout.mask, 0.0).sum() for stream in streams.values()), rollout.mask.sum().double()]
         *values, count = self.sum_of_ranks(torch.stack(sums)).tolist()
         return {name: value / max(count, 1) for name, value in zip(streams, values)}
-
-    # ------------------------------------------------------------------ loss
-    def forward_policy(self, batch: Minibatch) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities Float "N S" as the policy has them now, and the entropies where they are in the loss."""
-        temperature, look = self.answers.sampling.temperature, self.entropy_coef != 0
-        return self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature, entropy=look)
-
-    def old_logprobs(self, new: Tensor, batch: Minibatch) -> Tensor:
-        """Log-probabilities that the ratio is relative to; `new` itself where there is one optimizer step per rollout."""
-        return batch.logprobs if self.needs_logprobs() or self.answers.old_logprobs == "rollout" else new.detach()
-
-    def track(self, metrics: dict[str, Tensor], terms: Terms, batch: Minibatch) -> None:
-        """Take note of means over the tokens of a minibatch; one without weight, which only fills up, does not count."""
-        means = {name: masked_mean(terms[key].losses.detach(), batch.mask) for key, name in MEANS.items() if key in terms}
-        if "entropy" in means:
-            means["entropy"] = -means["entropy"]  # the term is minus the entropy
-        if batch.behaviour is not None:
-            means["rollout_kl"] = sampler_kl(batch.logprobs, batch.behaviour, batch.mask)
-        self.meters.mean(metrics | means, weight=(batch.mask & (batch.weights != 0)).sum())
 
     # ------------------------------------------------------------------ weights that wait
     def frozen_now(self) -> Iterable[nn.Parameter]:

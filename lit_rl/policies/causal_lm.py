@@ -182,7 +182,8 @@ class CausalLM(TrainedPolicy, TokenPolicy):
             real = column < (lengths - 1)[:, None]
             at = (real.flatten().cumsum(0) - 1)[places]
             inputs, positions = inputs[real][None], column[real][None]
-        new, entropies = self.active_network(inputs, at, targets, positions=positions, temperature=temperature, entropy=entropy)
+        network = getattr(self, self.called)
+        new, entropies = network(inputs, at, targets, positions=positions, temperature=temperature, entropy=entropy)
 
         def spread(values: Tensor) -> Tensor:
             flat = values.new_zeros(chosen.numel()).index_put((places,), values)

@@ -60,7 +60,8 @@ class TokenNetwork(nn.Module):
     def _affine(self, hidden: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         head = self.lm.get_output_embeddings()
         expect(self, head)
-        low_rank, scale, softcap = active_factors(head, hidden), self.head.scale, self.head.softcap
+        low_rank = active_factors(head, hidden) if hasattr(head, "base_layer") else None  # PEFT's layers have one
+        scale, softcap = self.head.scale, self.head.softcap
         found = token_logprobs(hidden, head.weight, targets, bias=head.bias, low_rank=low_rank, scale=scale, softcap=softcap, **options)
         return found.logprobs, found.entropy
 

@@ -31,6 +31,7 @@ class TrainedPolicy(Policy):
         self.keep_reference = keep_reference or (lora is not None and lora.initial is not None)
         self.reference_weights: Reference = reference_of(adapter=lora is not None, copied=self.keep_reference)
         self.reference_network: nn.Module | None = None
+        self.called = "network"  # the name of the network that a forward calls, see `reference`
         self.adapter: dict[str, Any] | None = None  # layers and strengths of the trained adapter, for checkpoints
         self.drops = False
 
@@ -75,7 +76,7 @@ class TrainedPolicy(Policy):
     @property
     def active_network(self) -> nn.Module:
         """The network to call: inside `reference()` the frozen copy where one is kept, else the trained one."""
-        return self.reference_weights.network(self)
+        return getattr(self, self.called)
 
     @property
     def has_reference(self) -> bool:

@@ -29,10 +29,11 @@ REFERENCE = "reference"
 
 
 class Referenced(Protocol):
-    """A policy as its reference sees it: the trained network, and the frozen one where a `FrozenNetwork` is kept."""
+    """A policy as its reference sees it: the trained network, the frozen one where one is kept, and which of them is called."""
 
     network: nn.Module
     reference_network: nn.Module | None
+    called: str
 
 
 class Reference:
@@ -53,10 +54,6 @@ class Reference:
 
     def check(self, *, after_warmup: bool) -> None:
         """Raise ConfigError if there are no weights to answer with, or, after a warm-up, those from before it."""
-
-    def network(self, policy: Referenced) -> nn.Module:
-        """The network to call: the trained one, but for a `FrozenNetwork` that is active."""
-        return policy.network
 
     def bytes(self, policy: Referenced) -> int:
         """Memory of the reference's own weights, before a strategy shards them."""
@@ -120,29 +117,22 @@ class FrozenAdapter(Reference):
 class FrozenNetwork(Reference):
     """A frozen copy of the whole network, `policy.reference_network`, in the precision of the policy's frozen weights."""
 
-    def __init__(self) -> None:
-        self.is_active = False
-
     def add(self, policy: Referenced, *, dtype: torch.dtype) -> None:
         """Copy the network."""
         policy.reference_network = copy.deepcopy(policy.network).requires_grad_(False).to(dtype)
 
     @contextmanager
     def active(self, policy: Referenced) -> Iterator[None]:
-        """Inside it `network` is the copy."""
-        before, self.is_active = self.is_active, True
+        """Inside it the copy is called in place of the trained network."""
+        before, policy.called = policy.called, "reference_network"
         try:
             yield
         finally:
-            self.is_active = before
+            policy.called = before
 
     def refresh(self, policy: Referenced) -> None:
         """The copy <- the trained network."""
         copy_weights(policy.network, self._frozen(policy))
-
-    def network(self, policy: Referenced) -> nn.Module:
-        """The copy while it is active."""
-        return self._frozen(policy) if self.is_active else policy.network
 
     def bytes(self, policy: Referenced) -> int:
         """The network again, in the precision of frozen weights."""

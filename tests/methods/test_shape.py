@@ -1,0 +1,86 @@
+"""How much one has to know to read a language method: files that its step enters, storeys of its classes, options of its constructor."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse._parameter_resolvers import get_signature_parameters
+from toy_text import Digits, policy, trainer
+
+import lit_rl
+from lit_rl.losses.kl import KL
+from lit_rl.losses.surrogates import Clip
+from lit_rl.methods.dpo import DPO
+from lit_rl.methods.grpo import CISPO, DAPO, GRPO, GSPO, RLOO, DrGRPO, ReinforcePP
+from lit_rl.methods.gspo_mixed import MixedGSPO
+from lit_rl.methods.ppo import PPO
+from lit_rl.methods.sft import SFT
+from lit_rl.modules.base import LitRL
+from lit_rl.rollouts.answers import Answers
+from lit_rl.rollouts.base import Sampling
+
+METHODS: list[type[LitRL[Any]]] = [SFT, DPO, GRPO, GSPO, RLOO, DrGRPO, ReinforcePP, CISPO, DAPO, PPO, MixedGSPO]
+FORMULAS = ("losses", "credit", "samplers")
+ROOT = Path(lit_rl.__file__).parent
+
+
+def entered(call: Callable[[], Any]) -> set[str]:
+    """Files of ours whose functions are called, but for the rooms of formulas."""
+    found: set[str] = set()
+
+    def look(frame: FrameType, event: str, _: Any) -> None:
+        file = Path(frame.f_code.co_filename)
+        if event == "call" and file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] not in FORMULAS:
+            found.add(str(file.relative_to(ROOT)))
+
+    sys.setprofile(look)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def test_a_step_of_grpo_enters_six_files(sorting_lm: Path) -> None:
+    """With the parts of the shipped recipe: a divergence from a kept reference, dual clipping, recomputed activations."""
+    seen: set[str] = set()
+
+    class Watched(GRPO):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            result: list[Any] = []
+            step = super().training_step
+            seen.update(entered(lambda: result.append(step(batch, batch_idx))))
+            return result[0]
+
+    method = Watched(
+        policy(sorting_lm, keep_reference=True, gradient_checkpointing=True),
+        prompts_per_iteration=8,
+        prompts_per_update=4,
+        group_size=4,
+        answers=Answers(sampling=Sampling(max_new_tokens=5)),
+        surrogate=Clip(dual=3.0),
+        kl=KL(coef=0.001),
+        optimizer=partial(torch.optim.AdamW, lr=1e-3),
+    )
+    trainer(max_epochs=1, limit_val_batches=0).fit(method, datamodule=Digits())
+    assert {"methods/grpo.py", "modules/base.py"} <= seen and len(seen) <= 6, sorted(seen)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_four_storeys_above_the_base_at_most(method: type[LitRL[Any]]) -> None:
+    depth = [cls for cls in method.__mro__ if issubclass(cls, LitRL)]
+    assert len(depth) - 1 <= 4 + ("LitPolicy" in {cls.__name__ for cls in depth})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_constructor_has_twenty_options_at_most(method: type[LitRL[Any]]) -> None:
+    """Those of `**kwargs` included, as the command line resolves them."""
+    names = {parameter.name for parameter in get_signature_parameters(method, "__init__")}
+    assert len(names - {"warmup_steps", "warmup_batch_size", "warmup_lr"}) <= 20 + 2 * (method is MixedGSPO), sorted(names)
