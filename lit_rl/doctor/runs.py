@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks.ema import EMA
 from callbacks.export import Export
 from callbacks.old_policy import OldPolicySync
-from callbacks.reward_scoring import DEBUG_VARIABLE, RewardScoring
+from callbacks.reward_scoring import RewardScoring
 from lit_rl.checkpoints.files import check_unused
 from lit_rl.command_line.errors import explain
 from lit_rl.command_line.run import CLI
@@ -35,9 +36,11 @@ from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
 from lit_rl.policies.pretrained import component_config
 from lit_rl.policies.style import count_new_adapter
 from lit_rl.rewards.client import HTTPReward
+from lit_rl.rewards.pseudo import DEBUG_VARIABLE
 
 PATH_KEYS = ("pretrained", "encoder", "initial", "model_path")
 """Arguments of policies and rewards that name a folder, a file or a hub id."""
+COUNTED = {"train_prompts": "prompts to train on", "held_out": "held out"}
 SHOWN = 10
 """Names that a message lists of things that are wrong in the same way."""
 BYTES = 4
@@ -207,9 +210,6 @@ def _data(data: L.LightningDataModule | None) -> Iterator[Finding]:
             yield problem("data", f"{len(broken) - SHOWN} more images cannot be read")
 
 
-COUNTED = {"train_prompts": "prompts to train on", "held_out": "held out"}
-
-
 def paths(value: object, key: str) -> Iterator[tuple[str, str]]:
     """Key and value of whatever names a file to read; `init_args` and `class_path` are left out of the keys."""
     if isinstance(value, Mapping | Namespace):
@@ -238,7 +238,7 @@ def trainable(policy: object) -> tuple[int, bool]:
         adapted = [shape for name, shape in shapes.items() if len(shape) == 2 and re.search(targets, name)]
         return (policy.lora.rank or 0) * sum(map(sum, adapted)), style is not None
     if style is None or getattr(policy, "full", False):
-        return sum(_product(shape) for shape in shapes.values()), style is not None
+        return sum(math.prod(shape) for shape in shapes.values()), style is not None
     if style.initial:
         return Path(style.initial).expanduser().stat().st_size // BYTES, False
     if not Path(style.encoder).expanduser().is_dir():
@@ -247,10 +247,3 @@ def trainable(policy: object) -> tuple[int, bool]:
 
     features = SiglipVisionConfig.from_pretrained(Path(style.encoder).expanduser()).hidden_size
     return count_new_adapter(style, features=features, transformer=component_config(policy.folder, "transformer")), False
-
-
-def _product(shape: Sequence[int]) -> int:
-    result = 1
-    for side in shape:
-        result *= side
-    return result

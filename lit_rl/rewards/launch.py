@@ -8,103 +8,26 @@ Each server logs to logs/reward_server_gpu_{id}.log. Ctrl+C, SIGTERM and SIGHUP 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import fcntl
-import http.client
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from lit_rl.net.gpus import chosen_ids
 from lit_rl.net.gpus import gpus as installed_gpus
 from lit_rl.rewards import server as reward_server
+from lit_rl.rewards.server_process import ServerProcess
 
 RESTARTS = 3
 STABLE_SECONDS = 60.0
 STOP_SECONDS = reward_server.DRAIN_SECONDS + 5
-_PR_SET_PDEATHSIG = 1
 
 
 class LaunchError(Exception):
     """A server that does not start, or does not stay up; one sentence for the user."""
-
-
-@dataclass
-class Server:
-    """One server process, its address and its log."""
-
-    gpu: str
-    host: str
-    port: int
-    options: Sequence[str]
-    log: Path
-    token: str | None = None
-    process: subprocess.Popen[bytes] | None = None
-    restarts: int = 0
-    start_at: float = 0.0
-    ready_since: float | None = None
-
-    @property
-    def name(self) -> str:
-        """GPU and address, for messages."""
-        return f"server on GPU {self.gpu} at {self.host}:{self.port}"
-
-    def start(self) -> None:
-        """Start the process; its output goes to the log."""
-        self.ready_since = None
-        command = [sys.executable, "-m", "lit_rl.rewards.server", "--host", self.host, "--port", str(self.port), *self.options]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self.environment(),
-                start_new_session=True,  # Ctrl+C reaches the launcher alone, which then stops the servers in order
-                preexec_fn=die_with_parent(),
-            )
-
-    def environment(self) -> dict[str, str]:
-        """This process's, with the server's GPU and token."""
-        own = {"CUDA_VISIBLE_DEVICES": self.gpu, "PYTHONUNBUFFERED": "1"} | ({"REWARD_TOKEN": self.token} if self.token else {})
-        return dict(os.environ) | own
-
-    def healthy(self) -> bool:
-        """True when the server answers GET /health with 200."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        connection = http.client.HTTPConnection(host, self.port, timeout=1.0)  # unlike urllib it ignores http_proxy
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
-
-    def last_words(self) -> str:
-        """The last line of the log."""
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        return lines[-1][:300] if lines else "nothing was logged"
-
-
-def die_with_parent() -> Callable[[], None] | None:
-    """For the forked child: SIGKILL as soon as the parent is gone, whatever ended it (Linux)."""
-    if sys.platform != "linux":
-        return None
-    libc, parent = ctypes.CDLL(None), os.getpid()
-
-    def prepare() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it went away before the call above
-            os._exit(1)
-
-    return prepare
 
 
 def parser() -> argparse.ArgumentParser:
@@ -130,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def plan(args: argparse.Namespace, extra: Sequence[str]) -> list[Server]:
+def plan(args: argparse.Namespace, extra: Sequence[str]) -> list[ServerProcess]:
     """The servers to start. Raises ValueError for whatever can be known to be wrong before the first one is."""
     gpus = chosen_ids(args.gpu_ids, installed_gpus(), option="--gpu-ids")
     if not 1 <= args.port <= 65536 - len(gpus):
@@ -142,7 +65,7 @@ def plan(args: argparse.Namespace, extra: Sequence[str]) -> list[Server]:
     logs = [args.log_dir / f"reward_server_gpu_{gpu.replace('/', '_')}.log" for gpu in gpus]
     if folder := next((log for log in logs if log.is_dir()), None):
         raise ValueError(f"--log-dir {args.log_dir}: {folder} is a folder, and would be the log of a server; move it away")
-    servers = [Server(gpu, args.host, args.port + i, options, log, token=token) for i, (gpu, log) in enumerate(zip(gpus, logs))]
+    servers = [ServerProcess(gpu, args.host, args.port + i, options, log, token=token) for i, (gpu, log) in enumerate(zip(gpus, logs))]
     with ExitStack() as taken:  # all ports at once, then free them for the servers
         for server in servers:
             taken.enter_context(reward_server.bind(server.host, server.port))
@@ -162,7 +85,7 @@ def _server_options(args: argparse.Namespace, extra: Sequence[str]) -> tuple[lis
     return [word for i, word in enumerate(options) if i not in hidden], parsed.token
 
 
-def hold_logs(servers: Sequence[Server], held: ExitStack) -> None:
+def hold_logs(servers: Sequence[ServerProcess], held: ExitStack) -> None:
     """Lock the servers' logs for this launcher. Raises ValueError where another one writes them."""
     for server in servers:
         file = held.enter_context(server.log.open("ab"))
@@ -172,7 +95,7 @@ def hold_logs(servers: Sequence[Server], held: ExitStack) -> None:
             raise ValueError(f"{server.log} is the log of another launcher that is running; give this one another --log-dir") from error
 
 
-def wait_ready(servers: Sequence[Server], *, timeout: float, stopped: Callable[[], bool]) -> None:
+def wait_ready(servers: Sequence[ServerProcess], *, timeout: float, stopped: Callable[[], bool]) -> None:
     """Return when every server is healthy, or a signal came. A server that ends before that is not restarted: its options are wrong."""
     end = time.monotonic() + timeout
     for server in servers:
@@ -190,7 +113,7 @@ def wait_ready(servers: Sequence[Server], *, timeout: float, stopped: Callable[[
             time.sleep(0.1)
 
 
-def keep_alive(server: Server) -> None:
+def keep_alive(server: ServerProcess) -> None:
     """Restart a dead server after 1, 2, 4 seconds; raise LaunchError when it dies a fourth time within a minute of being healthy."""
     now = time.monotonic()
     if server.process is None:
@@ -212,7 +135,7 @@ def keep_alive(server: Server) -> None:
         server.restarts = 0
 
 
-def stop_all(servers: Sequence[Server], *, hurry: Callable[[], bool]) -> None:
+def stop_all(servers: Sequence[ServerProcess], *, hurry: Callable[[], bool]) -> None:
     """SIGTERM to all, SIGKILL to those that have not finished their work in time or when the user insists."""
     running = [s.process for s in servers if s.process is not None and s.process.poll() is None]
     for process in running:
@@ -226,7 +149,7 @@ def stop_all(servers: Sequence[Server], *, hurry: Callable[[], bool]) -> None:
         process.wait()
 
 
-def run(servers: Sequence[Server], *, timeout: float) -> None:
+def run(servers: Sequence[ServerProcess], *, timeout: float) -> None:
     """Start, watch and finally stop the servers. Returns after a signal."""
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

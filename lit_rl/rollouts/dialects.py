@@ -47,11 +47,11 @@ class Dialect(ABC):
         """Raises Unreadable, Unusable."""
 
     @abstractmethod
-    def score(self, ids: Sequence[int], *, model: str) -> tuple[str, Body]:
+    def logprobs(self, ids: Sequence[int], *, model: str) -> tuple[str, Body]:
         """Log-probabilities of given tokens."""
 
     @abstractmethod
-    def read_scores(self, body: object, ids: Sequence[int]) -> list[float]:
+    def read_logprobs(self, body: object, ids: Sequence[int]) -> list[float]:
         """Those of `ids[1:]`, at temperature 1. Raises Unreadable, Unusable."""
 
     @abstractmethod
@@ -95,10 +95,10 @@ class OpenAI(Dialect):
         ids = [int(token.rpartition(":")[2]) for token in tokens]
         return _answer(ids, logprobs.get("token_logprobs"), choice.get("finish_reason"), body.get("model"))
 
-    def score(self, ids: Sequence[int], *, model: str) -> tuple[str, Body]:
+    def logprobs(self, ids: Sequence[int], *, model: str) -> tuple[str, Body]:
         return self._completions(ids, model, max_tokens=1, temperature=0.0, prompt_logprobs=1)
 
-    def read_scores(self, body: object, ids: Sequence[int]) -> list[float]:
+    def read_logprobs(self, body: object, ids: Sequence[int]) -> list[float]:
         rows = _choice(body).get("prompt_logprobs")
         if not isinstance(rows, list) or len(rows) != len(ids):
             raise Unreadable(f"it has no prompt_logprobs of {len(ids)} tokens")
@@ -136,10 +136,10 @@ class SGLang(Dialect):
         reason = finish.get("type") if isinstance(finish, Mapping) else finish
         return _answer([int(pair[1]) for pair in pairs], [pair[0] for pair in pairs], reason, None if version is None else str(version))
 
-    def score(self, ids: Sequence[int], *, model: str) -> tuple[str, Body]:
+    def logprobs(self, ids: Sequence[int], *, model: str) -> tuple[str, Body]:
         return self._generate(ids, model, {"max_new_tokens": 1, "temperature": 0.0}, logprob_start_len=0)
 
-    def read_scores(self, body: object, ids: Sequence[int]) -> list[float]:
+    def read_logprobs(self, body: object, ids: Sequence[int]) -> list[float]:
         pairs = _pairs(_meta(body), "input_token_logprobs")
         if [pair[1] for pair in pairs] != list(ids):
             raise Unreadable("its input_token_logprobs are not of the prompt's tokens")
@@ -161,6 +161,11 @@ class SGLang(Dialect):
 
 
 DIALECTS: Mapping[str, Dialect] = {"openai": OpenAI(), "sglang": SGLang()}
+
+
+def served_models(body: Any) -> dict[str, int | None]:
+    """Models by name in the answer to `GET /v1/models`, and the tokens of prompt and answer that each takes, where the server tells."""
+    return {entry["id"]: entry.get("max_model_len") for entry in body["data"]}
 
 
 def _drawing(sampling: Sampling) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -18,8 +18,8 @@ from lit_rl.policies.base import TokenPolicy
 from lit_rl.ranks import gather_objects
 from lit_rl.rollouts.base import Request, RolloutEngine, RolloutError, Sample, Sampling
 from lit_rl.rollouts.connection import Again, Call, Connection
-from lit_rl.rollouts.dialects import DIALECTS, Unusable
-from lit_rl.rollouts.probe import Scores, disagreement, trainer_logprobs
+from lit_rl.rollouts.dialects import DIALECTS, Unusable, served_models
+from lit_rl.rollouts.probe import ProbeHistory, disagreement, trainer_logprobs
 from lit_rl.rollouts.push import digest, fingerprint, gather, write
 from lit_rl.seeding import seed_of
 
@@ -97,7 +97,7 @@ class HTTPEngine(RolloutEngine):
         self.pushed: tuple[int, ...] | None = None  # fingerprint of what the servers hold
         self.names: list[str] = []  # of the pushes that are kept, the newest last
         self.model = ""  # that requests name
-        self.scores = {url: Scores() for url in self.urls}
+        self.history = {url: ProbeHistory() for url in self.urls}
         self.unseen = False  # whether no answer was looked at since `update_weights`
 
     # ------------------------------------------------------------------ life
@@ -115,7 +115,7 @@ class HTTPEngine(RolloutEngine):
         self.base = self._base_model() if self.dialect.tells_models else ""
 
     def _base_model(self) -> str:
-        told = self.connection.run([Call([self.own[0]], "/v1/models", None, _served)])[0]
+        told = self.connection.run([Call([self.own[0]], "/v1/models", None, served_models)])[0]
         listed = list(told)
         if self.given_model is not None and self.given_model not in listed:
             raise ConfigError(
@@ -182,11 +182,11 @@ class HTTPEngine(RolloutEngine):
         return name if self.adapter else self.base
 
     def _compare(self, model: str, name: str, expected: Sequence[float]) -> None:
-        read = partial(self.dialect.read_scores, ids=self.probe_ids)
-        route, body = self.dialect.score(self.probe_ids, model=model)
+        read = partial(self.dialect.read_logprobs, ids=self.probe_ids)
+        route, body = self.dialect.logprobs(self.probe_ids, model=model)
         found = self.connection.run([Call([url], route, body, read) for url in self.urls])
         for url, theirs in zip(self.urls, found):
-            if wrong := self.scores[url].compare(theirs, expected, tolerance=self.probe_tolerance):
+            if wrong := self.history[url].compare(theirs, expected, tolerance=self.probe_tolerance):
                 raise RolloutError(f"inference server {url}, after it loaded {name}, answers with {wrong}. {SAME_WEIGHTS}")
 
     # ------------------------------------------------------------------ answers
@@ -247,8 +247,3 @@ class HTTPEngine(RolloutEngine):
         for rank, told in enumerate(gather_objects(wrong)):
             if told:
                 raise RolloutError(f"inference server of process {rank} ({', '.join(self.own)}): {told}. {SAME_DISTRIBUTION}")
-
-
-def _served(body: Any) -> dict[str, Any]:
-    """Models by name, and the tokens of prompt and answer that each takes, where the server tells."""
-    return {entry["id"]: entry.get("max_model_len") for entry in body["data"]}

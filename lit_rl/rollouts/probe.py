@@ -31,7 +31,7 @@ def trainer_logprobs(policy: TokenPolicy, rows: Sequence[tuple[Sequence[int], Se
     return [row[chosen].tolist() for row, chosen in zip(found.cpu(), mask)]
 
 
-class Scores:
+class ProbeHistory:
     """The last measurable change of a server's and the trainer's log-probabilities of the probe."""
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ import torch
 from rewards.fault_proxy import Fault, FaultProxy, RedServer, red_images
 from torch import Tensor
 
-from callbacks.reward_scoring import RewardScoring, resolve_weights
+from callbacks.reward_scoring import RewardScoring
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import Reward, RewardError, TextReward
 from lit_rl.rewards.client import HTTPReward
@@ -32,6 +32,7 @@ from lit_rl.rewards.pseudo import PseudoReward
 from lit_rl.rewards.quotes import check_targets
 from lit_rl.rewards.text.function import FunctionReward
 from lit_rl.rewards.text.rules import RuleReward
+from lit_rl.rewards.weights import resolve_weights
 from lit_rl.types import Info
 
 

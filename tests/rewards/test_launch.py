@@ -16,7 +16,8 @@ import pytest
 
 from lit_rl.net.gpus import Gpu, chosen_ids, parse
 from lit_rl.rewards import launch
-from lit_rl.rewards.launch import LaunchError, Server, hold_logs, keep_alive, parser, plan, wait_ready
+from lit_rl.rewards.launch import LaunchError, hold_logs, keep_alive, parser, plan, wait_ready
+from lit_rl.rewards.server_process import ServerProcess
 
 ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": ""}
@@ -204,11 +205,11 @@ def test_a_log_that_is_a_folder_or_another_launchers_is_refused(tmp_path: Path) 
 
 
 def test_the_documented_line_on_all_interfaces() -> None:
-    server = Server("4", "0.0.0.0", 8000, [], Path("x"))
+    server = ServerProcess("4", "0.0.0.0", 8000, [], Path("x"))
     assert f"Launching {server.name} ✓" == "Launching server on GPU 4 at 0.0.0.0:8000 ✓"
 
 
-class Mayfly(Server):
+class Mayfly(ServerProcess):
     """A server that ends at once."""
 
     def start(self) -> None:
