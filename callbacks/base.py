@@ -19,6 +19,11 @@ Method: TypeAlias = LitRL[Any]
 """The LightningModule that calls the hooks."""
 
 
+def method_of(module: L.LightningModule) -> Method:
+    """The module as a method: Lightning's own hooks have the type of any module."""
+    return module  # type: ignore[return-value]
+
+
 class RLCallback(L.Callback):
     """A Lightning callback with the hooks of an iteration. Every hook runs on every process.
 

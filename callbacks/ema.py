@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 from torch import Tensor
 
-from callbacks.base import RLCallback, check_alone
+from callbacks.base import RLCallback, check_alone, method_of
+from lit_rl.checkpoints.contents import Checkpoint
 from lit_rl.errors import ConfigError
-from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.weights.copies import WeightCopy
 from lit_rl.policies.weights.decay import ema_decay, ema_is_due
 from lit_rl.strategies.checks import check_swaps_reach
@@ -60,7 +58,7 @@ class EMA(RLCallback):
         self._global_step = trainer.global_step
         self._restore(module)
         if self._average is None:
-            self._average = WeightCopy(_policy(module))
+            self._average = WeightCopy(method_of(module).policy)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: object, batch: object, batch_idx: int) -> None:
         """Follow the weights after an optimizer step."""
@@ -69,29 +67,29 @@ class EMA(RLCallback):
         self._global_step = trainer.global_step
         assert self._average is not None
         if getattr(module, "warming_up", False):
-            self._average.follow(_policy(module), decay=0.0)
+            self._average.follow(method_of(module).policy, decay=0.0)
             return
         if ema_is_due(self.steps, interval=self.update_interval):
             decay = ema_decay(self.steps, decay=self.decay, warmup_steps=self.warmup_steps)
-            self._average.follow(_policy(module), decay=decay)
+            self._average.follow(method_of(module).policy, decay=decay)
         self.steps += 1
 
     def averaged_weights(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Tensor]:
         """Whole averages by name in `policy.named_parameters()`, on the CPU of the first process, empty elsewhere. Collective."""
         assert self._average is not None, "the average exists from on_train_start on"
-        return self._average.whole(_policy(module), keep=trainer.is_global_zero)
+        return self._average.whole(method_of(module).policy, keep=trainer.is_global_zero)
 
     # ------------------------------------------------------------------ swapped in for evaluation
     def swap_in(self, module: L.LightningModule) -> None:
         """The average takes the place of the weights, until `swap_out`; nothing while neither trained nor restored."""
         self._restore(module)
         if self._average is not None:
-            self._average.swap_in(_policy(module))
+            self._average.swap_in(method_of(module).policy)
 
     def swap_out(self, module: L.LightningModule) -> None:
         """The live weights are back, bit for bit."""
         if self._average is not None:
-            self._average.swap_out(_policy(module))
+            self._average.swap_out(method_of(module).policy)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Evaluate the average, where `evaluate` says so."""
@@ -123,12 +121,12 @@ class EMA(RLCallback):
         self.swap_out(module)
 
     # ------------------------------------------------------------------ checkpoints
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: Checkpoint) -> None:
         """In the first process's state, which is the one that strategies write (ZeRO-3 writes all of them)."""
         if self._average is not None:
             checkpoint["ema"] = {"steps": self.steps, "weights": self.averaged_weights(trainer, module)}
 
-    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: Checkpoint) -> None:
         """Keep the stored average until the weights are in their place."""
         if "ema" in checkpoint:
             self.steps, self._restored = checkpoint["ema"]["steps"], checkpoint["ema"]["weights"]
@@ -136,8 +134,4 @@ class EMA(RLCallback):
     def _restore(self, module: L.LightningModule) -> None:
         saved, self._restored = self._restored, None
         if saved is not None:
-            self._average = WeightCopy.restored(_policy(module), saved, what="average")
-
-
-def _policy(module: L.LightningModule) -> FlowPolicy:
-    return module.policy  # type: ignore[return-value]
+            self._average = WeightCopy.restored(method_of(module).policy, saved, what="average")

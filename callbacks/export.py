@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 from torch import Tensor
 
-from callbacks.base import RLCallback, callbacks_of
+from callbacks.base import Method, RLCallback, callbacks_of, method_of
 from callbacks.ema import EMA
 from callbacks.graceful_stop import GracefulStop
+from lit_rl.checkpoints.contents import Checkpoint
 from lit_rl.checkpoints.ip_adapter import Format
 from lit_rl.checkpoints.manifest import entries, write_manifest
 from lit_rl.checkpoints.replacing import beside, naming, put_in_place, remove, swept
@@ -78,30 +79,31 @@ class Export(RLCallback):
         if any(c is not self and (c.dirpath, c.folder) == (self.dirpath, self.folder) for c in exports):
             raise ConfigError(f"two Exports write {self.dirpath / self.folder}: give one of them another dirpath or folder")
 
-    def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Refuse a format that the policy does not write."""
         if self.format:
-            module.policy.check_format(self.format)
+            method_of(module).policy.check_format(self.format)
 
     # ------------------------------------------------------------------ when
-    def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Export after every n-th iteration."""
         if self.at == "iteration" and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self.export(trainer, module, iteration=module.iteration + 1)
+            self.export(trainer, method_of(module), iteration=method_of(module).iteration + 1)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: Checkpoint) -> None:
         """All processes come through here, once for each file of ModelCheckpoint: the weights of one step are exported once."""
         if self.at == "checkpoint" and trainer.state.fn == "fit" and self._exported != trainer.global_step and not self._in_haste(trainer):
-            ended = module.minibatches_done() >= module.minibatches_per_epoch()
-            self.export(trainer, module, iteration=max(0, module.iteration + ended))
+            method = method_of(module)
+            ended = method.minibatches_done() >= method.minibatches_per_epoch()
+            self.export(trainer, method, iteration=max(0, method.iteration + ended))
 
-    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Export the last weights."""
         if self._exported != trainer.global_step and not self._in_haste(trainer):
-            self.export(trainer, module, iteration=module.iteration)  # the epoch counter has moved on
+            self.export(trainer, method_of(module), iteration=method_of(module).iteration)  # the epoch counter has moved on
 
     # ------------------------------------------------------------------ what
-    def export(self, trainer: L.Trainer, module: object, *, iteration: int) -> None:
+    def export(self, trainer: L.Trainer, module: Method, *, iteration: int) -> None:
         """Write the folder of this iteration and of the step that has been reached. Collective."""
         tensors = self._gather(trainer, module)
         if trainer.is_global_zero:
@@ -114,7 +116,7 @@ class Export(RLCallback):
         self._exported = trainer.global_step
         trainer.strategy.barrier("export")
 
-    def _write(self, module: Any, tensors: dict[str, Tensor], target: Path) -> None:
+    def _write(self, module: Method, tensors: dict[str, Tensor], target: Path) -> None:
         temporary = beside(target)
         try:
             temporary.mkdir(parents=True)
@@ -124,7 +126,7 @@ class Export(RLCallback):
         finally:
             remove(temporary)
 
-    def _gather(self, trainer: L.Trainer, module: Any) -> dict[str, Tensor]:
+    def _gather(self, trainer: L.Trainer, module: Method) -> dict[str, Tensor]:
         """Whole trainable weights on the first process, empty elsewhere. Collective."""
         ema = self._ema(trainer)
         if self.weights == "ema" and ema is not None:

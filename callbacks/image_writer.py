@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -17,6 +17,9 @@ from callbacks.base import RLCallback
 from lit_rl.errors import ConfigError
 from lit_rl.ranks import gather_objects
 from lit_rl.types import Info, Prompts
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 
 class ImageWriter(RLCallback):
@@ -34,13 +37,13 @@ class ImageWriter(RLCallback):
     def __init__(self, output_dir: str | None = None, *, triptych: bool = False) -> None:
         self.output_dir = Path(output_dir or "predictions")
         self.triptych = triptych
-        self._written: list[dict[str, Any]] = []
+        self._written: list[dict[str, str | int]] = []
 
     def on_predict_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Begin an empty list of files."""
         self._written = []
 
-    def on_predict_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int, *_: Any) -> None:
+    def on_predict_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int, *_: object) -> None:
         """Refuse triptychs of prompts that lack an image."""
         lacking = [field for field in ("source", "mask", "reference") if any(field not in row for row in batch.info)]
         if self.triptych and lacking:
@@ -78,14 +81,14 @@ def slug(text: str, *, length: int = 48) -> str:
     return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:length].strip("-") or "prompt"
 
 
-def to_image(media: Tensor) -> Any:
+def to_image(media: Tensor) -> Picture:
     """uint8 "3 H W" -> PIL image."""
     from PIL import Image
 
     return Image.fromarray(media.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def triptych(info: Info, media: Tensor, *, gap: int = 4) -> Any:
+def triptych(info: Info, media: Tensor, *, gap: int = 4) -> Picture:
     """Source with its mask outlined in red | reference, scaled to fit | result: a PIL image, three times as wide as the result."""
     from PIL import Image, ImageOps
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import lightning as L
 from torch import Tensor
 
-from callbacks.base import RLCallback, check_alone
+from callbacks.base import Method, RLCallback, check_alone, method_of
+from lit_rl.checkpoints.contents import Checkpoint
 from lit_rl.errors import ConfigError
 from lit_rl.policies.weights.copies import WeightCopy
 from lit_rl.policies.weights.decay import DECAY_TYPES, OLD_POLICY_DECAYS, OldPolicyDecay, ramp_decay
@@ -68,14 +69,14 @@ class OldPolicySync(RLCallback):
         self._trainer, self._module = trainer, module
         module.old_policy = self
 
-    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """The first moment at which weights are in their final place and restored, under every strategy."""
         self._global_step = trainer.global_step
         saved, self._restored = self._restored, None
         if saved is not None:
-            self._copy = WeightCopy.restored(module.policy, saved, what="old policy")
+            self._copy = WeightCopy.restored(method_of(module).policy, saved, what="old policy")
 
-    def on_phase_start(self, trainer: L.Trainer, module: Any, name: str) -> None:
+    def on_phase_start(self, trainer: L.Trainer, module: Method, name: str) -> None:
         """Update before a rollout."""
         if name != "rollout":
             return
@@ -98,17 +99,17 @@ class OldPolicySync(RLCallback):
             self._synced_at = trainer.global_step
 
     # ------------------------------------------------------------------ checkpoints
-    def old_weights(self, trainer: L.Trainer, module: Any) -> dict[str, Tensor]:
+    def old_weights(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Tensor]:
         """Whole tensors by name in `policy.named_parameters()`, on the CPU of the first process, empty elsewhere. Collective."""
         assert self._copy is not None, "the old policy exists from the first rollout on"
-        return self._copy.whole(module.policy, keep=trainer.is_global_zero)
+        return self._copy.whole(method_of(module).policy, keep=trainer.is_global_zero)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, module: object, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: Checkpoint) -> None:
         """In the first process's state, which is the one that strategies write (ZeRO-3 writes all of them)."""
         if self._copy is not None:
             checkpoint["old_policy"] = {"synced_at": self._synced_at, "weights": self.old_weights(trainer, module)}
 
-    def on_load_checkpoint(self, trainer: L.Trainer, module: object, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: Checkpoint) -> None:
         """Keep the stored old policy until the weights are in their place."""
         if "old_policy" in checkpoint:
             self._synced_at, self._restored = checkpoint["old_policy"]["synced_at"], checkpoint["old_policy"]["weights"]

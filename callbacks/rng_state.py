@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.base import RLCallback
+from lit_rl.checkpoints.contents import Checkpoint
 from lit_rl.ranks import gather_objects
 
 
@@ -31,12 +32,12 @@ class RngState(RLCallback):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._begun = trainer.global_step, streams()
 
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: Checkpoint) -> None:
         """Store the streams of all processes."""
         step, begun = self._begun
         checkpoint["rng"] = gather_objects(begun if step == trainer.global_step else streams())
 
-    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: Checkpoint) -> None:
         """Keep the stored streams until training starts."""
         self._restored = checkpoint.get("rng")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -15,6 +15,9 @@ from callbacks.image_writer import to_image
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import logged_step
 from lit_rl.types import Info, Prompts
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 PICTURE = 160
 """Pixels that the shorter side of a picture has at least, so that the text beneath is readable."""
@@ -83,7 +86,7 @@ class SampleGallery(RLCallback):
             self._show(trainer, module, "samples/evaluation", f"evaluation-{trainer.global_step:06d}", rewards)
 
     # ------------------------------------------------------------------ to people
-    def _show(self, trainer: L.Trainer, module: Any, key: str, name: str, rewards: Mapping[str, Tensor]) -> None:
+    def _show(self, trainer: L.Trainer, module: Method, key: str, name: str, rewards: Mapping[str, Tensor]) -> None:
         """Under the step of the numbers that belong to the pictures."""
         kept, self._kept, step = self._kept, [], logged_step(trainer, module)
         if not kept:
@@ -114,7 +117,7 @@ def caption(info: Info, rewards: Mapping[str, float]) -> str:
     return f"{info['prompt']}\n" + "  ".join(f"{name} {value:.3g}" for name, value in rewards.items())
 
 
-def contact_sheet(images: Sequence[Tensor], captions: Sequence[str], *, columns: int = 4) -> Any:
+def contact_sheet(images: Sequence[Tensor], captions: Sequence[str], *, columns: int = 4) -> Picture:
     """uint8 images "3 H W" of one size -> one PIL image, captions beneath. Small images are enlarged without smoothing."""
     from PIL import Image
 
@@ -132,7 +135,7 @@ def contact_sheet(images: Sequence[Tensor], captions: Sequence[str], *, columns:
     return sheet
 
 
-def _write(sheet: Any, text: str, x: int, y: int, width: int) -> None:
+def _write(sheet: Picture, text: str, x: int, y: int, width: int) -> None:
     """The prompt in all lines but the last, cut where it does not fit; the rewards in the last."""
     from PIL import ImageDraw, ImageFont
 
@@ -145,7 +148,7 @@ def _write(sheet: Any, text: str, x: int, y: int, width: int) -> None:
         draw.text((x, y + i * (TEXT_SIZE + 3)), line, fill="black" if i < len(lines) else "#0a58ca", font=font)
 
 
-def _wrap(text: str, width: float, length: Any) -> list[str]:
+def _wrap(text: str, width: float, length: Callable[[str], float]) -> list[str]:
     """Lines of at most `width`, broken between words, and within a word that is longer than a line."""
     lines = [""]
     for word in text.split():

@@ -15,6 +15,7 @@ from fsspec.core import url_to_fs
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lit_rl.checkpoints.contents import Checkpoint
 from lit_rl.checkpoints.files import is_whole, resolve_checkpoint
 from lit_rl.checkpoints.position import state_file
 from lit_rl.checkpoints.restricted import deepspeed_reads_plain_files, load_file
@@ -66,7 +67,7 @@ def _kept(keepers: Sequence[ModelCheckpoint], monitor: str) -> Iterator[tuple[fl
                 yield float(state["best_model_score"]), Path(state["best_model_path"])
 
 
-def _content(checkpoint: Path) -> dict[str, Any]:
+def _content(checkpoint: Path) -> Checkpoint:
     """The content of a checkpoint; weights stay on the disk until they are used."""
     file = state_file(checkpoint)
     with deepspeed_reads_plain_files() if file.parent.name == "checkpoint" else nullcontext():

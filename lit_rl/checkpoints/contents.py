@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError, listed
 
+Checkpoint: TypeAlias = dict[str, Any]
+"""The content of a checkpoint: Lightning's keys, and those of methods and callbacks."""
 
-def check_contents(found: object, file: str | os.PathLike) -> dict[str, Any]:
+
+def check_contents(found: object, file: str | os.PathLike) -> Checkpoint:
     """`found` itself. Raises ConfigError unless it is a dict whose `state_dict` holds tensors, none of them with a NaN in it."""
     if not isinstance(found, dict) or not isinstance(found.get("state_dict"), Mapping):
         there = f"the keys {listed(sorted(map(str, found)))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
-from lit_rl.checkpoints.contents import check_contents
+from lit_rl.checkpoints.contents import Checkpoint, check_contents
 from lit_rl.checkpoints.manifest import ZIP_ERRORS, SealedFile, damage, folder_damage, has_checksums, missing_files
 from lit_rl.checkpoints.position import step_of
 from lit_rl.checkpoints.replacing import atomic_file, left_targets, naming, recovered, swept
@@ -36,7 +36,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = cls()
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
+    def save_checkpoint(self, checkpoint: Checkpoint, path: str | Path, storage_options: object = None) -> None:
         """Write a checkpoint whole, with checksums. An address (http://) is left to Lightning."""
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -55,7 +55,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    ) -> Checkpoint:
         """weights_only: False executes what the file names; None is True, for addresses (http://) too, where Lightning's own is False."""
         if os.path.isdir(path):
             raise ConfigError(f"--ckpt_path {path} is a folder of shards: continue with the configs/base/*.yaml it was written under")

@@ -6,21 +6,26 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lit_rl.demo.curves import Curve, Known, images_seen, over_images
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 BLUE, GREEN, GREY = "#1f6feb", "#2da44e", "#9aa5b1"
 LABELS = {"held_out_accuracy": "held-out prompts read exactly right", "held_out_ink_similarity": "likeness of the ink to the reference's"}
 LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 """Line style and marker of a method's first seeds."""
 DPI = 150
+Panel: TypeAlias = "tuple[str, Picture]"
+"""A title and a picture below it."""
 COLUMNS = "columns"
 """Key in a picture's `info`: places from its left edge, and what is written above them."""
 STAGES = {"after_warmup": "after the warm-up", "after_rl": "after RL"}
 
 
-def draw(path: Path, title: str, curves: Mapping[str, Curve], scores: Mapping[str, str], panels: Sequence[tuple[str, Any]]) -> None:
+def draw(path: Path, title: str, curves: Mapping[str, Curve], scores: Mapping[str, str], panels: Sequence[Panel]) -> None:
     """One PNG: training reward and held-out numbers over the images trained on, and beside it titled pictures."""
     figure, (left, *others) = _plt().subplots(
         1, 1 + len(panels), figsize=(13, 4.2), width_ratios=[1.25, *[2 / len(panels)] * len(panels)], layout="constrained"
@@ -63,13 +68,13 @@ def _plt() -> Any:
     return pyplot
 
 
-def written_numbers(out: Path, summary: Mapping[str, Any], *, samples: int = 40) -> list[tuple[str, Any]]:
+def written_numbers(out: Path, summary: Mapping[str, Any], *, samples: int = 40) -> list[Panel]:
     """Two sheets: pictures after the warm-up, and after reinforcement learning."""
     accuracy = summary["held_out_accuracy"]
     return [(f"{title}: {accuracy[stage]:.0%} right", contact_sheet(out / "images" / stage, samples)) for stage, title in STAGES.items()]
 
 
-def contact_sheet(folder: Path, samples: int, *, columns: int = 5, zoom: int = 3) -> Any:
+def contact_sheet(folder: Path, samples: int, *, columns: int = 5, zoom: int = 3) -> Picture:
     """The first images of a prediction in rows, each enlarged, with the number that was asked for beside it."""
     from PIL import Image
 
@@ -87,7 +92,7 @@ def contact_sheet(folder: Path, samples: int, *, columns: int = 5, zoom: int = 3
     return sheet
 
 
-def filled_signs(out: Path, summary: Mapping[str, Any], *, samples: int = 14) -> list[tuple[str, Any]]:
+def filled_signs(out: Path, summary: Mapping[str, Any], *, samples: int = 14) -> list[Panel]:
     """One sheet: of each held-out item what is given (number, picture with its hole, reference) and what was made of it."""
     accuracy, items = summary["held_out_accuracy"], json.loads((out / "items.json").read_text())
     held_out = [item for item in items["items"] if item["split"] == "val"][:samples]
@@ -96,14 +101,14 @@ def filled_signs(out: Path, summary: Mapping[str, Any], *, samples: int = 14) ->
     return [(right, sheet)]
 
 
-def sign_sheet(images: Path, items: Sequence[Mapping[str, str]], stages: Sequence[Path], *, columns: int = 2, zoom: int = 3) -> Any:
+def sign_sheet(images: Path, items: Sequence[Mapping[str, str]], stages: Sequence[Path], *, columns: int = 2, zoom: int = 3) -> Picture:
     """A tile per item: its number, its source with the masked part hatched, its reference, and its picture of each stage.
 
     `info` of the sheet says where these columns are.
     """
     from PIL import Image
 
-    tiles: list[Any] = []
+    tiles: list[Picture] = []
     centres: list[float] = []
     label, gap = 32, 4
     predictions = [[folder / row["file"] for row in predicted(folder)] for folder in stages]
@@ -128,7 +133,7 @@ def sign_sheet(images: Path, items: Sequence[Mapping[str, str]], stages: Sequenc
     return sheet
 
 
-def _with_hole(source: Any, mask: Any) -> Any:
+def _with_hole(source: Picture, mask: Picture) -> Picture:
     """The source, hatched where the mask is white."""
     from PIL import Image
 
@@ -144,13 +149,13 @@ def predicted(folder: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
 
 
-def _enlarged(image: Any, zoom: int) -> Any:
+def _enlarged(image: Picture, zoom: int) -> Picture:
     from PIL import Image
 
     return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
 
 
-def _label(sheet: Any, text: str, x: int, y: int, *, size: int) -> None:
+def _label(sheet: Picture, text: str, x: int, y: int, *, size: int) -> None:
     from PIL import ImageDraw, ImageFont
 
     ImageDraw.Draw(sheet).text((x, y), text, fill=BLUE, font=ImageFont.load_default(size))

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+    from PIL.ImageDraw import ImageDraw
 
 HEIGHT, WIDTH = 16, 24
 HOLE = 12, 16
@@ -73,7 +77,7 @@ def _item(
     return {"id": name, **files, "text": number, "split": split}
 
 
-def sign(number: str, ink: Colour, *, wall: Colour, paper: Colour, lines: bool = False) -> Any:
+def sign(number: str, ink: Colour, *, wall: Colour, paper: Colour, lines: bool = False) -> Picture:
     """A board on a wall with a number on it."""
     from PIL import Image, ImageDraw
 
@@ -87,7 +91,7 @@ def sign(number: str, ink: Colour, *, wall: Colour, paper: Colour, lines: bool =
     return image
 
 
-def swatch(number: str, ink: Colour, *, paper: Colour) -> Any:
+def swatch(number: str, ink: Colour, *, paper: Colour) -> Picture:
     """A number in an ink, as large as a hole."""
     from PIL import Image, ImageDraw
 
@@ -96,7 +100,7 @@ def swatch(number: str, ink: Colour, *, paper: Colour) -> Any:
     return image
 
 
-def mask_image() -> Any:
+def mask_image() -> Picture:
     """White where the number goes."""
     from PIL import Image, ImageDraw
 
@@ -105,11 +109,11 @@ def mask_image() -> Any:
     return image
 
 
-def _write(pen: Any, number: str, ink: Colour, left: int, top: int) -> None:
+def _write(pen: ImageDraw, number: str, ink: Colour, left: int, top: int) -> None:
     """In the middle of the hole that begins there."""
     from PIL import ImageFont
 
-    font: Any = ImageFont.load_default(12)
+    font = ImageFont.load_default(12)
     x0, y0, x1, y1 = pen.textbbox((0, 0), number, font=font)
     pen.text((left + (HOLE[1] - x1 - x0) // 2, top + (HOLE[0] - y1 - y0) // 2), number, fill=ink, font=font)
 

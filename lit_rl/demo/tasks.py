@@ -30,7 +30,7 @@ class Task:
     prepare: Callable[[Path, int], None]
     runs: Mapping[str, Run]
     scores: Mapping[str, str]
-    panels: Callable[[Path, Mapping[str, Any]], list[tuple[str, Any]]]
+    panels: Callable[[Path, Mapping[str, Any]], list[Panel]]
     curves: Path
     comparison: Path
 

@@ -19,6 +19,8 @@ from lit_rl.net.gpus import Gpu, check_ids
 from lit_rl.rewards.server import bind
 
 if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
     from lit_rl.rewards.client import HTTPReward
 
 WORD, SIDE = "HELLO", 512
@@ -27,7 +29,7 @@ LOADING_SECONDS, SCORE_SECONDS = 2.0, 60.0
 NAMES = ("REWARD_SERVER_URLS", "REWARD_SERVER_HOST", "REWARD_SERVER_PORT")
 
 
-def picture() -> Any:
+def picture() -> Picture:
     """The word on a sign in a scene, where OCR finds it only if it looks for lines of text."""
     from PIL import Image, ImageDraw, ImageFont
 

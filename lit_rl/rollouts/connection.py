@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from lit_rl.net.retry import UNREADABLE_TRIES, NoAnswer, exchange, health, open_session, refusal, retried
 from lit_rl.rollouts.base import RolloutError
@@ -40,8 +40,8 @@ class Call(Generic[T]):
 
     urls: Sequence[str]
     route: str
-    body: Mapping[str, Any] | None
-    read: Callable[[Any], T]
+    body: Mapping[str, object] | None
+    read: Callable[[object], T]
     done: str | None = None
 
 
@@ -147,7 +147,7 @@ async def _send(session: aiohttp.ClientSession, url: str, call: Call[T], seconds
         raise NoAnswer(f"{where}: {error}", tries=1) from error
 
 
-def _parsed(text: bytes) -> Any:
+def _parsed(text: bytes) -> object:
     """None of a body that is no JSON: some routes answer with a sentence."""
     try:
         return json.loads(text)

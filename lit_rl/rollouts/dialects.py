@@ -11,7 +11,7 @@ from typing import Any
 
 from lit_rl.rollouts.base import Sampling
 
-Body = Mapping[str, Any]
+Body = Mapping[str, object]
 
 
 class Unreadable(Exception):
@@ -82,7 +82,7 @@ class OpenAI(Dialect):
         # The server's own end of text may be another one; without it only ours ends an answer.
         return self._completions(prompt, model, **settings, logprobs=0, ignore_eos=True)
 
-    def read(self, body: Any) -> Answer:
+    def read(self, body: object) -> Answer:
         choice = _choice(body)
         logprobs = choice.get("logprobs")
         if not isinstance(logprobs, Mapping) or not isinstance(logprobs.get("tokens"), list):
@@ -93,7 +93,7 @@ class OpenAI(Dialect):
                 f"it answers with the texts of tokens ({tokens[:3]}), not with their ids (return_tokens_as_token_ids): update it"
             )
         ids = [int(token.rpartition(":")[2]) for token in tokens]
-        return _answer(ids, logprobs.get("token_logprobs"), choice.get("finish_reason"), body.get("model"))
+        return _answer(ids, logprobs.get("token_logprobs"), choice.get("finish_reason"), _text(body, "model"))
 
     def logprobs(self, ids: Sequence[int], *, model: str) -> tuple[str, Body]:
         return self._completions(ids, model, max_tokens=1, temperature=0.0, prompt_logprobs=1)
@@ -163,12 +163,15 @@ class SGLang(Dialect):
 DIALECTS: Mapping[str, Dialect] = {"openai": OpenAI(), "sglang": SGLang()}
 
 
-def served_models(body: Any) -> dict[str, int | None]:
+def served_models(body: object) -> dict[str, int | None]:
     """Models by name in the answer to `GET /v1/models`, and the tokens of prompt and answer that each takes, where the server tells."""
-    return {entry["id"]: entry.get("max_model_len") for entry in body["data"]}
+    rows = body.get("data") if isinstance(body, Mapping) else None
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) and "id" in row for row in rows):
+        raise Unreadable("it lists no models")
+    return {row["id"]: row.get("max_model_len") for row in rows}
 
 
-def _drawing(sampling: Sampling) -> dict[str, Any]:
+def _drawing(sampling: Sampling) -> dict[str, float]:
     """Everything that shapes the distribution, said out loud: what is left out comes from the model's generation_config."""
     shape = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or -1}
     return {**shape, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -181,6 +184,11 @@ def _choice(body: object) -> Mapping[str, Any]:
     return choices[0]
 
 
+def _text(body: object, name: str) -> str | None:
+    value = body.get(name) if isinstance(body, Mapping) else None
+    return None if value is None else str(value)
+
+
 def _meta(body: object) -> Mapping[str, Any]:
     meta = body.get("meta_info") if isinstance(body, Mapping) else None
     if not isinstance(meta, Mapping):
@@ -188,7 +196,7 @@ def _meta(body: object) -> Mapping[str, Any]:
     return meta
 
 
-def _pairs(meta: Mapping[str, object], name: str) -> list[Any]:
+def _pairs(meta: Mapping[str, object], name: str) -> list[list[float]]:
     pairs = meta.get(name)
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) >= 2 for pair in pairs):
         raise Unreadable(f"it has no {name}")
@@ -207,12 +215,13 @@ def _answer(ids: list[int], logprobs: object, finish: object, echo: str | None) 
     return Answer(ids, _numbers(logprobs), finish, echo)
 
 
-def _numbers(values: list[Any]) -> list[float]:
+def _numbers(values: Sequence[object]) -> list[float]:
     """Raises Unusable where one is missing or not finite."""
-    wrong = next((i for i, v in enumerate(values) if not isinstance(v, int | float) or not math.isfinite(v)), None)
+    found = [float(value) if isinstance(value, int | float) else math.nan for value in values]
+    wrong = next((i for i, value in enumerate(found) if not math.isfinite(value)), None)
     if wrong is not None:
         raise Unusable(
             f"the log-probability of token {wrong} is {values[wrong]}: the weights hold NaN or overflow in the server's dtype, "
             "or it was started without log-probabilities"
         )
-    return [float(value) for value in values]
+    return found

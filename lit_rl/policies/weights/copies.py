@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.policies.base import FlowPolicy
+from lit_rl.policies.base import Policy
 from lit_rl.policies.weights.decay import ema_update
 from lit_rl.policies.weights.shards import cut, joined, part, reachable, reshard
 
@@ -34,13 +34,13 @@ class WeightCopy:
     forward. Under DeepSpeed ZeRO-3 small weights must not stay gathered (`stage3_param_persistence_threshold: 0`).
     """
 
-    def __init__(self, policy: FlowPolicy) -> None:
+    def __init__(self, policy: Policy) -> None:
         reshard(policy)
         self.parts = {name: _precise(part(p)).clone() for name, p in policy.trainable()}
         self._stash: dict[str, Tensor] | None = None
 
     @classmethod
-    def restored(cls, policy: FlowPolicy, saved: dict[str, Tensor], *, what: str) -> WeightCopy:
+    def restored(cls, policy: Policy, saved: dict[str, Tensor], *, what: str) -> WeightCopy:
         """From whole tensors, cut into this process's parts. Collective; under ZeRO-3 only the first process needs to have them.
 
         what: its name in the error when it is of other weights than the policy's.
@@ -61,20 +61,20 @@ class WeightCopy:
         return copy
 
     @torch.no_grad()
-    def follow(self, policy: FlowPolicy, *, decay: float) -> None:
+    def follow(self, policy: Policy, *, decay: float) -> None:
         """copy <- decay copy + (1 - decay) weights; exactly the weights at 0."""
         reshard(policy)
         for name, parameter in policy.trainable():
             self.parts[name] = ema_update(self.parts[name], _precise(part(parameter)), decay=decay)
 
-    def whole(self, policy: FlowPolicy, *, keep: bool) -> dict[str, Tensor]:
+    def whole(self, policy: Policy, *, keep: bool) -> dict[str, Tensor]:
         """Whole tensors by name in `policy.named_parameters()`, on the CPU; empty where `keep` is False. Collective."""
         reshard(policy)
         wholes = ((name, joined(self.parts[name], parameter)) for name, parameter in policy.trainable())
         return {name: tensor for name, tensor in wholes if keep}
 
     @torch.no_grad()
-    def swap_in(self, policy: FlowPolicy) -> None:
+    def swap_in(self, policy: Policy) -> None:
         """The copy takes the place of the weights, until `swap_out`. Nothing if it has already."""
         if self._stash is not None:
             return
@@ -85,7 +85,7 @@ class WeightCopy:
         torch.clear_autocast_cache()  # else the next forward would find the other weights there, in lower precision
 
     @torch.no_grad()
-    def swap_out(self, policy: FlowPolicy) -> None:
+    def swap_out(self, policy: Policy) -> None:
         """The live weights are back, bit for bit."""
         stash, self._stash = self._stash, None
         if stash is None:
@@ -96,7 +96,7 @@ class WeightCopy:
         torch.clear_autocast_cache()
 
     @contextmanager
-    def answering(self, policy: FlowPolicy) -> Iterator[None]:
+    def answering(self, policy: Policy) -> Iterator[None]:
         """Inside it the copy answers in place of the weights."""
         self.swap_in(policy)
         try:
