@@ -16,7 +16,7 @@ from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
 install_import_hook(
-    ["lit_rl.samplers", "lit_rl.losses", "lit_rl.credit", "lit_rl.replay.packing"],
+    ["lit_rl.samplers", "lit_rl.losses", "lit_rl.credit"],
     "beartype.beartype",
 )
 

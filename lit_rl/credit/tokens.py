@@ -7,13 +7,12 @@ not count, and time does not pass there: the token before a hole is followed by 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lit_rl.credit.groups import group_advantages, group_statistics, informative
+from lit_rl.credit.groups import group_statistics, informative
 from lit_rl.losses.masked import COUNT_EPS, masked
 
 Reduce = Callable[[Tensor], Tensor]
@@ -58,7 +57,7 @@ def spread(advantages: Float[Tensor, "B"], mask: Bool[Tensor, "B S"]) -> Float[T
 def gae(
     rewards: Float[Tensor, "B S"], values: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], *, gamma: float = 1.0, lam: float = 1.0
 ) -> tuple[Float[Tensor, "B S"], Float[Tensor, "B S"]]:
-    """Generalized advantage estimation (arXiv 1506.02438): (advantages, returns), 0 where the mask is False; then `masked_whiten` them.
+    """Generalized advantage estimation (arXiv 1506.02438): (advantages, returns), 0 where the mask is False; then `whiten` them.
 
     A_t = delta_t + gamma lam A_next, delta_t = r_t + gamma V_next - V_t, next being the next masked token; nothing after the last one, so
     that a truncated response counts as finished. returns = A + V are what the critic learns.
@@ -76,27 +75,16 @@ def gae(
     return advantages, advantages + values
 
 
-def rewards_to_go(
-    rewards: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], *, gamma: float = 1.0, holes: Literal["skip", "reset"] = "skip"
-) -> Float[Tensor, "B S"]:
-    """G_t = r_t + gamma G_next: REINFORCE++ whitens these, ReMax subtracts the greedy answer's score; 0 where the mask is False.
-
-    holes: `reset` as verl's REINFORCE++ does: what comes after a hole is lost for the tokens before it.
-    """
+def rewards_to_go(rewards: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], *, gamma: float = 1.0) -> Float[Tensor, "B S"]:
+    """G_t = r_t + gamma G_next: REINFORCE++ whitens these, ReMax subtracts the greedy answer's score; 0 where the mask is False."""
     rewards = masked(rewards, mask)
     total = torch.zeros_like(rewards[:, 0])
     columns = []
     for t in range(rewards.shape[1] - 1, -1, -1):
         here = mask[:, t]
-        total = torch.where(here, rewards[:, t] + gamma * total, total if holes == "skip" else 0.0)
+        total = torch.where(here, rewards[:, t] + gamma * total, total)
         columns.append(total)
     return masked(torch.stack(columns[::-1], 1), mask) if columns else rewards
-
-
-def raw_singletons(advantages: Float[Tensor, "B"], scores: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
-    """The score itself in groups of one, where our estimators say 0: verl's GRPO, RLOO, OPO, GPG. It is REINFORCE without a baseline."""
-    alone = group_statistics(scores, group).size == 1
-    return torch.where(alone, scores, advantages)
 
 
 def pass_at_k_advantages(scores: Float[Tensor, "B"], group: Int[Tensor, "B"], *, std: bool = True, eps: float = 1e-6) -> Float[Tensor, "B"]:
@@ -140,92 +128,16 @@ def length_weighted_advantages(scores: Float[Tensor, "B"], lengths: Int[Tensor, 
     return torch.where(known & (weighted.size > 1), scores - baseline, 0.0).to(scores.dtype)
 
 
-def gpg_advantages(scores: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
-    """(B / number of non-zero scores) (s - mean of the group): GPG (arXiv 2504.02546)."""
-    scored = ~scores.isnan()
-    share = scored.sum() / (scored & (scores != 0)).sum().clamp(min=1)
-    return share.to(scores.dtype) * group_advantages(scores, group, std="none")
-
-
-def optimal_token_baseline(
-    rewards: Float[Tensor, "B S"],
-    logprobs: Float[Tensor, "B S"],
-    log_square: Float[Tensor, "B S"],
-    group: Int[Tensor, "B"],
-    mask: Bool[Tensor, "B S"],
-    *,
-    importance: Float[Tensor, "B S"] | None = None,
-    by: Literal["token", "column"] = "token",
-    zero_tail: bool = True,
-) -> tuple[Float[Tensor, "B S"], Float[Tensor, "B S"]]:
-    """(G - B_t, G): rewards to go minus, at the t-th token, the group's mean of them weighted by W_t; groups of one have no baseline.
-
-    W_t = sum over the first t tokens of 1 - 2 p + sum_v p_v^2 (times importance^2), the squared norm of the score function so far.
-
-    Args:
-        log_square: log sum_v p_v^2, from `token_logprobs`.
-        by: what is the same time in two rows: the same count of chosen tokens (right with holes), or the same column (verl's single turn).
-        zero_tail: no baseline beyond the second longest row, where the longest would be compared with itself.
-    """
-    returns = masked(rewards, mask).flip(1).cumsum(1).flip(1)
-    energy = 1 - 2 * logprobs.exp() + log_square.exp()
-    if importance is not None:
-        energy = energy * importance**2
-    weight = masked(energy, mask).cumsum(1)
-    time = mask.cumsum(1) - 1 if by == "token" else torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    time = torch.where(mask, time, mask.shape[1])  # what is masked goes to a column of its own
-    lengths = mask.sum(1)
-    baseline = torch.zeros_like(returns)
-    for name in group.unique():
-        rows = ((group == name) & (lengths > 0)).nonzero()[:, 0]
-        if len(rows) < 2:
-            continue
-        at = time[rows].flatten()
-        above, below = (
-            torch.zeros(mask.shape[1] + 1, dtype=returns.dtype, device=mask.device).index_add(0, at, part[rows].flatten())
-            for part in (returns * weight, weight)
-        )
-        mean = above / (below + COUNT_EPS)
-        baseline[rows] = mean[time[rows]]
-        second, first = lengths[rows].sort().values[-2:]
-        if zero_tail and first > second:
-            longest = rows[lengths[rows].argmax()]
-            baseline[longest] = torch.where(time[longest] >= second, 0.0, baseline[longest])
-    return masked(returns - baseline, mask), masked(returns, mask)
-
-
-def overlong_penalty(
-    lengths: Int[Tensor, "B"], *, max_length: int, buffer: int, factor: float = 1.0, capped: bool = False
-) -> Float[Tensor, "B"]:
+def overlong_penalty(lengths: Int[Tensor, "B"], *, max_length: int, buffer: int, factor: float = 1.0) -> Float[Tensor, "B"]:
     """-factor (length - (max_length - buffer)) / buffer, at most 0: DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13).
 
-    lengths: tokens of the response. max_length: the longest response allowed, *not* the padded length. capped: never below -factor, as
-    OpenRLHF and TRL; that only matters for lengths beyond max_length.
+    lengths: tokens of the response. max_length: the longest response allowed, *not* the padded length.
     """
     if buffer <= 0:
         raise ValueError(f"overlong buffer {buffer} must be above 0; DAPO uses a fifth of the response length, 4096 of 20480")
-    beyond = (lengths - (max_length - buffer)).clamp(min=0) / buffer
-    return -factor * (beyond.clamp(max=1) if capped else beyond)
+    return -factor * (lengths - (max_length - buffer)).clamp(min=0) / buffer
 
 
-def truncated_scores(scores: Float[Tensor, "B"], truncated: Bool[Tensor, "B"], *, coef: float) -> Float[Tensor, "B"]:
-    """What a response that did not stop is worth: its score times coef, or, with coef below 0, coef (ProRL, arXiv 2505.24864)."""
-    return torch.where(truncated, scores * coef if coef >= 0 else torch.full_like(scores, coef), scores)
-
-
-def groups_that_teach(
-    metric: Float[Tensor, "B"], group: Int[Tensor, "B"], *, low: float | None = None, high: float | None = None
-) -> Bool[Tensor, "B"]:
-    """Rows whose group has different values of the metric, or is a group of one: DAPO's dynamic sampling keeps these.
-
-    low, high: keep groups whose mean lies strictly between them instead (OpenRLHF: 0 and 1).
-    """
-    stats = group_statistics(metric, group)
-    if low is None and high is None:
-        return informative(metric, group) | (~metric.isnan() & (stats.size == 1))
-    inside = torch.ones_like(metric, dtype=torch.bool)
-    if low is not None:
-        inside &= stats.mean > low
-    if high is not None:
-        inside &= stats.mean < high
-    return inside & (stats.size > 0)
+def groups_that_teach(metric: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> Bool[Tensor, "B"]:
+    """Rows whose group has different values of the metric, or is a group of one: DAPO's dynamic sampling keeps these."""
+    return informative(metric, group) | (~metric.isnan() & (group_statistics(metric, group).size == 1))

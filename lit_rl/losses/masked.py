@@ -53,21 +53,3 @@ def masked_mean(x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]) -> Float[Tenso
 def row_mean(x: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B"]:
     """Mean of each row's masked values; 0 in a row without any."""
     return masked(x, mask).sum(1) / mask.sum(1).clamp(min=1)
-
-
-def masked_var(x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]) -> Float[Tensor, ""]:
-    """Unbiased variance of the masked values; 0 with fewer than two of them, where upstream raises."""
-    count = mask.sum()
-    square = masked((x - masked_mean(x, mask)) ** 2, mask).sum()
-    return torch.where(count > 1, square / (count - 1).clamp(min=1), 0.0)
-
-
-def masked_whiten(x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"], *, shift_mean: bool = True, eps: float = 1e-8) -> Float[Tensor, "*S"]:
-    """(x - mean) / sqrt(var + eps) over the masked values, 0 elsewhere. Give it the values of all ranks: "batch" means the global one.
-
-    shift_mean: False puts the mean back afterwards. torchtune's argument of this name means the opposite.
-    A single value has no spread and gives 0.
-    """
-    mean, var = masked_mean(x, mask), masked_var(x, mask)
-    white = torch.where(mask.sum() > 1, (x - mean) * torch.rsqrt(var + eps), 0.0)
-    return masked(white if shift_mean else white + mean, mask)

@@ -54,12 +54,6 @@ def ld_sequence_logprobs(
     return masked(logprobs.double() * torch.where(beyond, alpha, 1.0), mask).sum(1)
 
 
-def wpo_weights(logprobs: Float[Tensor, "B S"], log_square: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B"]:
-    """exp(mean_t(log p_t - log sum_v p_v^2)) of each row, detached: WPO (arXiv 2406.11827). A pair's weight is the product of its rows'."""
-    gap = masked(logprobs.detach() - log_square.detach(), mask)
-    return (gap.sum(1) / mask.sum(1).clamp(min=1)).exp()
-
-
 def preference_loss(
     chosen: Float[Tensor, "B"],
     rejected: Float[Tensor, "B"],
@@ -133,14 +127,6 @@ def preference_metrics(
         "logprobs_chosen": chosen.detach().mean(),
         "logprobs_rejected": rejected.detach().mean(),
     }
-
-
-def pairwise_reward_loss(
-    chosen: Float[Tensor, "B"], rejected: Float[Tensor, "B"], *, margin: Float[Tensor, "B"] | None = None
-) -> Float[Tensor, "B"]:
-    """-log sigmoid(chosen - rejected - margin): what a reward model is trained with (Bradley-Terry)."""
-    gap = chosen - rejected
-    return -F.logsigmoid(gap if margin is None else gap - margin)
 
 
 def _divergence(x: Tensor, kind: FDivergence, alpha: float) -> Tensor:

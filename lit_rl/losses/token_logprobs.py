@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "other": 2**26}
@@ -18,9 +18,6 @@ class TokenLogprobs(NamedTuple):
 
     logprobs: Float[Tensor, "N"]
     entropy: Float[Tensor, "N"] | None = None  # of the whole distribution
-    log_square: Float[Tensor, "N"] | None = None  # log sum_v p_v^2 (WPO, optimal token baseline)
-    mean_logit: Float[Tensor, "N"] | None = None
-    top1: Bool[Tensor, "N"] | None = None  # the target is the most probable token
 
 
 def token_logprobs(
@@ -34,7 +31,6 @@ def token_logprobs(
     scale: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
-    details: bool = False,
     chunk: int | None = None,
 ) -> TokenLogprobs:
     """log_softmax(z)[target], z = softcap tanh(scale (hidden W^T + bias + low up^T) / softcap) / temperature, with gradients.
@@ -46,10 +42,9 @@ def token_logprobs(
         low_rank: (low, up): an adapter of the head, hidden A^T and its B with the scaling in one of them; low in the precision of up.
         temperature: that of sampling; the trainer's log-probabilities must be of the distribution that was sampled from.
         entropy: also the entropy, with its gradient.
-        details: also what is only looked at: log_square, mean_logit, top1.
         chunk: tokens at a time; default by the vocabulary and the device, and if that covers all of them the plain way, which keeps logits.
     """
-    head = _Head(scale=scale, softcap=softcap, temperature=temperature, entropy=entropy, details=details)
+    head = _Head(scale=scale, softcap=softcap, temperature=temperature, entropy=entropy)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -70,7 +65,6 @@ class _Head(NamedTuple):
     softcap: float | None
     temperature: float
     entropy: bool
-    details: bool
 
     @property
     def slope(self) -> float:
@@ -98,10 +92,7 @@ def _plain(
     logp = z.log_softmax(-1)
     picked = logp.gather(-1, targets[:, None])[:, 0]
     entropy = -(logp.exp() * logp).sum(-1) if head.entropy else None
-    if not head.details:
-        return TokenLogprobs(picked, entropy)
-    seen = z.detach()
-    return TokenLogprobs(picked, entropy, (2 * logp.detach()).logsumexp(-1), seen.mean(-1), seen.argmax(-1) == targets)
+    return TokenLogprobs(picked, entropy)
 
 
 class _Chunked(torch.autograd.Function):
@@ -128,25 +119,18 @@ class _Chunked(torch.autograd.Function):
         count = len(targets)
         logprobs, normalisers = (torch.empty(count, dtype=work, device=hidden.device) for _ in range(2))
         entropy = torch.empty_like(logprobs) if head.entropy else None
-        log_square, mean_logit = (torch.empty_like(logprobs) if head.details else None for _ in range(2))
-        top1 = torch.empty(count, dtype=torch.bool, device=hidden.device) if head.details else None
         unit = torch.empty_like(hidden) if ahead else None
         for start in range(0, count, size):
             rows = slice(start, start + size)
             target = targets[rows, None]
             z, _ = head.logits(hidden[rows], weight, bias, None if low is None else low[rows], up)
             picked, highest = z.gather(1, target), z.amax(1, keepdim=True)
-            if mean_logit is not None and top1 is not None:
-                mean_logit[rows] = z.mean(1)
-                top1[rows] = z.argmax(1) == targets[rows]
             z.sub_(highest)
             e = z.exp() if entropy is not None else z.exp_()
             total = e.sum(1, keepdim=True)
             log_total = total.log()
             logprobs[rows] = (picked - highest - log_total)[:, 0]
             normalisers[rows] = (highest + log_total)[:, 0]
-            if log_square is not None:
-                log_square[rows] = 2 * (torch.linalg.vector_norm(e, dim=1).log() - log_total[:, 0])
             if entropy is not None:
                 entropy[rows] = log_total[:, 0] - torch.linalg.vecdot(e, z) / total[:, 0]
             if unit is not None:
@@ -157,11 +141,10 @@ class _Chunked(torch.autograd.Function):
         else:
             ctx.save_for_backward(hidden, weight, targets, normalisers, bias, low, up, entropy)
         ctx.ahead = ahead
-        ctx.mark_non_differentiable(*(t for t in (log_square, mean_logit, top1) if t is not None))
-        return logprobs, entropy, log_square, mean_logit, top1
+        return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, g_logprobs: Tensor, g_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g_logprobs: Tensor, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         head = ctx.head
         if ctx.ahead:
             (unit,) = ctx.saved_tensors

@@ -1,4 +1,4 @@
-"""Losses of a critic, elementwise, and how well it explains the returns."""
+"""Losses of a critic, elementwise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lit_rl.losses.masked import COUNT_EPS, masked, masked_mean, masked_var
+from lit_rl.losses.masked import masked_mean
 
 
 def value_loss(
@@ -29,8 +29,3 @@ def clipped_share(
     values = values.detach()
     clipped = (values.clamp(old_values - clip, old_values + clip) - returns) ** 2
     return masked_mean((clipped > (values - returns) ** 2).to(values.dtype), mask)
-
-
-def explained_variance(values: Float[Tensor, "*S"], returns: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]) -> Float[Tensor, ""]:
-    """1 - var(R - v) / var(R): 1 for a perfect critic, 0 for one that says the mean, below 0 for one that misleads."""
-    return 1 - masked_var(masked(returns - values, mask), mask) / (masked_var(returns, mask) + COUNT_EPS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.losses.preference import PreferenceLoss, ld_sequence_logprobs, preference_loss, preference_metrics
+from lit_rl.losses.preference import FDivergence, PreferenceLoss, ld_sequence_logprobs, preference_loss, preference_metrics
 from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.base import TokenPolicy
@@ -34,6 +34,8 @@ class DPO(LitTokens):
         label_smoothing: Share of the pairs that are taken to be labelled the wrong way round, in [0, 0.5).
         sft_coef: Weight of the chosen answer's mean negative log-likelihood beside it (RPO, MPO).
         ld_alpha: Weight of tokens beyond the shorter answer of a pair (LD-DPO); 1 is DPO.
+        f_divergence: The divergence that keeps the policy near the reference, see `lit_rl.losses.preference` (arXiv 2309.16240).
+        divergence_alpha: Of `alpha_divergence`, in (0, 1).
         reference: Its log-probabilities are computed for the pairs of an iteration before its first step (`live`), or once for all pairs
             of the data before the first iteration (`precomputed`), from the weights that the run starts with: no copy of them is kept.
         kwargs: See `LitTokens`.
@@ -52,6 +54,8 @@ class DPO(LitTokens):
         label_smoothing: float = 0.0,
         sft_coef: float = 0.0,
         ld_alpha: float = 1.0,
+        f_divergence: FDivergence = "reverse_kl",
+        divergence_alpha: float = 0.5,
         reference: Literal["live", "precomputed"] = "live",
         **kwargs: Any,
     ) -> None:
@@ -67,6 +71,8 @@ class DPO(LitTokens):
         self.precomputes = reference == "precomputed"
         self.known: dict[int, tuple[float, float]] | None = None  # the reference's sums by pair, of chosen and rejected answer
         self.loss_kind: PreferenceLoss = loss_kind
+        self.f_divergence: FDivergence = f_divergence
+        self.divergence_alpha = divergence_alpha
         self.beta, self.label_smoothing = beta, label_smoothing
         self.sft_coef, self.ld_alpha = sft_coef, ld_alpha
         self._held_out: list[dict[str, Tensor]] = []
@@ -172,6 +178,8 @@ class DPO(LitTokens):
             beta=self.beta,
             label_smoothing=self.label_smoothing,
             lengths=(count[::2], count[1::2]),
+            f_divergence=self.f_divergence,
+            alpha=self.divergence_alpha,
         )
         terms = {"preference": Term(losses.float(), weights)}
         if self.sft_coef:

@@ -9,22 +9,19 @@ from hypothesis import strategies as st
 from lit_rl.credit.groups import gdpo_advantages, group_advantages, group_statistics, leave_one_out
 from lit_rl.credit.tokens import (
     gae,
-    gpg_advantages,
     groups_that_teach,
     length_weighted_advantages,
-    optimal_token_baseline,
     overlong_penalty,
     pass_at_k_advantages,
     place_scores,
-    raw_singletons,
     rewards_to_go,
     spread,
     token_rewards,
-    truncated_scores,
+    whiten,
     win_rates,
 )
 from lit_rl.losses.kl import kl_estimate
-from lit_rl.losses.masked import masked, masked_mean, masked_var, masked_whiten
+from lit_rl.losses.masked import masked, masked_mean
 
 NAN = float("nan")
 
@@ -91,10 +88,9 @@ def test_gae_with_lambda_1_is_rewards_to_go_minus_value():
 def test_groups_of_one_say_nothing_unless_asked():
     """Trap 14."""
     scores, group = f64(1, 3, 7), torch.tensor([0, 0, 5])
-    for advantages in (leave_one_out(scores, group), gpg_advantages(scores, group), pass_at_k_advantages(scores, group, std=False)):
+    for advantages in (leave_one_out(scores, group), pass_at_k_advantages(scores, group, std=False)):
         assert advantages[2] == 0
     assert length_weighted_advantages(scores, torch.tensor([1, 1, 1]), group).tolist() == [-1, 1, 0]
-    assert raw_singletons(leave_one_out(scores, group), scores, group).tolist() == [-2, 2, 7]
 
 
 def test_estimators_by_hand():
@@ -102,7 +98,6 @@ def test_estimators_by_hand():
     scores, group = f64(1, 2, 6, 0), torch.tensor([0, 0, 0, 1])
     torch.testing.assert_close(pass_at_k_advantages(scores, group, eps=0.0), f64(0, 0, 4 / 7**0.5, 0))
     torch.testing.assert_close(length_weighted_advantages(scores, torch.tensor([1, 1, 2, 9]), group), f64(-2.75, -1.75, 2.25, 0))
-    torch.testing.assert_close(gpg_advantages(scores, group), 4 / 3 * f64(-2, -1, 3, 0))
     assert pass_at_k_advantages(f64(NAN, 2, 6, 0), group, std=False).tolist() == [0, 0, 4, 0]
 
 
@@ -120,12 +115,10 @@ def test_standard_deviation_is_unbiased_with_the_projects_own_eps():
 
 
 def test_overlong_by_hand():
-    """Trap 23: of at most 20, buffer 5: 15 is free, 18 costs .6, 22 costs 1.4 unless capped."""
+    """Trap 23: of at most 20, buffer 5: 15 is free, 18 costs .6, 22 costs 1.4."""
     lengths = torch.tensor([10, 15, 18, 22])
     torch.testing.assert_close(overlong_penalty(lengths, max_length=20, buffer=5), torch.tensor([0, 0, -0.6, -1.4]))
-    torch.testing.assert_close(
-        overlong_penalty(lengths, max_length=20, buffer=5, factor=2.0, capped=True), torch.tensor([0, 0, -1.2, -2.0])
-    )
+    torch.testing.assert_close(overlong_penalty(lengths, max_length=20, buffer=5, factor=2.0), torch.tensor([0, 0, -1.2, -2.8]))
     with pytest.raises(ValueError, match="must be above 0"):
         overlong_penalty(lengths, max_length=20, buffer=0)
 
@@ -134,7 +127,25 @@ def test_dynamic_sampling_by_hand():
     """Group 0 differs (its middle row has advantage 0 and stays), 1 does not, 2 is alone, 3 could not be scored."""
     metric, group = f64(0, 0.5, 1, 1, 1, 1, NAN, NAN), torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])
     assert groups_that_teach(metric, group).tolist() == [True, True, True, False, False, True, False, False]
-    assert groups_that_teach(metric, group, low=0.0, high=1.0).tolist() == [True] * 3 + [False] * 5
+
+
+VERL_EPS = 2e-8
+"""verl adds 1e-8 to the counts that it divides by."""
+
+
+def holed(mask):
+    """There is a masked token between two others."""
+    return bool((mask.long().diff(dim=1) == 1).sum() > (~mask[:, 0] & mask.any(1)).sum())
+
+
+def alone(x):
+    """The sum over a single process."""
+    return x
+
+
+def raw_singletons(advantages, scores, group):
+    """The score itself in groups of one, where ours say 0: verl's GRPO, RLOO and OPO."""
+    return torch.where(group_statistics(scores, group).size == 1, scores, advantages)
 
 
 def verl_estimates(name, data, mask, scores, group):
@@ -150,9 +161,7 @@ def verl_estimates(name, data, mask, scores, group):
         return leave_one_out(scores, group)
     if name == "opo":
         return raw_singletons(length_weighted_advantages(scores, mask.sum(1), group), scores, group)
-    assert name == "gpg", name
-    nonzero = len(scores) / max(int((scores != 0).sum()), 1)
-    return raw_singletons(gpg_advantages(scores, group), nonzero * scores, group)
+    raise AssertionError(name)
 
 
 @pytest.mark.golden
@@ -161,13 +170,13 @@ def test_verl_group_estimators(golden_dir):
     rewards, group, checked = data["in.token_level_rewards"], data["in.index"], 0
     for key in data:
         name, _, rest = key.partition(".")
-        if name not in ("grpo", "dr_grpo", "grpo_vectorized", "rloo", "rloo_vectorized", "opo", "gpg") or rest.count(".") != 1:
+        if name not in ("grpo", "dr_grpo", "grpo_vectorized", "rloo", "rloo_vectorized", "opo") or rest.count(".") != 1:
             continue
         mask = data[f"in.{rest.split('.')[0]}"].bool()
         ours = verl_estimates(name, data, mask, rewards.sum(1), group)
         assert_close(spread(ours, mask), data[key], what=key)
         checked += 1
-    assert checked >= 14
+    assert checked >= 12
     whole = masked(torch.ones_like(rewards), data["in.mask"].bool()).bool()
     for name in ("grpo", "grpo_vectorized"):
         scores = data["grpo_all_equal.token_level_rewards"].sum(1)
@@ -190,13 +199,13 @@ def test_verl_gae(golden_dir):
         mask = data[f"in.{case.split('.')[1]}"].bool()
         rewards = data[f"in.{options['rewards']}"]
         advantages, returns = gae(rewards, data["in.values"], mask, gamma=float(options["gamma"]), lam=float(options["lam"]))
-        assert_close(masked_whiten(advantages, mask), masked(data[f"{case}.advantages"], mask), what=case)
+        assert_close(whiten(advantages, mask, total=alone), masked(data[f"{case}.advantages"], mask), f64=VERL_EPS, what=case)
         assert_close(returns, masked(data[f"{case}.returns"], mask), what=case)
 
 
 @pytest.mark.golden
 def test_verl_token_estimators(golden_dir):
-    """REINFORCE++ and its baseline, ReMax, the optimal token baseline."""
+    """REINFORCE++ and its baseline, ReMax."""
     data, meta = load_llm(golden_dir, "verl_advantages")
     group, rewards = data["in.index"], data["in.token_level_rewards"]
     scores, plus = rewards.sum(1), meta["notes"]["reinforce_plus_plus"]
@@ -204,26 +213,17 @@ def test_verl_token_estimators(golden_dir):
     assert masks
     for name in masks:
         mask = data[f"in.{name}"].bool()
-        returns = rewards_to_go(data[f"in.{plus['rewards']}"], mask, gamma=float(plus["gamma"]), holes="reset")
-        assert_close(returns, masked(data[f"reinforce_plus_plus.{name}.returns"], mask), what=name)
-        assert_close(masked_whiten(returns, mask), data[f"reinforce_plus_plus.{name}.advantages"], what=name)
+        if not holed(mask):  # upstream loses at a hole what comes after it
+            returns = rewards_to_go(data[f"in.{plus['rewards']}"], mask, gamma=float(plus["gamma"]))
+            assert_close(returns, masked(data[f"reinforce_plus_plus.{name}.returns"], mask), what=name)
+            assert_close(whiten(returns, mask, total=alone), data[f"reinforce_plus_plus.{name}.advantages"], f64=VERL_EPS, what=name)
         centred = raw_singletons(group_advantages(scores, group, std="none"), scores, group)
-        assert_close(masked_whiten(spread(centred, mask), mask), data[f"reinforce_plus_plus_baseline.{name}.advantages"], what=name)
+        white = whiten(spread(centred, mask), mask, total=alone)
+        assert_close(white, data[f"reinforce_plus_plus_baseline.{name}.advantages"], f64=VERL_EPS, what=name)
         to_go = rewards_to_go(rewards, mask)
         assert_close(to_go, masked(data[f"remax.{name}.returns"], mask), what=name)
         greedy = data[f"remax.{name}.reward_baselines"]
         assert_close(masked(to_go - greedy[:, None], mask), masked(data[f"remax.{name}.advantages"], mask), what=name)
-        importance = data[f"otb.{name}.rollout_is_weights"]
-        for case, options in {
-            "otb": {"by": "column", "zero_tail": False},
-            "otb_is_zero_tail": {"by": "column", "importance": importance},
-            "tir_otb": {"by": "token"},
-        }.items():
-            ours, returns = optimal_token_baseline(
-                rewards, data["in.old_log_prob"], data[f"otb.{name}.sum_pi_squared"].log(), group, mask, **options
-            )
-            assert_close(ours, masked(data[f"{case}.{name}.advantages"], mask), f32=1e-4, what=f"{case} {name}")
-            assert_close(returns, masked(data[f"{case}.{name}.returns"], mask), what=f"{case} {name}")
 
 
 @pytest.mark.golden
@@ -243,7 +243,7 @@ def test_trl_advantages(golden_dir):
             ours = leave_one_out(total.clamp(low, high) if "clip1" in rest else total, group)
             if "norm1" in rest:
                 known = ~lost
-                ours = masked((ours - masked_mean(ours, known)) / (masked_var(ours, known).sqrt() + 1e-4), known)
+                ours = masked((ours - ours[known].mean()) / (ours[known].std() + 1e-4), known)
         elif rest[0] == "sum_then_normalize":
             total = torch.where(lost, NAN, (rewards * weights).nansum(1))
             ours = group_advantages(total, group, std=rest[1], **options)
@@ -268,7 +268,8 @@ def test_penalties_golden(golden_dir):
     trl, _ = load_llm(golden_dir, "trl_advantages")
     for key in (k for k in trl if k.startswith("soft_overlong.max")):
         longest, buffer = (int(n) for n in key.removeprefix("soft_overlong.max").split("_cache"))
-        assert_close(overlong_penalty(trl["soft_overlong.len"], max_length=longest, buffer=buffer, capped=True), trl[key], what=key)
+        penalty = overlong_penalty(trl["soft_overlong.len"], max_length=longest, buffer=buffer).clamp(min=-1)  # no longer ones here
+        assert_close(penalty, trl[key], what=key)
 
 
 @pytest.mark.golden
@@ -291,7 +292,8 @@ def test_openrlhf_and_slime(golden_dir):
     assert_close(returns, data["slime.gae.ret"])
     assert_close(advantages, data["slime.chunked_gae.adv"])
     advantages, returns = gae(rewards, values, everywhere, gamma=1.0, lam=0.95)
-    assert_close(masked_whiten(advantages, mask, shift_mean=False), masked(data["torchtune.estimate_advantages.adv"], mask))
+    white = whiten(advantages, mask, total=alone) + masked_mean(advantages, mask)
+    assert_close(masked(white, mask), masked(data["torchtune.estimate_advantages.adv"], mask), f64=VERL_EPS)
     assert_close(returns, data["torchtune.estimate_advantages.ret"])
 
 
@@ -305,11 +307,8 @@ def test_openrlhf_rewards(golden_dir):
     assert_close(token_rewards(clipped, mask, kl=kl, kl_coef=0.05), masked(data["openrlhf.reward"], mask))
     longest = mask.shape[1]
     for key in (k for k in data if k.startswith("openrlhf.overlong.T.buf")):
-        penalty = overlong_penalty(lengths, max_length=longest, buffer=int(key.rpartition("buf")[2]), capped=True)
+        penalty = overlong_penalty(lengths, max_length=longest, buffer=int(key.rpartition("buf")[2])).clamp(min=-1)
         assert_close(1 + penalty, data[key], what=key)
-    for key in (k for k in data if k.startswith("openrlhf.stop_properly.")):
-        coef = float(key.removeprefix("openrlhf.stop_properly."))
-        assert_close(truncated_scores(torch.ones(len(mask)), lengths == longest, coef=coef), data[key], what=key)
 
 
 @pytest.mark.golden
@@ -322,7 +321,7 @@ def test_areal_norms(golden_dir):
     assert_close(group_advantages(x, group, std="group", ddof=1, eps=eps), data["norm.group.group.loo0.ub1"])
     assert_close(leave_one_out(x, group), data["norm.group.none.loo1.ub0"])
     advantages, mask = data["in.advantages"], data["in.loss_mask"].bool()
-    scaled = masked((advantages - masked_mean(advantages, mask)) / (masked_var(advantages, mask).sqrt() + eps), mask)
+    scaled = masked((advantages - advantages[mask].mean()) / (advantages[mask].std() + eps), mask)
     assert_close(scaled, data["norm.adv_batch_masked"])
 
 

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import grad
 
+from lit_rl.credit.tokens import whiten
 from lit_rl.credit.weights import token_weights
-from lit_rl.losses.masked import masked, masked_mean, masked_var, masked_whiten, row_mean
+from lit_rl.losses.masked import masked, masked_mean, row_mean
 
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "dr-grpo")
 NAN = float("nan")
@@ -19,13 +20,27 @@ def f64(*values):
 
 
 def test_statistics_by_hand():
-    """(1, 3, 8) of five: mean 4, squares 9 + 1 + 16, unbiased variance 13."""
+    """(1, 3, 8) in one of two rows: mean 4, squares 9 + 1 + 16, unbiased variance 13."""
     x, mask = f64(1, NAN, 3, 100, 8), torch.tensor([True, False, True, False, True])
     assert masked_mean(x, mask).item() == pytest.approx(4)
-    assert masked_var(x, mask).item() == pytest.approx(13)
-    torch.testing.assert_close(masked_whiten(x, mask), f64(-3, 0, -1, 0, 4) / 13**0.5, rtol=1e-7, atol=1e-7)
-    white = masked_whiten(x, mask, shift_mean=False)
-    torch.testing.assert_close(white, mask * (masked_whiten(x, mask) + 4))
+    white = whiten(torch.stack([x, x]), torch.stack([mask, mask & False]), total=lambda t: t)
+    torch.testing.assert_close(white, torch.stack([f64(-3, 0, -1, 0, 4) / 13**0.5, torch.zeros(5)]), rtol=1e-7, atol=1e-7)
+
+
+def test_whitening_looks_at_all_processes():
+    """Rows on two processes, whose sums are handed in: the same as in one."""
+    x, mask = (
+        torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),
+        torch.rand(4, 6, generator=torch.Generator().manual_seed(1)) < 0.7,
+    )
+    whole = whiten(x, mask, total=lambda t: t)
+    kept = x.double().where(mask, 0.0)
+    sums = iter([torch.stack([kept.sum(), mask.sum().double()]), (x.double() - kept.sum() / mask.sum()).where(mask, 0.0).pow(2).sum()])
+    torch.testing.assert_close(whiten(x[:2], mask[:2], total=lambda _: next(sums)), whole[:2])
+
+
+def test_row_means_by_hand():
+    x, mask = f64(1, NAN, 3, 100, 8), torch.tensor([True, False, True, False, True])
     assert row_mean(torch.stack([x, x]), torch.stack([mask, ~mask & False])).tolist() == [4, 0]
 
 
@@ -33,8 +48,8 @@ def test_statistics_by_hand():
 def test_whitening_nothing_or_one_token_gives_zero(kept):
     """Trap 30: upstream raises."""
     mask = torch.arange(4) < kept
-    assert masked_whiten(f64(5, NAN, NAN, 1), mask).tolist() == [0, 0, 0, 0]
-    assert masked_mean(f64(5, NAN, NAN, 1), mask).item() == pytest.approx(5 * kept) and masked_var(f64(5, NAN, NAN, 1), mask) == 0
+    assert whiten(f64(5, NAN, NAN, 1)[None], mask[None], total=lambda t: t).tolist() == [[0, 0, 0, 0]]
+    assert masked_mean(f64(5, NAN, NAN, 1), mask).item() == pytest.approx(5 * kept)
 
 
 def test_nan_under_the_mask_reaches_neither_value_nor_gradient():
@@ -106,9 +121,8 @@ def test_statistics_golden(golden_dir):
     for name in names:
         x, mask = data["in.adv_tok"], data[f"in.{name}"].bool()
         assert_close(masked_mean(x, mask), data[f"masked_mean.{name}"])
-        assert_close(masked_var(x, mask), data[f"masked_var.{name}"])
-        assert_close(masked_whiten(x, mask), torch.where(mask, data[f"whiten.{name}"], 0.0), what=name)
-        assert_close(masked_whiten(x, mask, shift_mean=False), torch.where(mask, data[f"whiten_noshift.{name}"], 0.0), what=name)
+        white = whiten(x, mask, total=lambda t: t)
+        assert_close(white, torch.where(mask, data[f"whiten.{name}"], 0.0), f64=2e-8, what=name)  # verl adds 1e-8 to the count
 
 
 @pytest.mark.golden

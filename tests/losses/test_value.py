@@ -6,7 +6,7 @@ from golden_numbers import assert_close, load_llm
 from torch.autograd import grad
 
 from lit_rl.credit.weights import token_weights
-from lit_rl.losses.value import clipped_share, explained_variance, value_loss
+from lit_rl.losses.value import clipped_share, value_loss
 
 
 def test_clipping_by_hand():
@@ -14,13 +14,6 @@ def test_clipping_by_hand():
     v, zero, one = torch.tensor([0.8, -0.8, 0.3]), torch.zeros(3), torch.ones(3)
     torch.testing.assert_close(value_loss(v, zero, one, clip=0.5), torch.tensor([0.125, 1.62, 0.245]))
     torch.testing.assert_close(value_loss(v, zero, one, clip=None), torch.tensor([0.02, 1.62, 0.245]))
-
-
-def test_explained_variance_by_hand():
-    returns, mask = torch.tensor([1.0, 2.0, 3.0, float("nan")]), torch.tensor([True, True, True, False])
-    assert explained_variance(returns, returns, mask) == 1
-    assert explained_variance(torch.full((4,), 2.0), returns, mask).abs() < 1e-6
-    assert explained_variance(-returns, returns, mask).item() == pytest.approx(-3)
 
 
 @pytest.mark.golden

@@ -87,12 +87,14 @@ def test_rewards_rise_with_each_part_of_grpo(parts: dict[str, Any], folder: Path
     rewards_rise(folder, GRPO, **parts)
 
 
-def test_dpo_prefers_the_chosen_answer_on_held_out_prompts(folder: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"f_divergence": "js_divergence"}], ids=["reverse_kl", "js"])
+def test_dpo_prefers_the_chosen_answer_on_held_out_prompts(folder: Path, options: dict[str, Any]) -> None:
     learner = DPO(
         policy(folder, keep_reference=True),
         prompts_per_iteration=64,
         prompts_per_update=16,
         optimizer=partial(torch.optim.AdamW, lr=5e-4),
+        **options,
     )
     run = trainer(max_epochs=3, check_val_every_n_epoch=3)
     run.fit(learner, datamodule=Digits())
