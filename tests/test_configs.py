@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
+from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.dpo import DPO
 from lit_rl.methods.sft import SFT
 from lit_rl.modules.base import LitRL
 from lit_rl.modules.tokens import LitTokens
+from lit_rl.policies.flux_fill import FluxFillPolicy
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "base")
@@ -35,6 +38,25 @@ def test_run_is_accepted(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_first_line_says_what_it_is(path: Path) -> None:
     assert path.read_text().startswith("# ") and len(path.read_text().splitlines()[0]) > 20
+
+
+LINES = 45
+
+
+@pytest.mark.parametrize("path", RUNS, ids=[f"{p.parent.name}/{p.stem}" for p in RUNS])
+def test_a_run_is_short_and_names_its_folder_once(path: Path) -> None:
+    """Demos read their model and data from there, too."""
+    text = path.read_text()
+    run = yaml.safe_load(text)
+    assert len(text.splitlines()) <= LINES
+    assert run["run"]["name"] and (path.parent.name == "demo" or "outputs/" not in text)
+    assert not any({"dirpath", "save_dir", "folder"} & c.get("init_args", {}).keys() for c in run["trainer"].get("callbacks", []))
+
+
+def default(cls: type, option: str) -> Any:
+    """Its default, of the constructor that has it."""
+    parameters = [inspect.signature(c.__init__).parameters for c in inspect.getmro(cls) if "__init__" in vars(c)]
+    return next(p[option].default for p in parameters if option in p)
 
 
 def head(path: Path) -> str:
@@ -122,11 +144,16 @@ def test_flux_fill_runs_are_the_guides(method: str) -> None:
     assert (model["supervised"]["warmup_steps"], model["kl_coef"], callbacks["EMA"]) == (warmup, kl, {"decay": decay, "update_interval": 1})
     assert (model["group_size"], model["num_steps"], model["timestep_fraction"], model["train_micro_batch"]) == (4, 50, 1.0, 1)
     assert model["advantage"] == {"kind": "history", "clip": 5.0} and model["optimizer"]["init_args"] == {"lr": 1e-4}
-    assert policy["gradient_checkpointing"] and policy["offload_text_encoders"] and policy["guidance_scale"] == 3.5
+    assert (
+        policy["gradient_checkpointing"]
+        and policy.get("offload_text_encoders", default(FluxFillPolicy, "offload_text_encoders"))
+        and policy["guidance_scale"] == 3.5
+    )
     assert policy["resolution"] == run["data"]["init_args"]["resolution"] == 512
     assert (model["updates_per_iteration"], trainer["precision"], trainer["gradient_clip_val"]) == (50, "16-mixed", 1.0)
     if method == "diffusion_nft":
-        assert (model["beta"], model["adv_mode"], callbacks["OldPolicySync"]) == (0.5, "normal", {"decay": 1})
+        assert (model["beta"], default(DiffusionNFT, "adv_mode"), callbacks["OldPolicySync"]) == (0.5, "normal", {"decay": 1})
+        assert "adv_mode" not in model
 
     per_rollout = int(STATED[CONFIGS / method / "flux_fill_text.yaml"][6])
     assert warmup + (trainer["max_epochs"] - 1) * per_rollout == 10000

@@ -47,7 +47,7 @@ def runs() -> dict[str, Namespace]:
     """Shipped runs, with the components that they leave out."""
     nothing = ["--model.kl_in_reward.coef", "0.1", "--model.length_penalty.buffer", "1", "--model.credit", "lit_rl.credit.rules.Group"]
     dynamic = ["--model.dynamic_sampling.max_generations", "3"]
-    more = {"grpo/qwen25_7b_gsm8k": [*nothing, *dynamic], "ppo/qwen25_7b_gsm8k": []}
+    more = {"grpo/qwen25_7b_gsm8k": [*nothing, *dynamic], "ppo/qwen25_7b_gsm8k": [], "demo/flow_grpo_ocr": []}
     return {name: parse(["--config", str(ROOT / f"configs/{name}.yaml"), *options]) for name, options in more.items()}
 
 
