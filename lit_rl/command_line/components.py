@@ -9,6 +9,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from importlib import import_module
 from itertools import pairwise
 from typing import Any
@@ -31,26 +32,40 @@ def asked_class(argv: Sequence[str]) -> type | None:
 def components_page(method: type) -> str:
     """A section for each option of `method` that takes a class of this project, or of the method's own package."""
     lines = [TITLE]
-    for name, base in components(method).items():
-        own = getattr(method, "defines", {}).get(name)
-        lines += ["", f"--model.{name}: {base.__name__}"]
+    for option, base in sections(method):
+        own = getattr(method, "defines", {}).get(option)
+        lines += ["", f"--model.{option}: {base.__name__}{', by its options alone, without class_path' if written_out(base) else ''}"]
         for cls in choices(base):
-            lines += [f"  {cls.__module__}.{cls.__qualname__}{' (default)' if cls is own else ''}"]
+            if not written_out(base):
+                lines += [f"  {cls.__module__}.{cls.__qualname__}{' (default)' if cls is own else ''}"]
             lines += textwrap.wrap(_first_line(cls), WIDTH, initial_indent="    ", subsequent_indent="    ")
-            for option, value, text in _options(cls):
-                lines += textwrap.wrap(f"{option}: {value}  {text}".rstrip(), WIDTH, initial_indent="      ", subsequent_indent=" " * 10)
+            for name, value, text in _options(cls):
+                lines += textwrap.wrap(f"{name}: {value}  {text}".rstrip(), WIDTH, initial_indent="      ", subsequent_indent=" " * 10)
     return "\n".join(lines)
 
 
-def components(method: type) -> dict[str, type]:
-    """The base class of each option of `method` that takes a class with choices here."""
+def sections(cls: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Option and class of the components of `cls`, and of the components that these have."""
+    for name, base in components(cls).items():
+        yield f"{prefix}{name}", base
+        if written_out(base):
+            yield from sections(base, f"{prefix}{name}.")
+
+
+def components(cls: type) -> dict[str, type]:
+    """The class of each option of `cls` that takes one of this project, or of the package of `cls`."""
     found = {}
-    for owner in dict.fromkeys(definer(method, name) for name in _names(method)):
+    for owner in dict.fromkeys(definer(cls, name) for name in _names(cls)):
         for name, hint in typing.get_type_hints(owner.__init__).items():
-            kinds = [kind for kind in (hint, *typing.get_args(hint)) if inspect.isclass(kind) and _ours(kind, method)]
-            if definer(method, name) is owner and kinds and any(cls is not kinds[0] for cls in choices(kinds[0])):
+            kinds = [kind for kind in (hint, *typing.get_args(hint)) if inspect.isclass(kind) and _ours(kind, cls)]
+            if name != "return" and definer(cls, name) is owner and kinds and choices(kinds[0]):
                 found[name] = kinds[0]
     return found
+
+
+def written_out(base: type) -> bool:
+    """Whether a run writes the options of `base` without naming a class: nothing else may stand there."""
+    return (is_dataclass(base) and not type.__subclasses__(base)) or bool(getattr(base, "__final__", False))
 
 
 def choices(base: type) -> list[type[Any]]:
@@ -82,7 +97,7 @@ def _ours(kind: type, method: type) -> bool:
     return kind.__module__.split(".")[0] in {"lit_rl", "callbacks", "datamodules", method.__module__.split(".")[0]}
 
 
-def _options(cls: type) -> Iterator[tuple[str, Any, str]]:
+def _options(cls: type) -> Iterator[tuple[str, str, str]]:
     """Name, default and help text of each option of a class."""
     from jsonargparse import ArgumentParser
 
@@ -94,8 +109,10 @@ def _options(cls: type) -> Iterator[tuple[str, Any, str]]:
             yield action.dest.removeprefix("x."), _default(action), text
 
 
-def _default(action: Any) -> Any:
-    return "(required)" if action.required else {None: "null", True: "true", False: "false"}.get(action.default, action.default)
+def _default(action: Any) -> str:
+    if action.required:
+        return "(required)"
+    return "null" if action.default is None else str(action.default).lower() if isinstance(action.default, bool) else str(action.default)
 
 
 def _first_line(cls: type) -> str:

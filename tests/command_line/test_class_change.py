@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import jsonargparse._typehints as typehints
 import pytest
@@ -54,6 +54,24 @@ class Relative(Method):
 
     def __init__(self, policy: Any, *, surrogate: Surrogate | None = None, **kwargs: Any) -> None:
         super().__init__(policy, surrogate=surrogate or SequenceClip(), **kwargs)
+
+
+@final
+@dataclass
+class Drawing:
+    """How it draws."""
+
+    surrogate: Surrogate | None = None
+    temperature: float = 1.0
+    top_k: int = 0
+    greedy: bool = True
+
+
+class Drawn(Method):
+    """A method with a component that has one."""
+
+    def __init__(self, policy: Any, *, drawing: Drawing | None = None, **kwargs: Any) -> None:
+        super().__init__(policy, **kwargs)
 
 
 HERE = "test_class_change"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from test_class_change import HERE, Clip, Method, Relative, SequenceClip, Surrogate
+from test_class_change import HERE, Clip, Drawn, Method, Relative, SequenceClip, Surrogate
 
 import cli
 from lit_rl.command_line.components import asked_class, choices, components, components_page
@@ -27,6 +27,13 @@ def test_each_choice_has_its_options_defaults_and_the_mark_of_the_methods_own() 
     own = section.index(f"  {HERE}.SequenceClip (default)")
     assert section[own + 1 : own + 4] == [f"    {SequenceClip.__doc__}", "      low: 0.0003", "      high: 0.0004"]
     assert max(map(len, lines)) <= 140
+
+
+def test_components_of_components_and_those_that_are_written_without_a_class() -> None:
+    lines = components_page(Drawn).splitlines()
+    section = lines[lines.index("--model.drawing: Drawing, by its options alone, without class_path") :]
+    assert section[1:6] == ["    How it draws.", "      surrogate: null", "      temperature: 1.0", "      top_k: 0", "      greedy: true"]
+    assert "--model.drawing.surrogate: Surrogate" in section
 
 
 def test_what_stands_in_a_parents_signature_alone_is_found() -> None:
