@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import masked
 
 PreferenceLoss = Literal[
@@ -36,6 +38,30 @@ FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_diverg
 """f of the log-ratios in chosen minus rejected: x; 1 - exp(-x); log 2 + log sigmoid(x); (exp((a - 1) x) - 1) / (a - 1)."""
 
 DISCOPOP_TAU = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preference:
+    """DPO's loss of pairs that stand beside rows of another kind.
+
+    Args:
+        coef: Weight of a pair beside another row.
+        kind: Form of the loss, see `preference_loss`.
+        beta: How far pairs may take the policy from the reference.
+        label_smoothing: Share of the pairs that are taken to be labelled the wrong way round, in [0, 0.5); for `sigmoid`.
+    """
+
+    coef: float = 1.0
+    kind: Literal["sigmoid", "hinge"] = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.coef < 0 or self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(
+                f"model.preference.coef={self.coef} must not be negative, beta={self.beta} must be above 0 (0.1 is usual) and "
+                f"label_smoothing={self.label_smoothing} in [0, 0.5)"
+            )
 
 
 def sequence_logprobs(logprobs: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B"]:

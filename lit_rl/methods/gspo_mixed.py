@@ -16,7 +16,7 @@ from lit_rl.credit.tokens import win_rates
 from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import row_mean
 from lit_rl.losses.off_policy import sampler_kl
-from lit_rl.losses.preference import preference_loss, sequence_logprobs
+from lit_rl.losses.preference import Preference, preference_loss, sequence_logprobs
 from lit_rl.losses.surrogates import SequenceClip, is_clipped
 from lit_rl.losses.terms import Term, Terms, token_means
 from lit_rl.modules.gradient import LitPolicyGradient
@@ -28,7 +28,7 @@ from lit_rl.types import Info, Minibatch, Prompts, TokenRollout
 
 
 class MixedGSPO(LitPolicyGradient):
-    """(1 / N) (sum over self-play rows of the mean loss of their answers + pref_coef * sum over pairs of DPO's), N rows in a step.
+    """(1 / N) (sum over self-play rows of the mean loss of their answers + preference.coef * sum over pairs of DPO's), N rows in a step.
 
     Rows whose `info["kind"]` is "pair" (see `datamodules.mixed.PromptsAndPairs`) are learned from as they are, relative to the reference;
     to the others the policy gives `group_size` answers, whose loss is that of GSPO (arXiv 2507.18071) for each answer's mean token. Both
@@ -40,10 +40,7 @@ class MixedGSPO(LitPolicyGradient):
             to the same prompt, for scores that are a reward model's.
         credit: How an answer's rewards become its advantages, see `lit_rl.credit.rules`; default: `Group`.
         surrogate: The ratio of whole answers, clipped; default: `SequenceClip`.
-        pref_coef: What a pair counts beside a self-play row.
-        pref_loss_kind: DPO's loss of a pair.
-        beta: How far pairs may take the policy from the reference.
-        label_smoothing: Share of the pairs that are taken to be labelled the wrong way round, in [0, 0.5); for `sigmoid`.
+        preference: DPO's loss of the pairs.
         kwargs: See `LitPolicyGradient`.
     """
 
@@ -56,10 +53,7 @@ class MixedGSPO(LitPolicyGradient):
         *,
         self_play: Literal["score", "winrate"] = "score",
         credit: Credit | None = None,
-        pref_coef: float = 1.0,
-        pref_loss_kind: Literal["sigmoid", "hinge"] = "sigmoid",
-        beta: float = 0.1,
-        label_smoothing: float = 0.0,
+        preference: Preference | None = None,
         surrogate: SequenceClip | None = None,
         **kwargs: Any,
     ) -> None:
@@ -67,14 +61,8 @@ class MixedGSPO(LitPolicyGradient):
         self.refuse_ahead()
         if self.group_size == 1:
             raise ConfigError("model.group_size=1 gives every answer advantage 0, as there is no sibling to compare it with: use 4 to 16")
-        if pref_coef < 0 or beta <= 0 or not 0 <= label_smoothing < 0.5:
-            raise ConfigError(
-                f"model.pref_coef={pref_coef} must not be negative, beta={beta} must be above 0 (0.1 is usual) and "
-                f"label_smoothing={label_smoothing} in [0, 0.5)"
-            )
         self.self_play, self.rule = self_play, credit or Group()
-        self.pref_coef, self.pref_loss_kind = pref_coef, pref_loss_kind
-        self.beta, self.label_smoothing = beta, label_smoothing
+        self.preference = preference or Preference()
         self._margins: list[Tensor] = []
 
     # ------------------------------------------------------------------ sizes
@@ -199,11 +187,11 @@ class MixedGSPO(LitPolicyGradient):
         return replace(rollout, advantages=advantages.float().where(rollout.mask, 0.0))
 
     def token_weights(self, rollout: TokenRollout) -> Tensor:
-        """1 / (N n L) for each of the L tokens of an answer that is one of n to its row, pref_coef / N for a pair."""
+        """1 / (N n L) for each of the L tokens of an answer that is one of n to its row, preference.coef / N for a pair."""
         given, mask = is_given(rollout), rollout.mask
         counts = torch.zeros(self.prompts_per_iteration, device=mask.device)
         siblings = counts.index_add(0, rollout.group, (mask.any(1) & ~given).float())[rollout.group]
-        each = torch.where(given, self.pref_coef, 1 / (siblings * mask.sum(1)).clamp(min=1))
+        each = torch.where(given, self.preference.coef, 1 / (siblings * mask.sum(1)).clamp(min=1))
         return mask * (each / self.prompts_per_update)[:, None]
 
     def teaches(self, rollout: TokenRollout) -> Tensor:
@@ -252,8 +240,10 @@ class MixedGSPO(LitPolicyGradient):
         reference = torch.zeros_like(new) if batch.reference is None else batch.reference
         mine, theirs = sequence_logprobs(new, batch.mask), sequence_logprobs(reference, batch.mask)
         four = mine[chosen], mine[rejected], theirs[chosen], theirs[rejected]
-        losses = preference_loss(*four, kind=self.pref_loss_kind, beta=self.beta, label_smoothing=self.label_smoothing).float()
-        better, worse = (self.beta * (x - ref).detach() for x, ref in (four[::2], four[1::2]))
+        losses = preference_loss(
+            *four, kind=self.preference.kind, beta=self.preference.beta, label_smoothing=self.preference.label_smoothing
+        ).float()
+        better, worse = (self.preference.beta * (x - ref).detach() for x, ref in (four[::2], four[1::2]))
         metrics = {"dpo/loss": losses.detach(), "dpo/margin": better - worse, "dpo/accuracy": (better > worse).float()}
         shares = {name: self.share(values.float().sum(), "gspo/pref_rows") for name, values in metrics.items()}
         return losses, batch.weights[chosen].amax(1), shares
@@ -279,7 +269,7 @@ class MixedGSPO(LitPolicyGradient):
         new = self.all_logprobs(rollout, temperature=self.answers.sampling.temperature)
         with self.policy.reference():
             theirs = self.all_logprobs(rollout, temperature=self.answers.sampling.temperature)
-        gain = self.beta * sequence_logprobs(new - theirs, rollout.mask)
+        gain = self.preference.beta * sequence_logprobs(new - theirs, rollout.mask)
         self._margins.append((gain[::2] - gain[1::2])[batch.group.to(self.device) >= 0])  # the rest fills up the last batches
         return {"prompts": batch}
 

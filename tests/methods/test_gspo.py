@@ -1,7 +1,7 @@
 """GSPO on the guide's mixed rows: each kind counts as if it were alone, in proportion to its rows, however a step is cut up."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from datamodules.mixed import PromptsAndPairs
 from datamodules.pairs import PreferencePairs
 from lit_rl.errors import ConfigError
 from lit_rl.losses.kl import KL
+from lit_rl.losses.preference import Preference
 from lit_rl.methods.dpo import DPO
 from lit_rl.methods.grpo import GSPO
 from lit_rl.methods.gspo_mixed import MixedGSPO
@@ -103,15 +104,16 @@ def test_pairs_alone_are_dpo(folder: Path, tmp_path: Path) -> None:
     dpo = DPO(policy(folder, keep_reference=True), prompts_per_iteration=4, beta=0.5, optimizer=SGD)
     expected = fit(dpo, data) - start(folder)
     assert expected.abs().max() > 1e-3
-    close(step(folder, tmp_path, "pppp", answers=Answers(sampling=COLD), beta=0.5), expected)
+    close(step(folder, tmp_path, "pppp", answers=Answers(sampling=COLD), preference=Preference(beta=0.5)), expected)
 
 
 def test_a_mixed_step_weighs_rows_alike(folder: Path, tmp_path: Path) -> None:
-    """4 self-play rows and 2 pairs: 4/6 of the step of the former and 2/6 of pref_coef times that of the latter."""
-    of_both = step(folder, tmp_path, "sssspp", pref_coef=3.0)
+    """4 self-play rows and 2 pairs: 4/6 of the step of the former and 2/6 of preference.coef times that of the latter."""
+    of_both = step(folder, tmp_path, "sssspp", preference=Preference(coef=3.0))
     alone = (
         step(folder, tmp_path, "ssss"),
-        step(folder, tmp_path, "sssspp", pref_coef=3.0) - step(folder, tmp_path, "sssspp", pref_coef=0.0),
+        step(folder, tmp_path, "sssspp", preference=Preference(coef=3.0))
+        - step(folder, tmp_path, "sssspp", preference=Preference(coef=0.0)),
     )
     close(of_both, 4 / 6 * alone[0] + alone[1])
     close(alone[1], 3 * (step(folder, tmp_path, "sssspp") - 4 / 6 * alone[0]))
@@ -149,7 +151,7 @@ def test_held_out_rows_of_both_kinds_are_evaluated(folder: Path, tmp_path: Path)
     for size, val in ((3, file), (64, file), (3, pairs)):
         data = PromptsAndPairs(train=file, val=val, eval_batch_size=size)
         adam = partial(torch.optim.AdamW, lr=3e-3)
-        method = mixed(folder, 6, optimizer=adam, beta=0.5)
+        method = mixed(folder, 6, optimizer=adam, preference=Preference(beta=0.5))
         fit(method, data, max_epochs=8, limit_val_batches=1.0, check_val_every_n_epoch=8)
         told.append({name: float(value) for name, value in method.seen.items() if name.startswith("val/")})
     assert told[0] == pytest.approx(told[1], abs=1e-5)
@@ -198,11 +200,11 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(group_size=1), "no sibling to compare it with"),
-        (dict(pref_coef=-1.0), "pref_coef=-1.0 must not be negative"),
-        (dict(beta=0.0), "beta=0.0 must be above 0"),
+        (lambda: dict(group_size=1), "no sibling to compare it with"),
+        (lambda: dict(preference=Preference(coef=-1.0)), "preference.coef=-1.0 must not be negative"),
+        (lambda: dict(preference=Preference(beta=0.0)), "beta=0.0 must be above 0"),
     ],
 )
-def test_what_cannot_work_is_refused(settings: dict[str, Any], message: str, folder: Path) -> None:
+def test_what_cannot_work_is_refused(settings: Callable[[], dict[str, Any]], message: str, folder: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        mixed(folder, 4, **settings)
+        mixed(folder, 4, **settings())
