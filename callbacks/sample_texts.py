@@ -83,7 +83,7 @@ class SampleTexts(RLCallback):
         """(prompt, answer, scores) of what was kept."""
         kept, self._kept = self._kept, []
         scores = ("  ".join(f"{name} {float(values[i]):.3g}" for name, values in rewards.items()) for i in range(len(kept)))
-        return [(self._short(said(info["prompt"])), self._short(text), score) for (text, info), score in zip(kept, scores)]
+        return [(self._short(prompt_text(info["prompt"])), self._short(text), score) for (text, info), score in zip(kept, scores)]
 
     def _show(self, trainer: L.Trainer, module: Any, key: str, rows: Sequence[tuple[str, str, str]]) -> None:
         table = "| prompt | answer | scores |\n| --- | --- | --- |\n"
@@ -98,6 +98,6 @@ class SampleTexts(RLCallback):
         return text if len(text) <= self.max_characters else f"{text[:half]} [...] {text[-half:]}"
 
 
-def said(prompt: str | Sequence[Mapping[str, str]]) -> str:
+def prompt_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
     """A prompt as one text: of a conversation who said what."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn.get('content', '')}" for turn in prompt)

@@ -16,7 +16,7 @@ from lit_rl.checkpoints.contents import Checkpoint, check_contents
 from lit_rl.checkpoints.manifest import ZIP_ERRORS, SealedFile, damage, folder_damage, has_checksums, missing_files
 from lit_rl.checkpoints.position import step_of
 from lit_rl.checkpoints.replacing import atomic_file, left_targets, naming, recovered, swept
-from lit_rl.checkpoints.restricted import told
+from lit_rl.checkpoints.restricted import named_errors
 from lit_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" not in str(path):
             refuse_damaged(Path(path), what_is_wrong(Path(path)))
             note_age(Path(path))
-        with told(path):
+        with named_errors(path):
             found = super().load_checkpoint(path, map_location, weights_only is not False)
         return check_contents(found, path)
 

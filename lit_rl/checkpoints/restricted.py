@@ -48,12 +48,12 @@ def load_file(file: str | os.PathLike, *, trusted: bool = False, **options: Any)
 
     Raises ConfigError for a file that names more, or that is not whole.
     """
-    with told(file):
+    with named_errors(file):
         return torch.load(file, map_location="cpu", weights_only=not trusted, **options)
 
 
 @contextmanager
-def told(checkpoint: str | os.PathLike) -> Iterator[None]:
+def named_errors(checkpoint: str | os.PathLike) -> Iterator[None]:
     """Turns what torch raises of a file that cannot be read, each kind with an error of its own, into a ConfigError."""
     try:
         yield
@@ -68,7 +68,7 @@ def read_metadata(folder: str | os.PathLike) -> Metadata:
     from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
     file = Path(folder) / METADATA_FILE
-    with told(file), open(file, "rb") as stream:
+    with named_errors(file), open(file, "rb") as stream:
         found = _MetadataUnpickler(stream).load()
         if not isinstance(found, Metadata):
             raise ValueError(f"it holds a {type(found).__name__}")
@@ -127,7 +127,7 @@ def deepspeed_reads_plain_files() -> Iterator[None]:
     load = torch.load
 
     def restricted(file: Any, *args: Any, **kwargs: Any) -> Any:
-        with told(file):
+        with named_errors(file):
             return load(file, *args, **(kwargs | {"weights_only": True}))
 
     with torch.serialization.safe_globals(classes), patch.object(torch, "load", restricted):

@@ -48,7 +48,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSampling:
-    """What evaluation and prediction do otherwise than by default: the likeliest tokens, answers as long as in rollouts.
+    """Sampling of evaluation and prediction. Default: the likeliest ones, answers as long as in rollouts.
 
     Args:
         max_new_tokens: An answer is cut off after so many; None = as many as in rollouts.
@@ -71,7 +71,7 @@ class EvalSampling:
             )
 
     def over(self, rollouts: Sampling) -> Sampling:
-        """Of evaluation, beside that of rollouts. Raises ConfigError for values out of range."""
+        """The sampling of evaluation, completed by that of rollouts. Raises ConfigError for values out of range."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         try:
             return Sampling(**{"max_new_tokens": rollouts.max_new_tokens, "temperature": 0.0} | given)
@@ -104,7 +104,7 @@ class RolloutEngine(ABC):
     """Tokens of prompt and answer together that it takes at most, where that is known after `setup`."""
 
     has_copy = False
-    """Whether it answers from a copy of the weights, so that `begin` works."""
+    """True when it answers from a copy of the weights, so that `begin` works."""
 
     def setup(self, policy: TokenPolicy, *, rank: int, world_size: int) -> None:
         """Called once per process before the first request, after the policy is loaded and in its place."""

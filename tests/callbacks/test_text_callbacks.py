@@ -10,7 +10,7 @@ from toy_text import Digits, Sorted, model_folder, policy, trainer
 
 from callbacks.image_writer import ImageWriter
 from callbacks.reward_scoring import RewardScoring
-from callbacks.sample_texts import SampleTexts, said
+from callbacks.sample_texts import SampleTexts, prompt_text
 from callbacks.text_writer import TextWriter
 from callbacks.throughput import Throughput
 from lit_rl.methods.grpo import GRPO
@@ -70,4 +70,4 @@ def test_a_run_says_answers_and_tokens(folder: Path) -> None:
 
 
 def test_a_conversation_is_told_turn_by_turn() -> None:
-    assert said([{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]) == "system: be brief\nuser: hi"
+    assert prompt_text([{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]) == "system: be brief\nuser: hi"

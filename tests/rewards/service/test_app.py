@@ -620,7 +620,7 @@ async def test_compressed_and_foreign_content_types_are_415() -> None:
             ("/score", {"Content-Type": "text/plain"}),
             ("/score", {"Content-Type": "application/x-www-form-urlencoded"}),
             ("/score", {"Content-Type": "application/json", "Content-Encoding": "gzip"}),
-            ("/v1/score_batch", {"Content-Type": "application/json"}),
+            ("/v1/score_batch", {"Content-Type": "text/json"}),
             ("/v1/score_batch", {"Content-Type": "application/x-python-pickle"}),
         ]
         for path, headers in tries:
