@@ -8,6 +8,7 @@ import socket
 import numpy as np
 import pytest
 import torch
+from aiohttp import web
 from rewards.fault_proxy import FaultProxy, RedServer
 from rewards.test_launch import free_ports
 
@@ -50,6 +51,23 @@ def test_what_is_wrong_with_a_server_is_said() -> None:
         assert slow.status == "problem" and "still loading" in slow.text
     (_, down) = of_reward(HTTPReward(red.url), "colour", processes=1)
     assert down.status == "problem" and "no reward server answers" in down.text
+
+
+class TextServer(RedServer):
+    """Says that it scores texts."""
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.json_response({"status": "ready", "outputs": ["score", "acc"], "media": ["texts"]})
+
+
+def test_a_server_of_texts_is_sent_no_picture() -> None:
+    with TextServer() as server:
+        (_, found) = of_reward(HTTPReward(server.url, outputs=["score"]), "rules", processes=1)
+        (same,) = of_environment([server.url], processes=1, token=None)
+        assert found == same == Finding("ok", f"reward server {server.url}", "ready, scores texts: score, acc")
+        (_, wrong) = of_reward(HTTPReward(server.url, outputs=["ocr_similarity"]), "rules", processes=1)
+        assert wrong.status == "problem" and "gives the scores score, acc, not ocr_similarity" in wrong.text
+        assert server.headers == []
 
 
 def test_without_a_run_the_environment_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
