@@ -182,7 +182,7 @@ class Inpainting(PromptDataModule, ExampleSource):
         chosen = torch.multinomial(weights, count, replacement=True, generator=draw).tolist()
         plain = (torch.rand(count, generator=draw) < self.style_dropout).tolist()
         rows = [self.train_prompts[self._imitable[i]] for i in chosen[part]]
-        info = [row.but(styled=False) if drop else row for row, drop in zip(rows, plain[part])]  # type: ignore[attr-defined]
+        info = [row.but(styled=False) if drop else row for row, drop in zip(rows, plain[part])]
         return info, torch.stack([self._cache.read(self._targets[i]) for i in chosen[part]])
 
 

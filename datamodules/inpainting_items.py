@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from datamodules.lazy import Box, Size, check_frames, size_of, white_of
 
@@ -47,7 +45,7 @@ class Raw:
 
     where: str
     index: int
-    fields: Any
+    fields: object
 
 
 class _Check:
@@ -96,7 +94,7 @@ class _Check:
             weight=float(fields.get("weight", 1.0)),
         )
 
-    def _shape(self, fields: Mapping[str, Any], where: str) -> None:
+    def _shape(self, fields: Fields, where: str) -> None:
         """Note fields that are missing, unknown or of a wrong type."""
         for field in fields.keys() - set(FIELDS):
             close = difflib.get_close_matches(str(field), FIELDS, n=1)
@@ -120,7 +118,7 @@ class _Check:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):
             self._wrong(where, f"weight: must be a number above 0, is {weight!r}; to keep an item out of training set split to val")
 
-    def _images(self, fields: Mapping[str, Any], where: str) -> Box | None:
+    def _images(self, fields: Fields, where: str) -> Box | None:
         """The mask's box, after a look at every image of the item."""
         reference = fields.get("reference", [])
         pictures = {field: fields[field] for field in ("source", "target") if field in fields}

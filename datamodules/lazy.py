@@ -9,13 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.service.images import lossy
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -30,7 +33,7 @@ class ImageCache:
 
     def __init__(self, limit: int = 256 << 20) -> None:
         self.limit = limit
-        self.held: OrderedDict[Any, Tensor] = OrderedDict()
+        self.held: OrderedDict[object, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, reader: Reader) -> Tensor:
@@ -84,7 +87,7 @@ class LazyRow(Mapping[str, Any]):
         """The readers of its images."""
         return list(self._images.values())
 
-    def but(self, **values: Any) -> LazyRow:
+    def but(self, **values: object) -> LazyRow:
         """Another row with these values beside the same images."""
         return LazyRow(self._values | values, self._images, self._cache)
 
@@ -130,7 +133,7 @@ def read_mask(path: Path, size: Size, *, where: str) -> Tensor:
         return _pixels(white_of(image).resize(size[::-1], Image.Resampling.NEAREST))
 
 
-def white_of(mask: Any) -> Any:
+def white_of(mask: Picture) -> Picture:
     """The mask in an open Pillow image, upright: "L", 255 wherever it is neither black nor transparent, 0 elsewhere.
 
     Black in a lossy file (JPEG, JPEG 2000, WebP) is not exactly black around an edge: there from half white on.
@@ -146,20 +149,20 @@ def white_of(mask: Any) -> Any:
     return Image.fromarray(np.where(brightest >= least, 255, 0).astype(np.uint8))
 
 
-def size_of(image: Any) -> Size:
+def size_of(image: Picture) -> Size:
     """(height, width) of an open Pillow image as it is looked at. Reads no more than its header."""
     width, height = image.size
     return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
-def _orientation(image: Any) -> int:
+def _orientation(image: Picture) -> int:
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # Pillow would decode the whole file to look behind the pixels
     return int(image.getexif().get(0x0112, 1))
 
 
 @contextmanager
-def _opened(path: Path, where: str) -> Iterator[Any]:
+def _opened(path: Path, where: str) -> Iterator[Picture]:
     """The decoded image. Raises ConfigError for one that cannot be decoded, or not be turned into what is made of it."""
     from PIL import Image
 
@@ -172,19 +175,19 @@ def _opened(path: Path, where: str) -> Iterator[Any]:
         raise ConfigError(f"{where}: {path} cannot be read ({error}); write the image again or take the item out") from error
 
 
-def check_frames(image: Any) -> None:
+def check_frames(image: Picture) -> None:
     """Raise ValueError for an open Pillow image that is several pictures."""
     if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):  # a photo with a preview; layers
-        raise ValueError(f"it holds {image.n_frames} frames; save the one that is meant")
+        raise ValueError(f"it holds {getattr(image, 'n_frames', 'several')} frames; save the one that is meant")
 
 
-def _upright(image: Any) -> Any:
+def _upright(image: Picture) -> Picture:
     from PIL import ImageOps
 
     return ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
 
 
-def _opaque(image: Any, background: str) -> Any:
+def _opaque(image: Picture, background: str) -> Picture:
     """8 bits per channel, with what is transparent laid over `background`."""
     from PIL import Image
 
@@ -196,12 +199,12 @@ def _opaque(image: Any, background: str) -> Any:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba)
 
 
-def _deep(image: Any) -> bool:
+def _deep(image: Picture) -> bool:
     """True for grey images of more than 8 bits: Pillow's own conversion would cut off all that is above 255."""
     return image.mode == "F" or image.mode.startswith("I")
 
 
-def _eight_bits(image: Any) -> Any:
+def _eight_bits(image: Picture) -> Picture:
     """A deep image as "L". White is 65535 in 16 bits; in floats and 32 bits the least of 1 (floats), 255, 65535 and 2^32 - 1 above all.
 
     Raises ValueError where the brightest value is less than a quarter of 65535: scans of 10 to 14 bits are kept so, and would become dark.
@@ -209,8 +212,8 @@ def _eight_bits(image: Any) -> Any:
     import numpy as np
     from PIL import Image
 
-    short, peak = image.mode.startswith("I;16"), image.getextrema()[1]
-    if (0 if short else 255) < peak < 1 << 14:
+    short, peak = image.mode.startswith("I;16"), image.getextrema()[1]  # one channel, so a number
+    if isinstance(peak, int | float) and (0 if short else 255) < peak < 1 << 14:
         raise ValueError(f"its brightest value is {peak:g} of 65535, as scans of 10 to 14 bits have it; save it with 8 bits")
     if short:
         return image.point(lambda value: value / 257 + 0.5).convert("L")
@@ -222,7 +225,7 @@ def _eight_bits(image: Any) -> Any:
     return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
 
-def _pixels(image: Any) -> Tensor:
+def _pixels(image: Picture) -> Tensor:
     import numpy as np
 
     return torch.from_numpy(np.array(image))

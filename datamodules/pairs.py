@@ -65,7 +65,7 @@ class PreferencePairs(TextData, PairSource):
 
 
 def pair_ids(
-    policy: Any, info: Info, *, limit: int, how: PairTruncation, keys: tuple[str, str] = ("max_length", "truncation")
+    policy: CausalLM, info: Info, *, limit: int, how: PairTruncation, keys: tuple[str, str] = ("max_length", "truncation")
 ) -> tuple[list[int], AnswerIds, AnswerIds]:
     """Ids of the prompt and of two answers, at most `limit` together with either. Where the answers begin is the same for both."""
     asked, chosen = answer_ids(policy, info, info["chosen"])

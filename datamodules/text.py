@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -96,7 +96,7 @@ class TextData(PromptDataModule):
 
     # ------------------------------------------------------------------ with the tokenizer
     @property
-    def policy(self) -> Any:
+    def policy(self) -> CausalLM:
         """The language model; its tokenizer is there before its weights are."""
         return self._trainer().lightning_module.policy
 
@@ -143,7 +143,7 @@ class TextData(PromptDataModule):
         return self.policy.encode(info["prompt"], **template_of(info))
 
 
-def template_of(info: Info) -> dict[str, Any]:
+def template_of(info: Info) -> dict[str, object]:
     """Arguments of the chat template that a row holds beside its messages."""
     return {"tools": info["tools"]} if "tools" in info and not isinstance(info["prompt"], str) else {}
 
@@ -158,7 +158,7 @@ def truncated(ids: list[int], *, limit: int, how: Truncation, keys: tuple[str, s
     return {"left": ids[-limit:], "right": ids[:limit], "middle": [*ids[:half], *ids[len(ids) - (limit - half) :]]}[how]
 
 
-def answer_ids(policy: Any, info: Info, answer: Text) -> tuple[list[int], AnswerIds]:
+def answer_ids(policy: CausalLM, info: Info, answer: Text) -> tuple[list[int], AnswerIds]:
     """Token ids of a row's prompt and of an answer to it, with the token that ends it.
 
     Both are tokenized together, and the answer starts where that differs from the prompt alone: tokens may reach over the border. The

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import json
 from pathlib import Path
-from typing import Any
 
 from lit_rl.errors import ConfigError
 
@@ -42,7 +41,7 @@ def read_text(path: Path) -> str:
     return lines.replace("\n\ufeff", "\n")  # files with a mark that were put together
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str) -> object:
     """The value that a text says. Raises json.JSONDecodeError, too for what Python itself refuses to read and for letters that are none."""
     try:
         value = json.loads(text)

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from datamodules.text_encoding import parse_json, read_text
 from lit_rl.errors import ConfigError, listed
 from lit_rl.types import Info
+
+if TYPE_CHECKING:
+    from pyarrow import DataType
 
 SHOWN = 10
 """Problems named in one message."""
@@ -30,7 +33,7 @@ class TextFile:
     """The rows of one file, unchecked, and where they stand in it."""
 
     path: Path
-    rows: Sequence[Any]
+    rows: Sequence[object]
     lines: Sequence[int] | None  # None: rows are counted, from 1
 
     def place(self, i: int) -> str:
@@ -64,7 +67,7 @@ class Rows(Sequence[Info]):
     def __iter__(self) -> Iterator[Info]:
         return (MappingProxyType(self.make(present(fields), stem, number)) for fields, stem, number in self.raw())
 
-    def raw(self) -> Iterator[tuple[Any, str, int]]:
+    def raw(self) -> Iterator[tuple[object, str, int]]:
         """Fields as they stand in the file, its name and the row's number over all files: read many at a time."""
         numbers = iter(self.picked)
         wanted = next(numbers, None)
@@ -90,7 +93,7 @@ class Rows(Sequence[Info]):
         return self.files[at], number - (self.ends[at - 1] if at else 0)
 
 
-def present(fields: Any) -> Fields:
+def present(fields: object) -> Fields:
     """The fields of a row that are not null. Raises InvalidRow for what is no row."""
     if not isinstance(fields, dict):
         raise InvalidRow(f'expected an object such as {{"prompt": ...}}, found {type(fields).__name__}')
@@ -144,7 +147,7 @@ def open_file(path: Path, problems: list[str]) -> TextFile:
     return TextFile(path, [row for _, row in numbered], [number for number, _ in numbered])
 
 
-def _lines(path: Path, text: str, problems: list[str]) -> Iterator[tuple[int, Any]]:
+def _lines(path: Path, text: str, problems: list[str]) -> Iterator[tuple[int, object]]:
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would cut texts at U+2028
         if line.strip():
             try:
@@ -157,7 +160,7 @@ CONVERSED = ("tools", "role")
 """A column of this name, or of messages, which have this field, goes to a chat template."""
 
 
-def without_union(value: Any, kind: Any) -> Any:
+def without_union(value: object, kind: DataType) -> object:
     """A value of a table's column without the keys that only other rows have.
 
     A column of objects holds every key that any row has, null where a row has none. A null that is a row's own looks the same: it is kept
@@ -176,14 +179,14 @@ def without_union(value: Any, kind: Any) -> Any:
     return {name: without_union(item, parts[name]) for name, item in (value if own else known).items()}
 
 
-def _conversed(name: str, kind: Any) -> bool:
+def _conversed(name: str, kind: DataType) -> bool:
     import pyarrow.types as types
 
     inner = kind.value_type if types.is_list(kind) or types.is_large_list(kind) else kind
     return name == CONVERSED[0] or (types.is_struct(inner) and inner is not kind and inner.get_field_index(CONVERSED[1]) >= 0)
 
 
-class _Parquet(Sequence[Any]):
+class _Parquet(Sequence[object]):
     """Rows of a table; in order they are read `CHUNK` at a time, which is many times as fast."""
 
     CHUNK = 1000
@@ -209,7 +212,7 @@ class _Parquet(Sequence[Any]):
     def _own(self, row: dict[str, Any]) -> dict[str, Any]:
         return {name: without_union(value, self.unions[name]) if name in self.unions else value for name, value in row.items()}
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         for first in range(0, len(self), self.CHUNK):
             columns = self.table[first : first + self.CHUNK]
             yield from (self._own(dict(zip(columns, values))) for values in zip(*columns.values()))

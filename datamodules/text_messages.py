@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from datamodules.text_files import Fields, InvalidRow
 from lit_rl.policies.base import Message
@@ -23,7 +22,7 @@ UNREAD = ("train_detail", "training_detail")
 """Fields by which axolotl learns parts of a message."""
 
 
-def text_field(row: Mapping[str, Any], key: str, *, empty: bool = False) -> Text:
+def text_field(row: Mapping[str, object], key: str, *, empty: bool = False) -> Text:
     """A string or a list of messages, which may be written as JSON; `empty`: the string may be."""
     if key not in row:
         raise InvalidRow(f"{key}: missing or null; the row has {sorted(row)}")
@@ -37,7 +36,7 @@ def text_field(row: Mapping[str, Any], key: str, *, empty: bool = False) -> Text
     return messages(value, key)
 
 
-def _json(text: str) -> Any:
+def _json(text: str) -> object:
     """The value of a text that is a JSON list or object; None for any other."""
     if not text.lstrip().startswith(("[", "{")):
         return None
@@ -47,7 +46,7 @@ def _json(text: str) -> Any:
         return None
 
 
-def messages(value: Any, key: str) -> list[Message]:
+def messages(value: object, key: str) -> list[Message]:
     """A conversation, without the fields of its messages that are null."""
     value = found if isinstance(value, str) and isinstance(found := _json(value), list) else value
     if not isinstance(value, list) or not value:
@@ -56,7 +55,7 @@ def messages(value: Any, key: str) -> list[Message]:
     return [_message(message, f"{key}[{i}]") for i, message in enumerate(value)]
 
 
-def _message(message: Any, key: str) -> Message:
+def _message(message: object, key: str) -> Message:
     if not isinstance(message, dict):
         raise InvalidRow(f'{key}: expected a message {{"role": ..., "content": ...}}, found {type(message).__name__}')
     result = {name: part for name, part in message.items() if part is not None and part != []}
@@ -78,7 +77,7 @@ def _message(message: Any, key: str) -> Message:
     return {name: part for name, part in result.items() if part is not None}
 
 
-def _switch(value: Any, key: str) -> bool | None:
+def _switch(value: object, key: str) -> bool | None:
     """True or False as a message is learned or not; None for NaN, which tables have for missing values."""
     if isinstance(value, float) and math.isnan(value):
         return None
@@ -87,7 +86,7 @@ def _switch(value: Any, key: str) -> bool | None:
     return bool(value)
 
 
-def _parts(parts: Sequence[Any], key: str) -> str:
+def _parts(parts: Sequence[object], key: str) -> str:
     """A content in parts as one text."""
     texts: list[str] = []
     for i, part in enumerate(parts):
@@ -98,7 +97,7 @@ def _parts(parts: Sequence[Any], key: str) -> str:
     return "".join(texts)
 
 
-def _calls(value: Any, key: str) -> list[Any]:
+def _calls(value: object, key: str) -> list[dict[str, object]]:
     """Calls of tools, the arguments as objects: a template writes them as it likes."""
     value = _json(value) if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):

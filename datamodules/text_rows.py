@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from datamodules.text_files import Fields, InvalidRow
 from datamodules.text_messages import Text, _roles, as_turn, messages, text_field, tools_of
@@ -12,7 +12,7 @@ from lit_rl.policies.base import Message
 PAIRS_OF_KEYS = (("prompt", "response"), ("question", "answer"))
 
 
-def check_reward_fields(row: Mapping[str, Any]) -> None:
+def check_reward_fields(row: Mapping[str, object]) -> None:
     """reward_model and extra_info are objects where they are given."""
     for key, example in (("reward_model", '{"style": "rule", "ground_truth": "42"}'), ("extra_info", '{"index": 0}')):
         if not isinstance(row.get(key, {}), dict):
@@ -120,7 +120,7 @@ def _completion(prompt: list[Message], answer: Text, key: str) -> list[Message]:
 Kind = Literal["pair", "self_play"]
 
 
-def row_kind(row: Mapping[str, Any]) -> Kind:
+def row_kind(row: Mapping[str, object]) -> Kind:
     """`pair` where `chosen` and `rejected` are given, otherwise `self_play`: the answers to its prompt are sampled.
 
     Raises InvalidRow where only one of the two is given, or `self_play: false` and neither.

@@ -24,7 +24,9 @@ TextEncoders = Literal["small", "full"]
 """full: the published sizes. small: the published widths, which the transformer sees, in one thin layer each."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-SD35_MEDIUM: dict[str, Any] = {
+Sizes = dict[str, Any]
+
+SD35_MEDIUM: Sizes = {
     "sample_size": 128,
     "patch_size": 2,
     "in_channels": 16,
@@ -39,7 +41,7 @@ SD35_MEDIUM: dict[str, Any] = {
     "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
 }
-FLUX_DEV: dict[str, Any] = {
+FLUX_DEV: Sizes = {
     "patch_size": 1,
     "in_channels": 64,
     "num_layers": 19,
@@ -51,7 +53,7 @@ FLUX_DEV: dict[str, Any] = {
     "guidance_embeds": True,
     "axes_dims_rope": (16, 56, 56),
 }
-VAE: dict[str, Any] = {
+VAE: Sizes = {
     "latent_channels": 16,
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -63,7 +65,7 @@ VAE: dict[str, Any] = {
 }
 SD35_LATENTS = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
 FLUX_LATENTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
-CLIP_L: dict[str, Any] = {
+CLIP_L: Sizes = {
     "vocab_size": 49408,
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -72,7 +74,7 @@ CLIP_L: dict[str, Any] = {
     "num_attention_heads": 12,
     "hidden_act": "quick_gelu",
 }
-CLIP_G: dict[str, Any] = {
+CLIP_G: Sizes = {
     "vocab_size": 49408,
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -81,7 +83,7 @@ CLIP_G: dict[str, Any] = {
     "num_attention_heads": 20,
     "hidden_act": "gelu",
 }
-T5_XXL: dict[str, Any] = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+T5_XXL: Sizes = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 CLIP_TOKENS = 77
 
 
@@ -141,11 +143,11 @@ def parameter_counts(model: Literal["sd35_medium", "flux_dev"], *, text_encoders
 def sizes(bytes_per_parameter: int = 2) -> None:
     """Print parameters and GiB of every part of both pipelines."""
     for model in ("sd35_medium", "flux_dev"):
-        for name, count in parameter_counts(model).items():  # type: ignore[arg-type]
+        for name, count in parameter_counts(model).items():
             print(f"{model:12} {name:15} {count / 1e9:7.3f} B {count * bytes_per_parameter / 2**30:7.2f} GiB")
 
 
-def _sd35_medium(text_encoders: TextEncoders) -> dict[str, Any]:
+def _sd35_medium(text_encoders: TextEncoders) -> Sizes:
     from diffusers import AutoencoderKL, SD3Transformer2DModel
 
     return {
@@ -157,7 +159,7 @@ def _sd35_medium(text_encoders: TextEncoders) -> dict[str, Any]:
     }
 
 
-def _flux_dev(text_encoders: TextEncoders) -> dict[str, Any]:
+def _flux_dev(text_encoders: TextEncoders) -> Sizes:
     from diffusers import AutoencoderKL, FluxTransformer2DModel
 
     return {
@@ -168,7 +170,7 @@ def _flux_dev(text_encoders: TextEncoders) -> dict[str, Any]:
     }
 
 
-def clip_encoder(published: dict[str, Any], size: TextEncoders, *, projection: bool) -> nn.Module:
+def clip_encoder(published: Sizes, size: TextEncoders, *, projection: bool) -> nn.Module:
     """start 512 and end 513 are the ids of the miniatures' tokenizer."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
 from lit_rl.miniatures.text_encoders import clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
-
-if TYPE_CHECKING:
-    pass
 
 VaeKind = Literal["pixel", "kl"]
 

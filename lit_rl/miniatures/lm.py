@@ -6,9 +6,12 @@ python -m lit_rl.miniatures.lm FOLDER [--family qwen2 --hidden 64 --layers 2 ...
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Family = Literal["qwen2", "qwen3", "llama", "deepseek"]
 
@@ -68,7 +71,7 @@ def build_lm(
     return Path(folder)
 
 
-def _model(family: Family, sizes: dict[str, Any]) -> Any:
+def _model(family: Family, sizes: dict[str, Any]) -> PreTrainedModel:
     import transformers
 
     head = sizes["hidden_size"] // sizes["num_attention_heads"]
@@ -96,7 +99,7 @@ def _model(family: Family, sizes: dict[str, Any]) -> Any:
     return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**sizes, **small, **experts, first_k_dense_replace=1))
 
 
-def char_tokenizer(characters: str, *, chat: bool, max_length: int) -> Any:
+def char_tokenizer(characters: str, *, chat: bool, max_length: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE without merges, as every family's own tokenizer class reads it: one token per ASCII character."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -140,7 +140,7 @@ class TokenPolicy(Policy):
     """Tokens that end an answer (end of text, end of turn); the first one is what a supervised answer is ended with."""
 
     @abstractmethod
-    def encode(self, prompt: str | Sequence[Message], **template: Any) -> list[int]:
+    def encode(self, prompt: str | Sequence[Message], **template: object) -> list[int]:
         """Token ids of a prompt, ready for an answer: a conversation through the chat template, a string as it is.
 
         template: What this prompt gives to the chat template beside its messages, e.g. tools.

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,15 @@ from lit_rl.policies.language_model import TokenNetwork, check_folder, read_lm, 
 from lit_rl.policies.lm_head import recognized
 from lit_rl.policies.reply import reply
 from lit_rl.policies.sizes import check_length, check_vocabulary, read_config
+from lit_rl.policies.tokenizer import Tokenizer, read_tokenizer
 from lit_rl.policies.trained import TrainedPolicy
 from lit_rl.policies.weights.language_lora import add_language_lora, read_adapter_config, save_adapter, split_adapter
 from lit_rl.policies.weights.lora import LoraSettings, base_name
 from lit_rl.policies.weights.lora_sites import repeated_blocks
 from lit_rl.types import Answer, Info
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
     """
 
     stored_with: Sequence[str] = ("dtype",)
+    network: TokenNetwork
 
     def __init__(
         self,
@@ -104,20 +109,18 @@ class CausalLM(TrainedPolicy, TokenPolicy):
                 for block in self.blocks(network):
                     block.compile()
 
-    def _read(self) -> Any:
+    def _read(self) -> PreTrainedModel:
         return read_lm(self.pretrained, dtype=torch.float32 if self.full else self.dtype, attention=self.attention, **self.source)
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         """The decoder layers."""
-        return repeated_blocks(network.lm)  # type: ignore[arg-type]
+        return repeated_blocks(network.get_submodule("lm"))
 
     # ------------------------------------------------------------------ text
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer of the folder, with the configured chat template or a plain one. Read when first asked for."""
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_folder, **self.source)
+        tokenizer = read_tokenizer(self.tokenizer_folder, **self.source)
         if self.chat_template is not None:
             file = Path(self.chat_template).expanduser()
             tokenizer.chat_template = (
@@ -143,7 +146,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
             )
         return found
 
-    def encode(self, prompt: str | Sequence[Message], **template: Any) -> list[int]:
+    def encode(self, prompt: str | Sequence[Message], **template: object) -> list[int]:
         """Token ids of a prompt through the chat template; `template` goes before `chat_template_kwargs`."""
         return prompt_ids(self.tokenizer, prompt, **{**self.chat_template_kwargs, **template})
 
@@ -203,9 +206,9 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         named = {name.removeprefix("network.lm."): tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         if self.lora:
             save_adapter(lm, folder, named, base=base_name(self.pretrained))
-            lm.generation_config.save_pretrained(folder)  # type: ignore[operator, union-attr]  # what ends an answer now
+            lm.generation_config.save_pretrained(folder)  # what ends an answer now
             return
-        buffers = dict(lm.named_buffers())  # type: ignore[union-attr]
-        named |= {key: value.detach().cpu() for key, value in lm.state_dict().items() if key in buffers}  # type: ignore[union-attr]
-        lm.save_pretrained(folder, state_dict=named)  # type: ignore[operator, union-attr]
+        buffers = dict(lm.named_buffers())
+        named |= {key: value.detach().cpu() for key, value in lm.state_dict().items() if key in buffers}
+        lm.save_pretrained(folder, state_dict=named)
         self.tokenizer.save_pretrained(folder)

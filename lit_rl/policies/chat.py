@@ -10,6 +10,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Message
 from lit_rl.policies.chat_template import render, source, without_ends
 from lit_rl.policies.chat_turns import Conversation, Turn
+from lit_rl.policies.tokenizer import Tokenizer
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: "
@@ -36,7 +37,7 @@ class AnswerIds(list[int]):
 # ---------------------------------------------------------------------- texts as they are
 
 
-def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], **template: Any) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[Message], **template: object) -> list[int]:
     """Token ids of a prompt, ready for an answer: a conversation through the chat template, a string as it is.
 
     A template writes the begin-of-text token itself where the model wants one; a string that does not hold it gets it from the tokenizer.
@@ -50,7 +51,7 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], **template: Any)
     return list(tokenizer(prompt_text(tokenizer, prompt, **template), add_special_tokens=False).input_ids)
 
 
-def prompt_text(tokenizer: Any, messages: Sequence[Message], **template: Any) -> str:
+def prompt_text(tokenizer: Tokenizer, messages: Sequence[Message], **template: object) -> str:
     """The text of a conversation that `prompt_ids` tokenizes."""
     last, before = messages[-1], without_ends(tokenizer, messages[:-1], template=template)
     if last["role"] != "assistant":
@@ -60,7 +61,7 @@ def prompt_text(tokenizer: Any, messages: Sequence[Message], **template: Any) ->
     return render(tokenizer, [*before, last], continue_final_message=True, **template)
 
 
-def completion_ids(tokenizer: Any, prompt: str, answer: str, *, end: int | None = None) -> tuple[list[int], list[bool]]:
+def completion_ids(tokenizer: Tokenizer, prompt: str, answer: str, *, end: int | None = None) -> tuple[list[int], list[bool]]:
     """Ids of prompt, answer and end of text, and which of them are the answer's, its end included.
 
     Both are tokenized together, and the answer starts where that differs from the prompt alone: tokens may reach over the border.
@@ -79,13 +80,13 @@ def completion_ids(tokenizer: Any, prompt: str, answer: str, *, end: int | None 
 
 
 def conversation_ids(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     messages: Sequence[Message],
     *,
     first: int = 0,
     prefill: int = 0,
     stop_ids: Collection[int] = (),
-    **template: Any,
+    **template: object,
 ) -> tuple[list[int], list[bool]]:
     """Ids of a conversation as the chat template writes it, and which of them are learned: what the assistant says in each of its turns,
     from behind the generation prompt to the token that ends the turn.
@@ -115,7 +116,7 @@ def conversation_ids(
     return ids, mask
 
 
-def _end_id(tokenizer: Any, talk: Conversation) -> int:
+def _end_id(tokenizer: Tokenizer, talk: Conversation) -> int:
     own = talk.ends.all
     end = tokenizer.convert_tokens_to_ids(own[0]) if own else tokenizer.eos_token_id
     if end is None:
@@ -128,7 +129,7 @@ def _inside(place: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
     return any(place[0] < stop and place[1] > start for start, stop in spans) and place[0] < place[1]
 
 
-def _marks(tokenizer: Any, messages: list[Message], template: dict[str, Any]) -> list[bool] | None:
+def _marks(tokenizer: Tokenizer, messages: list[Message], template: dict[str, Any]) -> list[bool] | None:
     """By token, what a template marks as the assistant's; None where it marks nothing."""
     if not re.search(r"{%-?\s*generation\s*-?%}", source(tokenizer, **template)):
         return None
@@ -158,7 +159,12 @@ def joined(prompt: Sequence[Message], answer: Sequence[Message]) -> tuple[list[M
 
 
 def answer_ids(
-    tokenizer: Any, prompt: Sequence[Message], answer: Sequence[Message], *, stop_ids: Collection[int] = (), **template: Any
+    tokenizer: Tokenizer,
+    prompt: Sequence[Message],
+    answer: Sequence[Message],
+    *,
+    stop_ids: Collection[int] = (),
+    **template: object,
 ) -> tuple[list[int], AnswerIds]:
     """Ids of a prompt and of the turns that answer it, up to the end of the last one that is learned.
 

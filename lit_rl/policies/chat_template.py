@@ -13,6 +13,7 @@ from typing import Any
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Message
+from lit_rl.policies.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "brave_search", "arguments": {MARK: MARK}}}
 
 
-def render(tokenizer: Any, messages: Sequence[Message], **template: Any) -> str:
+def render(tokenizer: Tokenizer, messages: Sequence[Message], **template: object) -> str:
     """The conversation as the chat template writes it. Raises ConfigError with the template's own words where it refuses it.
 
     template: For the template: tools, add_generation_prompt, enable_thinking, ...
@@ -33,7 +34,7 @@ def render(tokenizer: Any, messages: Sequence[Message], **template: Any) -> str:
     return accepted(tokenizer, messages, **template)[1]
 
 
-def accepted(tokenizer: Any, messages: Sequence[Message], **template: Any) -> tuple[list[Message], str]:
+def accepted(tokenizer: Tokenizer, messages: Sequence[Message], **template: object) -> tuple[list[Message], str]:
     """The messages in the spelling that the template takes, and what it writes."""
     check_tools(tokenizer, messages, **template)
     refusal: Exception | None = None
@@ -46,7 +47,7 @@ def accepted(tokenizer: Any, messages: Sequence[Message], **template: Any) -> tu
     raise ConfigError(f"the chat template refuses the conversation with roles {roles}: {refusal}") from refusal
 
 
-def check_tools(tokenizer: Any, messages: Sequence[Message], **template: Any) -> None:
+def check_tools(tokenizer: Tokenizer, messages: Sequence[Message], **template: object) -> None:
     """Raise ConfigError where there are tools, or calls of them, and the template writes none."""
     for name, present in {"tools": template.get("tools"), "tool_calls": any(message.get("tool_calls") for message in messages)}.items():
         if present and name not in source(tokenizer, **template):
@@ -80,7 +81,7 @@ def _call_as_text(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
-def source(tokenizer: Any, **template: Any) -> str:
+def source(tokenizer: Tokenizer, **template: object) -> str:
     """The template's text. Raises ConfigError where the tokenizer has several and none for this."""
     try:
         return str(tokenizer.get_chat_template(tools=template.get("tools")))
@@ -88,7 +89,7 @@ def source(tokenizer: Any, **template: Any) -> str:
         raise ConfigError(f"the tokenizer's chat template cannot be used ({error}): set model.policy.chat_template") from error
 
 
-def check_template(tokenizer: Any) -> None:
+def check_template(tokenizer: Tokenizer) -> None:
     """Raise ConfigError where the template's text is none."""
     from jinja2 import TemplateSyntaxError
 
@@ -103,7 +104,9 @@ def check_template(tokenizer: Any) -> None:
 # ---------------------------------------------------------------------- where an answer ends
 
 
-def without_ends(tokenizer: Any, messages: Sequence[Message], *, stops: Collection[str] = (), template: Mapping[str, Any]) -> list[Message]:
+def without_ends(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, stops: Collection[str] = (), template: Mapping[str, Any]
+) -> list[Message]:
     """The messages, the assistant's without a token that ends a turn behind their text: data that were rendered once hold it, and the
     template writes it again. stops: Further strings that end answers."""
     ends = any_of([*turn_ends(tokenizer, **template).all, *stops]).pattern
@@ -134,7 +137,7 @@ class Ends:
         return tuple(dict.fromkeys([*self.stops, *self.inside]))
 
 
-def turn_ends(tokenizer: Any, **template: Any) -> Ends:
+def turn_ends(tokenizer: Tokenizer, **template: object) -> Ends:
     """Found by having the template write short conversations."""
     kwargs = {name: value for name, value in template.items() if name != "tools"}
     return _turn_ends(tokenizer, source(tokenizer), json.dumps(kwargs, sort_keys=True, default=repr), _Hidden(kwargs))
@@ -154,7 +157,7 @@ class _Hidden:
 
 
 @lru_cache(maxsize=8)
-def _turn_ends(tokenizer: Any, text: str, key: str, hidden: _Hidden) -> Ends:
+def _turn_ends(tokenizer: Tokenizer, text: str, key: str, hidden: _Hidden) -> Ends:
     kwargs = hidden.kwargs
     asked: list[Message] = [{"role": "user", "content": OTHER}]
     answer: Message = {"role": "assistant", "content": MARK}
@@ -202,7 +205,7 @@ def stored_stop_ids(pretrained: str, revision: str) -> list[int]:
     return found
 
 
-def _tried(tokenizer: Any, messages: Sequence[Message], kwargs: dict[str, Any]) -> str | None:
+def _tried(tokenizer: Tokenizer, messages: Sequence[Message], kwargs: dict[str, Any]) -> str | None:
     try:
         return render(tokenizer, messages, **kwargs)
     except ConfigError:  # not every template takes every conversation
@@ -214,14 +217,14 @@ def _behind(text: str | None) -> str:
     return text.rpartition(MARK)[2] if text and MARK in text else ""
 
 
-def controls(tokenizer: Any, text: str) -> list[str]:
+def controls(tokenizer: Tokenizer, text: str) -> list[str]:
     """The control tokens in a text, in order: the special ones, or, where it has none, others that were added to the vocabulary."""
     special, added = _patterns(tokenizer)
     return special.findall(text) or added.findall(text)
 
 
 @lru_cache(maxsize=8)
-def _patterns(tokenizer: Any) -> tuple[re.Pattern[str], re.Pattern[str]]:
+def _patterns(tokenizer: Tokenizer) -> tuple[re.Pattern[str], re.Pattern[str]]:
     added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
     special = {token for token, is_special in added.items() if is_special} | set(tokenizer.all_special_tokens)
     return any_of(special), any_of(added)

@@ -15,6 +15,7 @@ from typing import Any
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Message
 from lit_rl.policies.chat_template import MARK, REASONING, Ends, accepted, any_of, controls, render, turn_ends, without_ends
+from lit_rl.policies.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Conversation:
     of its content that the prompt already holds).
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     given: Sequence[Message]
     template: dict[str, Any]
     stops: Collection[str] = ()
@@ -141,7 +142,7 @@ class Conversation:
 
 
 @lru_cache(maxsize=8)
-def openings(tokenizer: Any, opening: str) -> list[str]:
+def openings(tokenizer: Tokenizer, opening: str) -> list[str]:
     """A generation prompt and its beginnings by whole lines and control tokens, the longest first: where it begins the assistant's
     thoughts, an answer without thoughts has only the first part."""
     edges = {len(opening)} | {i + 1 for i, c in enumerate(opening) if c == "\n"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,14 @@ from lit_rl.policies.causal_lm import Dtype
 from lit_rl.policies.language_model import check_folder, read_lm, recompute
 from lit_rl.policies.lm_head import body
 from lit_rl.policies.sizes import check_length, check_same_tokens, read_config
+from lit_rl.policies.tokenizer import read_tokenizer
 from lit_rl.policies.weights.adapters import geometry
 from lit_rl.policies.weights.language_lora import add_language_lora, merged
 from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.policies.weights.lora_sites import repeated_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ValueHead(nn.Linear):
@@ -37,7 +41,7 @@ class ValueHead(nn.Linear):
 class ValueNetwork(nn.Module):
     """A language model with one number in place of its output layer, 0 before it is trained."""
 
-    def __init__(self, lm: Any) -> None:
+    def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         hidden = lm.get_output_embeddings().in_features
         lm.set_output_embeddings(nn.Identity())
@@ -94,9 +98,7 @@ class Critic(nn.Module):
         size, needed = config.get_text_config().vocab_size, max(beside.tokenizer.get_vocab().values()) + 1
         own = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model"}
         if not Path(self.pretrained).is_dir() or any((Path(self.pretrained) / name).is_file() for name in own):
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(self.pretrained, **self.source)
+            tokenizer = read_tokenizer(self.pretrained, **self.source)
             check_same_tokens(beside.tokenizer, tokenizer, key="critic.pretrained", pretrained=self.pretrained)
         if size < needed:
             raise ConfigError(
@@ -133,7 +135,7 @@ class Critic(nn.Module):
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         """The decoder layers."""
-        return repeated_blocks(network.lm)
+        return repeated_blocks(network.get_submodule("lm"))
 
     def checkpoint_keys(self) -> set[str]:
         """Everything; with LoRA the adapters and the head, without the base."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.frozen import FrozenParts, read_pipeline
-from lit_rl.policies.pretrained import check_pretrained, check_resolution, component_config, vae_factor
+from lit_rl.policies.pretrained import Pipeline, check_pretrained, check_resolution, component_config, vae_factor
 from lit_rl.policies.trained import TrainedPolicy
 from lit_rl.policies.weights.lora import LoraSettings, add_lora, base_name
 from lit_rl.policies.weights.pipeline_lora import load_initial, save_adapter, split_adapter
@@ -107,7 +107,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
     # ------------------------------------------------------------------ what a family says
     @staticmethod
     @abstractmethod
-    def tokens_side(transformer: dict[str, Any]) -> int:
+    def tokens_side(transformer: Mapping[str, int]) -> int:
         """Latent cells along one side of a token, from the transformer's config."""
 
     @abstractmethod
@@ -128,7 +128,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         if "network" in self._modules:
             return
         pipe = self._read_pipeline()
-        self._pipe: Any = pipe  # no nn.Module, so that nobody shards, moves or saves what is frozen in it
+        self._pipe: Pipeline = pipe  # no nn.Module, so that nobody shards, moves or saves what is frozen in it
         self.frozen = FrozenParts(pipe, **self.offload, vae_slice=self.vae_slice, cache_prompts=self.cache_prompts)
         check_resolution(self.resolution, cell=self.vae_factor * self.tokens_side(pipe.transformer.config))
         self._network_class = type(pipe.transformer)
@@ -146,7 +146,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         else:
             add_lora(self.network, lora, targets=lora.named or self.lora_targets, seed=torch.initial_seed())
 
-    def _read_pipeline(self) -> Any:
+    def _read_pipeline(self) -> Pipeline:
         dtypes = {"transformer": torch.float32 if self.full else self.dtype, "vae": self.vae_dtype, "default": self.dtype}
         where, text = str(self.folder or self.pretrained), self.max_sequence_length > 0
         return read_pipeline(self.pipeline, where, policies=POLICIES, dtypes=dtypes, text=text, **self.source)

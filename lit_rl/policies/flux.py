@@ -39,13 +39,13 @@ class FluxPolicy(DiffusersFlowPolicy):
         super().__init__(pretrained, guidance_scale=guidance_scale, max_sequence_length=max_sequence_length, **kwargs)
 
     @staticmethod
-    def tokens_side(transformer: dict[str, Any]) -> int:
+    def tokens_side(transformer: Mapping[str, int]) -> int:
         """2: a token is 2 x 2 latent cells."""
         return 2
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         """Double blocks, then single ones."""
-        return [*network.transformer_blocks, *network.single_transformer_blocks]  # type: ignore[misc, list-item]
+        return [*network.transformer_blocks, *network.single_transformer_blocks]
 
     def encode_one(self, prompt: str) -> Cond:
         """T5's embeddings and CLIP's pooled one."""
@@ -56,7 +56,7 @@ class FluxPolicy(DiffusersFlowPolicy):
         """The image tokens of the network for noisy latents."""
         return x
 
-    def attention_inputs(self, cond: Cond) -> dict[str, Any] | None:
+    def attention_inputs(self, cond: Cond) -> dict[str, Tensor] | None:
         """`joint_attention_kwargs` of the network."""
         return None
 

@@ -14,6 +14,7 @@ from lit_rl.checkpoints.ip_adapter import Format, read_ip_adapter, to_sections, 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.flux import FluxPolicy
 from lit_rl.policies.ip_adapter import FEATURES, FROZEN, adapter_names
+from lit_rl.policies.pretrained import Pipeline
 from lit_rl.policies.style import FrozenStyle, StyleOff, StyleSettings, add_style, letterbox, strip
 from lit_rl.policies.weights.reference import Combined
 from lit_rl.types import Cond, Info
@@ -84,7 +85,7 @@ class FluxFillPolicy(FluxPolicy):
             for name in adapter_names(self.network):
                 self.network.get_parameter(name).requires_grad_(True)
 
-    def _read_pipeline(self) -> Any:
+    def _read_pipeline(self) -> Pipeline:
         initial = read_ip_adapter(self.style.initial) if self.style and self.style.initial else None  # errors before minutes of reading
         pipe = super()._read_pipeline()
         channels, have = 4 * (2 * pipe.vae.config.latent_channels + self._factor(pipe) ** 2), pipe.transformer.config.in_channels
@@ -97,7 +98,7 @@ class FluxFillPolicy(FluxPolicy):
         return pipe
 
     @staticmethod
-    def _factor(pipe: Any) -> int:
+    def _factor(pipe: Pipeline) -> int:
         return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
 
     # ------------------------------------------------------------------ conditioning
@@ -169,7 +170,7 @@ class FluxFillPolicy(FluxPolicy):
         """Noisy latents with the masked image and the mask beside them."""
         return torch.cat([x, cond["fill"].to(x.dtype)], dim=-1)
 
-    def attention_inputs(self, cond: Cond) -> dict[str, Any] | None:
+    def attention_inputs(self, cond: Cond) -> dict[str, Tensor] | None:
         """The style's features, which the network projects itself."""
         return {FEATURES: cond[FEATURES]} if self.style else None
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import finite_rows
-from lit_rl.policies.pretrained import check_index, without_bars
+from lit_rl.policies.pretrained import Pipeline, check_index, without_bars
 from lit_rl.types import Cond
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -20,7 +19,7 @@ ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 def read_pipeline(
     name: str, where: str, *, policies: Mapping[str, str], dtypes: Mapping[str, torch.dtype], text: bool, **source: str | None
-) -> Any:
+) -> Pipeline:
     """A pipeline of the diffusers class `name`, frozen, on the CPU; components that its index leaves out are None.
 
     policies: See `check_pretrained`. dtypes: By component, and "default". text: Whether prompts have tokens for a T5 encoder.
@@ -58,7 +57,7 @@ class FrozenParts:
         cache_prompts: Encoded prompts remembered in CPU memory, the least recently used one leaving first.
     """
 
-    def __init__(self, pipe: Any, *, offload_text_encoders: bool, offload_vae: bool, vae_slice: int, cache_prompts: int) -> None:
+    def __init__(self, pipe: Pipeline, *, offload_text_encoders: bool, offload_vae: bool, vae_slice: int, cache_prompts: int) -> None:
         self.pipe = pipe
         self.offload_text_encoders = offload_text_encoders
         self.offload_vae = offload_vae

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from lit_rl.policies.lm_head import LMHead, body, own_logprobs, picked
 from lit_rl.policies.pretrained import without_bars
 from lit_rl.policies.weights.adapters import active_factors
 from lit_rl.policies.weights.language_lora import adapter_fields
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TokenNetwork(nn.Module):
@@ -57,12 +60,15 @@ class TokenNetwork(nn.Module):
             return own_logprobs(self.lm, hidden, targets, temperature=temperature, entropy=entropy)
         return self._affine(hidden, targets, temperature=temperature, entropy=entropy)
 
-    def _affine(self, hidden: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    def _affine(self, hidden: Tensor, targets: Tensor, *, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
         head = self.lm.get_output_embeddings()
         expect(self, head)
         low_rank = active_factors(head, hidden) if hasattr(head, "base_layer") else None  # PEFT's layers have one
         scale, softcap = self.head.scale, self.head.softcap
-        found = token_logprobs(hidden, head.weight, targets, bias=head.bias, low_rank=low_rank, scale=scale, softcap=softcap, **options)
+        found = token_logprobs(
+            hidden, head.weight, targets, bias=head.bias, low_rank=low_rank, scale=scale, softcap=softcap, temperature=temperature,
+            entropy=entropy,
+        )  # fmt: skip
         return found.logprobs, found.entropy
 
 
@@ -76,7 +82,7 @@ def expect(reader: nn.Module, head: nn.Module) -> None:
             parameter.all_gather()  # type: ignore[attr-defined]
 
 
-def read_lm(pretrained: str, *, dtype: torch.dtype | str, attention: str | None, **source: Any) -> Any:
+def read_lm(pretrained: str, *, dtype: torch.dtype | str, attention: str | None, **source: str | bool | None) -> PreTrainedModel:
     """A frozen model of transformers from a folder or hub id, which may read pictures too."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -119,7 +125,7 @@ def check_folder(pretrained: str) -> str:
 def recompute(blocks: Sequence[nn.Module]) -> None:
     """Have each block keep no activations for the backward pass, in evaluation mode too, where transformers' own switch does nothing."""
     for block in blocks:
-        block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]  # hooks of sharding stay outside of it
+        block.forward = partial(_recomputed, block.forward)  # hooks of sharding stay outside of it
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

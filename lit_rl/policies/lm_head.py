@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_rl.losses.token_logprobs import CHUNK_ELEMENTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 PROBED = (1e-3, 0.1, 1.0, 10.0, 1000.0)
 """Sizes of the hidden states that a head is tried with: where a cap does not bend, where it does, and where nothing else is left."""
@@ -31,13 +34,13 @@ class LMHead:
     softcap: float | None = None
 
 
-def body(lm: Any) -> Any:
+def body(lm: PreTrainedModel) -> Any:
     """The part of `lm` that goes from tokens to hidden states; `lm` itself where it is not told apart."""
     return lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
 
 
 @torch.no_grad()
-def recognized(lm: Any) -> LMHead:
+def recognized(lm: PreTrainedModel) -> LMHead:
     """The head of `lm`, found by trying what its `forward` makes of a few hidden states. Before adapters are added. Nothing is drawn."""
     head = lm.get_output_embeddings()
     if body(lm) is lm:
@@ -71,7 +74,7 @@ def _affine(found: Tensor, raw: Tensor, numbers: list[float], eps: float) -> LMH
     return LMHead("own")
 
 
-def _numbers(config: Any) -> list[float]:
+def _numbers(config: PreTrainedConfig) -> list[float]:
     """Every number of the settings but 0, those of a text model within them too."""
     found: list[float] = []
     for value in config.to_dict().values():
@@ -80,7 +83,7 @@ def _numbers(config: Any) -> list[float]:
     return found
 
 
-def own_logits(lm: Any, hidden: Tensor) -> Tensor:
+def own_logits(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits "N V" that the model's `forward` makes of the last hidden states "N H" of its body."""
     with _given(lm, hidden[None]):
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
@@ -130,7 +133,7 @@ class _Given(nn.Module):
 
 
 @contextmanager
-def _given(lm: Any, hidden: Tensor) -> Iterator[None]:
+def _given(lm: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
     """Inside it the body of `lm` answers with `hidden`."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 

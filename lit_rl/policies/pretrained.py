@@ -6,9 +6,20 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lit_rl.errors import ConfigError
+
+
+class Pipeline(Protocol):
+    """A diffusers pipeline: its components are attributes, and which there are depends on the family."""
+
+    @property
+    def components(self) -> dict[str, object]: ...
+
+    def __getattr__(self, name: str) -> Any: ...
+
+    def __setattr__(self, name: str, value: object) -> None: ...
 
 
 def without_bars() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
+from lit_rl.policies.tokenizer import Tokenizer
 from lit_rl.types import Answer, Info
 
 OPENED = re.compile(r"(?:[<\[◁](?![/|｜\s])[^<>\[\]◁▷\s]{1,40}[>\]▷]\s*)+\Z")
@@ -15,7 +15,13 @@ LOOKED_AT = 64
 
 
 def reply(
-    tokenizer: Any, ids: Sequence[int], *, prompt_ids: Sequence[int], info: Info, stop_ids: Sequence[int], text: str | None = None
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    *,
+    prompt_ids: Sequence[int],
+    info: Info,
+    stop_ids: Sequence[int],
+    text: str | None = None,
 ) -> Answer:
     """An answer's text without special tokens (default: as the tokenizer has it); `written` has them, but for those that end it; `opened`
     is what the prompt began of it."""
@@ -29,7 +35,7 @@ def reply(
     return Answer(text, opened=opened(tokenizer, prompt_ids, info), written=written, special=kept)
 
 
-def opened(tokenizer: Any, prompt_ids: Sequence[int], info: Info) -> str:
+def opened(tokenizer: Tokenizer, prompt_ids: Sequence[int], info: Info) -> str:
     """The part of the answer that stands in its prompt: the assistant's message that it continues, else tags such as <think>."""
     prompt = info.get("prompt")
     last = prompt[-1] if isinstance(prompt, list) and prompt else {}

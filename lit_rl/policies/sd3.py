@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class SD3Policy(DiffusersFlowPolicy):
     ]
 
     @staticmethod
-    def tokens_side(transformer: dict[str, Any]) -> int:
+    def tokens_side(transformer: Mapping[str, int]) -> int:
         """The transformer's patch size."""
         return transformer["patch_size"]
 

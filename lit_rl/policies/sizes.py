@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lit_rl.errors import ConfigError
+from lit_rl.policies.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 STATIC = ("yarn", "linear")
 """Rotary positions whose `max_position_embeddings` may be that from before they were stretched."""
 
 
-def positions(config: Any) -> int | None:
+def positions(config: PreTrainedConfig) -> int | None:
     """Tokens that a model has positions for, learned or trained with; None where positions have no end (alibi, states) or none is told."""
     text = config.get_text_config()
     most = getattr(text, "max_position_embeddings", None)
@@ -26,7 +30,7 @@ def positions(config: Any) -> int | None:
     return most - (padding or 0) - 1 if offset else most
 
 
-def read_config(pretrained: str, **source: Any) -> Any:
+def read_config(pretrained: str, **source: str | bool | None) -> PreTrainedConfig | None:
     """The settings of a model in a folder or hub repository, without its weights; None where they cannot be read, which loading tells."""
     from transformers import AutoConfig
 
@@ -36,7 +40,7 @@ def read_config(pretrained: str, **source: Any) -> Any:
         return None
 
 
-def check_vocabulary(config: Any, tokenizer: Any, stop_ids: Sequence[int], *, pretrained: str) -> None:
+def check_vocabulary(config: PreTrainedConfig, tokenizer: Tokenizer, stop_ids: Sequence[int], *, pretrained: str) -> None:
     """Raise ConfigError where the tokenizer, or what ends an answer, has ids that the embedding has no row for.
 
     Special tokens that the chat template does not write, such as an image's in a model of text, may lie beyond it: no text has them.
@@ -59,7 +63,7 @@ def check_vocabulary(config: Any, tokenizer: Any, stop_ids: Sequence[int], *, pr
         )
 
 
-def check_length(config: Any, longest: int, *, pretrained: str, what: str, remedy: str) -> None:
+def check_length(config: PreTrainedConfig, longest: int, *, pretrained: str, what: str, remedy: str) -> None:
     """Raise ConfigError where `longest` tokens have no positions in a model: learned ones end there, others were never trained further."""
     most = positions(config)
     if most is not None and longest > most:
@@ -69,7 +73,7 @@ def check_length(config: Any, longest: int, *, pretrained: str, what: str, remed
         )
 
 
-def check_same_tokens(tokenizer: Any, other: Any, *, key: str, pretrained: str) -> None:
+def check_same_tokens(tokenizer: Tokenizer, other: Tokenizer, *, key: str, pretrained: str) -> None:
     """Raise ConfigError where `other` means something else by the ids of `tokenizer`."""
     mine, theirs = tokenizer.get_vocab(), other.get_vocab()
     odd = next((token for token, i in sorted(mine.items(), key=lambda entry: entry[1]) if theirs.get(token) != i), None)

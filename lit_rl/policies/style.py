@@ -24,6 +24,7 @@ from lit_rl.policies.ip_adapter import (
     load_ip_adapter,
     style_modules,
 )
+from lit_rl.policies.pretrained import Pipeline
 from lit_rl.policies.weights.reference import Reference, Referenced
 from lit_rl.policies.weights.shards import local, reshard
 
@@ -101,13 +102,14 @@ class FrozenStyle(Reference):
 
 
 # ---------------------------------------------------------------------- the adapter
-def add_style(pipe: Any, style: StyleSettings, weights: Weights | None, *, dtype: torch.dtype) -> None:
+def add_style(pipe: Pipeline, style: StyleSettings, weights: Weights | None, *, dtype: torch.dtype) -> None:
     """Give a Fill pipeline the vision encoder, in `dtype`, and its transformer the style adapter: that of a file, or a new one."""
     from transformers import SiglipVisionModel
 
     # An attribute, not a component: it is moved with the other frozen parts and not saved.
-    pipe.style_encoder = SiglipVisionModel.from_pretrained(style.encoder, dtype=dtype).requires_grad_(False).eval()
-    features, width = pipe.style_encoder.config.hidden_size, pipe.transformer.config.joint_attention_dim
+    encoder = SiglipVisionModel.from_pretrained(style.encoder, dtype=dtype).requires_grad_(False).eval()
+    pipe.style_encoder = encoder
+    features, width = encoder.config.hidden_size, pipe.transformer.config.joint_attention_dim
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch.initial_seed())
         projection = ImageProjection.like(weights, heads=style.heads) if weights else _new_projection(style, features, width)

@@ -115,7 +115,7 @@ def check_sampler(policy: CausalLM, engine: RolloutEngine, sampling: Sampling, *
     Where padding on the left is what makes the difference, `HFEngine` is told to do without.
     """
     ids = token_ids(policy)
-    most = positions(policy.network.lm.config)  # type: ignore[union-attr]
+    most = positions(policy.network.lm.config)
     prompts = [ids[: min(len(ids), 7, max(1, (most or 64) - NEW_TOKENS))], ids[:3]]
     few = replace(sampling, max_new_tokens=min(NEW_TOKENS, sampling.max_new_tokens))
     limit = tolerance(policy, torch.get_autocast_dtype(policy.device.type) if autocast is not None else None)
@@ -171,7 +171,7 @@ def vocabulary(policy: CausalLM) -> int:
 
 def sequences(policy: CausalLM) -> list[Tensor]:
     """Two rows of different lengths, within the positions that the model has."""
-    ids, most = token_ids(policy), positions(policy.network.lm.config) or 64  # type: ignore[union-attr]
+    ids, most = token_ids(policy), positions(policy.network.lm.config) or 64
     return [torch.tensor(row[:most], device=policy.device) for row in (ids[:8], ids[2:7])]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
@@ -21,7 +20,7 @@ from lit_rl.ranks import gather_objects
 
 
 @contextmanager
-def replaced(strategy: Strategy, target: Any) -> Iterator[Path]:
+def replaced(strategy: Strategy, target: str | Path) -> Iterator[Path]:
     """A folder to write a checkpoint into, which takes the place of `target` when every process has left the block without an exception.
 
     Each process then reads back the checksums of what it wrote; with all of them in its manifest the folder is whole.
@@ -64,7 +63,7 @@ def refuse_nan(strategy: Strategy, folder: Path, weights: Mapping[str, Tensor]) 
         raise ConfigError(f"checkpoint {folder} holds NaN in {listed(bad)}: training had failed when it was written, use an earlier one")
 
 
-def check_moments(strategy: Strategy, stored: Mapping[str, Any]) -> None:
+def check_moments(strategy: Strategy, stored: Mapping[str, object]) -> None:
     """Raise ConfigError before moments of another optimizer are restored. A run without training restores none."""
     if strategy.optimizers:
         checkpointed(strategy.lightning_module).check_moments(stored)

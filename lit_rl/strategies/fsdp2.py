@@ -86,10 +86,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         options = StateDictOptions(full_state_dict=not self.saves_shards, cpu_offload=True)
         state = get_optimizer_state_dict(self.model, plain, options=options)
         if self.saves_shards or not self.is_global_zero:
-            return state  # type: ignore[return-value]
+            return state
         return _renamed(state, {name: i for i, name in enumerate(_names(self.model, plain))})
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object | None = None) -> None:
         """Write a folder of shards that appears whole, or one file."""
         if not self.saves_shards:
             Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)  # the parent would remove a folder of shards first
@@ -98,7 +98,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, folder, storage_options)
 
     # ------------------------------------------------------------------ loading
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a folder of shards, or a file of an unsharded run."""
         path = Path(self.broadcast(checkpoint_path))
         trusted = weights_only is False

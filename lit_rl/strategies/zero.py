@@ -56,13 +56,13 @@ class ZeroStrategy(DeepSpeedStrategy):
             optimizer = self.deepspeed_engine.optimizer
             offload = getattr(optimizer, "parameter_offload", optimizer)  # without an optimizer to train with it is that itself
             for network in checkpointed(self.lightning_module).networks():
-                network.reshard = offload.partition_all_parameters  # type: ignore[assignment]
+                network.reshard = offload.partition_all_parameters
 
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: object, **kwargs: object) -> Tensor:
         """Lightning has divided the loss by `accumulate_grad_batches`; DeepSpeed would again, and clip at a multiple of what was asked."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object | None = None) -> None:
         """Write DeepSpeed's shards into a folder that appears whole."""
         module, named = self._module(), checkpointed(self.lightning_module)
         keys = named.checkpoint_keys()
@@ -76,7 +76,7 @@ class ZeroStrategy(DeepSpeedStrategy):
                 (folder / LAYOUT_FILE).write_text(json.dumps(named.checkpoint_shapes()))
                 (folder / OPTIMIZER_FILE).write_text(json.dumps(checkpoint.get("optimizer", {}), default=str))
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read DeepSpeed's shards, after a look at their layout and contents."""
         path = Path(checkpoint_path)
         if not (path / LAYOUT_FILE).is_file():

@@ -22,7 +22,7 @@ TRAINED = "default"
 
 def add_frozen_copy(network: nn.Module, name: str) -> None:
     """Add adapter `name`, frozen and equal to the trained one, which stays the active one."""
-    config = copy.deepcopy(network.peft_config[TRAINED])  # type: ignore[union-attr, index]
+    config = copy.deepcopy(network.peft_config[TRAINED])  # type: ignore[index]
     with using_adapter(network, TRAINED), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is what is wanted
         network.add_adapter(config, adapter_name=name)  # type: ignore[operator]
@@ -55,7 +55,7 @@ def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]
 
 def geometry(network: nn.Module) -> dict[str, Any]:
     """Facts about the trained adapter that a checkpoint keeps beside its weights: rank, alpha, and (rank, scaling) by layer."""
-    config: Any = network.peft_config[TRAINED]  # type: ignore[union-attr, index]
+    config: Any = network.peft_config[TRAINED]  # type: ignore[index]
     layers = {
         name: [int(layer.r[TRAINED]), float(layer.scaling[TRAINED])] for name, layer in named_tuner_layers(network) if TRAINED in layer.r
     }
@@ -89,7 +89,7 @@ def using_adapter(network: nn.Module, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _switched(network: nn.Module, attribute: str, value: Any) -> Iterator[None]:
+def _switched(network: nn.Module, attribute: str, value: object) -> Iterator[None]:
     # peft's enable_adapters and set_adapter would also flip requires_grad, which DDP, FSDP and the optimizer have already read.
     layers = tuner_layers(network)
     before = [getattr(layer, attribute) for layer in layers]
@@ -102,7 +102,7 @@ def _switched(network: nn.Module, attribute: str, value: Any) -> Iterator[None]:
             setattr(layer, attribute, old)
 
 
-def adapted_name(name: str, layer: Any) -> str:
+def adapted_name(name: str, layer: BaseTunerLayer) -> str:
     """The linear layer, or the parameter, that the adapter in a module of this name is for."""
     parameter = getattr(layer, "parameter_name", "weight")
     module = name.replace(".base_layer", "")  # wrappers of several parameters of a module lie in each other
@@ -114,12 +114,12 @@ def adapted_parameters(network: nn.Module) -> list[str]:
     return sorted({adapted_name(name, layer) for name, layer in named_tuner_layers(network) if hasattr(layer, "parameter_name")})
 
 
-def tuner_layers(network: nn.Module) -> list[Any]:
+def tuner_layers(network: nn.Module) -> list[BaseTunerLayer]:
     """PEFT's layers."""
     return [layer for _, layer in named_tuner_layers(network)]
 
 
-def named_tuner_layers(network: nn.Module) -> list[tuple[str, Any]]:
+def named_tuner_layers(network: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
     """Names and modules of PEFT's layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

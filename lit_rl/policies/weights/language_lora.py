@@ -18,11 +18,12 @@ from lit_rl.policies.weights.lora_sites import coverage, default_sites, named_si
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from transformers import PreTrainedModel
 
 CONFIG_FILE = "adapter_config.json"
 
 
-def add_language_lora(lm: Any, lora: LoraSettings, *, seed: int) -> None:
+def add_language_lora(lm: PreTrainedModel, lora: LoraSettings, *, seed: int) -> None:
     """Freeze a language model and add its trainable adapter: a new one drawn from `seed`, or that of `lora.initial`."""
     from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -53,7 +54,7 @@ def split_adapter(pretrained: str, lora: LoraSettings | None) -> tuple[str, Lora
     return (base, *started_from(pretrained, base, lora))
 
 
-def load_initial(lm: Any, lora: LoraSettings, *, layers: set[str] | None) -> None:
+def load_initial(lm: PreTrainedModel, lora: LoraSettings, *, layers: set[str] | None) -> None:
     """Add the adapter stored in `lora.initial` as the trained one, as stock PEFT reads it: its ranks, strengths and layers.
 
     Raises ConfigError for what is not plain LoRA, does not fit the model, or contradicts the settings.
@@ -126,16 +127,16 @@ def _without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix("base_model.model."): tensor for key, tensor in weights.items()}
 
 
-def merged(lm: Any, folder: Path) -> Any:
+def merged(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """`lm` with the adapter of a folder in its weights, as PEFT adds it. Of tied embeddings the output layer gets weights of its own."""
     from peft import PeftModel
 
     try:
-        model = PeftModel.from_pretrained(lm, folder)
+        model: Any = PeftModel.from_pretrained(lm, folder)
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         raise ConfigError(f"{str(folder)!r} cannot be added to this {type(lm).__name__}: {error}") from error
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
-    bare = [getattr(layer, "base_layer", layer) for layer in (head, embedding)]
+    bare: list[Any] = [getattr(layer, "base_layer", layer) for layer in (head, embedding)]
     if bare[0].weight is bare[1].weight and bare != [head, embedding]:
         bare[0].weight = nn.Parameter(bare[0].weight.detach().clone(), requires_grad=False)
         for config in (lm.config, lm.config.get_text_config()):
@@ -147,11 +148,11 @@ def merged(lm: Any, folder: Path) -> Any:
     return whole
 
 
-def save_adapter(lm: Any, folder: Path, weights: Mapping[str, Tensor], *, base: str) -> None:
+def save_adapter(lm: PreTrainedModel, folder: Path, weights: Mapping[str, Tensor], *, base: str) -> None:
     """adapter_model.safetensors and adapter_config.json, as PEFT names and reads them. base: the model that it belongs to."""
     from safetensors.torch import save_file
 
-    config = copy.copy(lm.peft_config[TRAINED])
+    config: Any = copy.copy(lm.peft_config[TRAINED])
     config.base_model_name_or_path, config.task_type, config.inference_mode = base, "CAUSAL_LM", True
     config.save_pretrained(folder)
     named = {f"base_model.model.{key.replace(f'.{TRAINED}.', '.')}": tensor for key, tensor in weights.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -134,7 +134,7 @@ def check_initial(network: nn.Module, settings: LoraSettings, *, layers: Collect
     )
 
 
-def check_plain(fields: Mapping[str, Any], *, where: str) -> None:
+def check_plain(fields: Mapping[str, object], *, where: str) -> None:
     """Raise ConfigError unless an adapter with this configuration of PEFT computes low-rank matrices alone, naming the field."""
     from peft import LoraConfig
 

@@ -10,15 +10,15 @@ from typing import Any
 from lit_rl.errors import ConfigError
 
 
-def _number(value: Any, kind: Any = int | float) -> bool:
+def _number(value: object, kind: Any = int | float) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _numbers(value: Any, kind: Any = int | float) -> bool:
+def _numbers(value: object, kind: Any = int | float) -> bool:
     return value is None or (isinstance(value, dict) and all(_number(v, kind) for v in value.values()))
 
 
-def _names(value: Any) -> bool:
+def _names(value: object) -> bool:
     if not isinstance(value, str):
         return value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
     try:
@@ -28,8 +28,8 @@ def _names(value: Any) -> bool:
     return True
 
 
-READABLE: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (lambda value: _number(value, int) and value > 0, "a whole number above 0"),
+READABLE: dict[str, tuple[Callable[[object], bool], str]] = {
+    "r": (lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0, "a whole number above 0"),
     "lora_alpha": (lambda value: _number(value) and value != 0, "a number other than 0, with which the adapter would do nothing"),
     "rank_pattern": (partial(_numbers, kind=int), "ranks by name"),
     "alpha_pattern": (_numbers, "numbers by name"),
@@ -40,7 +40,7 @@ READABLE: dict[str, tuple[Callable[[Any], bool], str]] = {
 """Fields of PEFT's configuration that it computes with without looking at them: what they may be."""
 
 
-def check_readable(fields: Mapping[str, Any], *, where: str) -> None:
+def check_readable(fields: Mapping[str, object], *, where: str) -> None:
     """Raise ConfigError for a field that PEFT cannot compute with, or that leaves the adapter without effect."""
     for field, (right, expected) in READABLE.items():
         if field in fields and not right(fields[field]):

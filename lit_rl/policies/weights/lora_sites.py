@@ -8,11 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lit_rl.errors import ConfigError, listed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROUTER = re.compile(r"router|gate|wg|shared_expert_gate")
 """Names of modules, or of modules around them, that choose experts. `gate_proj` of a gated MLP is none."""
@@ -37,7 +40,7 @@ def decoder_of(lm: Any) -> nn.Module:
     return lm.base_model if found is None else found
 
 
-def repeated_blocks(lm: Any) -> list[nn.Module]:
+def repeated_blocks(lm: nn.Module) -> list[nn.Module]:
     """The decoder layers: the longest list of modules of the decoder that is not inside of another (experts of a layer are)."""
     decoder = decoder_of(lm)
     lists = [(name, module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
@@ -49,7 +52,7 @@ def repeated_blocks(lm: Any) -> list[nn.Module]:
     return list(max(outer, key=lambda blocks: len(list(blocks))))
 
 
-def default_sites(lm: Any) -> Sites:
+def default_sites(lm: PreTrainedModel) -> Sites:
     """Every linear layer and every fused expert of the blocks, but routers and layers whose weight the model reads past the layer."""
     blocks = _block_names(lm)
     layers = [name for name, layer in _linear(lm) if name.startswith(blocks) and not _routes(lm, name) and not bypassed(lm, name)]
@@ -57,7 +60,7 @@ def default_sites(lm: Any) -> Sites:
     return Sites(layers, experts)
 
 
-def named_sites(lm: Any, targets: Sequence[str]) -> Sites:
+def named_sites(lm: PreTrainedModel, targets: Sequence[str]) -> Sites:
     """The layers and fused experts of the decoder and its output layer whose names end in one of `targets`. Raises where none does."""
     inside, head = _reach(lm)
     layers = [name for name, _ in _linear(lm) if name.startswith(inside) or name == head]
@@ -79,7 +82,7 @@ def named_sites(lm: Any, targets: Sequence[str]) -> Sites:
     return chosen
 
 
-def reachable(lm: Any) -> set[str]:
+def reachable(lm: PreTrainedModel) -> set[str]:
     """Names of everything that an adapter from elsewhere may sit on: what training reaches, routers too. For a model without adapters."""
     inside, head = _reach(lm)
     own = ((name, module, getattr(module, "weight", None)) for name, module in lm.named_modules() if name.startswith(inside))
@@ -87,7 +90,7 @@ def reachable(lm: Any) -> set[str]:
     return {head} | Sites([name for name in matrices if not bypassed(lm, name)], _fused(lm)).names
 
 
-def peft_targets(network: nn.Module, sites: Sites) -> dict[str, list[str]]:
+def peft_targets(network: PreTrainedModel, sites: Sites) -> dict[str, list[str]]:
     """`target_modules` and `target_parameters` of a `LoraConfig` for exactly these sites: the shortest endings that name nothing else."""
     rewritten = _rewritten(network, {name.rpartition(".")[2] for name in sites.layers})
     layers = [name for name in sites.layers if name.rpartition(".")[2] not in rewritten]
@@ -99,7 +102,7 @@ def peft_targets(network: nn.Module, sites: Sites) -> dict[str, list[str]]:
     }
 
 
-def coverage(lm: Any, sites: Sites) -> str:
+def coverage(lm: PreTrainedModel, sites: Sites) -> str:
     """A sentence: the share of the blocks' matrices that adapters sit on, and the matrices without one."""
     blocks, chosen = _block_names(lm), {*sites.experts, *(f"{name}.weight" for name in sites.layers)}
     sizes = {n: p.numel() for n, p in lm.named_parameters() if n.startswith(blocks) and p.ndim > 1}
@@ -117,7 +120,7 @@ def coverage(lm: Any, sites: Sites) -> str:
     return f"{said}; left out: {left}{why}. lora.targets chooses other layers, by the ends of their names"
 
 
-def bypassed(lm: Any, name: str) -> bool:
+def bypassed(lm: PreTrainedModel, name: str) -> bool:
     """True where a state-space module reads the layer's weight itself, for a kernel of its own: an adapter there has no effect."""
     parent, _, leaf = name.rpartition(".")
     cls: Any = type(lm.get_submodule(parent))
@@ -125,13 +128,13 @@ def bypassed(lm: Any, name: str) -> bool:
 
 
 # ---------------------------------------------------------------------- what is where
-def _linear(lm: Any) -> list[tuple[str, nn.Module]]:
+def _linear(lm: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     from transformers.pytorch_utils import Conv1D
 
     return [(name, module) for name, module in lm.named_modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
-def _fused(lm: Any) -> list[str]:
+def _fused(lm: PreTrainedModel) -> list[str]:
     """Three-dimensional weights of modules of experts."""
     found = []
     for name, module in lm.named_modules():
@@ -140,13 +143,13 @@ def _fused(lm: Any) -> list[str]:
     return found
 
 
-def _routes(lm: Any, name: str) -> bool:
+def _routes(lm: PreTrainedModel, name: str) -> bool:
     parts = name.split(".")
     classes = (type(lm.get_submodule(".".join(parts[:i]))).__name__ for i in range(1, len(parts) + 1))
     return any(ROUTER.fullmatch(part) for part in parts) or any(re.search("Router|TopKGating", kind) for kind in classes)
 
 
-def _block_names(lm: Any) -> tuple[str, ...]:
+def _block_names(lm: PreTrainedModel) -> tuple[str, ...]:
     blocks = {id(block) for block in repeated_blocks(lm)}
     return tuple(f"{name}." for name, module in lm.named_modules() if id(module) in blocks)
 
@@ -155,7 +158,7 @@ def _name_of(lm: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in lm.named_modules() if module is wanted)
 
 
-def _reach(lm: Any) -> tuple[str, str]:
+def _reach(lm: PreTrainedModel) -> tuple[str, str]:
     """The prefix of the names of the decoder, and the name of the output layer."""
     return f"{_name_of(lm, decoder_of(lm))}.".removeprefix("."), _name_of(lm, lm.get_output_embeddings())
 
@@ -181,7 +184,7 @@ def _read_weights(cls: type) -> frozenset[str]:
 
 
 # ---------------------------------------------------------------------- how PEFT is told
-def _rewritten(network: Any, leaves: Iterable[str]) -> set[str]:
+def _rewritten(network: PreTrainedModel, leaves: Iterable[str]) -> set[str]:
     """Names that PEFT takes for the experts of transformers 4 in this model, and aims at the fused ones: `gate_proj` of a shared expert."""
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers

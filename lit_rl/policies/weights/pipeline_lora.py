@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_rl.checkpoints.weights import read_tensors
 from lit_rl.errors import ConfigError, listed
+from lit_rl.policies.pretrained import Pipeline
 from lit_rl.policies.weights.adapters import TRAINED, adapter_parameters, to_float32, tuner_layers
 from lit_rl.policies.weights.lora import LoraSettings, check_initial, check_plain, linear_names, started_from
 
@@ -29,13 +30,13 @@ def split_adapter(pretrained: str, lora: LoraSettings | None) -> tuple[str, Lora
     folder = Path(pretrained).expanduser()
     if (folder / "model_index.json").is_file() or not folder.is_dir() or not any(folder.glob("*lora*.safetensors")):
         return pretrained, lora
-    base = adapter_metadata(adapter_file(folder)).get("base_model_name_or_path")
+    base = str(adapter_metadata(adapter_file(folder)).get("base_model_name_or_path") or "")
     if not base:
         raise ConfigError(f"pretrained: {pretrained!r} is a LoRA adapter that names no base: give the pipeline, and this as lora.initial")
     return base, started_from(pretrained, base, lora)[0]
 
 
-def load_initial(pipe: Any, lora: LoraSettings) -> None:
+def load_initial(pipe: Pipeline, lora: LoraSettings) -> None:
     """Freeze the pipeline's transformer and add the adapter of `lora.initial` as the trained one, with the effect that it has in stock
     diffusers: its own strengths and ranks, kohya's and xlabs' files too.
 
@@ -46,7 +47,7 @@ def load_initial(pipe: Any, lora: LoraSettings) -> None:
     metadata = _check_file(file, where)
     before = {name: weight.shape for name, weight in network.named_parameters()}
     try:
-        stored = type(pipe).lora_state_dict(str(file))
+        stored = pipe.lora_state_dict(str(file))
         pipe.load_lora_weights(str(file), adapter_name=TRAINED)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise ConfigError(f"{where} is not read by diffusers for this {type(pipe).__name__}: {error}") from error
@@ -69,7 +70,7 @@ def linear_names_of(network: nn.Module, targets: list[str]) -> set[str]:
     return {name for name in names if any(name == t or name.endswith("." + t) for t in targets)}
 
 
-def _take_over(network: Any, lora: LoraSettings, metadata: Mapping[str, Any]) -> None:
+def _take_over(network: Any, lora: LoraSettings, metadata: Mapping[str, object]) -> None:
     """Train what diffusers has read, and nothing else, with the dropout of the settings."""
     network.requires_grad_(False)
     for parameter in adapter_parameters(network, TRAINED).values():
@@ -94,7 +95,7 @@ def adapter_file(path: Path) -> Path:
     return found[0]
 
 
-def adapter_metadata(file: Path) -> dict[str, Any]:
+def adapter_metadata(file: Path) -> dict[str, object]:
     """PEFT's configuration of the transformer's adapter as diffusers stores it in the file's header; empty where there is none."""
     from safetensors import SafetensorError, safe_open
 
@@ -108,7 +109,7 @@ def adapter_metadata(file: Path) -> dict[str, Any]:
     return {key.removeprefix(PREFIX): value for key, value in stored.items() if key.startswith(PREFIX)}
 
 
-def _check_file(file: Path, where: str) -> dict[str, Any]:
+def _check_file(file: Path, where: str) -> dict[str, object]:
     metadata = adapter_metadata(file)
     check_plain(metadata, where=repr(str(file)))
     names = list(read_tensors(file, what=where))
