@@ -112,27 +112,6 @@ def leave_one_out(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> Float
     return torch.where(_informative(values, index, valid), bessel * (values - stats.mean), 0.0).to(rewards.dtype)
 
 
-def ranked_advantages(
-    rewards: Float[Tensor, "B"], group: Int[Tensor, "B"], *, kind: Literal["reward", "best", "best_worst"]
-) -> Float[Tensor, "B"]:
-    """Weights for imitation and preference losses. NaN rows get 0.
-
-    - reward: r itself (reward-weighted regression)
-    - best: 1 for every maximum of a group, 0 elsewhere (supervised on the best)
-    - best_worst: 1 for the first maximum, -1 for the first minimum (preference pairs); 0 in groups without a difference
-    """
-    values, index = rewards.double(), _index(group)
-    valid = ~values.isnan()
-    if kind == "reward":
-        return rewards.nan_to_num(nan=0.0)
-    highest, lowest = _extremes(values, index, valid)
-    if kind == "best":
-        return (valid & (values == highest)).to(rewards.dtype)
-    some = _informative(values, index, valid)
-    best, worst = some & (values == highest), some & (values == lowest)
-    return (_first(best, index).double() - _first(worst, index).double()).to(rewards.dtype)
-
-
 class GroupStatistics(NamedTuple):
     """Of each row's group: mean and std of its scored rewards, and how many these are."""
 

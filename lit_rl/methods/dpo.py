@@ -41,7 +41,7 @@ class DPO(LitTokens):
         kwargs: See `LitTokens`.
     """
 
-    together = 2
+    unit_size = 2
     sources = (PairSource,)
     datamodules = "datamodules.pairs.PreferencePairs"
 
@@ -79,6 +79,9 @@ class DPO(LitTokens):
 
     def needs_rewards(self) -> bool:
         return False
+
+    def longest_sequence(self) -> int:
+        return self.source(PairSource).max_length
 
     # ------------------------------------------------------------------ pairs for a rollout
     def collect(self, prompts: Prompts) -> TokenRollout:

@@ -50,6 +50,9 @@ class SFT(LitTokens):
     def generates(self) -> bool:
         return self.scorer is not None or self.trainer.predicting
 
+    def longest_sequence(self) -> int:
+        return self.source(SupervisedSource).max_length
+
     def collect(self, prompts: Prompts) -> TokenRollout:
         return self.demonstrations(prompts)
 

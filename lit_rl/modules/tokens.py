@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any
@@ -19,7 +20,7 @@ from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.replay.batches import TokenBatch, finite_rows, token_batch, without_rows
 from lit_rl.replay.partition import balanced_parts
-from lit_rl.replay.sources import Kind, PairSource, S, source_of
+from lit_rl.replay.sources import Kind, S, source_of
 from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.start_check import check_logprobs
 from lit_rl.types import Minibatch, Prompts, TokenRollout
@@ -43,7 +44,7 @@ class LitTokens(LitRL[TokenRollout]):
 
     samples, actions = "answers", "tokens"
     policy: TokenPolicy
-    together = 1
+    unit_size = 1
     """Neighbouring sequences that must stand in the same micro-batch."""
 
     stored_with: Sequence[str] = ("prompts_per_update",)
@@ -165,11 +166,11 @@ class LitTokens(LitRL[TokenRollout]):
     def micro_batches_within(self, tokens: int) -> int:
         """How many an optimizer step needs on each process so that the longest sequences there can be fit into so many tokens each."""
         longest = self.longest_sequence()
-        fit = tokens // longest // self.together * self.together
+        fit = tokens // longest // self.unit_size * self.unit_size
         if fit < 1:
             raise ConfigError(
-                f"model.micro_batch_tokens={tokens} holds no {self.together} of the longest sequences, which have {longest} tokens: set it "
-                f"to at least {longest * self.together}, or allow shorter ones"
+                f"model.micro_batch_tokens={tokens} holds no {self.unit_size} of the longest sequences, which have {longest} tokens: set "
+                f"it to at least {longest * self.unit_size}, or allow shorter ones"
             )
         needed = -(-self.prompts_per_update // self.trainer.world_size * self.group_size // fit)
         if self.trainer.accumulate_grad_batches not in (1, needed):
@@ -179,14 +180,14 @@ class LitTokens(LitRL[TokenRollout]):
             )
         return needed
 
+    @abstractmethod
     def longest_sequence(self) -> int:
         """Tokens of the longest sequence that the options let through."""
-        return self.source(PairSource).max_length
 
     @property
     def units_per_prompt(self) -> int:
         """Pieces of a prompt's sequences that may stand in different micro-batches, at least."""
-        return self.group_size // self.together
+        return self.group_size // self.unit_size
 
     @property
     def updates(self) -> int:
@@ -233,7 +234,7 @@ class LitTokens(LitRL[TokenRollout]):
 
     def units(self, rollout: TokenRollout, rows: Tensor) -> list[Tensor]:
         """`rows` in pieces that stay whole."""
-        return list(rows.view(-1, self.together))
+        return list(rows.view(-1, self.unit_size))
 
     def micro_batches(self, rollout: TokenRollout, units: Sequence[Tensor], parts: int) -> list[Tensor]:
         """`units` in `parts` of about equal cost, each of similar lengths."""

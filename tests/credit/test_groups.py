@@ -16,7 +16,6 @@ from lit_rl.credit.groups import (
     group_statistics,
     leave_one_out,
     per_reward_advantages,
-    ranked_advantages,
     total_reward,
 )
 
@@ -157,13 +156,6 @@ def test_leave_one_out_by_hand():
     torch.testing.assert_close(result, f64(-3, 0, -1.5, 0, 4.5))
 
 
-def test_ranked_advantages_by_hand():
-    rewards, group = f64(1, 3, 3, 2, 2, NAN, 7), torch.tensor([0, 0, 0, 1, 1, 0, 2])
-    assert ranked_advantages(rewards, group, kind="best").tolist() == [0, 1, 1, 1, 1, 0, 1]
-    assert ranked_advantages(rewards, group, kind="best_worst").tolist() == [-1, 1, 0, 0, 0, 0, 0]
-    assert ranked_advantages(rewards, group, kind="reward").tolist() == [1, 3, 3, 2, 2, 0, 7]
-
-
 def test_group_metrics_by_hand():
     """Groups (0, 2), (5), (1, 1), (NaN, NaN): mean of 0, 2, 5, 1, 1 is 1.8; stds 1, 0, 0, 0; three of four groups teach nothing."""
     metrics = group_metrics(f64(0, 5, 2, 1, 1, NAN, NAN), torch.tensor([3, 4, 3, 5, 5, 6, 6]))
@@ -248,15 +240,7 @@ def test_stat_trackers(golden_dir):
         check_advantages(key, group_advantages(total, group, std=std))
     check_advantages("genrl_weight_advantages", per_reward_advantages(rewards, group, weights=weights, std="group"))
     check("fg_no_tracking", group_advantages(total, torch.zeros_like(group), std="batch"))
-    check("fg_rwr", ranked_advantages(total, group, kind="reward"))
-    check("fg_sft", ranked_advantages(total, group, kind="best"))
     assert group_metrics(total, group)["zero_std_ratio"] == pytest.approx(float(data["zero_std_ratio"]))
-
-    # Upstream makes a pair of the first two members of a group without a difference; we make none.
-    kept, pairs = data["dpo_keep_index"], ranked_advantages(total, group, kind="best_worst")[data["dpo_keep_index"]]
-    flat = group[kept] == data["zero_std_group"]
-    assert (pairs[flat] == 0).all()
-    assert_close(pairs[~flat], data["fg_dpo"][~flat])
 
 
 @pytest.mark.golden

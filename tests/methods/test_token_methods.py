@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from toy_text import Digits, policy, trainer
 
+from datamodules.supervised import SupervisedText
 from lit_rl.credit.rules import LengthPenalty, LengthWeighted, PassAtK, ReturnsBaseline
 from lit_rl.errors import ConfigError
 from lit_rl.losses.kl import KL, RewardKL
@@ -199,6 +200,15 @@ def test_a_token_budget_is_kept_and_does_not_change_a_step(name: str, tokens: in
     run.fit(method, datamodule=Digits())
     assert run.accumulate_grad_batches == parts and 0 < widest <= tokens
     torch.testing.assert_close(weights(method), whole, rtol=1e-6, atol=1e-6)
+
+
+def test_a_token_budget_of_demonstrations_asks_for_no_pairs(folder: Path, tmp_path: Path) -> None:
+    """Rows of at most 8 tokens, two in 16: four rows are two micro-batches."""
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "{n}=", "response": "{n % 10}"}}\n' for n in range(10, 18)))
+    method = SFT(policy(folder), prompts_per_iteration=4, micro_batch_tokens=16, optimizer=SGD)
+    run = trainer(max_epochs=1, limit_val_batches=0, callbacks=[])
+    run.fit(method, datamodule=SupervisedText(train=str(tmp_path / "rows.jsonl"), max_length=8))
+    assert run.accumulate_grad_batches == 2
 
 
 def test_a_token_budget_that_cannot_be_kept_is_refused(folder: Path) -> None:
