@@ -31,7 +31,6 @@ def group_advantages(
     eps: float = 1e-4,
     std_floor: float = 0.0,
     trim: float = 0.0,
-    clip: float | None = None,
 ) -> Float[Tensor, "B"]:
     """A_i = (r_i - mean of its group) / (max(std, std_floor) + eps): GRPO (arXiv 2402.03300, section 4.1.2). Groups may differ in size.
 
@@ -40,7 +39,7 @@ def group_advantages(
     | Flow-Factory   | batch     | 0    | 0    | 1e-6      |        | GenRL        | max_group | 0    | 1e-4 |
 
     Without groups, pass zeros as `group` (REINFORCE with a batch baseline). With std "none", A_i = r_i - mean (Dr. GRPO, arXiv 2503.20783).
-    trim: share of each group, its lowest rewards, left out of the group's mean and std (MixGRPO). clip: to [-clip, clip] at the end.
+    trim: share of each group, its lowest rewards, left out of the group's mean and std (MixGRPO).
     """
     values, index = rewards.double(), _index(group)
     valid = ~values.isnan()
@@ -52,8 +51,7 @@ def group_advantages(
         batch = _statistics(values, torch.zeros_like(index), valid, ddof=ddof)
         deviation = {"group": stats.std, "batch": batch.std, "max_group": stats.std.amax().expand_as(values)}[std]
         scale = deviation.clamp(min=std_floor) + eps
-    result = torch.where(_informative(values, index, valid), (values - stats.mean) / scale, 0.0)
-    return (result if clip is None else result.clamp(-clip, clip)).to(rewards.dtype)
+    return torch.where(_informative(values, index, valid), (values - stats.mean) / scale, 0.0).to(rewards.dtype)
 
 
 def total_reward(rewards: Rewards, weights: Weights) -> Float[Tensor, "B"]:
@@ -63,9 +61,7 @@ def total_reward(rewards: Rewards, weights: Weights) -> Float[Tensor, "B"]:
     return torch.stack(terms).sum(0)
 
 
-def per_reward_advantages(
-    rewards: Rewards, group: Int[Tensor, "B"], *, weights: Weights, clip: float | None = None, **options: Any
-) -> Float[Tensor, "B"]:
+def per_reward_advantages(rewards: Rewards, group: Int[Tensor, "B"], *, weights: Weights, **options: Any) -> Float[Tensor, "B"]:
     """sum_k w_k A_k, A_k = `group_advantages` of reward k with `options`: GenRL's weighted advantages, MixGRPO's advantage aggregation.
 
     However large a reward's numbers are, its say is w_k; a reward that is constant in a group says nothing there. A row that lacks any
@@ -76,7 +72,7 @@ def per_reward_advantages(
     for name, weight in _weight_rows(rewards, weights).items():
         known = torch.where(scored, rewards[name], torch.nan)
         result = result + torch.where(weight == 0, 0.0, weight * group_advantages(known, group, **options))
-    return result if clip is None else result.clamp(-clip, clip)
+    return result
 
 
 def gdpo_advantages(
@@ -87,7 +83,6 @@ def gdpo_advantages(
     ddof: int = 0,
     eps: float = 0.0,
     std_floor: float = 1e-6,
-    clip: float | None = None,
 ) -> Float[Tensor, "B"]:
     """S = sum_k w_k (r_k - mean of group) / std of group; A = (S - mean of batch) / std of batch: GDPO (arXiv 2601.05242).
 
@@ -100,7 +95,7 @@ def gdpo_advantages(
     index = _index(group)
     counts = torch.stack([_informative(rewards[k].double(), index, scored) & (w != 0) for k, w in _weight_rows(rewards, weights).items()])
     result = torch.where(counts.any(0), (combined - batch.mean) / (batch.std.clamp(min=std_floor) + eps), 0.0)
-    return (result if clip is None else result.clamp(-clip, clip)).to(next(iter(rewards.values())).dtype)
+    return result.to(next(iter(rewards.values())).dtype)
 
 
 def leave_one_out(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
@@ -151,23 +146,18 @@ class PromptTracker:
     """A = (r - mean) / (std + eps) against *everything* a prompt has earned so far, not only this iteration's group.
 
     For small groups (or groups of one) of prompts that come again. Keys are whatever names the prompt across iterations, e.g. its text.
-    window: only the last so many rewards of each prompt count (default: all). std "batch" divides by this batch's std instead.
+    std "batch" divides by this batch's std instead.
     """
 
-    def __init__(self, *, window: int | None = None, std: Literal["prompt", "batch"] = "prompt", eps: float = 1e-4) -> None:
-        if window is not None and window < 2:
-            raise ValueError(f"window {window} leaves nothing to compare a reward with; set it to 2 or more, or to null for no limit")
-        self.window, self.std, self.eps = window, std, eps
+    def __init__(self, *, std: Literal["prompt", "batch"] = "prompt", eps: float = 1e-4) -> None:
+        self.std, self.eps = std, eps
         self.history: dict[str, list[float]] = {}
 
     def update(self, keys: Sequence[str], rewards: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
         """Take in the rewards of all ranks, in the same order on every rank; returns their advantages. NaN is not remembered."""
         for key, reward in zip(keys, rewards.tolist(), strict=True):
             if reward == reward:  # not NaN
-                past = self.history.setdefault(key, [])
-                past.append(reward)
-                if self.window is not None:
-                    del past[: -self.window]
+                self.history.setdefault(key, []).append(reward)
         values = rewards.double()
         tensors = {key: torch.tensor(self.history.get(key, [0.0]), dtype=torch.float64) for key in set(keys)}
         of_row = [tensors[key] for key in keys]

@@ -37,6 +37,7 @@ class Advantage:
             batch; for `history` the prompt's own over all its rewards. Not for `gdpo`, which has its own two.
         ddof: 1 for the unbiased standard deviation (DanceGRPO), 0 otherwise.
         eps: Added to the divisor.
+        trim: Share of each group, its lowest rewards, left out of the group's mean and deviation (MixGRPO); for `sum` and `per_reward`.
         clip: Advantages are clamped to [-clip, clip].
         drop_zero: Leave what has advantage 0 out of the mean, and spend no forward on it.
     """
@@ -45,6 +46,7 @@ class Advantage:
     std: Scale | None = None
     ddof: int = 0
     eps: float = 1e-4
+    trim: float = 0.0
     clip: float = 5.0
     drop_zero: bool = False
 
@@ -53,7 +55,8 @@ class Advantage:
             raise ConfigError(f"model.advantage.clip={self.clip} must be above 0; Flow-GRPO uses 5")
         if self.eps < 0:
             raise ConfigError(f"model.advantage.eps={self.eps} must not be negative; Flow-GRPO uses 1e-4")
-
+        if not 0 <= self.trim < 1 or (self.trim and self.kind not in ("sum", "per_reward")):
+            raise ConfigError(f"model.advantage.trim={self.trim} must be in [0, 1), and 0 for kind={self.kind}, which knows no trimming")
         if self.kind == "gdpo" and self.std is not None:
             raise ConfigError(f"model.advantage.std={self.std} has no meaning for gdpo: leave it out")
         if self.kind == "history" and (self.std not in (None, "batch") or self.ddof):
@@ -77,14 +80,15 @@ class Advantage:
 
         rewards: by name, Float64 "B"; total: their weighted sum; group: Int "B"; prompts: B texts.
         """
+        std: Scale = self.std or "batch"
         if tracker is not None:
             values = tracker.update(prompts, total)
         elif self.kind == "gdpo":
             values = gdpo_advantages(dict(rewards), group, weights=weights, ddof=self.ddof, eps=self.eps)
         elif self.kind == "per_reward":
-            values = per_reward_advantages(dict(rewards), group, weights=weights, std=self.std or "batch", ddof=self.ddof, eps=self.eps)
+            values = per_reward_advantages(dict(rewards), group, weights=weights, std=std, ddof=self.ddof, eps=self.eps, trim=self.trim)
         else:
-            values = group_advantages(total, group, std=self.std or "batch", ddof=self.ddof, eps=self.eps)
+            values = group_advantages(total, group, std=std, ddof=self.ddof, eps=self.eps, trim=self.trim)
         return values.clamp(-self.clip, self.clip)
 
 

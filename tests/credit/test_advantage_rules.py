@@ -28,6 +28,7 @@ def credited(rule: Advantage) -> Tensor:
         (Advantage(), group_advantages(TOTAL, GROUP)),
         (Advantage(std="group", ddof=1, eps=1e-8), group_advantages(TOTAL, GROUP, std="group", ddof=1, eps=1e-8)),
         (Advantage(kind="per_reward", std="max_group"), per_reward_advantages(REWARDS, GROUP, weights=WEIGHTS, std="max_group", eps=1e-4)),
+        (Advantage(trim=0.5, std="none"), group_advantages(TOTAL, GROUP, std="none", trim=0.5)),
         (Advantage(kind="gdpo", ddof=1), gdpo_advantages(REWARDS, GROUP, weights=WEIGHTS, ddof=1, eps=1e-4)),
         (Advantage(kind="history"), group_advantages(TOTAL, GROUP, std="group")),
         (Advantage(kind="history", std="batch"), group_advantages(TOTAL, GROUP, std="batch")),
@@ -44,7 +45,15 @@ def test_clip() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [dict(clip=0.0), dict(eps=-1.0), dict(kind="gdpo", std="group"), dict(kind="history", std="group"), dict(kind="history", ddof=1)],
+    [
+        dict(clip=0.0),
+        dict(eps=-1.0),
+        dict(kind="gdpo", std="group"),
+        dict(kind="history", std="group"),
+        dict(kind="history", ddof=1),
+        dict(trim=1.0),
+        dict(kind="gdpo", trim=0.1),
+    ],
 )
 def test_what_a_kind_cannot_use_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"model\.advantage"):
