@@ -53,11 +53,11 @@ class OldPolicySync(RLCallback):
         return self._synced_at == self._trainer.global_step
 
     def acting(self) -> AbstractContextManager[None]:
-        """Inside it the old policy answers; see `WeightCopy.answering`."""
+        """Inside it the old policy answers; see `WeightCopy.applied`."""
         if self.is_current:
             return nullcontext()
         assert self._copy is not None, "the old policy exists from the first rollout on"
-        return self._copy.answering(self._module.policy)
+        return self._copy.applied(self._module.policy)
 
     # ------------------------------------------------------------------ life of the copy
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:

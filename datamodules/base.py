@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import lightning as L
 import torch
-from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL
 from lit_rl.replay.loader import ReplayLoader
 from lit_rl.replay.sources import PromptSource
 from lit_rl.seeding import generator
-from lit_rl.types import ALL, Info, Prompts
+from lit_rl.types import Info, Prompts
 
 
 class Batches:
@@ -80,9 +79,6 @@ class PromptDataModule(L.LightningDataModule, PromptSource):
         for rows in (self.train_prompts if stage == "fit" else (), self.held_out):
             place = getattr(rows, "place", None)
             yield from rows if place is None else ({**row, "place": place(i)} for i, row in enumerate(rows))
-
-    def examples(self, step: int, count: int, part: slice = ALL) -> tuple[Sequence[Info], Tensor]:
-        raise ConfigError(f"{type(self).__name__} has no images to imitate: leave model.supervised out, or use datamodules.rendered_text")
 
     def train_dataloader(self) -> ReplayLoader:
         """The rollouts of this epoch, which the method collects itself."""

@@ -406,6 +406,8 @@ class LitRL(L.LightningModule, ABC, Generic[R]):
             self.source(kind)
         if stage == "fit":
             check_optimizer(self.optimizer, self.lr_scheduler, self.supervised)
+            if self.supervised:
+                source_of(self.data, ExampleSource, who="model.supervised", use="datamodules.rendered_text.RenderedText or Inpainting")
             if self.scorer is None and self.needs_rewards():
                 refuse_no_rewards(type(self).__name__)
 

@@ -20,7 +20,6 @@ from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.replay.batches import TokenBatch, finite_rows, token_batch, without_rows
 from lit_rl.replay.partition import balanced_parts
-from lit_rl.replay.sources import Kind, S, source_of
 from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.start_check import check_logprobs
 from lit_rl.types import Minibatch, Prompts, TokenRollout
@@ -70,10 +69,6 @@ class LitTokens(LitRL[TokenRollout]):
         self.aggregation: Aggregation = aggregation
 
     # ------------------------------------------------------------------ life
-    def source(self, kind: Kind[S]) -> S:
-        """The datamodule as a source of this kind. Raises ConfigError that names what it lacks."""
-        return source_of(self.data, kind, who=type(self).__name__, use=self.datamodules)
-
     def setup(self, stage: str) -> None:
         self.check_sizes()
         super().setup(stage)

@@ -148,7 +148,7 @@ def is_learned(message: Message) -> bool:
     return all(message.get(name) is None or bool(message[name]) for name in SWITCHES)
 
 
-def joined(prompt: Sequence[Message], answer: Sequence[Message]) -> tuple[list[Message], int, int]:
+def conversation_of(prompt: Sequence[Message], answer: Sequence[Message]) -> tuple[list[Message], int, int]:
     """A prompt and its answer as one conversation, the number of the first message that is the answer's, and how many characters of that
     one are the prompt's: an answer to a prompt that ends in the assistant's own words continues them."""
     if prompt and answer and prompt[-1]["role"] == answer[0]["role"] == "assistant":
@@ -170,7 +170,7 @@ def answer_ids(
 
     The answer starts at its first learned token, and not before the second of all, for nothing predicts the first.
     """
-    messages, first, prefill = joined(prompt, answer)
+    messages, first, prefill = conversation_of(prompt, answer)
     ids, mask = conversation_ids(tokenizer, messages, first=first, prefill=prefill, stop_ids=stop_ids, **template)
     if True not in mask:
         return ids, AnswerIds([], [])

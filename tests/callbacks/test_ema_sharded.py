@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from callbacks.ema import EMA
-from lit_rl.policies.weights.shards import cut, joined, part
+from lit_rl.policies.weights.shards import gather_parts, part, part_of
 
 STEPS = 4
 
@@ -94,7 +94,7 @@ def sharded_run(rank: int, port: int, folder: str) -> None:
         before = {n: part(p).clone() for n, p in policy.trainable()}
         act(policy, how)
         average.swap_in(module)  # type: ignore[arg-type]
-        evaluated = {n: joined(part(p), p) for n, p in policy.trainable()}
+        evaluated = {n: gather_parts(part(p), p) for n, p in policy.trainable()}
         act(policy, how)
         average.swap_out(module)  # type: ignore[arg-type]
 
@@ -106,14 +106,16 @@ def sharded_run(rank: int, port: int, folder: str) -> None:
         again.on_load_checkpoint(trainer, module, checkpoint)  # type: ignore[arg-type]
         restored = SimpleNamespace(policy=fresh, warming_up=False)
         again.on_train_start(trainer, restored)  # type: ignore[arg-type]
-        live = {n: joined(part(p), p) for n, p in policy.trainable()}
+        live = {n: gather_parts(part(p), p) for n, p in policy.trainable()}
         answers[how] = {
             "live": live,
             "stored": stored,
             "evaluated": evaluated,
             "exact": all(torch.equal(part(p), before[n]) for n, p in policy.trainable()),
             "restored": again.averaged_weights(trainer, restored),  # type: ignore[arg-type]
-            "inverse": all([torch.equal(joined(cut(live[n], p), p), live[n]) for n, p in policy.trainable()]),  # a collective: no short cut
+            "inverse": all(
+                [torch.equal(gather_parts(part_of(live[n], p), p), live[n]) for n, p in policy.trainable()]
+            ),  # a collective: no short cut
         }
     torch.save(answers, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

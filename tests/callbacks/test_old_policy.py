@@ -141,17 +141,17 @@ def test_each_policy_answers_with_its_own_weights_under_autocast() -> None:
             return policy.velocity(x, t, cond)
 
     live = answer()
-    with old.answering(policy):
+    with old.applied(policy):
         copied = answer()
     assert (live - copied).abs().max() > 0.1, "or the test could not tell them apart"
     with torch.autocast("cpu", torch.bfloat16):
-        with torch.no_grad(), old.answering(policy):
+        with torch.no_grad(), old.applied(policy):
             assert torch.equal(policy.velocity(x, t, cond), copied)
         new = policy.velocity(x, t, cond)
     assert torch.equal(new, live)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         policy.velocity(x, t, cond)
-        with old.answering(policy):
+        with old.applied(policy):
             assert torch.equal(policy.velocity(x, t, cond), copied)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from toy import toy_method, toy_trainer
 
 from datamodules.base import PromptDataModule
 from datamodules.inpainting import Inpainting
@@ -15,6 +17,7 @@ from datamodules.prompts_text import TextPrompts
 from datamodules.rendered_text import RenderedText
 from datamodules.supervised import SupervisedText
 from lit_rl.errors import ConfigError
+from lit_rl.modules.supervised import Supervised
 from lit_rl.replay import sources
 from lit_rl.replay.sources import ExampleSource, PairSource, PromptSource, SupervisedSource, TextSource, members, source_of
 
@@ -43,6 +46,15 @@ def test_a_datamodule_of_ones_own_need_not_inherit() -> None:
     wanted = r"^data: SimpleNamespace has no `pair_ids`, which DPO asks for: use datamodules\.pairs\.PreferencePairs, or .* with pair_ids, "
     with pytest.raises(ConfigError, match=wanted):
         source_of(own, PairSource, who="DPO", use="datamodules.pairs.PreferencePairs")
+
+
+def test_a_warm_up_needs_images_to_imitate(tmp_path: Path) -> None:
+    class Prompts(PromptDataModule):
+        """Prompts alone."""
+
+    method = toy_method(supervised=Supervised(warmup_steps=1))
+    with pytest.raises(ConfigError, match=r"Prompts has no `examples`, which model\.supervised asks for: use datamodules\.rendered_text"):
+        toy_trainer(tmp_path).fit(method, Prompts([{"prompt": "1"}] * 4))
 
 
 def test_a_prompt_module_that_only_names_prompts_serves_no_examples() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Policy
 from lit_rl.policies.weights.decay import ema_update
-from lit_rl.policies.weights.shards import cut, joined, part, reachable, reshard
+from lit_rl.policies.weights.shards import gather_parts, part, part_of, reshard, sendable
 
 
 class OldPolicy(Protocol):
@@ -55,9 +55,9 @@ class WeightCopy:
         for name, parameter in policy.trainable():
             tensor = saved[name] if saved else torch.empty(parameter.ds_shape)  # type: ignore[attr-defined]
             if hasattr(parameter, "ds_shape"):
-                tensor = reachable(tensor)
+                tensor = sendable(tensor)
                 torch.distributed.broadcast(tensor, 0)
-            copy.parts[name] = cut(tensor, parameter)
+            copy.parts[name] = part_of(tensor, parameter)
         return copy
 
     @torch.no_grad()
@@ -70,7 +70,7 @@ class WeightCopy:
     def whole(self, policy: Policy, *, keep: bool) -> dict[str, Tensor]:
         """Whole tensors by name in `policy.named_parameters()`, on the CPU; empty where `keep` is False. Collective."""
         reshard(policy)
-        wholes = ((name, joined(self.parts[name], parameter)) for name, parameter in policy.trainable())
+        wholes = ((name, gather_parts(self.parts[name], parameter)) for name, parameter in policy.trainable())
         return {name: tensor for name, tensor in wholes if keep}
 
     @torch.no_grad()
@@ -96,7 +96,7 @@ class WeightCopy:
         torch.clear_autocast_cache()
 
     @contextmanager
-    def answering(self, policy: Policy) -> Iterator[None]:
+    def applied(self, policy: Policy) -> Iterator[None]:
         """Inside it the copy answers in place of the weights."""
         self.swap_in(policy)
         try:

@@ -14,7 +14,7 @@ from lit_rl.checkpoints.weights import read_tensors
 from lit_rl.errors import ConfigError, listed
 from lit_rl.policies.weights.adapters import TRAINED, adapted_name, named_tuner_layers
 from lit_rl.policies.weights.lora import LoraSettings, check_initial, check_plain, inject, started_from
-from lit_rl.policies.weights.lora_sites import coverage, default_sites, named_sites, peft_targets, reachable
+from lit_rl.policies.weights.lora_sites import adaptable, coverage, default_sites, named_sites, peft_targets
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -62,7 +62,7 @@ def load_initial(lm: PreTrainedModel, lora: LoraSettings, *, layers: set[str] | 
     from peft import set_peft_model_state_dict
 
     folder = Path(str(lora.initial)).expanduser()
-    config, weights, places = read_adapter_config(folder), read_adapter_weights(folder), reachable(lm)
+    config, weights, places = read_adapter_config(folder), read_adapter_weights(folder), adaptable(lm)
     config.lora_dropout, config.inference_mode, config.init_lora_weights = lora.dropout, False, True
     try:
         inject(lm, config)

@@ -82,7 +82,7 @@ def named_sites(lm: PreTrainedModel, targets: Sequence[str]) -> Sites:
     return chosen
 
 
-def reachable(lm: PreTrainedModel) -> set[str]:
+def adaptable(lm: PreTrainedModel) -> set[str]:
     """Names of everything that an adapter from elsewhere may sit on: what training reaches, routers too. For a model without adapters."""
     inside, head = _reach(lm)
     own = ((name, module, getattr(module, "weight", None)) for name, module in lm.named_modules() if name.startswith(inside))

@@ -74,7 +74,7 @@ def part(parameter: Tensor) -> Tensor:
     return held.to_local() if isinstance(held, DTensor) else held
 
 
-def joined(piece: Tensor, parameter: Tensor) -> Tensor:
+def gather_parts(piece: Tensor, parameter: Tensor) -> Tensor:
     """A copy on the CPU of the whole tensor of which every process holds the `piece` that is cut like its `part(parameter)`. Collective."""
     from torch.distributed.tensor import DTensor
 
@@ -84,14 +84,14 @@ def joined(piece: Tensor, parameter: Tensor) -> Tensor:
     if not hasattr(parameter, "ds_tensor"):
         return whole(piece)
     group = parameter.ds_process_group  # type: ignore[attr-defined]
-    mine = reachable(piece, group)
+    mine = sendable(piece, group)
     pieces = mine.new_empty(torch.distributed.get_world_size(group) * mine.numel())
     torch.distributed.all_gather_into_tensor(pieces, mine, group=group)
     return whole(pieces[: parameter.ds_numel].view(parameter.ds_shape))  # type: ignore[attr-defined]
 
 
-def cut(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The piece of a whole `tensor` that this process holds of `parameter`, on the same device. Inverse of `joined`."""
+def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The piece of a whole `tensor` that this process holds of `parameter`, on the same device. Inverse of `gather_parts`."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     device = local(parameter).device
@@ -105,6 +105,6 @@ def cut(tensor: Tensor, parameter: Tensor) -> Tensor:
     return torch.cat([piece, piece.new_zeros(size - piece.numel())])
 
 
-def reachable(tensor: Tensor, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
+def sendable(tensor: Tensor, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
     """`tensor` where the backend of the processes can send it from: NCCL does not see what is offloaded to the CPU."""
     return tensor.cuda() if torch.distributed.get_backend(group) == "nccl" else tensor
