@@ -28,6 +28,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from callbacks.base import Method, RLCallback
 from callbacks.reward_scoring import RewardScoring
 from datamodules.base import PromptDataModule
 from lit_rl.credit.groups import group_advantages
@@ -205,7 +206,7 @@ class PlainLoop:
         optimizer.zero_grad()
 
 
-class Turns(L.Callback):
+class Turns(RLCallback):
     """Times our iterations, and runs those of the plain loops in between, each on weights of its own."""
 
     def __init__(self, reward: Brightness, plain_batches: Sequence[int], latency: float | None) -> None:
@@ -222,7 +223,7 @@ class Turns(L.Callback):
             loop.weights = copy_weights(method)
         self.watch = Stopwatch()
 
-    def on_phase_end(self, trainer: L.Trainer, method: L.LightningModule, name: str) -> None:
+    def on_phase_end(self, trainer: L.Trainer, method: Method, name: str) -> None:
         self.watch.lap(name)
 
     def on_train_epoch_end(self, trainer: L.Trainer, method: L.LightningModule) -> None:

@@ -31,6 +31,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from callbacks.base import Method, RLCallback
 from callbacks.reward_scoring import RewardScoring
 from datamodules.base import PromptDataModule
 from lit_rl.methods.flow_grpo import FlowGRPO
@@ -137,7 +138,7 @@ class Arm:
     waited: list[float] = field(default_factory=list)  # of both, after the rollout
 
 
-class Rounds(L.Callback):
+class Rounds(RLCallback):
     """Scores every second iteration, for each arm in turn, and times them. The first iteration warms up and counts for nothing."""
 
     def __init__(self, arms: Sequence[Arm], latency: Any) -> None:
@@ -156,14 +157,14 @@ class Rounds(L.Callback):
             images = method.prompts_per_iteration * method.group_size
             self.latency.value = self.arm.share * statistics.median(self.rollouts) / images
 
-    def on_phase_start(self, trainer: L.Trainer, method: L.LightningModule, name: str) -> None:
+    def on_phase_start(self, trainer: L.Trainer, method: Method, name: str) -> None:
         if name == "rollout":
             self.began = time.perf_counter()
 
-    def on_rollout_chunk(self, trainer: L.Trainer, method: L.LightningModule, media: Tensor, info: Sequence[Info], total: int) -> None:
+    def on_rollout_chunk(self, trainer: L.Trainer, method: Method, media: Tensor, info: Sequence[Info], total: int) -> None:
         self.chunks.append((media, info))
 
-    def on_phase_end(self, trainer: L.Trainer, method: L.LightningModule, name: str) -> None:
+    def on_phase_end(self, trainer: L.Trainer, method: Method, name: str) -> None:
         if name == "rollout":
             self.sampled = time.perf_counter()
         elif self.arm:

@@ -81,6 +81,27 @@ def test_imports_only_go_down() -> None:
     assert not wrong_ways(house(), FLOORS)
 
 
+def circles(files: Mapping[str, str]) -> set[str]:
+    """Files that import themselves over others, inside functions and for type checkers alone included."""
+    graph = {
+        name: {file for found in imports(source) if (file := _file_of(found, files)) not in ("", name)} for name, source in files.items()
+    }
+    while ends := {name for name, others in graph.items() if not others}:
+        graph = {name: others - ends for name, others in graph.items() if name not in ends}
+    return set(graph)
+
+
+def _file_of(module: str, files: Mapping[str, str]) -> str:
+    return next((name for name in (module, module.rpartition(".")[0]) if name in files), "")
+
+
+def test_no_file_imports_itself_over_others() -> None:
+    assert not circles(house())
+    files = {"lit_rl.a": "def f():\n    from lit_rl.b import g", "lit_rl.b": "from lit_rl.c import h", "lit_rl.c": "", "lit_rl.d": ""}
+    assert not circles(files)
+    assert circles(files | {"lit_rl.c": "if TYPE_CHECKING:\n    import lit_rl.a"}) == {"lit_rl.a", "lit_rl.b", "lit_rl.c"}
+
+
 def test_every_room_exists() -> None:
     for room in (name for floor in FLOORS for name in floor):
         path = ROOT / room.replace(".", "/")

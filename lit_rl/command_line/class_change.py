@@ -14,7 +14,7 @@ import lightning as L
 from jsonargparse import Namespace, _typehints
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lit_rl.command_line.options import imported
+from lit_rl.command_line.dotted import imported
 from lit_rl.modules.base import LitRL
 
 HOOK = "discard_init_args_on_class_path_change"

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from lit_rl.command_line.class_change import definer
-from lit_rl.command_line.options import imported
+from lit_rl.command_line.dotted import imported
 
 WIDTH = 140
 TITLE = "components: classes that may stand under these options, {class_path: PATH, init_args: {...}}, with their own options and defaults"

@@ -7,12 +7,13 @@ import difflib
 import inspect
 import typing
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+from lit_rl.command_line.dotted import imported
 
 
 class Setting(NamedTuple):
@@ -166,12 +167,3 @@ def _fields(cls: Any, parameter: str) -> list[str]:
         return []
     kinds = [hint, *typing.get_args(hint)]
     return [field.name for kind in kinds if dataclasses.is_dataclass(kind) and kind is not Any for field in dataclasses.fields(kind)]
-
-
-def imported(class_path: str) -> Any:
-    """What a dotted path names, or None."""
-    module, _, name = class_path.rpartition(".")
-    try:
-        return getattr(import_module(module), name, None) if module else None
-    except (ImportError, ValueError):  # a file name, or a text with dots
-        return None

@@ -29,9 +29,9 @@ from lit_rl.checkpoints.claims import claim, release
 from lit_rl.checkpoints.files import AtomicCheckpointIO, check_unused
 from lit_rl.checkpoints.version import check_file
 from lit_rl.command_line.class_change import install, replaced_components
+from lit_rl.command_line.dotted import imported
 from lit_rl.command_line.errors import explain
 from lit_rl.command_line.failures import go_on, what_ended
-from lit_rl.command_line.options import imported
 from lit_rl.command_line.renamed import CONFIG_VERSION, other_version
 from lit_rl.command_line.saved_config import SavedConfig
 from lit_rl.command_line.usual import RunFolder, filled_in

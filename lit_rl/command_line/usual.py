@@ -18,7 +18,7 @@ from callbacks.rng_state import RngState
 from callbacks.sample_gallery import SampleGallery
 from callbacks.sample_texts import SampleTexts
 from callbacks.throughput import Throughput
-from lit_rl.command_line.options import imported
+from lit_rl.command_line.dotted import imported
 from lit_rl.errors import ConfigError
 
 Options = dict[str, Any]
