@@ -69,7 +69,7 @@ def method(path: Path) -> type[LitRL[Any]]:
 
 
 def samples_per_prompt(path: Path) -> int:
-    """Of demonstrations there is one, of a pair there are two answers; the other methods are told."""
+    """One answer of a demonstration, two of a pair; the other methods have an option for it."""
     cls = method(path)
     return (
         1 if issubclass(cls, SFT) else 2 if issubclass(cls, DPO) else yaml.safe_load(path.read_text())["model"]["init_args"]["group_size"]
@@ -195,7 +195,7 @@ LLM_GUIDE: dict[str, dict[str, Any]] = {
         "model": {"prompts_per_iteration": 256, "prompts_per_update": 64, "credit": {"gamma": 1.0, "lam": 0.95}},
     },
 }
-"""What the language models' guide says of each of its commands; save and test frequencies in iterations."""
+"""Values that the language models' guide has in each of its commands; save and test frequencies in iterations."""
 
 
 @pytest.mark.parametrize("name", LLM_GUIDE)

@@ -1,4 +1,4 @@
-"""What happens to the options of a class when a later file or option of the run names another class in its place.
+"""Defaults of a class that a later file or option of the run names in the place of another.
 
 jsonargparse keeps every option whose name the new class has too. A clip range of 0.2 for ratios of tokens becomes one of 0.2 for ratios of
 whole answers, a thousand times too wide, and nothing is said. Here a class that takes another's place starts from its own defaults.
@@ -48,7 +48,7 @@ def start_anew(parser_or_action: Any, before: Any, value: Any) -> None:
 
 
 def keeps(old: type, new: type, name: str) -> bool:
-    """Whether the value of the option `name` of `old` holds for `new`: of a component never; of a method or datamodule where `new` cannot
+    """True if the value of the option `name` of `old` holds for `new`: never for a component; for a method or datamodule where `new` cannot
     be built without it, or where both have the option from the same constructor."""
     if not any(issubclass(old, kind) and issubclass(new, kind) for kind in WHOLE):
         return False

@@ -64,7 +64,7 @@ def components(cls: type) -> dict[str, type]:
 
 
 def written_out(base: type) -> bool:
-    """Whether a run writes the options of `base` without naming a class: nothing else may stand there."""
+    """True if a run writes the options of `base` without naming a class, because nothing else may stand there."""
     return (is_dataclass(base) and not type.__subclasses__(base)) or bool(getattr(base, "__final__", False))
 
 

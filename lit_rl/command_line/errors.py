@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from lit_rl.command_line.options import Option, named_classes, nearest, options, settings, short
+from lit_rl.command_line.options import Option, nearest, options, settings, short
+from lit_rl.command_line.places import at, names_no_class
 from lit_rl.command_line.renamed import moved, renamed
 from lit_rl.command_line.yaml_files import beside_class, broken_yaml
 
@@ -38,7 +39,7 @@ REMEDIES = {
     r"invalid strategy name": "; configs/base/*.yaml are the strategies that are tested here, e.g. --config configs/base/ddp.yaml",
     r"devices.*should be an int": "; trainer.devices is the number of processes on this machine, e.g. 1",
 }
-"""What to do about a report of Lightning's, by a part of it."""
+"""Remedies for reports of Lightning's, by a part of the report."""
 
 TYPE_NAMES = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a text", "NoneType": "null"}
 
@@ -52,30 +53,30 @@ def explain(message: str, argv: Sequence[str]) -> str:
 
 
 def missing_class(message: str, argv: Sequence[str]) -> str | None:
-    """Of a dotted path in the report that leads nowhere: how far it leads, and the nearest one that exists."""
+    """The sentence for a dotted path that leads nowhere: how far it leads, and the nearest one that exists."""
     for path in re.findall(r"class_path[ =]'([\w.]+)'", message):
         module, _, name = path.rpartition(".")
         if not module:
             continue
         if (new := moved(path)) is not None:
-            return _at(path, f"{path} is now {new}", argv)
+            return at(path, f"{path} is now {new}", argv)
         try:
             found = import_module(module)
         except ModuleNotFoundError as error:
             if not f"{module}.".startswith(f"{error.name}."):
-                return _at(path, f"{path} cannot be imported: {error}", argv)  # a module of ours is there, one that it needs is not
+                return at(path, f"{path} cannot be imported: {error}", argv)  # a module of ours is there, one that it needs is not
             parent = module.rpartition(".")[0]
             near = difflib.get_close_matches(module, _submodules(parent), n=1)
             meant = _class_in(near[0], name) if near else None
-            return _at(path, f"there is no class {path}: no module {error.name}" + (f"; did you mean {meant}?" if meant else ""), argv)
+            return at(path, f"there is no class {path}: no module {error.name}" + (f"; did you mean {meant}?" if meant else ""), argv)
         if not hasattr(found, name):
             meant = _class_in(module, name)
-            return _at(path, f"there is no class {path}: {module} has no {name}" + (f"; did you mean {meant}?" if meant else ""), argv)
+            return at(path, f"there is no class {path}: {module} has no {name}" + (f"; did you mean {meant}?" if meant else ""), argv)
     return None
 
 
 def wrong_type(message: str, argv: Sequence[str]) -> str | None:
-    """Of a single value that is not of its parameter's type: key, value and what is expected."""
+    """The sentence for a single value that is not of its parameter's type: key, value and what is expected."""
     key = re.match(r'\s*Parser key "([\w.]+)":', message)
     given = re.search(r"(?:Got value|Given value): (.*)\s*$", message)
     if not key or not given or given[1].startswith(("{", "[", "Namespace")):
@@ -91,7 +92,7 @@ def wrong_type(message: str, argv: Sequence[str]) -> str | None:
     near = difflib.get_close_matches(given[1], choices, n=1, cutoff=0.8)
     expected = " or ".join([*([f"one of {', '.join(choices)}"] if choices else []), *words])
     meant = f"; did you mean {near[0]}?" if near else ""
-    return _at(key[1], f"{key[1]} is {given[1]!r}; expected {expected}{meant}", argv, value=given[1])
+    return at(key[1], f"{key[1]} is {given[1]!r}; expected {expected}{meant}", argv, value=given[1])
 
 
 def innermost(message: str, argv: Sequence[str]) -> str:
@@ -104,7 +105,7 @@ def innermost(message: str, argv: Sequence[str]) -> str:
     sentence = " ".join(dict.fromkeys(causes)) if "Union subtypes" in message and causes else " ".join(lines)
     sentence = re.sub(r"<class '(?:builtins\.)?([\w.]+)'>", r"\1", sentence)
     sentence = re.sub(r'Parser key "([\w.]+)": ', r"\1: ", sentence)
-    return _at(re.split(r"[:=]", sentence)[0], sentence, argv)  # `key: what is wrong` or `key=value must ...`
+    return at(re.split(r"[:=]", sentence)[0], sentence, argv)  # `key: what is wrong` or `key=value must ...`
 
 
 def class_wanted(message: str, argv: Sequence[str]) -> str | None:
@@ -112,10 +113,10 @@ def class_wanted(message: str, argv: Sequence[str]) -> str | None:
     if "Not a valid subclass" in message and (stray := beside_class(argv)):
         return stray
     for setting in settings(argv):
-        if setting.path == "trainer.callbacks" and setting.place and not setting.value and _names_no_class(setting.path, argv):
+        if setting.path == "trainer.callbacks" and setting.place and not setting.value and names_no_class(setting.path, argv):
             return f"{setting.place}: trainer.callbacks is a list: begin each one with `- class_path: {EXAMPLES['callbacks']}`"
     if "Not a valid subclass of Callback. Got value: [" in message:
-        return _at("trainer.callbacks", "trainer.callbacks holds a list inside of the list: put each callback into the outer one", argv)
+        return at("trainer.callbacks", "trainer.callbacks holds a list inside of the list: put each callback into the outer one", argv)
     key = re.match(r'\s*Parser key "([\w.]+)":', message)
     given = re.search(r"(?:Got value|Given value|import path string): (.*?)>?\s*$", message, flags=re.MULTILINE)
     example = EXAMPLES.get(key[1].split(".")[-1]) if key else None
@@ -123,7 +124,7 @@ def class_wanted(message: str, argv: Sequence[str]) -> str | None:
         return None
     if re.fullmatch(r"[\w.]*\.\w+", given[1]):
         return None  # a dotted path that leads nowhere, see `missing_class`
-    return _at(key[1], f"{short(key[1])} is {given[1]!r}; it takes a class: {{class_path: {example}, init_args: {{...}}}}", argv)
+    return at(key[1], f"{short(key[1])} is {given[1]!r}; it takes a class: {{class_path: {example}, init_args: {{...}}}}", argv)
 
 
 def required(message: str, argv: Sequence[str]) -> str | None:
@@ -138,7 +139,7 @@ def required(message: str, argv: Sequence[str]) -> str | None:
     for option in options(argv):
         if option.path.split(".")[-1] in names and option.required and short(option.path) not in present:
             owner, wanted = f"{option.owner.__module__}.{option.owner.__qualname__}", ", ".join(names)
-            return _at(owner, f"{owner} needs {wanted}: set {option.path}", argv)
+            return at(owner, f"{owner} needs {wanted}: set {option.path}", argv)
     return None
 
 
@@ -159,7 +160,7 @@ def unknown_option(message: str, argv: Sequence[str]) -> str | None:
     parts = [".".join(whole.split(".")[: i + 1]) for i in range(whole.count(".") + 1)]
     path = next((part for part in parts if part not in paths), whole)
     if (new := renamed(whole)) is not None:
-        return _at(whole, f"{whole} of earlier releases is now {new}", argv)
+        return at(whole, f"{whole} of earlier releases is now {new}", argv)
     if place := next((setting.place for setting in given if setting.path == path and setting.place), None):
         return f"{place}: {_unknown(path, known)}"
     word = next((word for word in argv if word.startswith("--") and name in word), f"--{name}").partition("=")[0]
@@ -200,7 +201,7 @@ def remedy(message: str, argv: Sequence[str]) -> str | None:
 
 
 def old_option(message: str, argv: Sequence[str]) -> str | None:
-    """Of an option of the trainers that people come from: where its new name stands."""
+    """The sentence for an option of the trainers that people come from: its name here, and the page that lists it."""
     unknown = re.search(r"[Uu]nrecognized arguments: (.*)", message)
     for page in sorted(Path(__file__).parents[2].glob("docs/migration*.md")) if unknown else ():
         text = page.read_text(encoding="utf-8")
@@ -225,40 +226,6 @@ def _bullets(message: str) -> list[str]:
         elif found and indent > depth:
             found[-1].append(line.strip())
     return [(" " if text[0].startswith("Problem with") else "\n  ").join(text) for text in found]
-
-
-def _at(key: str, sentence: str, argv: Sequence[str], *, value: str = "") -> str:
-    place = where(key, argv, value=value)
-    return f"{place}: {sentence}" if place else sentence
-
-
-def where(key: str, argv: Sequence[str], *, value: str = "") -> str | None:
-    """`file:line` of the only place in the run's YAML files that sets `key` (to `value`), that has `key` as its value, or that names a
-    file which `key` begins with.
-
-    `key` is a dotted path or its last part. None when an option sets it anew, and where there are several such places.
-    """
-    last = short(key).split(".")[-1]
-    given = settings(argv)
-    if any(not setting.place and (setting.path.split(".")[-1] == last or setting.value == key) for setting in given):
-        return None
-    tests = (
-        lambda s: s.value == key,
-        lambda s: s.path.endswith(short(key)) and s.path.split(".")[-1] == last and value in ("", s.value),
-        lambda s: s.path.split(".")[-1] == last and value in ("", s.value),
-        lambda s: len(s.value) > 3 and key.startswith(s.value),
-    )
-    for fits in tests:
-        places = list(dict.fromkeys(setting.place for setting in given if fits(setting)))
-        if len(places) == 1:
-            return places[0]
-    return None
-
-
-def _names_no_class(path: str, argv: Sequence[str]) -> bool:
-    """A mapping without `class_path` stands under the key."""
-    classes = {short(name) for name in named_classes(argv)}
-    return path not in classes and any(setting.path.startswith(f"{path}.") for setting in settings(argv))
 
 
 def _submodules(package: str) -> list[str]:

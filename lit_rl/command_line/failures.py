@@ -1,4 +1,4 @@
-"""What ended a run that was asked for rightly: a disk, a folder, another process. One sentence, and where to go on from."""
+"""One sentence for the disk, the folder or the process that ended a run, and the checkpoint to go on from."""
 
 from __future__ import annotations
 

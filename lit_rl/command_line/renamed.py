@@ -10,7 +10,7 @@ import yaml
 from lit_rl.command_line.options import config_files
 
 CONFIG_VERSION = 1
-"""Of the keys of a run's YAML. `config.yaml`, which a run saves, holds it; it rises whenever a key is renamed, with an entry below."""
+"""The version of the keys of a run's YAML. `config.yaml` of a run holds it; it rises whenever a key is renamed, with an entry below."""
 
 MOVED = {
     "lit_rl.strategies.FSDP2Strategy": "lit_rl.strategies.fsdp2.FSDP2Strategy",

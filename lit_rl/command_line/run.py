@@ -196,7 +196,7 @@ class CLI(LightningCLI):
         return say_and_end
 
     def _stop(self, message: str, *, code: int) -> None:
-        """What stops one process mostly stops all: the first ends those it started, the others wait for that before they repeat it."""
+        """End this process with a sentence. The first ends those it started; the others wait for that, as the cause is mostly one."""
         if self.trainer.global_rank:
             time.sleep(SECONDS_TO_BE_ENDED)
         elif launcher := self.trainer.strategy.launcher:

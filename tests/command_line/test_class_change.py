@@ -24,7 +24,7 @@ class Surrogate(ABC):  # noqa: B024
 
 @dataclass
 class Clip(Surrogate):
-    """Of ratios of tokens."""
+    """A range for ratios of tokens."""
 
     low: float = 0.2
     high: float = 0.2
@@ -32,7 +32,7 @@ class Clip(Surrogate):
 
 @dataclass
 class SequenceClip(Surrogate):
-    """Of ratios of whole answers."""
+    """A range for ratios of whole answers."""
 
     low: float = 3e-4
     high: float = 4e-4

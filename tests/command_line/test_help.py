@@ -41,7 +41,7 @@ def ours() -> list[type]:
 
 
 def helps(cls: type) -> dict[str, str]:
-    """What the help page says of each option."""
+    """The text of the help page for each option."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "x", sub_configs=True)
     texts = {action.dest: action.help or "" for action in parser._actions if action.dest.startswith("x.")}
