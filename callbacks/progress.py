@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from callbacks.base import Method, RLCallback
+from lit_rl.types import Rollout
 
 
 class Progress(RLCallback, TQDMProgressBar):

@@ -21,7 +21,7 @@ from lit_rl.rewards.base import Reward, RewardError, Scorer
 from lit_rl.rewards.chunks import Chunk, checked, concatenated
 from lit_rl.rewards.pseudo import DEBUG_VARIABLE, is_dry_run, stand_ins
 from lit_rl.rewards.weights import resolve_weights
-from lit_rl.types import Info
+from lit_rl.types import Info, Rollout
 
 log = logging.getLogger(__name__)
 

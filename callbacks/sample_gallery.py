@@ -14,7 +14,7 @@ from callbacks.base import Method, RLCallback
 from callbacks.image_writer import to_image
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import logged_step
-from lit_rl.types import Info, Prompts
+from lit_rl.types import Info, Prompts, Rollout
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

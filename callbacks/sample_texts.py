@@ -11,7 +11,7 @@ from torch import Tensor
 from callbacks.base import Method, RLCallback
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import logged_step
-from lit_rl.types import Info, Prompts, TokenRollout
+from lit_rl.types import Info, Prompts, Rollout, TokenRollout
 
 
 class SampleTexts(RLCallback):

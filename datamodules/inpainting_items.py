@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from datamodules.lazy import Box, Size, check_frames, size_of, white_of
+from datamodules.text_files import Fields
 
 REQUIRED = ("source", "mask", "text")
 
@@ -121,7 +122,7 @@ class _Check:
     def _images(self, fields: Fields, where: str) -> Box | None:
         """The mask's box, after a look at every image of the item."""
         reference = fields.get("reference", [])
-        pictures = {field: fields[field] for field in ("source", "target") if field in fields}
+        pictures: dict[str, str] = {field: fields[field] for field in ("source", "target") if field in fields}
         pictures |= {f"reference {name}": name for name in ([reference] if isinstance(reference, str) else reference)}
         sizes: dict[str, Size] = {}
         for field, name in pictures.items():

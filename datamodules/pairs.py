@@ -8,6 +8,7 @@ from datamodules.text import TextData, answer_ids, truncated
 from datamodules.text_files import Fields, InvalidRow
 from datamodules.text_rows import pair_fields
 from lit_rl.errors import ConfigError
+from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.chat import AnswerIds
 from lit_rl.replay.sources import PairSource
 from lit_rl.types import Info

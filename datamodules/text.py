@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -14,6 +14,7 @@ from datamodules.text_files import Fields, InvalidRow, Rows, complain, read_rows
 from datamodules.text_messages import Text, as_turn
 from datamodules.text_paths import Paths, find_files, split_files
 from lit_rl.errors import ConfigError
+from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.chat import AnswerIds, completion_ids
 from lit_rl.policies.chat import answer_ids as turns_ids
 from lit_rl.types import Info
@@ -96,7 +97,7 @@ class TextData(PromptDataModule):
 
     # ------------------------------------------------------------------ with the tokenizer
     @property
-    def policy(self) -> CausalLM:
+    def policy(self) -> Any:
         """The language model; its tokenizer is there before its weights are."""
         return self._trainer().lightning_module.policy
 

@@ -65,7 +65,7 @@ def check_layout(stored: Mapping[str, Sequence[int]], wanted: Mapping[str, Seque
 def check_adapters(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """The adapters of a checkpoint have the layers, ranks and strengths of this run's: weights alone do not tell their strength.
 
-    Arguments: `lit_rl.policies.weights.lora.geometry` by model ("policy", "critic"). Raises ConfigError that names the option, both values
+    Arguments: `lit_rl.policies.weights.adapters.geometry` by model ("policy", "critic"). Raises ConfigError that names option, both values
     and the remedy. A model that the checkpoint does not tell about is passed over: it is from before this was stored.
     """
     for model in stored.keys() & wanted.keys():

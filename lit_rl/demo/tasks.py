@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_rl.demo.curves import ACCURACY
-from lit_rl.demo.pictures import filled_signs, written_numbers
+from lit_rl.demo.pictures import Panel, filled_signs, written_numbers
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How far a policy is from its reference, per token, and who decides what that costs."""
+"""Divergences of a policy from its reference, per token, and rules for their weight."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class RewardKL:
             )
 
     def controller(self) -> FixedKL:
-        """Who decides the weight from iteration to iteration; its state belongs into the checkpoint."""
+        """A rule for the weight from iteration to iteration; its state belongs into the checkpoint."""
         return FixedKL(self.coef) if self.target is None else AdaptiveKL(self.coef, target=self.target, horizon=self.horizon)
 
 

@@ -1,4 +1,4 @@
-"""When the policy that sampled is not the one that trains: importance weights, rejection, measures of the mismatch.
+"""Corrections where another policy sampled than the one that trains: importance weights, rejection, measures of the mismatch.
 
 `logprobs` are the trainer's (of the weights that sampled, or the proximal ones), `rollout_logprobs` what the sampler reported.
 l = logprobs - rollout_logprobs. Everything here is data: detached, and to be computed once per step. A log-ratio that is not finite

@@ -202,7 +202,7 @@ def sequence_log_ratio(
 
 
 def is_clipped(log_ratio: Float[Tensor, "*S"], advantages: Float[Tensor, "*S"], *, clip_low: float, clip_high: float) -> Bool[Tensor, "*S"]:
-    """Where the clipped branch of the surrogate is the larger one: r above the range with A > 0, or below it with A < 0."""
+    """True where the clipped branch of the surrogate is the larger one: r above the range with A > 0, or below it with A < 0."""
     ratio = _ratio(log_ratio.detach())
     return -advantages * ratio.clamp(1 - clip_low, 1 + clip_high) > -advantages * ratio
 

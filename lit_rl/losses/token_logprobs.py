@@ -14,7 +14,7 @@ CHUNK_ELEMENTS = {"cpu": 2**22, "other": 2**26}
 
 
 class TokenLogprobs(NamedTuple):
-    """Of N tokens, float32 (float64 for float64 input). The gradient flows through `logprobs` and `entropy` only."""
+    """Results for N tokens, float32 (float64 for float64 input). The gradient flows through `logprobs` and `entropy` only."""
 
     logprobs: Float[Tensor, "N"]
     entropy: Float[Tensor, "N"] | None = None  # of the whole distribution

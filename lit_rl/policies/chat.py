@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Message
@@ -30,7 +30,7 @@ class AnswerIds(list[int]):
         super().__init__(ids)
         self.learned = list(learned)
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: SupportsIndex | slice) -> Any:
         return AnswerIds(super().__getitem__(key), self.learned[key]) if isinstance(key, slice) else super().__getitem__(key)
 
 
@@ -129,7 +129,7 @@ def _inside(place: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
     return any(place[0] < stop and place[1] > start for start, stop in spans) and place[0] < place[1]
 
 
-def _marks(tokenizer: Tokenizer, messages: list[Message], template: dict[str, Any]) -> list[bool] | None:
+def _marks(tokenizer: Tokenizer, messages: list[Message], template: dict[str, object]) -> list[bool] | None:
     """By token, what a template marks as the assistant's; None where it marks nothing."""
     if not re.search(r"{%-?\s*generation\s*-?%}", source(tokenizer, **template)):
         return None

@@ -105,7 +105,7 @@ def check_template(tokenizer: Tokenizer) -> None:
 
 
 def without_ends(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, stops: Collection[str] = (), template: Mapping[str, Any]
+    tokenizer: Tokenizer, messages: Sequence[Message], *, stops: Collection[str] = (), template: Mapping[str, object]
 ) -> list[Message]:
     """The messages, the assistant's without a token that ends a turn behind their text: data that were rendered once hold it, and the
     template writes it again. stops: Further strings that end answers."""
@@ -146,7 +146,7 @@ def turn_ends(tokenizer: Tokenizer, **template: object) -> Ends:
 class _Hidden:
     """Arguments that the cache does not look at."""
 
-    def __init__(self, kwargs: dict[str, Any]) -> None:
+    def __init__(self, kwargs: dict[str, object]) -> None:
         self.kwargs = kwargs
 
     def __eq__(self, other: object) -> bool:
@@ -205,7 +205,7 @@ def stored_stop_ids(pretrained: str, revision: str) -> list[int]:
     return found
 
 
-def _tried(tokenizer: Tokenizer, messages: Sequence[Message], kwargs: dict[str, Any]) -> str | None:
+def _tried(tokenizer: Tokenizer, messages: Sequence[Message], kwargs: dict[str, object]) -> str | None:
     try:
         return render(tokenizer, messages, **kwargs)
     except ConfigError:  # not every template takes every conversation

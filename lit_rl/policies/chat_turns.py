@@ -10,7 +10,6 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Message
@@ -40,7 +39,7 @@ class Conversation:
 
     tokenizer: Tokenizer
     given: Sequence[Message]
-    template: dict[str, Any]
+    template: dict[str, object]
     stops: Collection[str] = ()
     prefill: tuple[int, int] = (-1, 0)
     messages: list[Message] = field(init=False)

@@ -65,7 +65,7 @@ def component_config(folder: Path, name: str) -> dict[str, Any]:
     return json.loads((folder / name / "config.json").read_text())
 
 
-def vae_factor(config: dict[str, Any]) -> int:
+def vae_factor(config: Mapping[str, Any]) -> int:
     """Pixels per latent cell, as diffusers' pipelines count it: 2^(levels - 1)."""
     return 2 ** (len(config["block_out_channels"]) - 1)
 

@@ -6,16 +6,12 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_rl.policies.weights.shards import local
-
-if TYPE_CHECKING:
-    pass
-
 
 TRAINED = "default"
 
@@ -102,7 +98,7 @@ def _switched(network: nn.Module, attribute: str, value: object) -> Iterator[Non
             setattr(layer, attribute, old)
 
 
-def adapted_name(name: str, layer: BaseTunerLayer) -> str:
+def adapted_name(name: str, layer: Any) -> str:
     """The linear layer, or the parameter, that the adapter in a module of this name is for."""
     parameter = getattr(layer, "parameter_name", "weight")
     module = name.replace(".base_layer", "")  # wrappers of several parameters of a module lie in each other
@@ -114,12 +110,12 @@ def adapted_parameters(network: nn.Module) -> list[str]:
     return sorted({adapted_name(name, layer) for name, layer in named_tuner_layers(network) if hasattr(layer, "parameter_name")})
 
 
-def tuner_layers(network: nn.Module) -> list[BaseTunerLayer]:
+def tuner_layers(network: nn.Module) -> list[Any]:
     """PEFT's layers."""
     return [layer for _, layer in named_tuner_layers(network)]
 
 
-def named_tuner_layers(network: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
+def named_tuner_layers(network: nn.Module) -> list[tuple[str, Any]]:
     """Names and modules of PEFT's layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 from lit_rl.errors import ConfigError
 
 
-def _number(value: object, kind: Any = int | float) -> bool:
+def _number(value: object, kind: type | tuple[type, ...] = (int, float)) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _numbers(value: object, kind: Any = int | float) -> bool:
+def _numbers(value: object, kind: type | tuple[type, ...] = (int, float)) -> bool:
     return value is None or (isinstance(value, dict) and all(_number(v, kind) for v in value.values()))
 
 

@@ -30,7 +30,7 @@ class Sites:
 
     @property
     def names(self) -> set[str]:
-        """As `lit_rl.policies.weights.lora.adapted_name` has them."""
+        """As `lit_rl.policies.weights.adapters.adapted_name` has them."""
         return {name.removesuffix(".weight") for name in (*self.layers, *self.experts)}
 
 
