@@ -108,7 +108,7 @@ def leave_one_out(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> Float
 
 
 class GroupStatistics(NamedTuple):
-    """Of each row's group: mean and std of its scored rewards, and how many these are."""
+    """Statistics of each row's group: mean and std of its scored rewards, and how many these are."""
 
     mean: Float[Tensor, "B"]
     std: Float[Tensor, "B"]
@@ -126,7 +126,7 @@ def informative(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> Bool[Te
 
 
 def group_metrics(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> dict[str, float]:
-    """What to log of an iteration: the rewards' mean, std and share of NaN; the groups' mean std and size, and share without a signal."""
+    """Metrics of an iteration: the rewards' mean, std and share of NaN; the groups' mean std and size, and share without a signal."""
     valid, index = ~rewards.isnan(), _index(group)
     stats = group_statistics(rewards, group)
     one_per_group = _first(torch.ones_like(valid), index)
@@ -220,7 +220,7 @@ def _lowest(values: Float[Tensor, "B"], index: Int[Tensor, "B"], valid: Bool[Ten
 
 
 def _first(chosen: Bool[Tensor, "B"], index: Int[Tensor, "B"]) -> Bool[Tensor, "B"]:
-    """Of each group's chosen rows, the first."""
+    """The first of each group's chosen rows."""
     row = torch.arange(len(index), device=index.device)
     first = torch.full_like(index, len(index)).scatter_reduce(0, index, torch.where(chosen, row, len(index)), "amin")
     return chosen & (first[index] == row)

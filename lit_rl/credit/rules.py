@@ -27,7 +27,7 @@ from lit_rl.errors import ConfigError
 
 @dataclass
 class Advantage:
-    """What an advantage is relative to, divided by and clamped to.
+    """The baseline, divisor and bound of an advantage of flow models.
 
     Attributes:
         kind: How several rewards become one advantage: that of their weighted `sum`; the weighted sum of each reward's own advantage

@@ -1,4 +1,4 @@
-"""What one token counts for in the loss of an optimizer step: sum(loss * weights), with weights decided once for the whole step."""
+"""The weight of a token in the loss of an optimizer step: sum(loss * weights), with weights decided once for the whole step."""
 
 from __future__ import annotations
 

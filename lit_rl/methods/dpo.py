@@ -158,7 +158,7 @@ class DPO(LitTokens):
         return replace(rollout, weights=weights)
 
     def finite(self, rollout: TokenRollout) -> Tensor:
-        """Of a pair both answers, or none."""
+        """Both answers of a pair are finite, or neither counts."""
         return super().finite(rollout).view(-1, 2).all(1).repeat_interleave(2)
 
     # ------------------------------------------------------------------ loss

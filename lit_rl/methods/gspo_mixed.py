@@ -22,7 +22,7 @@ from lit_rl.losses.terms import Term, Terms, token_means
 from lit_rl.modules.gradient import LitPolicyGradient
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.replay.batches import TokenBatch
-from lit_rl.replay.sequences import assemble, joined, pair_sequences, select
+from lit_rl.replay.sequences import assemble, concatenated, pair_sequences, select
 from lit_rl.replay.sources import PairSource, TextSource
 from lit_rl.types import Info, Minibatch, Prompts, TokenRollout
 
@@ -111,7 +111,7 @@ class MixedGSPO(LitPolicyGradient):
         )
 
     def ask(self, iteration: int) -> Prompts:
-        """Of each optimizer step as many rows, and of each kind as many, as the other processes have."""
+        """As many rows of each optimizer step and of each kind as the other processes have."""
         info = self.data.prompts(iteration, self.prompts_per_iteration)
         mine: list[int] = []
         for step in range(self.updates):
@@ -130,7 +130,7 @@ class MixedGSPO(LitPolicyGradient):
             parts.append(replace(assemble(answered, asked, answers), preference=torch.zeros(len(answers), dtype=torch.long)))
         if len(given):
             parts.append(self.pairs(given))
-        return joined(parts).to(self.device)
+        return concatenated(parts).to(self.device)
 
     def pairs(self, prompts: Prompts) -> TokenRollout:
         """Chosen, rejected, chosen, rejected, ...: each row of the data stands twice in `prompts`."""
@@ -200,7 +200,7 @@ class MixedGSPO(LitPolicyGradient):
         return (rollout.advantages != 0).any(1)
 
     def finite(self, rollout: TokenRollout) -> Tensor:
-        """Of a pair both answers, or none."""
+        """Both answers of a pair are finite, or neither counts."""
         finite, given = super().finite(rollout), is_given(rollout)
         pairs = finite[given].view(-1, 2).all(1).repeat_interleave(2)
         return finite.index_put((_rows(given),), pairs)

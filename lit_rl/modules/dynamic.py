@@ -13,7 +13,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.modules.gradient import LitPolicyGradient
 from lit_rl.replay.exchange import handed_over
 from lit_rl.replay.partition import fair_owners
-from lit_rl.replay.sequences import joined
+from lit_rl.replay.sequences import concatenated
 from lit_rl.types import TokenRollout
 
 
@@ -80,7 +80,7 @@ class DynamicSampling:
             teaches += run.all_ranks(self.teaching(run, drawn[-1])).tolist()
         self._count(run, drawn, teaches)
         with run.rolling_out():
-            rollout = self.select(run, joined(drawn), teaches)
+            rollout = self.select(run, concatenated(drawn), teaches)
             run.notify("on_rollout_chosen", rollout)
             return run.annotate(rollout)
 

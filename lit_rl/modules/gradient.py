@@ -1,4 +1,4 @@
-"""What policy-gradient methods on language models share: answers for a rollout, shaped rewards, weights of tokens."""
+"""Base of the policy-gradient methods on language models: answers for a rollout, shaped rewards, weights of tokens."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class LitPolicyGradient(LitTokens):
         return rollout
 
     def keys(self, prompts: Prompts, iteration: int | None = None) -> Keys:
-        """What the randomness of each answer of a rollout depends on; default: of the present iteration."""
+        """Keys of the randomness of each answer of a rollout; default: of the present iteration."""
         iteration = self.iteration if iteration is None else iteration
         return [(self.seed, "rollout", iteration, int(group), i % self.group_size) for i, group in enumerate(prompts.group)]
 

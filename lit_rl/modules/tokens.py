@@ -1,4 +1,4 @@
-"""What all methods on token sequences share: micro-batches of them, and what a token weighs in an optimizer step."""
+"""Base of the methods on token sequences: micro-batches of them, and the weight of a token in an optimizer step."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ class LitTokens(LitRL[TokenRollout]):
         return rollout.group % self.updates
 
     # ------------------------------------------------------------------ weights
-    def longest(self) -> float | None:
+    def constant_length(self) -> float | None:
         """The constant length that the aggregation `dr-grpo` divides by."""
         return None if self.answers is None else float(self.answers.sampling.max_new_tokens)
 
@@ -207,7 +207,7 @@ class LitTokens(LitRL[TokenRollout]):
             mask = rollout.mask[rows]
             counts = torch.stack([mask.sum(), mask.any(1).sum()]).double()
             tokens, sequences = map(int, self.all_ranks(counts[None]).sum(0).clamp(min=1).tolist())
-            result[rows] = token_weights(mask, self.aggregation, tokens=tokens, sequences=sequences, scale=self.longest())
+            result[rows] = token_weights(mask, self.aggregation, tokens=tokens, sequences=sequences, scale=self.constant_length())
         return result
 
     # ------------------------------------------------------------------ micro-batches

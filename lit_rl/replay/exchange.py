@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.ranks import cpu_group, distributed
-from lit_rl.replay.sequences import joined, select
+from lit_rl.replay.sequences import concatenated, select
 from lit_rl.types import TokenRollout
 
 
@@ -31,5 +31,5 @@ def handed_over(rollout: TokenRollout, owner: Tensor) -> TokenRollout:
         for theirs, whose in everyone:
             mine = select(theirs, (whose == rank).nonzero()[:, 0])
             parts.append(replace(mine, info=[MappingProxyType(row) for row in mine.info]).to(rollout.tokens.device))
-    together = joined([part for part in parts if len(part)])
-    return select(together, together.group.argsort(stable=True))
+    rollout = concatenated([part for part in parts if len(part)])
+    return select(rollout, rollout.group.argsort(stable=True))

@@ -19,7 +19,7 @@ class Replayed(Protocol):
 
 
 class ReplayLoader:
-    """What Lightning iterates in one epoch: collects the rollout at its first `next()`, then replays it in seeded minibatches.
+    """The loader that Lightning iterates in one epoch: collects the rollout at its first `next()`, then replays it in seeded minibatches.
 
     Sized, so that nothing is fetched ahead; stateful, so that a checkpoint inside an epoch continues at the next minibatch;
     no `DataLoader`, so that no strategy replaces its sampler. Built anew for every epoch, because the warm-up epoch is longer.

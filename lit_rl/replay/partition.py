@@ -33,7 +33,7 @@ def balanced_parts(lengths: Sequence[int], *, parts: int) -> list[list[int]]:
 
 
 def places(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """What the rows of a minibatch name, and Bool "N": those that keep their weight. A row r < 0 is row ~r without its weight."""
+    """The rows that a minibatch names, and Bool "N": those that keep their weight. A row r < 0 is row ~r without its weight."""
     return torch.where(rows < 0, ~rows, rows), rows >= 0
 
 

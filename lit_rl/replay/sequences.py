@@ -53,19 +53,19 @@ def select(rollout: TokenRollout, rows: Tensor) -> TokenRollout:
     return replace(rollout, info=[rollout.info[i] for i in rows.tolist()], **taken)
 
 
-def joined(parts: Sequence[TokenRollout]) -> TokenRollout:
+def concatenated(parts: Sequence[TokenRollout]) -> TokenRollout:
     """The sequences of several rollouts as one, as wide as the widest. All must have the same fields and rewards."""
     width = max(part.tokens.shape[1] for part in parts)
     padded = [
         replace(p, **{f.name: _each(getattr(p, f.name), lambda x, by=width - p.tokens.shape[1]: _widened(x, by)) for f in fields(p)})
         for p in parts
     ]
-    together: dict[str, Any] = {"info": [row for p in parts for row in p.info]}
-    together["rewards"] = {name: torch.cat([p.rewards[name] for p in parts]) for name in parts[0].rewards}
-    for name in {f.name for f in fields(parts[0])} - together.keys():
+    fields_of_all: dict[str, Any] = {"info": [row for p in parts for row in p.info]}
+    fields_of_all["rewards"] = {name: torch.cat([p.rewards[name] for p in parts]) for name in parts[0].rewards}
+    for name in {f.name for f in fields(parts[0])} - fields_of_all.keys():
         values = [getattr(p, name) for p in padded]
-        together[name] = None if all(v is None for v in values) else torch.cat(values)
-    return replace(parts[0], **together)
+        fields_of_all[name] = None if all(v is None for v in values) else torch.cat(values)
+    return replace(parts[0], **fields_of_all)
 
 
 def _each(value: Any, of: Callable[[Tensor], Tensor]) -> Any:

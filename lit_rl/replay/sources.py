@@ -37,7 +37,7 @@ class ExampleSource(PromptSource, Protocol):
 
     @abstractmethod
     def examples(self, step: int, count: int, part: slice = ALL) -> tuple[Sequence[Info], Tensor]:
-        """Of the `count` supervised examples of an optimizer step those in `part`: prompts, and images uint8 "B 3 H W".
+        """Those of the `count` supervised examples of an optimizer step that are in `part`: prompts, and images uint8 "B 3 H W".
 
         They are a function of (seed, step, count), whatever the parts.
         """

@@ -120,32 +120,32 @@ class Answers:
         return [known[id(row)] for row in prompts.info]
 
     def generate(
-        self, run: Run, prompts: Prompts, keys: Keys, sampling: Sampling, *, show: bool = True
+        self, run: Run, prompts: Prompts, keys: Keys, sampling: Sampling, *, tell: bool = True
     ) -> tuple[list[list[int]], list[Sample]]:
-        """Prompt ids and answers; each finished chunk is submitted for scoring and, if `show`, told to the callbacks."""
+        """Prompt ids and answers; each finished chunk is submitted for scoring and, if `tell`, told to the callbacks."""
         asked, answers = self.ask(run, prompts), []
         most = int(run.all_ranks(torch.tensor([len(prompts)], device=run.device)).max())  # as many calls on every process
         for first in range(0, most, self.chunk):
             chunk = slice(first, first + self.chunk)
             samples = self.engine.generate([Request(ids, key) for ids, key in zip(asked[chunk], keys[chunk])], sampling)
-            self.submit(run, samples, asked[chunk], prompts.info[chunk], show=show, total=len(prompts))
+            self.submit(run, samples, asked[chunk], prompts.info[chunk], tell=tell, total=len(prompts))
             answers += samples
         return asked, answers
 
     def submit(
-        self, run: Run, samples: Sequence[Sample], asked: Sequence[Sequence[int]], info: Sequence[Info], *, show: bool, total: int
+        self, run: Run, samples: Sequence[Sample], asked: Sequence[Sequence[int]], info: Sequence[Info], *, tell: bool, total: int
     ) -> None:
-        """Have answers scored and, if `show`, tell the callbacks; `total`: answers of the rollout."""
+        """Have answers scored and, if `tell`, tell the callbacks; `total`: answers of the rollout."""
         texts = [run.policy.reply(sample.ids, prompt_ids=ids, info=row) for sample, ids, row in zip(samples, asked, info, strict=True)]
         if run.scorer is not None and texts:
             run.scorer.submit(texts, info)
-        if show and texts:
+        if tell and texts:
             run.notify("on_rollout_chunk", texts, info, total)
 
     def evaluate(self, run: Run, prompts: Prompts) -> list[str]:
         """One answer to each prompt; where `eval_sampling` draws, it depends on `eval_seed` and the prompt's group id."""
         keys: Keys = [(self.eval_seed, "eval", int(group)) for group in prompts.group]
-        _, samples = self.generate(run, prompts, keys, self.eval_sampling, show=False)
+        _, samples = self.generate(run, prompts, keys, self.eval_sampling, tell=False)
         return [run.policy.decode(sample.ids) for sample in samples]
 
     def refresh(self, iteration: int) -> None:
@@ -165,7 +165,7 @@ class Answers:
         if answers is None:
             return None
         asked = self.ask(run, prompts)
-        self.submit(run, answers, asked, prompts.info, show=True, total=len(prompts))
+        self.submit(run, answers, asked, prompts.info, tell=True, total=len(prompts))
         return asked, answers
 
     def begin(self, run: Run, prompts: Prompts, keys: Keys, iteration: int) -> None:
