@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from test_kill_and_resume import differences
-from toy import ToyData, ToyPolicy, toy_method, toy_trainer, with_examples
+from toy import ToyData, ToyPolicy, toy_method, toy_trainer, with_parts
 from toy_text import Digits, Sorted, model_folder, policy, trainer
 
 from callbacks.ema import EMA
@@ -123,7 +123,7 @@ def flow(*, old: Callable[[], OldPolicySync] | None = None, callbacks: Callable[
         else:
             adam = partial(torch.optim.AdamW, lr=1e-2)
             sizes: dict[str, Any] = dict(prompts_per_iteration=4, group_size=4, num_steps=4, eval_num_steps=4, warmup_batch_size=24)
-            method = DiffusionNFT(ToyPolicy(dropout=0.1), optimizer=adam, **with_examples(sizes | given))
+            method = DiffusionNFT(ToyPolicy(dropout=0.1), optimizer=adam, **with_parts(DiffusionNFT, sizes | given))
         first = [old()] if old else []
         toy_trainer(folder, callbacks=[*first, EMA(0.9), *callbacks(), *after], **settings).fit(method, ToyData(), ckpt_path=path)
 
@@ -391,13 +391,18 @@ def flow_run(cls: Any = FlowGRPO, data: dict[str, Any] | None = None, **model: A
 @pytest.mark.parametrize(
     ("cls", "before", "now", "message"),
     [
-        (FlowGRPO, {}, {"noise_level": 0.3}, r"model.noise_level=0.3, and .* made with 0.7: continue with model.noise_level=0.7, or from"),
-        (FlowGRPO, {}, {"dynamics": "cps"}, "model.dynamics=cps, .* made with flow_sde"),
+        (
+            FlowGRPO,
+            {},
+            {"noise_level": 0.3},
+            r"model.sde.noise_level=0.3, and .* made with 0.7: continue with model.sde.noise_level=0.7, or from",
+        ),
+        (FlowGRPO, {}, {"dynamics": "cps"}, "model.sde.dynamics=cps, .* made with flow_sde"),
         (FlowGRPO, {}, {"num_steps": 6}, "model.num_steps=6, .* made with 4"),
         (FlowGRPO, {}, {"group_size": 8}, "model.group_size=8, .* made with 4"),
         (FlowGRPO, {}, {"prompts_per_iteration": 2}, "model.prompts_per_iteration=2"),
-        (FlowGRPO, {}, {"schedule": "shifted"}, "model.schedule=shifted"),
-        (FlowGRPO, {"schedule": "shifted"}, {"schedule": "shifted", "shift": 2.0}, "model.shift=2.0"),
+        (FlowGRPO, {}, {"schedule_kind": "shifted"}, "model.schedule.kind=shifted"),
+        (FlowGRPO, {"schedule_kind": "shifted"}, {"schedule_kind": "shifted", "schedule_shift": 2.0}, "model.schedule.shift=2.0"),
         (FlowGRPO, {}, {"storage_dtype": "bfloat16"}, "model.storage_dtype=bfloat16, .* made with float32"),
         (FlowGRPO, {}, {"updates_per_iteration": 2}, "model.updates_per_iteration=2"),
         (FlowGRPO, {}, {"inner_epochs": 2}, "model.inner_epochs=2"),

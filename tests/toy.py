@@ -15,12 +15,17 @@ from torch import Tensor, nn
 
 from callbacks.reward_scoring import RewardScoring
 from datamodules.base import PromptDataModule
-from lit_rl.methods.flow_grpo import FlowGRPO
+from lit_rl.losses.flow import FlowKL
+from lit_rl.losses.step_surrogates import Clip, Guard
+from lit_rl.methods.diffusion_nft import DiffusionNFT
+from lit_rl.methods.flow_grpo import DanceGRPO, FlowGRPO, FlowGRPOFast, GRPOGuard
+from lit_rl.modules.flow import Evaluation
 from lit_rl.modules.supervised import Supervised
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.weights.shards import copy_weights
 from lit_rl.rewards.base import Reward
-from lit_rl.samplers.schedules import shifted_sigmas
+from lit_rl.samplers.flow import SDE
+from lit_rl.samplers.schedules import Schedule, shifted_sigmas
 from lit_rl.types import ALL, Cond, Info
 
 
@@ -107,12 +112,37 @@ class ToyData(PromptDataModule):
         return [self.train_prompts[i % len(self.train_prompts)] for i in rows], torch.zeros(len(rows), 3, 2, 2, dtype=torch.uint8)
 
 
-def with_examples(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` with the component `supervised` in the place of warmup_steps, warmup_batch_size, warmup_lr and warmup_timesteps."""
-    names = {"warmup_steps": "warmup_steps", "warmup_batch_size": "batch_size", "warmup_lr": "warmup_lr", "warmup_timesteps": "timesteps"}
-    given = {names[name]: value for name, value in settings.items() if name in names}
-    rest = {name: value for name, value in settings.items() if name not in names}
-    return rest | ({"supervised": Supervised(**given)} if given.get("warmup_steps") else {})
+PARTS: dict[str, tuple[str, str, type]] = {
+    "warmup_steps": ("supervised", "warmup_steps", Supervised),
+    "warmup_batch_size": ("supervised", "batch_size", Supervised),
+    "warmup_lr": ("supervised", "warmup_lr", Supervised),
+    "eval_num_steps": ("evaluation", "num_steps", Evaluation),
+    "schedule_kind": ("schedule", "kind", Schedule),
+    "schedule_shift": ("schedule", "shift", Schedule),
+    "dynamics": ("sde", "dynamics", SDE),
+    "noise_level": ("sde", "noise_level", SDE),
+    "clip_low": ("surrogate", "low", Clip),
+    "clip_high": ("surrogate", "high", Clip),
+    "kl_coef": ("kl", "coef", FlowKL),
+    "kl_kind": ("kl", "kind", FlowKL),
+}
+"""Of settings that tests give one by one: the component of a flow method, its argument and its class."""
+
+
+def with_parts(cls: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with components of `cls` in the place of those in PARTS that are arguments of components."""
+    named = {name: PARTS[name] for name in settings if name in PARTS and not (name == "kl_coef" and issubclass(cls, DiffusionNFT))}
+    parts: dict[str, dict[str, Any]] = {}
+    for name, (part, argument, _) in named.items():
+        parts.setdefault(part, {})[argument] = settings[name]
+    if "supervised" in parts and not parts["supervised"].get("warmup_steps"):
+        del parts["supervised"]
+    classes = {part: kind for part, _, kind in PARTS.values()} | ({"surrogate": Guard} if issubclass(cls, GRPOGuard) else {})
+    own = {"dynamics": "dance_sde"} if issubclass(cls, DanceGRPO) else {"dynamics": "cps"} if issubclass(cls, FlowGRPOFast) else {}
+    if "sde" in parts:
+        parts["sde"] = own | parts["sde"]
+    rest = {name: value for name, value in settings.items() if name not in named}
+    return rest | {part: classes[part](**given) for part, given in parts.items()}
 
 
 def toy_method(cls: type[FlowGRPO] = FlowGRPO, *, lr: float = 1e-2, dropout: float = 0.0, **kwargs: Any) -> FlowGRPO:
@@ -120,7 +150,7 @@ def toy_method(cls: type[FlowGRPO] = FlowGRPO, *, lr: float = 1e-2, dropout: flo
         prompts_per_iteration=4, group_size=4, num_steps=4, eval_num_steps=4, rollout_micro_batch=6, warmup_batch_size=24,
         clip_low=1e-2, clip_high=1e-2, optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
     )  # fmt: skip
-    return cls(ToyPolicy(dropout=dropout), **with_examples(defaults | kwargs))
+    return cls(ToyPolicy(dropout=dropout), **with_parts(cls, defaults | kwargs))
 
 
 def toy_trainer(
@@ -146,7 +176,7 @@ def toy_config(folder: Path, **model: Any) -> dict[str, Any]:
         "prompts_per_iteration": 4,
         "group_size": 4,
         "num_steps": 3,
-        "eval_num_steps": 3,
+        "evaluation": {"num_steps": 3},
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2}},
     }
     checkpoint = {"dirpath": str(folder / "checkpoints"), "filename": "{epoch}", "save_top_k": -1, "save_last": True}

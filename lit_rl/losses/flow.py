@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from lit_rl.errors import ConfigError
 
 KLKind = Literal["x_diffusion", "x_noise_std", "x", "v", "v_diffusion"]
 """The denominator of `gaussian_kl`, and the quantity that it compares: predicted next samples (x) or velocities (v)."""
@@ -46,3 +49,25 @@ def gaussian_kl(
 def flow_matching_loss(v: Float[Tensor, "B *D"], x0: Float[Tensor, "B *D"], noise: Float[Tensor, "B *D"]) -> Float[Tensor, "B"]:
     """mean_D (v - (noise - x0))^2 (arXiv 2210.02747), for v predicted at x = (1 - t) x0 + t noise."""
     return (v - (noise - x0)).pow(2).flatten(1).mean(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowKL:
+    """Divergence from the reference as a term of a flow method's loss.
+
+    Args:
+        coef: Its weight; 0 spends no forward on the reference.
+        kind: The published expression that it multiplies, see `gaussian_kl`.
+    """
+
+    coef: float = 0.0
+    kind: KLKind = "x_diffusion"
+
+    def __post_init__(self) -> None:
+        if self.coef < 0:
+            raise ConfigError(f"model.kl.coef={self.coef} must not be negative; 0 turns the reference off")
+
+    @property
+    def of_velocities(self) -> bool:
+        """The divergence compares velocities; else means of steps."""
+        return self.kind in ("v", "v_diffusion")

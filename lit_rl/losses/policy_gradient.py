@@ -86,27 +86,37 @@ def policy_metrics(
     clip_high: float,
     weights: Float[Tensor, "*S"] | Bool[Tensor, "*S"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Distances between the policy and the one that acted: 0-d tensors on the device, averaged with `weights` (or a mask).
+    """`ratio_metrics`, and the shares of the ratios outside of a clip range.
 
-    approx_kl = 0.5 mean (new - logprobs)^2; clip_fraction_high: r > 1 + clip_high; clip_fraction_low: r < 1 - clip_low; clip_fraction: sum.
+    clip_fraction_high: r > 1 + clip_high; clip_fraction_low: r < 1 - clip_low; clip_fraction: their sum.
+    """
+    weights = torch.ones_like(new) if weights is None else weights.to(new.dtype)
+    ratio = _ratios(new, logprobs, weights)
+    high, low = _average((ratio - 1 > clip_high).to(new.dtype), weights), _average((1 - ratio > clip_low).to(new.dtype), weights)
+    shares = {"clip_fraction": high + low, "clip_fraction_high": high, "clip_fraction_low": low}
+    return shares | ratio_metrics(new, logprobs, weights=weights)
+
+
+def ratio_metrics(new: Float[Tensor, "*S"], logprobs: Float[Tensor, "*S"], *, weights: Float[Tensor, "*S"]) -> dict[str, Float[Tensor, ""]]:
+    """Distances between the policy and the one that acted: 0-d tensors on the device, averaged with `weights`.
+
+    approx_kl = 0.5 mean (new - logprobs)^2; ratio_mean = mean r.
     ratio_max_dev = max |r - 1| over elements of non-zero weight: at the first update it is the rollout/training mismatch, ideally 0.
     """
-    new, logprobs = new.detach(), logprobs.detach()
-    weights = torch.ones_like(new) if weights is None else weights.to(new.dtype)
-    seen = weights != 0
-    log_ratio = torch.where(seen, new - logprobs, 0.0)
-    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    total = weights.sum().clamp(min=torch.finfo(new.dtype).tiny)
-
-    def average(value: Tensor) -> Tensor:
-        return (value * weights).sum() / total
-
-    high, low = average((ratio - 1 > clip_high).to(new.dtype)), average((1 - ratio > clip_low).to(new.dtype))
+    log_ratio = torch.where(weights != 0, new.detach() - logprobs.detach(), 0.0)
+    ratio = _ratios(new, logprobs, weights)
     return {
-        "approx_kl": 0.5 * average(log_ratio**2),
-        "clip_fraction": high + low,
-        "clip_fraction_high": high,
-        "clip_fraction_low": low,
-        "ratio_mean": average(ratio),
-        "ratio_max_dev": ((ratio - 1).abs() * seen).amax(),
+        "approx_kl": 0.5 * _average(log_ratio**2, weights),
+        "ratio_mean": _average(ratio, weights),
+        "ratio_max_dev": ((ratio - 1).abs() * (weights != 0)).amax(),
     }
+
+
+def _ratios(new: Float[Tensor, "*S"], logprobs: Float[Tensor, "*S"], weights: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """exp(new - logprobs) without a gradient; 1 where the weight is 0."""
+    log_ratio = torch.where(weights != 0, new.detach() - logprobs.detach(), 0.0)
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def _average(value: Float[Tensor, "*S"], weights: Float[Tensor, "*S"]) -> Float[Tensor, ""]:
+    return (value * weights).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)

@@ -75,7 +75,9 @@ class DiffusionNFT(LitFlow):
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
-        self.check_kl(kl_coef)
+        if kl_coef < 0:
+            raise ConfigError(f"model.kl_coef={kl_coef} must not be negative; 0 turns the reference off")
+        self.check_reference(kl_coef)
         _check(solver=solver, eta=eta, beta=beta, timestep_fraction=timestep_fraction)
         if not 0 <= timestep_range[0] < timestep_range[1] <= 1 or timestep_shift <= 0:
             raise ConfigError(

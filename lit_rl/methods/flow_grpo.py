@@ -5,20 +5,20 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.losses.flow import KLKind, gaussian_kl
+from lit_rl.losses.flow import FlowKL, gaussian_kl
 from lit_rl.losses.masked import finite_rows, harmless, weighted_means
-from lit_rl.losses.policy_gradient import clipped_ratio_loss, guard_logratio, policy_metrics
+from lit_rl.losses.step_surrogates import Clip, Guard, StepSurrogate
 from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.flow import FlowBatch, LitFlow
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.replay.partition import places
-from lit_rl.samplers.flow import Dynamics, Step, sde_step
+from lit_rl.samplers.flow import SDE, Step, sde_step
 from lit_rl.samplers.windows import MixStrategy, full_window, mix_window, random_subset, random_window
 from lit_rl.seeding import Key, generator, seed_of
 from lit_rl.types import Cond, FlowRollout, Prompts, take_rows
@@ -41,44 +41,35 @@ class FlowGRPO(LitFlow):
 
     Args:
         policy: The model that is trained. See `LitFlow`, as for `num_steps`, `rollout_micro_batch`, `train_micro_batch`, ...
-        dynamics: Stochastic sampler. With `cps` images stay clean at any noise level; its log-probabilities are smaller, so clip less.
-        noise_level: a of the sampler (flow_sde 0.7, FLUX 0.9; cps 0.8, in [0, 1]; dance_sde 0.3).
+        sde: Stochastic sampler of rollouts.
         timestep_fraction: Trained share of the steps, from the start; 0.99 leaves out the last one.
-        clip_low: The ratio is clipped from below at 1 - clip_low. Log-probabilities are means over latent elements, so 1e-4 here is like
-            0.2 for tokens.
-        clip_high: The ratio is clipped from above at 1 + clip_high.
-        kl_coef: Weight of the divergence from the reference; 0 spends no forward on it.
-        kl_kind: Which of the published expressions that is, see `lit_rl.losses.flow.gaussian_kl`.
+        surrogate: Loss of a step, see `lit_rl.losses.step_surrogates`; default: `Clip`.
+        kl: Divergence from the reference.
         same_latent: Siblings start from the same noise, and share what is deterministic before the window.
         kwargs: See `LitFlow` and `LitRL`.
     """
 
-    stored_with: Sequence[str] = ("dynamics", "noise_level", "timestep_fraction", "same_latent")
+    stored_with: Sequence[str] = ("sde", "timestep_fraction", "same_latent")
 
     def __init__(
         self,
         policy: FlowPolicy,
         *,
-        dynamics: Dynamics = "flow_sde",
-        noise_level: float = 0.7,
+        sde: SDE | None = None,
         timestep_fraction: float = 0.99,
-        clip_low: float = 1e-4,
-        clip_high: float = 1e-4,
-        kl_coef: float = 0.0,
-        kl_kind: KLKind = "x_diffusion",
+        surrogate: StepSurrogate | None = None,
+        kl: FlowKL | None = None,
         same_latent: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
-        _check(dynamics=dynamics, noise_level=noise_level, clip_low=clip_low, clip_high=clip_high)
         if not 0 < timestep_fraction <= 1:
             raise ConfigError(f"model.timestep_fraction={timestep_fraction} must be in (0, 1]; 0.99 leaves out the last step")
-        self.check_kl(kl_coef)
-        self.dynamics = dynamics
-        self.noise_level = noise_level
+        self.sde = sde or SDE()
         self.timestep_fraction = timestep_fraction
-        self.clip_low, self.clip_high = clip_low, clip_high
-        self.kl_coef, self.kl_kind = kl_coef, kl_kind
+        self.surrogate = surrogate or Clip()
+        self.kl = kl or FlowKL()
+        self.check_reference(self.kl.coef)
         self.same_latent = same_latent
 
     # ------------------------------------------------------------------ which steps are actions
@@ -88,7 +79,7 @@ class FlowGRPO(LitFlow):
 
     def noise_levels(self, window: range) -> list[float]:
         """Noise level of each of the N steps."""
-        return [self.noise_level] * self.num_steps
+        return [self.sde.noise_level] * self.num_steps
 
     def trained_steps(self) -> int:
         return len(self.window(max(0, self.iteration)))
@@ -156,15 +147,13 @@ class FlowGRPO(LitFlow):
             if window.start <= i + 1 <= window.stop:
                 kept.append(x)
         part = {"latents": torch.stack(kept, 1), "logprobs": torch.stack(logprobs, 1), "final": x}
-        return part | ({"means": torch.stack(means, 1)} if self.keeps_means else {})
-
-    keeps_means = False
+        return part | ({"means": torch.stack(means, 1)} if self.surrogate.needs_means else {})
 
     def act(self, x: Tensor, v: Tensor, sigmas: Tensor, i: int, level: float, noise: Tensor | None) -> Step:
         """Step i of the whole micro-batch, drawn with `noise`; deterministic where the level is 0."""
         return sde_step(
             x, v, sigma=sigmas[i].expand(len(x)), sigma_next=sigmas[i + 1].expand(len(x)), sigma_max=self.sigma_max,
-            dynamics=self.dynamics if level else "ode", noise_level=level, noise=noise, dtype=self.storage_dtype,
+            dynamics=self.sde.dynamics if level else "ode", noise_level=level, noise=noise, dtype=self.storage_dtype,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ loss
@@ -183,19 +172,22 @@ class FlowGRPO(LitFlow):
         )  # fmt: skip
 
     def loss(self, minibatch: PairBatch) -> Terms:  # type: ignore[override]
-        """max(-A r, -A clip(r)) + kl_coef KL, per pair."""
-        v = self.policy.velocity(minibatch.x, minibatch.sigma, self.conditions(minibatch))
-        step = self.replay_step(v, minibatch)
-        losses = clipped_ratio_loss(self.log_ratio(step, minibatch), minibatch.advantages, clip_low=self.clip_low, clip_high=self.clip_high)
-        clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
-        self.log_policy(policy_metrics(step.logprob, minibatch.logprobs, **clip, weights=minibatch.weights), minibatch.weights)
-        terms = {"policy": Term(losses, minibatch.weights)}
-        if self.kl_coef:
+        """The surrogate and the divergence from the reference, per pair."""
+        batch = minibatch
+        v = self.policy.velocity(batch.x, batch.sigma, self.conditions(batch))
+        step = self.replay_step(v, batch)
+        losses, metrics = self.surrogate(
+            step.logprob, batch.logprobs, batch.advantages, weights=batch.weights,
+            mean=step.mean, old_mean=batch.means, noise_std=step.noise_std,
+        )  # fmt: skip
+        self.log_policy(metrics, batch.weights)
+        terms = {"policy": Term(losses, batch.weights)}
+        if self.kl.coef:
             with torch.no_grad(), self.policy.reference():
-                ref_v = self.policy.velocity(minibatch.x, minibatch.sigma, self.conditions(minibatch))
-            kl = self.kl(v, step, ref_v, minibatch)
-            self.meters.mean(weighted_means({"kl": kl}, minibatch.weights), weight=minibatch.weights.sum())
-            terms["kl"] = Term(kl, minibatch.weights, self.kl_coef)
+                ref_v = self.policy.velocity(batch.x, batch.sigma, self.conditions(batch))
+            divergence = self.divergence(v, step, ref_v, batch)
+            self.meters.mean(weighted_means({"kl": divergence}, batch.weights), weight=batch.weights.sum())
+            terms["kl"] = Term(divergence, batch.weights, self.kl.coef)
         return terms
 
     def log_policy(self, metrics: dict[str, Tensor], weights: Tensor) -> None:
@@ -210,18 +202,15 @@ class FlowGRPO(LitFlow):
         """The stored action under today's velocity. Every trained step was drawn at `noise_level`."""
         return sde_step(
             batch.x, v, sigma=batch.sigma, sigma_next=batch.sigma_next,
-            dynamics=self.dynamics, noise_level=self.noise_level, sigma_max=self.sigma_max, sample=batch.x_next,
+            dynamics=self.sde.dynamics, noise_level=self.sde.noise_level, sigma_max=self.sigma_max, sample=batch.x_next,
         )  # fmt: skip
 
-    def log_ratio(self, step: Step, batch: PairBatch) -> Tensor:
-        return step.logprob - batch.logprobs
-
-    def kl(self, v: Tensor, step: Step, ref_v: Tensor, batch: PairBatch) -> Tensor:
+    def divergence(self, v: Tensor, step: Step, ref_v: Tensor, batch: PairBatch) -> Tensor:
         """Divergence from the reference, Float "N"."""
-        if self.kl_kind in ("v", "v_diffusion"):
-            return gaussian_kl(v, ref_v, kind=self.kl_kind, diffusion=step.diffusion)
+        if self.kl.of_velocities:
+            return gaussian_kl(v, ref_v, kind=self.kl.kind, diffusion=step.diffusion)
         ref_mean = self.replay_step(ref_v, batch).mean
-        return gaussian_kl(step.mean, ref_mean, kind=self.kl_kind, diffusion=step.diffusion, noise_std=step.noise_std)
+        return gaussian_kl(step.mean, ref_mean, kind=self.kl.kind, diffusion=step.diffusion, noise_std=step.noise_std)
 
 
 class FlowGRPOFast(FlowGRPO):
@@ -241,13 +230,12 @@ class FlowGRPOFast(FlowGRPO):
         *,
         window_size: int = 3,
         window_range: tuple[int, int] | None = None,
-        dynamics: Dynamics = "cps",
-        noise_level: float = 0.8,
-        clip_low: float = 1e-5,
-        clip_high: float = 1e-5,
+        sde: SDE | None = None,
+        surrogate: StepSurrogate | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(policy, dynamics=dynamics, noise_level=noise_level, clip_low=clip_low, clip_high=clip_high, **kwargs)
+        sde, surrogate = sde or SDE(dynamics="cps", noise_level=0.8), surrogate or Clip(low=1e-5, high=1e-5)
+        super().__init__(policy, sde=sde, surrogate=surrogate, **kwargs)
         self.window_size = window_size
         self.window_range = window_range or (0, max(window_size, self.num_steps // 2))
         if not (self.window_range[0] >= 0 and self.window_range[1] <= self.num_steps):
@@ -259,7 +247,7 @@ class FlowGRPOFast(FlowGRPO):
         return random_window(size=self.window_size, low=self.window_range[0], high=self.window_range[1], rng=rng)
 
     def noise_levels(self, window: range) -> list[float]:
-        return [self.noise_level if i in window else 0.0 for i in range(self.num_steps)]
+        return [self.sde.noise_level if i in window else 0.0 for i in range(self.num_steps)]
 
 
 class MixGRPO(FlowGRPO):
@@ -317,12 +305,11 @@ class DanceGRPO(FlowGRPO):
         policy: FlowPolicy,
         *,
         trained_fraction: float = 0.6,
-        dynamics: Dynamics = "dance_sde",
-        noise_level: float = 0.3,
+        sde: SDE | None = None,
         same_latent: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(policy, dynamics=dynamics, noise_level=noise_level, same_latent=same_latent, **kwargs)
+        super().__init__(policy, sde=sde or SDE(dynamics="dance_sde", noise_level=0.3), same_latent=same_latent, **kwargs)
         if not 0 < trained_fraction <= 1:
             raise ConfigError(f"model.trained_fraction={trained_fraction} must be in (0, 1]; DanceGRPO uses 0.6")
         self.trained_fraction = trained_fraction
@@ -330,7 +317,7 @@ class DanceGRPO(FlowGRPO):
     def noise_levels(self, window: range) -> list[float]:
         """The last step is deterministic unless it is trained: its end is then the predicted clean image, which DanceGRPO decodes."""
         last = self.num_steps - 1
-        return [self.noise_level] * last + [self.noise_level if last in window else 0.0]
+        return [self.sde.noise_level] * last + [self.sde.noise_level if last in window else 0.0]
 
     def chosen(self, rollout: FlowRollout) -> Tensor:
         steps = rollout.logprobs.shape[1]
@@ -344,26 +331,10 @@ class DanceGRPO(FlowGRPO):
 class GRPOGuard(FlowGRPO):
     """The ratio is centred and scaled by the step's noise, so that one clip range fits all steps (arXiv 2510.22319).
 
-    kwargs: see `FlowGRPO`. Published with advantages over the group's own standard deviation, clip 2e-6 (OCR, GenEval) or 4e-6 (PickScore).
+    Published with advantages over the group's own standard deviation.
     """
 
-    keeps_means = True
+    defines: ClassVar = {"surrogate": Guard}
 
-    def __init__(self, policy: FlowPolicy, *, clip_low: float = 2e-6, clip_high: float = 2e-6, **kwargs: Any) -> None:
-        super().__init__(policy, clip_low=clip_low, clip_high=clip_high, **kwargs)
-
-    def log_ratio(self, step: Step, batch: PairBatch) -> Tensor:
-        assert batch.means is not None
-        return guard_logratio(step.logprob, batch.logprobs, step.mean, batch.means, noise_std=step.noise_std)
-
-
-def _check(*, dynamics: Dynamics, noise_level: float, clip_low: float, clip_high: float) -> None:
-    if dynamics == "ode":
-        raise ConfigError("model.dynamics=ode takes no random steps, so there is nothing to learn from; use flow_sde, cps or dance_sde")
-    if noise_level <= 0 or (dynamics == "cps" and noise_level > 1):
-        raise ConfigError(f"model.noise_level={noise_level} must be above 0{' and at most 1 for cps' if dynamics == 'cps' else ''}")
-    for name, value in {"clip_low": clip_low, "clip_high": clip_high}.items():
-        if not 0 < value < 1:
-            raise ConfigError(
-                f"model.{name}={value} must be in (0, 1); log-probabilities are means over latent elements, so use 1e-5 ... 1e-3"
-            )
+    def __init__(self, policy: FlowPolicy, *, surrogate: StepSurrogate | None = None, **kwargs: Any) -> None:
+        super().__init__(policy, surrogate=surrogate or Guard(), **kwargs)

@@ -6,7 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from lit_rl.modules.checks import check_at_least
 from lit_rl.modules.evaluation import count_not_finite, named
 from lit_rl.modules.supervised import Supervised
 from lit_rl.policies.base import FlowPolicy
-from lit_rl.samplers.schedules import linear_sigmas, shifted_sigmas
+from lit_rl.samplers.schedules import Schedule
 from lit_rl.samplers.solvers import Solver, solve
 from lit_rl.seeding import Key, generator, normal
 from lit_rl.types import Cond, Examples, FlowRollout, Info, Minibatch, Prompts, take_rows
@@ -43,14 +43,30 @@ class FlowBatch(Minibatch):
     info: Sequence[Info]  # N prompts where `cond` is computed again, else none
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Evaluation and prediction by the deterministic Euler sampler.
+
+    Args:
+        num_steps: Denoising steps.
+        seed: Of the initial noise; image i of the evaluation set always starts from the same noise.
+    """
+
+    num_steps: int = 40
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ConfigError(f"model.evaluation.num_steps={self.num_steps} must be at least 1")
+
+
 class LitFlow(LitRL[FlowRollout]):
     """Base of the methods on flow models.
 
     Args:
         policy: The model, e.g. `lit_rl.policies.sd3.SD3Policy`.
         num_steps: Denoising steps of a rollout (N).
-        eval_num_steps: Denoising steps of evaluation and prediction, which use the deterministic Euler sampler.
-        eval_seed: Of the initial noise in evaluation and prediction; image i of the evaluation set always starts from the same noise.
+        evaluation: Steps and seed of evaluation and prediction.
         rollout_micro_batch: Images denoised and decoded together; each finished batch is scored while the next one is sampled.
         updates_per_iteration: Optimizer steps of an iteration, over all its `inner_epochs` passes; None = one of each pass. Each takes an
             equal share of the pairs of its pass, the same ones whatever the number of processes and the size of micro-batches.
@@ -58,36 +74,32 @@ class LitFlow(LitRL[FlowRollout]):
             becomes the number of micro-batches that an optimizer step needs. Warm-up examples count like pairs. None = that number is the
             trainer's, 1 if it says nothing.
         storage_dtype: Of the latents kept between rollout and training. A step is rounded through it before its log-probability.
-        schedule: Sigmas of rollouts and evaluation: the diffusers `pipeline`'s own, or equal steps from 1 to 0 that are `shifted` as
-            DanceGRPO, MixGRPO and Flow-Factory do, or `linear` as they are.
-        shift: s of the shifted schedule, sigma = s u / (1 + (s - 1) u).
+        schedule: Sigmas of rollouts and evaluation.
         advantage: How rewards become advantages.
         supervised: Examples to imitate: a warm-up before the first rollout, or a share of every optimizer step.
         kwargs: See `LitRL`.
     """
 
     policy: FlowPolicy
-    stored_with: Sequence[str] = ("num_steps", "schedule", "shift", "storage_dtype", "updates_per_iteration")
+    stored_with: Sequence[str] = ("num_steps", "schedule", "storage_dtype", "updates_per_iteration")
 
     def __init__(
         self,
         policy: FlowPolicy,
         *,
         num_steps: int = 10,
-        eval_num_steps: int = 40,
-        eval_seed: int = 0,
+        evaluation: Evaluation | None = None,
         rollout_micro_batch: int = 8,
         updates_per_iteration: int | None = None,
         train_micro_batch: int | None = None,
         storage_dtype: StorageDtype = "float32",
-        schedule: Literal["pipeline", "shifted", "linear"] = "pipeline",
-        shift: float = 3.0,
+        schedule: Schedule | None = None,
         advantage: Advantage | None = None,
         supervised: Supervised | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
-        check_at_least(1, num_steps=num_steps, eval_num_steps=eval_num_steps, rollout_micro_batch=rollout_micro_batch)
+        check_at_least(1, num_steps=num_steps, rollout_micro_batch=rollout_micro_batch)
         check_at_least(1, updates_per_iteration=updates_per_iteration, train_micro_batch=train_micro_batch)
         self.updates_per_iteration = updates_per_iteration or self.inner_epochs
         if self.updates_per_iteration % self.inner_epochs:
@@ -96,14 +108,11 @@ class LitFlow(LitRL[FlowRollout]):
                 "each pass over a rollout has as many as the others"
             )
         self.num_steps = num_steps
-        self.eval_num_steps = eval_num_steps
-        self.eval_seed = eval_seed
+        self.evaluation = evaluation or Evaluation()
         self.rollout_micro_batch = rollout_micro_batch
         self.train_micro_batch = train_micro_batch
         self.storage_dtype: torch.dtype = getattr(torch, storage_dtype)
-        if shift <= 0:
-            raise ConfigError(f"model.shift={shift} must be above 0; 1 shifts nothing, SD3 uses 3")
-        self.schedule, self.shift = schedule, shift
+        self.schedule = schedule or Schedule()
         self.credit_rule = advantage or Advantage()
         if self.group_size == 1 and self.credit_rule.kind != "history":
             raise ConfigError(
@@ -129,9 +138,7 @@ class LitFlow(LitRL[FlowRollout]):
     # ------------------------------------------------------------------ sampling
     def sigmas(self, num_steps: int) -> Tensor:
         """The configured schedule, Float64 "N+1", from 1 to 0."""
-        if self.schedule == "shifted":
-            return shifted_sigmas(num_steps, shift=self.shift)
-        return linear_sigmas(num_steps) if self.schedule == "linear" else self.policy.sigmas(num_steps)
+        return self.schedule.sigmas(num_steps, pipeline=self.policy.sigmas)
 
     def encode(self, prompts: Prompts) -> tuple[Cond, Tensor]:
         """Each different prompt conditioned once, and the row of the result for each of the B prompts."""
@@ -160,13 +167,13 @@ class LitFlow(LitRL[FlowRollout]):
     def render(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Images uint8 "B 3 H W" (CPU) of the deterministic sampler, and Bool "B": the finite ones.
 
-        The noise depends on `eval_seed` and the prompt's group id.
+        The noise depends on `evaluation.seed` and the prompt's group id.
         """
         cond, rows = self.encode(prompts)
         images: list[tuple[Tensor, Tensor]] = []
         for chunk in torch.arange(len(prompts)).split(self.rollout_micro_batch):
-            x = self.noise([(self.eval_seed, "eval", int(prompts.group[i])) for i in chunk])
-            clean = self.denoise(x, take_rows(cond, rows[chunk.to(self.device)]), num_steps=self.eval_num_steps)
+            x = self.noise([(self.evaluation.seed, "eval", int(prompts.group[i])) for i in chunk])
+            clean = self.denoise(x, take_rows(cond, rows[chunk.to(self.device)]), num_steps=self.evaluation.num_steps)
             images.append(self.policy.picture(clean))
         media, finite = zip(*images)
         return torch.cat(media), torch.cat(finite)
@@ -327,12 +334,10 @@ class LitFlow(LitRL[FlowRollout]):
         return {name: values.where(finite, torch.nan) for name, values in rewards.items()}, count
 
     # ------------------------------------------------------------------ credit
-    def check_kl(self, kl_coef: float) -> None:
-        """Raise on a weight of the divergence from the reference that makes no sense, or not with the advantages."""
-        if kl_coef < 0:
-            raise ConfigError(f"model.kl_coef={kl_coef} must not be negative; 0 turns the reference off")
-        if self.credit_rule.drop_zero and kl_coef:
-            raise ConfigError("model.advantage.drop_zero would drop pairs that model.kl_coef still trains: set one of them to its default")
+    def check_reference(self, kl_coef: float) -> None:
+        """Raise ConfigError on a divergence from the reference that the policy or the advantages do not allow."""
+        if kl_coef and self.credit_rule.drop_zero:
+            raise ConfigError("model.advantage.drop_zero would drop pairs that the divergence still trains: set one of them to its default")
         if kl_coef:
             self.policy.check_reference(after_warmup=self.warmup_steps > 0)
 

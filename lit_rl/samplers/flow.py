@@ -7,17 +7,42 @@ x0_hat = x - sigma v and eps_hat = x + (1 - sigma) v. A step goes from sigma to 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lit_rl.errors import ConfigError
+
 Dynamics = Literal["flow_sde", "dance_sde", "cps", "wan_sde", "ode"]
 """flow_sde: Flow-GRPO (arXiv 2505.05470). dance_sde: DanceGRPO (2505.07818). cps: coefficients-preserving (2509.05952).
 wan_sde: Flow-GRPO's video variant. ode: Euler, nothing to learn from."""
 
 DYNAMICS: tuple[str, ...] = get_args(Dynamics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SDE:
+    """A stochastic sampler.
+
+    Args:
+        dynamics: Its kind. With `cps` images stay clean at any noise level; its log-probabilities are smaller, so clip less.
+        noise_level: a of `sde_step` (flow_sde 0.7, FLUX 0.9; cps 0.8, in [0, 1]; dance_sde 0.3).
+    """
+
+    dynamics: Dynamics = "flow_sde"
+    noise_level: float = 0.7
+
+    def __post_init__(self) -> None:
+        if self.dynamics == "ode":
+            raise ConfigError(
+                "model.sde.dynamics=ode takes no random steps, so there is nothing to learn from; use flow_sde, cps or dance_sde"
+            )
+        if self.noise_level <= 0 or (self.dynamics == "cps" and self.noise_level > 1):
+            most = " and at most 1 for cps" if self.dynamics == "cps" else ""
+            raise ConfigError(f"model.sde.noise_level={self.noise_level} must be above 0{most}")
 
 
 class Step(NamedTuple):

@@ -7,9 +7,15 @@ Published projects use different schedules for the same model, and "leave out th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from lit_rl.errors import ConfigError
 
 
 def shift_sigmas(sigmas: Float[Tensor, "n"], *, shift: float) -> Float[Tensor, "n"]:
@@ -36,3 +42,27 @@ def linear_sigmas(num_steps: int) -> Float[Tensor, "n"]:
 def _check(num_steps: int) -> None:
     if num_steps < 1:
         raise ValueError(f"a denoising path needs at least one step, got num_steps={num_steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Sigmas of rollouts and evaluation.
+
+    Args:
+        kind: The diffusers `pipeline`'s own, or equal steps from 1 to 0 that are `shifted` as DanceGRPO, MixGRPO and Flow-Factory do, or
+            `linear` as they are.
+        shift: s of the shifted schedule, sigma = s u / (1 + (s - 1) u).
+    """
+
+    kind: Literal["pipeline", "shifted", "linear"] = "pipeline"
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.shift <= 0:
+            raise ConfigError(f"model.schedule.shift={self.shift} must be above 0; 1 shifts nothing, SD3 uses 3")
+
+    def sigmas(self, num_steps: int, *, pipeline: Callable[[int], Float[Tensor, "n"]]) -> Float[Tensor, "n"]:
+        """Float64 "N+1", from 1 to 0. pipeline: The pipeline's own for a number of steps."""
+        if self.kind == "shifted":
+            return shifted_sigmas(num_steps, shift=self.shift)
+        return linear_sigmas(num_steps) if self.kind == "linear" else pipeline(num_steps)

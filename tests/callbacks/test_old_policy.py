@@ -13,7 +13,7 @@ import torch
 from golden_numbers import assert_close, load
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from toy import ToyData, ToyPolicy, toy_method, toy_trainer, with_examples
+from toy import ToyData, ToyPolicy, toy_method, toy_trainer, with_parts
 
 from callbacks.old_policy import EMAOldPolicy, OldPolicySync
 from lit_rl.errors import ConfigError
@@ -28,7 +28,7 @@ def nft(policy: ToyPolicy | None = None, **kwargs: Any) -> DiffusionNFT:
     """16 images and 48 pairs an iteration."""
     adam = {"optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2)}
     sizes = {"prompts_per_iteration": 4, "group_size": 4, "num_steps": 4, "warmup_batch_size": 8}
-    return DiffusionNFT(policy or ToyPolicy(), kl_coef=0.0, **with_examples(sizes | adam | kwargs))
+    return DiffusionNFT(policy or ToyPolicy(), kl_coef=0.0, **with_parts(DiffusionNFT, sizes | adam | kwargs))
 
 
 def weights(module: Any) -> dict[str, Tensor]:

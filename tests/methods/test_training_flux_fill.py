@@ -11,7 +11,7 @@ import torch
 from fill import FillData, build_fill, fill_policy, rows
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from toy import toy_trainer, with_examples
+from toy import toy_trainer, with_parts
 
 from callbacks.ema import EMA
 from callbacks.old_policy import OldPolicySync
@@ -41,7 +41,7 @@ def method(places: Path, cls: type[Method] = FlowGRPO, kind: str = "adapter", **
     sizes = dict(prompts_per_iteration=4, group_size=4, num_steps=4, eval_num_steps=4, rollout_micro_batch=8, warmup_batch_size=8)
     settings: dict[str, Any] = own | sizes | dict(kl_coef=1e-3, optimizer=lambda params: torch.optim.AdamW(params, lr=RATES[kind]))
     torch.manual_seed(0)
-    return cls(fill_policy(places, **KINDS[kind]), **with_examples(settings | changes))
+    return cls(fill_policy(places, **KINDS[kind]), **with_parts(cls, settings | changes))
 
 
 def train(

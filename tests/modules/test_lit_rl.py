@@ -192,7 +192,7 @@ def test_dance_grpo_decodes_the_predicted_clean_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("schedule", "second"), [("pipeline", 0.75), ("linear", 0.75), ("shifted", 0.9)])
 def test_schedule_is_an_option(tmp_path: Path, schedule: Any, second: float) -> None:
     """u = 3/4 shifted by 3: 3 u / (1 + 2 u) = 2.25 / 2.5."""
-    method = run(tmp_path, toy_method(schedule=schedule, shift=3.0), max_epochs=1)
+    method = run(tmp_path, toy_method(schedule_kind=schedule, schedule_shift=3.0), max_epochs=1)
     assert method.rollout is not None
     assert method.rollout.times[0, :2].tolist() == pytest.approx([1.0, second])
 
@@ -310,15 +310,15 @@ def test_max_steps_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(clip_low=0.0), "clip_low=0.0 must be in"),
+        (dict(clip_low=0.0), "surrogate.low=0.0 must be in"),
         (dict(dynamics="ode"), "nothing to learn from"),
         (dict(dynamics="cps", noise_level=1.2), "at most 1 for cps"),
         (dict(timestep_fraction=0.0), "timestep_fraction=0.0 must be in"),
-        (dict(schedule="shifted", shift=0.0), "shift=0.0 must be above 0"),
+        (dict(schedule_kind="shifted", schedule_shift=0.0), "shift=0.0 must be above 0"),
         (dict(group_size=0), "group_size=0 must be at least 1"),
         (dict(group_size=1), "gives every sample advantage 0"),
         (dict(train_micro_batch=0), "train_micro_batch=0 must be at least 1"),
-        (dict(kl_coef=0.1, advantage=Advantage(drop_zero=True)), "kl_coef still trains"),
+        (dict(kl_coef=0.1, advantage=Advantage(drop_zero=True)), "the divergence still trains"),
     ],
 )
 def test_out_of_range_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ import toy_text
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from scenarios import Long
-from toy import Brightness, ToyData, toy_method, with_examples
+from toy import Brightness, ToyData, toy_method, with_parts
 
 from callbacks.old_policy import OldPolicySync
 from callbacks.progress import Progress
@@ -68,7 +68,8 @@ def method(kind: str, model: str | None, size: int | None) -> Any:
     if kind == "flow":
         return flow
     return DiffusionNFT(
-        flow.policy, **with_examples(settings), group_size=4, num_steps=4, rollout_micro_batch=6, train_micro_batch=size, optimizer=sgd
+        flow.policy, **with_parts(DiffusionNFT, settings), group_size=4, num_steps=4, rollout_micro_batch=6,
+        train_micro_batch=size, optimizer=sgd,
     )  # fmt: skip
 
 

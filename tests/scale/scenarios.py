@@ -16,7 +16,7 @@ from fill import FillData, fill_policy
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
-from toy import Brightness, ToyData, ToyPolicy, toy_trainer, with_examples
+from toy import Brightness, ToyData, ToyPolicy, toy_trainer, with_parts
 
 from callbacks.ema import EMA
 from callbacks.export import Export
@@ -104,11 +104,12 @@ def method(settings: dict[str, Any], sd3: dict[str, Any] | None, fill: dict[str,
     settings = defaults | settings | {"optimizer": chosen}
     dropout = settings.pop("dropout", 0.0)
     settings["advantage"] = Advantage(**settings.get("advantage", {}))
-    nft, settings = settings.pop("nft", None), with_examples(settings)
+    nft = settings.pop("nft", None)
     if nft is None:
-        return FlowGRPO(policy(sd3, fill, dropout), **settings)
+        return FlowGRPO(policy(sd3, fill, dropout), **with_parts(FlowGRPO, settings))
     clips = ("clip_low", "clip_high")
-    return DiffusionNFT(policy(sd3, fill, dropout), **{name: value for name, value in settings.items() if name not in clips}, **nft)
+    kept = {name: value for name, value in settings.items() if name not in clips}
+    return DiffusionNFT(policy(sd3, fill, dropout), **with_parts(DiffusionNFT, kept), **nft)
 
 
 def trainer(folder: Path, strategy: str, settings: dict[str, Any], callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
