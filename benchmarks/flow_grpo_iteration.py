@@ -33,6 +33,7 @@ from callbacks.reward_scoring import RewardScoring
 from datamodules.base import PromptDataModule
 from lit_rl.credit.groups import group_advantages
 from lit_rl.losses.policy_gradient import clipped_surrogate, policy_metrics
+from lit_rl.losses.step_surrogates import Clip
 from lit_rl.methods.flow_grpo import FlowGRPO
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
 from lit_rl.rewards.base import Reward
@@ -186,14 +187,15 @@ class PlainLoop:
             v = self.policy.velocity(x, sigma, cond)
         return sde_step(
             x, v, sigma=sigma, sigma_next=sigma_next, sigma_max=float(self.sigmas[1]),
-            dynamics=self.method.dynamics, noise_level=self.method.noise_level, **given,
+            dynamics=self.method.sde.dynamics, noise_level=self.method.sde.noise_level, **given,
         )  # fmt: skip
 
     def train(self, rollout: Sequence[Trajectories], advantages: Sequence[Tensor]) -> None:
         """One update on all pairs, one micro-batch and timestep after the other."""
         optimizer = self.method.optimizer([p for _, p in self.policy.trainable()])
         optimizer.zero_grad()
-        clip = {"clip_low": self.method.clip_low, "clip_high": self.method.clip_high}
+        assert isinstance(self.method.surrogate, Clip)
+        clip = {"clip_low": self.method.surrogate.low, "clip_high": self.method.surrogate.high}
         window = self.method.window(self.method.iteration)
         pairs = sum(len(advantage) for advantage in advantages) * len(window)
         for part, advantage in zip(rollout, advantages):
@@ -273,7 +275,7 @@ def measure(policy: DiffusersFlowPolicy, size: Size, *, repeats: int, latency: f
     data = PromptDataModule([{"prompt": f'the number "{i:04d}"'} for i in range(count)], shuffle=False)
     method = FlowGRPO(
         policy, prompts_per_iteration=size.prompts, group_size=size.group, num_steps=size.num_steps, rollout_micro_batch=size.rollout_batch,
-        clip_low=1e-2, clip_high=1e-2,  # far enough from 1 that rounding decides nothing
+        surrogate=Clip(low=1e-2, high=1e-2),  # far enough from 1 that rounding decides nothing
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=size.lr),
     )  # fmt: skip
     turns = Turns(reward, size.plain_batches, latency)

@@ -30,7 +30,7 @@ def config(folder: Path, policy: dict[str, Any]) -> dict[str, Any]:
     """2 iterations of Flow-GRPO of 2 optimizer steps, every checkpoint with its adapter, as it is and averaged."""
     model = {
         "policy": {"class_path": "lit_rl.policies.flux_fill.FluxFillPolicy", "init_args": policy},
-        "prompts_per_iteration": 4, "group_size": 4, "num_steps": 3, "eval_num_steps": 3, "inner_epochs": 2,
+        "prompts_per_iteration": 4, "group_size": 4, "num_steps": 3, "evaluation": {"num_steps": 3}, "inner_epochs": 2,
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}},
     }  # fmt: skip
     exports = [{"dirpath": str(folder / kind), "at": "checkpoint", "weights": kind, "keep": None} for kind in ("live", "ema")]

@@ -85,7 +85,7 @@ def test_pieces_fit(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "prompts_per_iteration": 2,
         "group_size": 2,
         "num_steps": 4,
-        "eval_num_steps": 2,
+        "evaluation.num_steps": 2,
     }
     changed = [f"--model.init_args.{key}={value}" for key, value in model.items()]
     changed += ["--data.init_args.max_val=4", "--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1"]

@@ -18,6 +18,8 @@ from datamodules.inpainting import Inpainting
 from lit_rl.command_line.usual import RunFolder, UsualCallbacks
 from lit_rl.credit.rules import Advantage
 from lit_rl.doctor.__main__ import parser as doctor_parser
+from lit_rl.losses.flow import FlowKL
+from lit_rl.losses.step_surrogates import Clip
 from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.flow_grpo import FlowGRPO
 from lit_rl.modules.supervised import Supervised
@@ -45,6 +47,8 @@ ROOMS: dict[str, list[type]] = {
     "model.init_args.optimizer.init_args": [torch.optim.AdamW],
     "model.init_args.advantage": [Advantage],
     "model.init_args.supervised": [Supervised],
+    "model.init_args.kl": [FlowKL],
+    "model.init_args.surrogate.init_args": [Clip],
     "model.init_args": [FlowGRPO, DiffusionNFT],
     "data.init_args": [Inpainting],
     "run.callbacks": [UsualCallbacks],

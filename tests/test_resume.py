@@ -395,7 +395,7 @@ def flow_run(cls: Any = FlowGRPO, data: dict[str, Any] | None = None, **model: A
             FlowGRPO,
             {},
             {"noise_level": 0.3},
-            r"model.sde.noise_level=0.3, and .* made with 0.7: continue with model.sde.noise_level=0.7, or from",
+            r"model.sde.noise_level=0.3, and .* made with 0.7: continue with model.sde.noise_level=0.7",
         ),
         (FlowGRPO, {}, {"dynamics": "cps"}, "model.sde.dynamics=cps, .* made with flow_sde"),
         (FlowGRPO, {}, {"num_steps": 6}, "model.num_steps=6, .* made with 4"),

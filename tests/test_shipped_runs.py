@@ -57,7 +57,7 @@ def shrunk(run: dict[str, Any], home: Path) -> dict[str, Any]:
     model |= {
         "prompts_per_iteration": PROMPTS,
         "group_size": GROUP,
-        "eval_num_steps": 2,
+        "evaluation": {"num_steps": 2},
         "train_micro_batch": None,
         "updates_per_iteration": None,
     }

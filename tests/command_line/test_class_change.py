@@ -134,7 +134,7 @@ def test_options_that_two_methods_define_each_for_itself_are_not_taken_over() ->
 
     assert keeps(FlowGRPO, DiffusionNFT, "policy"), "it cannot be built without"
     assert keeps(FlowGRPO, DiffusionNFT, "num_steps"), "of the module that both are"
-    assert not keeps(FlowGRPO, DiffusionNFT, "kl_coef") and not keeps(FlowGRPO, DiffusionNFT, "noise_level")
+    assert not keeps(FlowGRPO, DiffusionNFT, "kl") and not keeps(FlowGRPO, DiffusionNFT, "timestep_fraction")
     assert definer(Relative, "bonus") is Method and definer(Relative, "nonsense") is None
 
 

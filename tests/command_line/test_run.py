@@ -161,11 +161,11 @@ def test_one_seed_reaches_method_and_data(cli: Any, tmp_path: Path) -> None:
     [
         (["--model.init_args.grup_size", "8"], "did you mean 'group_size'?"),
         (["--model.init_args.group_size", "many"], "group_size"),
-        (["--model.init_args.clip_low", "1.5"], "model.clip_low=1.5 must be in (0, 1)"),
+        (["--model.init_args.evaluation.num_steps", "0"], "model.evaluation.num_steps=0 must be at least 1"),
         (["--model.init_args.prompts_per_iteration", "0"], "model.prompts_per_iteration=0 must be at least 1"),
         (["--trainer.max_steps", "5"], "set trainer.max_epochs"),
         (["--trainer.max_epoch", "5"], "max_epoch"),
-        (["--rl_kl_beta", "0.1"], "--rl_kl_beta is an option of another trainer; here it is `model.init_args.kl_coef`"),
+        (["--rl_kl_beta", "0.1"], "--rl_kl_beta is an option of another trainer; here it is `model.init_args.kl.coef`"),
         (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val=-1 must be positive"),
         (["--trainer.devices", "many"], "`devices` selected with `CPUAccelerator` should be an int > 0"),
         (["--trainer.accelerator", "mps"], "can not run on your system"),
@@ -421,8 +421,8 @@ def test_what_stops_all_processes_is_said_once(tmp_path: Path) -> None:
 
 def test_options_beat_what_a_checkpoint_was_trained_with(cli: Any, tmp_path: Path) -> None:
     cli("fit", toy_config(tmp_path))
-    run = cli("fit", toy_config(tmp_path), "--ckpt_path", "last", "--trainer.max_epochs", "3", "--model.init_args.clip_low", "0.5")
-    assert run.model.clip_low == 0.5 and run.trainer.current_epoch == 3
+    run = cli("fit", toy_config(tmp_path), "--ckpt_path", "last", "--trainer.max_epochs", "3", "--model.init_args.sde.noise_level", "0.5")
+    assert run.model.sde.noise_level == 0.5 and run.trainer.current_epoch == 3
 
 
 @pytest.mark.parametrize("command", ["validate", "predict"])
@@ -484,14 +484,14 @@ class Folderless(Logger):
 
 
 def test_every_logger_gets_the_options_and_no_checkpoint_does(cli: Any, tmp_path: Path) -> None:
-    config = toy_config(tmp_path, clip_low=0.125)
+    config = toy_config(tmp_path, timestep_fraction=0.75)
     csv = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": "csv", "version": ""}}
     config["trainer"] |= {"logger": [{"class_path": "test_run.Folderless"}, csv], "limit_val_batches": 0, "max_epochs": 1}
     Folderless.told.clear()
     cli("fit", config)
     (options,) = Folderless.told
-    assert options["model"]["init_args"]["clip_low"] == 0.125 and options["seed_everything"] == 3
-    assert "clip_low: 0.125" in (tmp_path / "csv" / "hparams.yaml").read_text()
+    assert options["model"]["init_args"]["timestep_fraction"] == 0.75 and options["seed_everything"] == 3
+    assert "timestep_fraction: 0.75" in (tmp_path / "csv" / "hparams.yaml").read_text()
     assert (tmp_path / "config.yaml").exists(), "the first logger has no folder"
     assert not [key for key in torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True) if "hyper" in key]
 
@@ -500,8 +500,8 @@ def test_other_commands_leave_the_options_of_the_training_run_alone(cli: Any, tm
     cli("fit", toy_config(tmp_path))
     before = (tmp_path / "config.yaml").read_text()
     for command in ("validate", "test"):
-        cli(command, toy_config(tmp_path), "--ckpt_path", "last", "--model.init_args.eval_num_steps", "2")
-        assert "eval_num_steps: 2" in (tmp_path / f"config-{command}.yaml").read_text()
+        cli(command, toy_config(tmp_path), "--ckpt_path", "last", "--model.init_args.evaluation.num_steps", "2")
+        assert "num_steps: 2" in (tmp_path / f"config-{command}.yaml").read_text()
     assert (tmp_path / "config.yaml").read_text() == before
 
 

@@ -51,14 +51,14 @@ def test_a_healthy_run_is_told_so(home: Path, tmp_path: Path, capsys: pytest.Cap
 def test_one_mistake_hides_no_other(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run: dict[str, Any] = yaml.safe_load((home / "run.yaml").read_text())
     run["model"]["init_args"]["policy"]["init_args"]["style"]["encoder"] = str(tmp_path / "nowhere")
-    run["model"]["init_args"]["clip_low"] = 2.0
+    run["model"]["init_args"]["timestep_fraction"] = 2.0
     run["data"]["init_args"]["train"] = str(tmp_path / "missing.json")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     code, by, texts = diagnose(capsys, "--config", str(tmp_path / "run.yaml"), "--urls", "127.0.0.1:9", "--trainer.accelerator", "cpu")
     assert code == 1
     problems = ("model", "data", "model.policy.style.encoder", "reward server http://127.0.0.1:9")
     assert {by[key] for key in problems} == {"problem"}
-    assert f"no such file or folder: {tmp_path / 'nowhere'}" in texts and "clip_low=2.0" in texts and "missing.json" in texts
+    assert f"no such file or folder: {tmp_path / 'nowhere'}" in texts and "timestep_fraction=2.0" in texts and "missing.json" in texts
 
 
 def test_pictures_are_looked_at_whole(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
