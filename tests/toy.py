@@ -142,7 +142,7 @@ def with_parts(cls: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     if "sde" in parts:
         parts["sde"] = own | parts["sde"]
     rest = {name: value for name, value in settings.items() if name not in named}
-    return rest | {part: classes[part](**given) for part, given in parts.items()}
+    return {part: classes[part](**given) for part, given in parts.items()} | rest
 
 
 def toy_method(cls: type[FlowGRPO] = FlowGRPO, *, lr: float = 1e-2, dropout: float = 0.0, **kwargs: Any) -> FlowGRPO:

@@ -49,7 +49,6 @@ RENAMED: Mapping[str, str] = {
     "model.dynamics": "model.init_args.sde.dynamics",
     "model.noise_level": "model.init_args.sde.noise_level",
     "model.eval_num_steps": "model.init_args.evaluation.num_steps",
-    "model.shift": "model.init_args.schedule.shift",
     "model.kl_coef": "model.init_args.kl.coef",
     "model.kl_kind": "model.init_args.kl.kind",
     "model.kl_in_reward_kind": "model.init_args.kl_in_reward.kind",

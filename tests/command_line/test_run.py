@@ -276,7 +276,7 @@ def changed(text: str, old: str, new: str) -> tuple[str, int]:
         (
             "    policy:\n      class_path: toy.ToyPolicy\n",
             "",
-            -9,
+            -10,
             "lit_rl.methods.flow_grpo.FlowGRPO needs policy: set model.init_args.policy",
         ),
     ],

@@ -16,6 +16,7 @@ from toy import Brightness, Broken, Metrics, ToyData, toy_method, toy_trainer, w
 
 from lit_rl.credit.rules import Advantage
 from lit_rl.errors import ConfigError
+from lit_rl.losses.step_surrogates import DPPO
 from lit_rl.methods.flow_grpo import DanceGRPO, FlowGRPO, FlowGRPOFast, GRPOGuard, MixGRPO
 from lit_rl.types import Info
 
@@ -82,11 +83,13 @@ def test_second_update_is_not(tmp_path: Path) -> None:
         lambda: toy_method(MixGRPO, num_steps=6, window_size=2, iterations_per_window=5),
         lambda: toy_method(DanceGRPO, noise_level=0.6),
         lambda: toy_method(GRPOGuard, clip_low=1e-3, clip_high=1e-3),
+        lambda: toy_method(surrogate=DPPO(threshold=1e-3), updates_per_iteration=2),
+        lambda: toy_method(surrogate=DPPO(threshold=1e-3), updates_per_iteration=2, seed=1),
         lambda: toy_method(advantage=Advantage(kind="history")),
         lambda: toy_method(advantage=Advantage(kind="gdpo")),
         lambda: toy_method(advantage=Advantage(std="group", drop_zero=True), storage_dtype="bfloat16"),
     ],
-    ids=["cps", "kl", "fast", "mix", "dance", "guard", "history", "gdpo", "bf16"],
+    ids=["cps", "kl", "fast", "mix", "dance", "guard", "dppo", "dppo, another seed", "history", "gdpo", "bf16"],
 )
 def test_reward_on_held_out_prompts_rises(tmp_path: Path, method: Any) -> None:
     trained, data = method(), ToyData()
