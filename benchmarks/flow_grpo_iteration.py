@@ -128,13 +128,13 @@ def _now() -> tuple[float, float]:
 
 
 def median_total(watches: Sequence[Stopwatch], kind: str) -> float:
-    """Of whole iterations, without the first. kind: seconds or undisturbed."""
+    """The median over whole iterations, without the first. kind: seconds or undisturbed."""
     return statistics.median(sum(getattr(watch, kind).values()) for watch in watches[1:])
 
 
 @dataclass
 class Trajectories:
-    """What the plain loop keeps of one micro-batch."""
+    """The tensors that the plain loop keeps of one micro-batch."""
 
     cond: Cond
     path: list[Tensor]  # N + 1 latents

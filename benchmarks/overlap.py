@@ -1,4 +1,4 @@
-"""What scoring costs beside a rollout.
+"""The time that scoring adds to a rollout.
 
     python benchmarks/overlap.py [--repeats 5] [--prompts 4] [--group 8] [--chunk 4] [--side 512]
 

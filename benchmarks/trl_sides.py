@@ -219,7 +219,7 @@ SIDES: dict[str, Callable[[Case, Path, int, Turns], None]] = {"ours": ours, "the
 
 
 def command(side: str, case: Case, folder: Path, *, turns: int, size: int, core: int) -> list[str]:
-    """What starts a side in a process of its own: one thread on one core, lines as `Turns` writes and reads them."""
+    """The command that starts a side in its own process: one thread on one core, lines as `Turns` writes and reads them."""
     wanted = {"side": side, "case": asdict(case), "folder": str(folder), "turns": turns, "size": size, "core": core}
     return [sys.executable, "-m", "benchmarks.trl_sides", json.dumps(wanted)]
 

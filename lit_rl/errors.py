@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
-    """What was asked cannot be done as asked; the message says what there is and which knob to turn. The CLI prints just that sentence."""
+    """A request cannot be met as it stands; the message says what there is and which knob to turn. The CLI prints just that sentence."""
 
 
 def listed(items: Sequence[str], *, shown: int = 5) -> str:

@@ -1,4 +1,4 @@
-"""What flows through an iteration: dataclasses of tensors, nothing else.
+"""The data of an iteration: dataclasses of tensors, nothing else.
 
 Axes, named once: **B** trajectories (prompts x G siblings), **S** actions per trajectory (denoising steps or tokens),
 **\\*D** latent shape, **K** kept points of a denoising path (S + 1), **U** unique prompts. Time **t** is in [0, 1], 1 = noise, 0 = data.
@@ -21,7 +21,7 @@ Info = Mapping[str, Any]
 
 
 class Answer(str):
-    """What a language model answered, without special tokens; all that most rewards look at.
+    """The answer of a language model, without special tokens; most rewards look at nothing else.
 
     opened: The part of it that its prompt holds already, such as the <think> that a chat template writes. written: The text with special
     tokens, but for those that end it. special: Those that are in it.

@@ -23,7 +23,7 @@ install_import_hook(
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """What a test does to the environment ends with it: a LOCAL_RANK left behind has the next run wait for processes that nobody starts."""
+    """Restores the environment after each test: with a LOCAL_RANK left behind, the next run would wait for processes that nobody starts."""
     before, said = dict(os.environ), logging.getLogger("lightning.pytorch")
     level = said.level  # benchmarks lower their voice for good
     yield

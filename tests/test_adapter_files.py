@@ -1,4 +1,4 @@
-"""What training writes for inference draws the trained policy's pictures in a fresh process, and starts a new run."""
+"""Adapter files written in training draw the trained policy's pictures in a fresh process, and start a new run."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ STRATEGIES: dict[str, type] = {"cpu": str, "one_gpu": str, "ddp": DDPStrategy, "
 
 
 def parsed(*options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """What the command line makes of the options, every default included."""
+    """The configuration that the command line resolves from the options, every default included."""
     from lit_rl.command_line.run import CLI
 
     monkeypatch.setattr(sys, "argv", ["cli.py", "fit", *options, "--print_config"])

@@ -72,7 +72,7 @@ TRL_CASES = {name: replace(case, rows=4, prompt=5, answer=6, vocab=128, hidden=1
 
 
 def our_lines(case: trl_sides.Case, folder: Path) -> list[dict[str, Any]]:
-    """What our side tells of 2 turns of 2 steps."""
+    """The lines that our side writes in 2 turns of 2 steps."""
     build_lm(folder, vocab_size=case.vocab, hidden=case.hidden, layers=case.layers, tied=True, chat=False)
     told = StringIO()
     turns = trl_sides.Turns(2, told, StringIO())

@@ -1,6 +1,6 @@
-"""What is learned of a conversation, and where an answer ends, with the templates of thirteen families.
+"""The tokens that are learned in a conversation, and the end of an answer, with the templates of thirteen families.
 
-What transformers' `apply_chat_template` gives is what the ids must be.
+The ids must be those that transformers' `apply_chat_template` gives.
 """
 
 from __future__ import annotations

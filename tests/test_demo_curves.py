@@ -1,4 +1,4 @@
-"""What the demo says of its runs, by hand."""
+"""The demo's summary of its runs, by hand."""
 
 import json
 from pathlib import Path

@@ -44,7 +44,7 @@ OLD = """
     algorithm.beta algorithm.loss_type critic.model.path reward_model.path trainer.critic_warmup trainer.total_epochs
     trainer.n_gpus_per_node trainer.nnodes trainer.save_freq trainer.test_freq trainer.logger trainer.project_name trainer.experiment_name
 """
-"""Of the guide's commands, its YAML examples and its appendix."""
+"""Options of the guide's commands, its YAML examples and its appendix."""
 
 METHODS = [SFT, DPO, GRPO, PPO]
 ROOMS: dict[str, list[type]] = {

@@ -185,7 +185,7 @@ class Nines(toy_text.Digits):
 
 
 def break_nines(module: Any) -> None:
-    """What the networks read for a "9" overflows, so that all behind it is NaN."""
+    """Make the embedding of a "9" overflow, so that every value computed from it is NaN."""
     token = module.policy.tokenizer("9").input_ids[0]
 
     def overflow(_: Any, ids: tuple[Tensor], out: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def play(folder: Path, run: Run, kinds: Sequence[dict[str, Any]] = (EVERY_STEP,)
 
 
 def odd(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """What differs between the ends of two runs, but for their folders and the place in a last epoch."""
+    """Differences between the ends of two runs, except their folders and the place in a last epoch."""
 
     def told(run: dict[str, Any]) -> dict[str, Any]:
         callbacks = {k: str(v).replace(run["folder"], "") for k, v in run["callbacks"].items()}

@@ -138,7 +138,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "TextPrompts": [SCORED],
     "PromptsAndPairs": [SCORED, PAIR, SCORED | {"self_play": True}],
 }
-"""What `python -m lit_rl.prepare` writes, by datamodule."""
+"""Rows that `python -m lit_rl.prepare` writes, by datamodule."""
 
 
 def shrunk_text(run: dict[str, Any], folder: Path) -> dict[str, Any]:

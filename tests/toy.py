@@ -126,7 +126,7 @@ PARTS: dict[str, tuple[str, str, type]] = {
     "kl_coef": ("kl", "coef", FlowKL),
     "kl_kind": ("kl", "kind", FlowKL),
 }
-"""Of settings that tests give one by one: the component of a flow method, its argument and its class."""
+"""The component of a flow method, its argument and its class, by the setting that tests give one by one."""
 
 
 def with_parts(cls: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class DiffusionNFT(LitFlow):
         return inside
 
     def trained_sigmas(self, prompts: Prompts, i: int) -> Tensor:
-        """Of sample i, Float "S"."""
+        """Times at which sample i is trained, Float "S"."""
         draw, count = generator(*self.row_key(prompts, i), "timesteps"), self.trained_steps()
         if self.timesteps == "schedule":
             return self.candidates[torch.randperm(len(self.candidates), generator=draw)[:count]]
@@ -203,7 +203,7 @@ class DiffusionNFT(LitFlow):
         return terms
 
     def surrogate(self, new: Tensor, old: Tensor, x: Tensor, batch: PointBatch) -> Tensor:
-        """What makes the policy better, per pair."""
+        """The policy loss of each pair."""
         clip = self.credit_rule.clip
         r = optimality(batch.advantages, clip=clip, mode=self.adv_mode)
         return nft_loss(new, old, x=x, x0=batch.x0, sigma=batch.sigma, r=r, beta=self.beta, scale=clip).policy

@@ -1,4 +1,4 @@
-"""What all methods on flow-matching image models share: the policy's life, sampling, warm-up, evaluation and prediction."""
+"""The base of all methods on flow-matching image models: the policy's life, sampling, warm-up, evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ class LitFlow(LitRL[FlowRollout]):
         return deque(path, maxlen=1).pop()
 
     def row_key(self, prompts: Prompts, i: int) -> tuple[Key, ...]:
-        """What the noise of trajectory i depends on: never its place in a micro-batch or on a rank."""
+        """The key from which the noise of trajectory i is drawn. It never holds its place in a micro-batch or on a rank."""
         return (self.seed, "rollout", self.iteration, int(prompts.group[i]), i % self.group_size)
 
     def show(self, x: Tensor, prompts: Prompts, chunk: Tensor, *, finite: Tensor | None = None) -> None:

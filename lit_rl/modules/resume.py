@@ -53,7 +53,7 @@ class Resumable(Protocol):
 
 
 class Resume:
-    """What a checkpoint holds beside the weights, and what a restored run takes up again."""
+    """The state that a checkpoint holds beside the weights and that a restored run continues from."""
 
     def __init__(self) -> None:
         self.place: Place | None = None  # where a restored run continues

@@ -169,7 +169,7 @@ def test_it_is_current_only_while_nothing_moved() -> None:
 
 # ---------------------------------------------------------------------- the authors' numbers
 def updated(decay: Any, step: int, old: Tensor, new: Tensor) -> Tensor:
-    """What the callback makes of these tensors before a rollout at this step."""
+    """The old tensors after the callback's update before a rollout at this step."""
     policy = torch.nn.Module()
     policy.weight = torch.nn.Parameter(old.clone())
     policy.trainable = policy.named_parameters  # type: ignore[assignment]

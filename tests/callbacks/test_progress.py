@@ -1,4 +1,4 @@
-"""What people see: a bar that moves through rollout, rewards and training on a terminal, lines in a log."""
+"""The progress display: a bar that moves through rollout, rewards and training on a terminal, lines in a log."""
 
 import io
 import re

@@ -30,7 +30,7 @@ def test_streams_continue_after_a_way_through_a_file(tmp_path: Path) -> None:
 
 
 class Draws(L.Callback):
-    """What dropout would draw at each batch of epoch 1."""
+    """Keeps the numbers that dropout would draw at each batch of epoch 1."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []

@@ -1,4 +1,4 @@
-"""What people see of a language model's answers."""
+"""The display and the files of a language model's answers."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is whole and harmless may still not be what a run needs: told before anything is restored from it."""
+"""A checkpoint that is whole and harmless may still lack what a run needs: an error says so before anything is restored from it."""
 
 from __future__ import annotations
 

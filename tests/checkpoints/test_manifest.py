@@ -1,4 +1,4 @@
-"""What was written is read, or not at all: one flipped bit anywhere, a file cut short, missing or exchanged is found."""
+"""A checkpoint is read as it was written or not at all: one flipped bit, or a file cut short, missing or exchanged, is found."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def flip(file: Path, position: int) -> None:
 
 # ---------------------------------------------------------------------- single files
 def test_every_bit_of_a_file_counts(tmp_path: Path) -> None:
-    """What zip's own CRC32 covers, and headers, padding, directory and checksum besides."""
+    """The data that zip's own CRC32 covers, and also headers, padding, directory and checksum."""
     path = written_file(tmp_path / "last.ckpt")
     assert what_is_wrong(path) is None
     for position in range(0, path.stat().st_size * 8, 37):

@@ -23,7 +23,7 @@ KILLED = 9
 
 
 class Alone:
-    """What `replaced` asks of the strategy of a single process."""
+    """The part of a single-process strategy that `replaced` calls."""
 
     is_global_zero, global_rank, world_size = True, 0, 1
 

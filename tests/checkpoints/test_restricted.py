@@ -174,7 +174,7 @@ def test_nor_can_a_checkpoint_from_an_address(tmp_path: Path, monkeypatch: pytes
 
 
 class _There:
-    """Of the file system for http, which wants a package of its own, Lightning asks only this."""
+    """Stands in for the file system for http, which needs another package: Lightning calls only this method."""
 
     def exists(self, path: str) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""What a policy's tokenizer makes of rows: lengths, loss masks, pairs. A miniature's tokenizer has one token per character."""
+"""Rows after a policy's tokenizer: lengths, loss masks, pairs. A miniature's tokenizer has one token per character."""
 
 import json
 import logging

@@ -109,7 +109,7 @@ def test_rejection_golden(golden_dir):
 
 @pytest.mark.golden
 def test_filtered_fraction_golden(golden_dir):
-    """What the rules of decoupled PPO drop or clamp."""
+    """The share of tokens that the rules of decoupled PPO drop or clamp."""
     data, meta = load_llm(golden_dir, "areal_decoupled_ppo")
     prox, behave, mask = data["in.proximal_logprobs"], data["in.old_logprobs(behave)"], data["in.loss_mask"].bool()
     for case, options in meta["cases"].items():

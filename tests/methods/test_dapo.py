@@ -42,7 +42,7 @@ class Odd(TextReward):
 
 
 class Known(Digits):
-    """Of the prompts "0=", "1=", ..., in this order, the odd ones teach."""
+    """Prompts "0=", "1=", ..., in this order; the odd ones teach."""
 
     def __init__(self, numbers: Sequence[int] = range(64)) -> None:
         super().__init__(shuffle=False)
@@ -194,7 +194,7 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(folder: Path, tmp_path: Path
 
 
 def test_groups_are_dealt_evenly_and_few_move() -> None:
-    """Of eight groups six are on rank 0; parts are the even and the odd ones: 0, 2 | 4, 6 and 1, 3 | 5, 7."""
+    """Rank 0 has six of eight groups; parts are the even and the odd ones: 0, 2 | 4, 6 and 1, 3 | 5, 7."""
     assert fair_owners([0, 0, 0, 0, 0, 0, 1, 1], parts=2, world=2) == [0, 0, 0, 0, 1, 1, 1, 1]
     assert fair_owners([1, 1, 0, 0], parts=1, world=2) == [1, 1, 0, 0]
     with pytest.raises(ValueError, match="3 things do not divide among 2"):

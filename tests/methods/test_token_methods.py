@@ -103,7 +103,7 @@ def test_dpo_prefers_the_chosen_answer_on_held_out_prompts(folder: Path, options
 
 
 def test_held_out_pairs_that_only_fill_up_count_for_nothing_but_cost_their_forwards(folder: Path) -> None:
-    """Of 9 pairs in batches of 4 the second of two processes has 1, filled up to two batches: the first one waits for both."""
+    """The second of two processes has 1 of 9 pairs (batches of 4), filled up to two batches: the first one waits for both."""
     method, run, forwards = DPO(policy(folder, keep_reference=True), prompts_per_iteration=4), trainer(), []
     run.validate(method, datamodule=Digits(), verbose=False)
     for network in method.policy.networks():
@@ -160,7 +160,7 @@ def test_micro_batches_do_not_change_a_step(name: str, folder: Path) -> None:
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(folder: Path) -> None:
-    """Of three steps the second is poisoned: what remains is two steps, whose mean norm is logged."""
+    """The second of three steps is poisoned: the mean norm of the other two is logged."""
     after: list[Tensor] = []
 
     class Poisoned(SFT):

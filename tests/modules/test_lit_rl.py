@@ -155,7 +155,7 @@ def test_unscored_samples_leave_the_loss(tmp_path: Path) -> None:
 
 
 def test_unscored_images_are_not_counted_as_wrong(tmp_path: Path) -> None:
-    """Of the prompts 0 ... 4, "1" has no score and the others 1.0."""
+    """Prompt "1" of 0 ... 4 has no score, the others have 1.0."""
 
     class AllRight(Broken):
         def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:

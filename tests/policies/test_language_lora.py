@@ -142,7 +142,7 @@ def test_the_default_covers_the_decoder_layers_and_stock_peft_reads_the_export(f
 
 
 def test_the_covered_share_is_counted_and_what_is_left_out_is_named() -> None:
-    """Of a layer of 4 x 32 x 32 in attention, 3 matrices of experts of 4 x 32 x 48 and a router of 4 x 32."""
+    """A layer has 4 x 32 x 32 weights in attention, 3 matrices of experts of 4 x 32 x 48 and a router of 4 x 32."""
     lm = new("mixtral")
     attention, experts, router = 2 * 32 * 32 + 2 * 16 * 32, 3 * 4 * 32 * 48, 4 * 32
     share = (attention + experts) / (attention + experts + router)

@@ -1,4 +1,4 @@
-"""What is wrong with a model folder is said in one sentence, before any weight is read."""
+"""A faulty model folder is reported in one sentence, before any weight is read."""
 
 import json
 import subprocess

@@ -33,7 +33,7 @@ class LocalServer(ABC):
 
     @abstractmethod
     def routes(self) -> list[web.RouteDef]:
-        """What it answers."""
+        """The routes that it answers."""
 
     async def opened(self) -> None:  # noqa: B027  (optional by design)
         """Called on the loop before the first request."""

@@ -1,4 +1,4 @@
-"""What a stranger sends to a reward server, and what a strange server sends to the client: bounded, and told in a sentence."""
+"""Hostile requests to a reward server, and hostile replies to its client, are bounded and reported in one sentence."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def score(image: torch.Tensor, reference: torch.Tensor, **info: object) -> float
 
 
 def test_ink_is_what_differs_most_from_the_paper() -> None:
-    """Of paper 255 (median), ink 0 and an edge of 200 between them, only the ink is at least 128 away."""
+    """The paper is 255 (median), the ink 0, an edge between them 200: only the ink is at least 128 away from the paper."""
     pixels = np.repeat(np.array([[255], [200], [0]], dtype=np.uint8), [10, 4, 3], axis=0).repeat(3, axis=1)
     assert ink_colour(pixels).tolist() == [0, 0, 0]  # type: ignore[union-attr]
     assert ink_colour(np.full((9, 3), 255, dtype=np.uint8)) is None

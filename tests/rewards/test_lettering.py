@@ -1,4 +1,4 @@
-"""What a reader of pictures cannot tell apart counts as equal, and nothing else does."""
+"""Characters that look the same in a picture count as equal, and no others do."""
 
 import unicodedata
 

@@ -30,7 +30,7 @@ from lit_rl.types import Info
 
 
 def verdict(case: Mapping[str, Any]) -> dict[str, Any]:
-    """What we say to a case, under the names of the authors' answer."""
+    """Our answer to a case, under the names of the authors' answer."""
     scorer, _, parameters = case["scorer"].partition("(")
     if scorer == "gsm8k":
         asked = (case["response"], case["ground_truth"])

@@ -100,7 +100,7 @@ class FakeServer(LocalServer):
         return web.json_response({"success": True, "message": "Succeeded to update model weights."})
 
     def forget(self) -> None:
-        """What a restart does to adapters."""
+        """Drop the adapters, as a restart does."""
         self.model, self.adapters = self.model.unload(), []
 
     # ------------------------------------------------------------------ what it says

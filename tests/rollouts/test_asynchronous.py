@@ -114,7 +114,7 @@ def test_a_resumed_run_is_the_unbroken_run(
 
 
 def test_answers_that_fail_stop_the_run_where_they_are_needed(base: Path, server: FakeServer, tmp_path: Path) -> None:
-    """What was trained meanwhile is saved."""
+    """The steps trained meanwhile are saved."""
     server.faults = iter([Fault("ok")] * 16 + [Fault("status", 400)] * 16)
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     with pytest.raises(RolloutError, match="status 400"):

@@ -1,4 +1,4 @@
-"""What a step must be, whoever published it."""
+"""Properties of every published rule for a step."""
 
 import math
 from itertools import pairwise

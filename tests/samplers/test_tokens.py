@@ -11,7 +11,7 @@ from lit_rl.samplers.tokens import BLOCK, draw_tokens, inverse_cumulative, nucle
 from lit_rl.seeding import uniforms
 
 SIZES = [7, BLOCK, 5 * BLOCK + 3, 16 * BLOCK, 16 * BLOCK + 1, 30 * BLOCK]
-"""Of vocabularies: both ways to search, with and without a last block that is not full."""
+"""Sizes of vocabularies: both ways to search, with and without a last block that is not full."""
 
 
 def logits_of(size: int, rows: int = 3) -> Tensor:

@@ -1,4 +1,4 @@
-"""What scale tests compare."""
+"""Readers and comparisons of the files that scale tests write."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FULL: dict[str, Any] = {"keep_reference": True, "gradient_checkpointing": True}
 
 
 def ended(folder: Path) -> dict[str, Any]:
-    """What `scenarios.fit` wrote."""
+    """The end of a run, as `scenarios.fit` wrote it."""
     return torch.load(folder / "end.pt", weights_only=True)
 
 

@@ -1,4 +1,4 @@
-"""What processes do to compare what they log: the same run in one process and in several, under any progress bar."""
+"""Runs whose logs are compared: the same run in one process and in several, under any progress bar."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def method(kind: str, model: str | None, size: int | None) -> Any:
 
 def fit(folder: str, *, kind: str = "flow", bar: str = "tqdm", strategy: str = "ddp", size: int | None = None, model: str | None = None,
         parts: int = 1) -> dict[str, Any]:  # fmt: skip
-    """What the first process saw at the end of each epoch, its CSV file's rows, and the weights at the end."""
+    """The first process's metrics at the end of each epoch, its CSV file's rows, and the weights at the end."""
     torch.manual_seed(0)
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     watch, at = OnFirst(), Path(folder)

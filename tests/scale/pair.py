@@ -83,7 +83,7 @@ class Pair:
 
 
 class RemoteError(Exception):
-    """What each rank answered, and their logs."""
+    """Holds the error of each rank, and their logs."""
 
     def __init__(self, errors: list[str], logs: str) -> None:
         super().__init__("\n".join(errors) + "\n" + logs)

@@ -1,4 +1,4 @@
-"""What the processes of a scale test do: the same function runs in one process and in two."""
+"""Functions that the processes of a scale test call: the same one runs in one process and in two."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def answers(
 
 
 def mixed(folder: str, strategy: str, *, train: str, val: str) -> dict[str, float]:
-    """What is told of an iteration of self-play and preferences, and of the held-out rows after it."""
+    """The metrics of an iteration of self-play and preferences, and of the held-out rows after it."""
     torch.manual_seed(0)
     module = MixedGSPO(
         toy_text.policy(Path(folder), keep_reference=True), group_size=3,

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, who can continue from it, and what is said to those who cannot."""
+"""Checkpoints across strategies: their contents, the runs that can continue from them, and the errors of those that cannot."""
 
 from __future__ import annotations
 

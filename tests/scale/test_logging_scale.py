@@ -1,4 +1,4 @@
-"""What is logged is the same on any number of processes, and reading it on one of them is safe."""
+"""Logged values are the same on any number of processes, and reading them on one process is safe."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from pair import Pair
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-6
-"""Of weights that move by 0.01 in a step. Measured: 6e-8 for the toy, 2e-7 for the miniature SD3."""
+"""The largest difference of weights, which move by 0.01 in a step. Measured: 6e-8 for the toy, 2e-7 for the miniature SD3."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "std of the batch": dict(),

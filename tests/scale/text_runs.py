@@ -1,4 +1,4 @@
-"""What the processes of a scale test do with language models: the same run in one process and in two."""
+"""Runs of language models in the processes of a scale test: the same run in one process and in two."""
 
 from __future__ import annotations
 
