@@ -4,7 +4,7 @@ import ast
 import builtins
 from collections.abc import Iterator
 
-from test_rooms import house
+from benchmarks.house import sources
 
 
 def annotations(tree: ast.Module) -> Iterator[ast.expr]:
@@ -31,7 +31,7 @@ def undefined(source: str) -> set[str]:
 
 
 def test_every_name_in_an_annotation_is_imported_or_defined() -> None:
-    assert not {module: names for module, source in house().items() if (names := undefined(source))}
+    assert not {module: names for module, source in sources().items() if (names := undefined(source))}
 
 
 def test_a_missing_import_is_found() -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import lightning as L
 import pytest
@@ -19,9 +16,9 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
+from benchmarks.house import private_names, sources
 from lit_rl.strategies.fsdp2 import META
 
-ROOT = Path(__file__).parent.parent
 READ = {"_batches_that_stepped", "_callback_metrics", "_child_processes", "_ChildProcessObserver", "_data_fetcher"} | {
     "_first_loop_iter", "_last_global_step_saved", "_logger_connector", "_restart_stage", "_results", "_should_check_val_fx",
     "_terminate_all",
@@ -33,29 +30,8 @@ INHERITED = {"_data_parallel_size", "_init_config_if_needed", "_instantiate_trai
 """Names of Lightning's classes that ours override or set."""
 
 
-def lightnings() -> set[str]:
-    """Private names that Lightning defines."""
-    sources = (path.read_text() for path in Path(L.__file__).parent.rglob("*.py"))
-    return {name for text in sources for name in re.findall(r"(?:def |self\.|class |^)(_[a-zA-Z]\w*)", text, re.MULTILINE)}
-
-
-def ours() -> Iterator[ast.Module]:
-    for top in ("lit_rl", "callbacks", "datamodules"):
-        yield from (ast.parse(path.read_text()) for path in (ROOT / top).rglob("*.py"))
-    yield ast.parse((ROOT / "cli.py").read_text())
-
-
 def test_no_other_private_name_of_lightning_is_read() -> None:
-    known, found = lightnings(), set[str]()
-    own = {node.name for tree in ours() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    for tree in ours():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lightning"):
-                found |= {alias.name for alias in node.names if alias.name.startswith("_")}
-            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls", "super()") and node.attr in known - own:
-                found |= {node.attr} if node.attr.startswith("_") and not node.attr.startswith("__") else set()
-    assert found - {"_modules", "_parameters", "_buffers"} == READ  # the exceptions are PyTorch's
-    assert len(READ) <= 12
+    assert private_names(sources()) == READ
 
 
 def test_no_other_private_name_of_lightning_is_inherited() -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-OURS = ("lit_rl", "callbacks", "datamodules", "cli")
+from benchmarks.house import FORMULAS, ROOT, circles, imports, sources
 
 FLOORS: Sequence[Sequence[str]] = (
     ("lit_rl.errors",),
@@ -26,26 +23,12 @@ FLOORS: Sequence[Sequence[str]] = (
 )
 """Rooms and files from the ground up. A file imports from its own room and from floors below, never from its own floor's other rooms."""
 
-FORMULAS = ("lit_rl.losses", "lit_rl.samplers", "lit_rl.credit")
-"""Rooms of pure functions of tensors."""
-
 
 def room_of(module: str, rooms: Mapping[str, int]) -> str | None:
     """The room that a dotted module is in: the longest name in `rooms` that it begins with."""
     parts = module.split(".")
     names = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
     return next((name for name in names if name in rooms), None)
-
-
-def imports(source: str) -> set[str]:
-    """Modules of ours that a file imports, also inside functions and for type checkers alone."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.split(".")[0] in OURS}
 
 
 def wrong_ways(files: Mapping[str, str], floors: Sequence[Sequence[str]]) -> list[str]:
@@ -66,40 +49,16 @@ def wrong_ways(files: Mapping[str, str], floors: Sequence[Sequence[str]]) -> lis
     return wrong
 
 
-def house() -> dict[str, str]:
-    """Source of every file by dotted name, but the package's own docstring."""
-    paths = [path for top in OURS[:3] for path in (ROOT / top).rglob("*.py")] + [ROOT / "cli.py"]
-    sources = {path: path.read_text() for path in paths}
-    return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): text
-        for path, text in sources.items()
-        if path != ROOT / "lit_rl/__init__.py"
-    }
-
-
 def test_imports_only_go_down() -> None:
-    assert not wrong_ways(house(), FLOORS)
-
-
-def circles(files: Mapping[str, str]) -> set[str]:
-    """Files that import themselves over others, inside functions and for type checkers alone included."""
-    graph = {
-        name: {file for found in imports(source) if (file := _file_of(found, files)) not in ("", name)} for name, source in files.items()
-    }
-    while ends := {name for name, others in graph.items() if not others}:
-        graph = {name: others - ends for name, others in graph.items() if name not in ends}
-    return set(graph)
-
-
-def _file_of(module: str, files: Mapping[str, str]) -> str:
-    return next((name for name in (module, module.rpartition(".")[0]) if name in files), "")
+    assert not wrong_ways(sources(), FLOORS)
 
 
 def test_no_file_imports_itself_over_others() -> None:
-    assert not circles(house())
+    assert not circles(sources())
     files = {"lit_rl.a": "def f():\n    from lit_rl.b import g", "lit_rl.b": "from lit_rl.c import h", "lit_rl.c": "", "lit_rl.d": ""}
     assert not circles(files)
-    assert circles(files | {"lit_rl.c": "if TYPE_CHECKING:\n    import lit_rl.a"}) == {"lit_rl.a", "lit_rl.b", "lit_rl.c"}
+    files |= {"lit_rl.c": "if TYPE_CHECKING:\n    import lit_rl.a", "lit_rl.d": "import lit_rl.a"}
+    assert circles(files) == {"lit_rl.a", "lit_rl.b", "lit_rl.c"}
 
 
 def test_every_room_exists() -> None:
@@ -121,13 +80,13 @@ def test_an_import_that_goes_up_or_sideways_is_told() -> None:
 
 
 def test_methods_do_not_import_each_other() -> None:
-    for name, source in house().items():
+    for name, source in sources().items():
         if name.startswith("lit_rl.methods."):
             assert not {found for found in imports(source) if found.startswith("lit_rl.methods")}, name
 
 
 def test_formulas_know_neither_lightning_nor_models() -> None:
     heavy = ("import lightning", "import diffusers", "import transformers", "torch.distributed")
-    for name, source in house().items():
+    for name, source in sources().items():
         if name.startswith(FORMULAS):
             assert not [word for word in heavy if word in source], name

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from jsonargparse._parameter_resolvers import get_signature_parameters
 from toy_text import Digits, policy, trainer
 
-import lit_rl
+from benchmarks.house import FORMULAS, ROOT, arguments, depth
 from lit_rl.losses.kl import KL
 from lit_rl.losses.surrogates import Clip
 from lit_rl.methods.dpo import DPO
@@ -27,8 +26,6 @@ from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Sampling
 
 METHODS: list[type[LitRL[Any]]] = [SFT, DPO, GRPO, GSPO, RLOO, DrGRPO, ReinforcePP, CISPO, DAPO, PPO, MixedGSPO]
-FORMULAS = ("losses", "credit", "samplers")
-ROOT = Path(lit_rl.__file__).parent
 
 
 def entered(call: Callable[[], Any]) -> set[str]:
@@ -37,15 +34,15 @@ def entered(call: Callable[[], Any]) -> set[str]:
 
     def look(frame: FrameType, event: str, _: Any) -> None:
         file = Path(frame.f_code.co_filename)
-        if event == "call" and file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] not in FORMULAS:
-            found.add(str(file.relative_to(ROOT)))
+        if event == "call" and file.is_relative_to(ROOT / "lit_rl"):
+            found.add(".".join(file.relative_to(ROOT).with_suffix("").parts))
 
     sys.setprofile(look)
     try:
         call()
     finally:
         sys.setprofile(None)
-    return found
+    return {name for name in found if not name.startswith(FORMULAS)}
 
 
 def test_a_step_of_grpo_enters_six_files(sorting_lm: Path) -> None:
@@ -70,17 +67,16 @@ def test_a_step_of_grpo_enters_six_files(sorting_lm: Path) -> None:
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
     )
     trainer(max_epochs=1, limit_val_batches=0).fit(method, datamodule=Digits())
-    assert {"methods/grpo.py", "modules/base.py"} <= seen and len(seen) <= 6, sorted(seen)
+    assert {"lit_rl.methods.grpo", "lit_rl.modules.base"} <= seen and len(seen) <= 6, sorted(seen)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_four_storeys_above_the_base_at_most(method: type[LitRL[Any]]) -> None:
-    depth = [cls for cls in method.__mro__ if issubclass(cls, LitRL)]
-    assert len(depth) - 1 <= 4
+    assert depth(method) <= 4
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_constructor_has_twenty_options_at_most(method: type[LitRL[Any]]) -> None:
     """Those of `**kwargs` included, as the command line resolves them."""
-    names = {parameter.name for parameter in get_signature_parameters(method, "__init__")}
+    names = arguments(method)
     assert len(names) <= 20, sorted(names)
