@@ -102,9 +102,10 @@ def loaded(folder: Path, **settings: Any) -> CausalLM:
 
 
 def move(policy: CausalLM) -> None:
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, p in policy.trainable():
-            p.normal_(0, 0.1)
+            p.normal_(0, 0.1, generator=generator)
 
 
 @torch.no_grad()
