@@ -62,13 +62,12 @@ class Limit:
 LIMITS: Mapping[str, Limit] = {
     **dict.fromkeys(("depth of GRPO", "depth of DAPO", "depth of PPO"), Limit(4)),
     **dict.fromkeys(("depth of FlowGRPO", "depth of DiffusionNFT"), Limit(3)),
-    **dict.fromkeys(("arguments of GRPO", "arguments of PPO", "arguments of FluxFillPolicy"), Limit(20)),
-    "arguments of FlowGRPO": Limit(20, held=21),
+    **dict.fromkeys(("arguments of GRPO", "arguments of PPO", "arguments of FlowGRPO", "arguments of FluxFillPolicy"), Limit(20)),
     "loose files at the top of lit_rl": Limit(4),
     "files in import circles": Limit(0),
     "files over 250 lines": Limit(10),
     "lines of the longest file": Limit(320, held=531),
-    "lines of the longest method file": Limit(250, held=340),
+    "lines of the longest method file": Limit(250, held=336),
     "lines of a function, p90": Limit(19),
     "lines of a function, max": Limit(50),
     UNTYPED: Limit(411, held=586),  # two thirds of 617, before the house was rebuilt

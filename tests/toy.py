@@ -121,12 +121,20 @@ PARTS: dict[str, tuple[str, str, type]] = {
     "schedule_shift": ("schedule", "shift", Schedule),
     "dynamics": ("sde", "dynamics", SDE),
     "noise_level": ("sde", "noise_level", SDE),
+    "same_latent": ("sde", "same_latent", SDE),
     "clip_low": ("surrogate", "low", Clip),
     "clip_high": ("surrogate", "high", Clip),
     "kl_coef": ("kl", "coef", FlowKL),
     "kl_kind": ("kl", "kind", FlowKL),
 }
 """The component of a flow method, its argument and its class, by the setting that tests give one by one."""
+
+
+SAMPLERS: dict[type[Any], dict[str, Any]] = {
+    DanceGRPO: {"dynamics": "dance_sde", "noise_level": 0.3, "same_latent": True},
+    FlowGRPOFast: {"dynamics": "cps", "noise_level": 0.8},
+}
+"""Samplers of relatives that differ from FlowGRPO's."""
 
 
 def with_parts(cls: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +146,7 @@ def with_parts(cls: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     if "supervised" in parts and not parts["supervised"].get("warmup_steps"):
         del parts["supervised"]
     classes = {part: kind for part, _, kind in PARTS.values()} | ({"surrogate": Guard} if issubclass(cls, GRPOGuard) else {})
-    own = {"dynamics": "dance_sde"} if issubclass(cls, DanceGRPO) else {"dynamics": "cps"} if issubclass(cls, FlowGRPOFast) else {}
+    own = next((sampler for relative, sampler in SAMPLERS.items() if issubclass(cls, relative)), {})
     if "sde" in parts:
         parts["sde"] = own | parts["sde"]
     rest = {name: value for name, value in settings.items() if name not in named}

@@ -45,11 +45,10 @@ class FlowGRPO(LitFlow):
         timestep_fraction: Trained share of the steps, from the start; 0.99 leaves out the last one.
         surrogate: Loss of a step, see `lit_rl.losses.step_surrogates`; default: `Clip`.
         kl: Divergence from the reference.
-        same_latent: Siblings start from the same noise, and share what is deterministic before the window.
         kwargs: See `LitFlow` and `LitRL`.
     """
 
-    stored_with: Sequence[str] = ("sde", "timestep_fraction", "same_latent")
+    stored_with: Sequence[str] = ("sde", "timestep_fraction")
 
     def __init__(
         self,
@@ -59,7 +58,6 @@ class FlowGRPO(LitFlow):
         timestep_fraction: float = 0.99,
         surrogate: StepSurrogate | None = None,
         kl: FlowKL | None = None,
-        same_latent: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
@@ -70,7 +68,6 @@ class FlowGRPO(LitFlow):
         self.surrogate = surrogate or Clip()
         self.kl = kl or FlowKL()
         self.check_reference(self.kl.coef)
-        self.same_latent = same_latent
 
     # ------------------------------------------------------------------ which steps are actions
     def window(self, iteration: int) -> range:
@@ -115,9 +112,9 @@ class FlowGRPO(LitFlow):
     def start(self, prompts: Prompts, cond: Cond, rows: Tensor, sigmas: Tensor, levels: Sequence[float]) -> tuple[Tensor | None, int]:
         """Where siblings part ways: latents "B *D" and the step they are at.
 
-        With `same_latent` the deterministic steps before the window are the same for all siblings: they are computed once per group.
+        With `sde.same_latent` the deterministic steps before the window are the same for all siblings: they are computed once per group.
         """
-        if not self.same_latent:
+        if not self.sde.same_latent:
             return None, 0
         first = next((i for i, level in enumerate(levels) if level), len(levels))
         leaders = torch.arange(0, len(prompts), self.group_size)
@@ -306,10 +303,9 @@ class DanceGRPO(FlowGRPO):
         *,
         trained_fraction: float = 0.6,
         sde: SDE | None = None,
-        same_latent: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(policy, sde=sde or SDE(dynamics="dance_sde", noise_level=0.3), same_latent=same_latent, **kwargs)
+        super().__init__(policy, sde=sde or SDE(dynamics="dance_sde", noise_level=0.3, same_latent=True), **kwargs)
         if not 0 < trained_fraction <= 1:
             raise ConfigError(f"model.trained_fraction={trained_fraction} must be in (0, 1]; DanceGRPO uses 0.6")
         self.trained_fraction = trained_fraction

@@ -30,10 +30,12 @@ class SDE:
     Args:
         dynamics: Its kind. With `cps` images stay clean at any noise level; its log-probabilities are smaller, so clip less.
         noise_level: a of `sde_step` (flow_sde 0.7, FLUX 0.9; cps 0.8, in [0, 1]; dance_sde 0.3).
+        same_latent: Siblings start from the same noise, as in DanceGRPO, and share the deterministic steps before the window.
     """
 
     dynamics: Dynamics = "flow_sde"
     noise_level: float = 0.7
+    same_latent: bool = False
 
     def __post_init__(self) -> None:
         if self.dynamics == "ode":
