@@ -33,7 +33,7 @@ class Die(L.Callback):
 def config(folder: Path) -> dict[str, Any]:
     """Warm-up, several minibatches and passes per rollout, KL, dropout, EMA, statistics; a checkpoint at every step."""
     run = toy_config(
-        folder, supervised={"warmup_steps": 4}, updates_per_iteration=4, inner_epochs=2, kl_coef=0.1, advantage={"kind": "history"}
+        folder, supervised={"warmup_steps": 4}, updates_per_iteration=4, inner_epochs=2, kl={"coef": 0.1}, advantage={"kind": "history"}
     )
     run["model"]["init_args"]["policy"] = {"class_path": "toy.ToyPolicy", "init_args": {"dropout": 0.1}}
     run["trainer"] |= {"max_epochs": EPOCHS, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0, "limit_val_batches": 0}

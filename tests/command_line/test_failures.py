@@ -129,7 +129,7 @@ def test_a_run_on_a_full_disk_ends_with_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_ends_or_freezes_ends_the_others(tmp_path: Path, rank: int, number: signal.Signals) -> None:
     """Within seconds, or the time that the strategy waits."""
-    strategy = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"timeout": "0:00:45"}}
+    strategy = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"timeout": "0:00:30"}}
     process = start(tmp_path / "run", devices=2, max_epochs=100_000, strategy=strategy)
     try:
         until(lambda: list((tmp_path / "run/checkpoints").glob("last.ckpt")), 200)

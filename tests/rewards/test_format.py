@@ -125,5 +125,5 @@ def test_methods_hand_rewards_what_the_prompt_opened(tmp_path: Path) -> None:
     method.scorer = SimpleNamespace(submit=lambda media, info: submitted.extend(media))  # type: ignore[assignment]
     ids = [model.encode(text) for text in ("2+2? <think>", "a</think>4")]
     samples = [Sample(ids[1], [0.0] * len(ids[1]), "stop")]
-    method.answers.submit(method, samples, [ids[0]], [{"prompt": "2+2? <think>"}], show=False, total=1)
+    method.answers.submit(method, samples, [ids[0]], [{"prompt": "2+2? <think>"}], tell=False, total=1)
     assert submitted == ["a</think>4"] and FormatReward().score(submitted, [{}])["format"].tolist() == [1]

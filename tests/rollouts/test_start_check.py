@@ -112,7 +112,7 @@ def test_no_method_trains_on_other_probabilities_than_the_models(method: str, fo
 def test_an_adapter_without_a_part_in_training_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = loaded(folder, lora=LoraSettings(rank=2, targets=["lm_head", "q_proj"]))
     check_logprobs(made, world_size=1)
-    monkeypatch.setattr("lit_rl.policies.causal_lm.active_factors", lambda *_: None)
+    monkeypatch.setattr("lit_rl.policies.language_model.active_factors", lambda *_: None)
     with pytest.raises(ConfigError, match=r"an adapter has no part in one of them.*lora\.targets"):
         check_logprobs(made, world_size=1)
 
