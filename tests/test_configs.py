@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 
 from benchmarks.house import shipped
 from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.dpo import DPO
+from lit_rl.methods.flow_grpo import FlowGRPO
 from lit_rl.methods.sft import SFT
 from lit_rl.modules.base import LitRL
 from lit_rl.modules.tokens import LitTokens
@@ -223,3 +225,18 @@ def test_the_guides_adapter_is_the_overlays() -> None:
     """Rank 32, alpha 64, on every linear layer, which is the policy's own choice."""
     policy = yaml.safe_load((CONFIGS / "base/lora.yaml").read_text())["model"]["init_args"]["policy"]["init_args"]
     assert policy["lora"] == {"rank": 32, "alpha": 64} and not policy["keep_reference"]
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "dynamics"),
+    [("FlowGRPO", "noise_level", "flow_sde"), ("FlowGRPOFast", "noise_level", "cps"), ("DanceGRPO", "noise_level", "dance_sde")],
+)
+def test_a_part_of_the_sampler_leaves_the_rest_as_the_method_has_it(method: str, given: str, dynamics: str) -> None:
+    """`sde: {noise_level: 0.5}` over a relative keeps its own dynamics."""
+    run = yaml.safe_load((CONFIGS / "flow_grpo/sd35m_ocr.yaml").read_text())
+    run["model"]["class_path"] = f"lit_rl.methods.flow_grpo.{method}"
+    run["model"]["init_args"]["sde"] = {given: 0.5}
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(FlowGRPO, "model")
+    sde = parser.parse_object({"model": run["model"]}).model.init_args.sde
+    assert (sde.dynamics, sde.noise_level) == (dynamics, 0.5)

@@ -18,7 +18,7 @@ from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.flow import FlowBatch, LitFlow
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.replay.partition import places
-from lit_rl.samplers.flow import SDE, Step, sde_step
+from lit_rl.samplers.flow import CPS, SDE, DanceSDE, Step, sde_step
 from lit_rl.samplers.windows import MixStrategy, full_window, mix_window, random_subset, random_window
 from lit_rl.seeding import Key, generator, seed_of
 from lit_rl.types import Cond, FlowRollout, Prompts, take_rows
@@ -227,11 +227,11 @@ class FlowGRPOFast(FlowGRPO):
         *,
         window_size: int = 3,
         window_range: tuple[int, int] | None = None,
-        sde: SDE | None = None,
+        sde: CPS | None = None,
         surrogate: StepSurrogate | None = None,
         **kwargs: Any,
     ) -> None:
-        sde, surrogate = sde or SDE(dynamics="cps", noise_level=0.8), surrogate or Clip(low=1e-5, high=1e-5)
+        sde, surrogate = sde or CPS(), surrogate or Clip(low=1e-5, high=1e-5)
         super().__init__(policy, sde=sde, surrogate=surrogate, **kwargs)
         self.window_size = window_size
         self.window_range = window_range or (0, max(window_size, self.num_steps // 2))
@@ -302,10 +302,10 @@ class DanceGRPO(FlowGRPO):
         policy: FlowPolicy,
         *,
         trained_fraction: float = 0.6,
-        sde: SDE | None = None,
+        sde: DanceSDE | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(policy, sde=sde or SDE(dynamics="dance_sde", noise_level=0.3, same_latent=True), **kwargs)
+        super().__init__(policy, sde=sde or DanceSDE(), **kwargs)
         if not 0 < trained_fraction <= 1:
             raise ConfigError(f"model.trained_fraction={trained_fraction} must be in (0, 1]; DanceGRPO uses 0.6")
         self.trained_fraction = trained_fraction

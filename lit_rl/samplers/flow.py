@@ -47,6 +47,35 @@ class SDE:
             raise ConfigError(f"model.sde.noise_level={self.noise_level} must be above 0{most}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CPS(SDE):
+    """The sampler of Flow-GRPO-Fast: images stay clean at any noise level.
+
+    Args:
+        dynamics: Its kind, see `SDE`.
+        noise_level: a of `sde_step`, see `SDE`.
+        same_latent: Siblings start from the same noise, see `SDE`.
+    """
+
+    dynamics: Dynamics = "cps"
+    noise_level: float = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class DanceSDE(SDE):
+    """The sampler of DanceGRPO: constant noise, and siblings that start from the same one.
+
+    Args:
+        dynamics: Its kind, see `SDE`.
+        noise_level: a of `sde_step`, see `SDE`.
+        same_latent: Siblings start from the same noise, see `SDE`.
+    """
+
+    dynamics: Dynamics = "dance_sde"
+    noise_level: float = 0.3
+    same_latent: bool = True
+
+
 class Step(NamedTuple):
     """A step of the whole batch. A row without noise has noise_std = 0, sample = mean (rounded) and logprob = 0."""
 
