@@ -105,19 +105,19 @@ class EMA(RLCallback):
         self.swap_out(module)
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """As validation."""
+        """Do the same as in validation."""
         self.on_validation_start(trainer, module)
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """As validation."""
+        """Do the same as in validation."""
         self.swap_out(module)
 
     def on_predict_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """As validation."""
+        """Do the same as in validation."""
         self.on_validation_start(trainer, module)
 
     def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """As validation."""
+        """Do the same as in validation."""
         self.swap_out(module)
 
     # ------------------------------------------------------------------ checkpoints

@@ -82,7 +82,7 @@ def moved(path: str) -> str | None:
 
 
 def renamed(path: str) -> str | None:
-    """Where an option of an earlier release stands now. path: as `lit_rl.command_line.options.short` writes it."""
+    """Name the place where an option of an earlier release stands now. path: as `lit_rl.command_line.options.short` writes it."""
     return next((new for old, new in RENAMED.items() if path == old or path.startswith(f"{old}.")), None)
 
 

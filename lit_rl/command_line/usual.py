@@ -49,7 +49,7 @@ class UsualCallbacks:
 
 @dataclass
 class RunFolder:
-    """Where a run writes: logs, checkpoints, best, export, samples and predictions in one folder, `dir`/`name`.
+    """The folder that a run writes into: logs, checkpoints, best, export, samples and predictions in one folder, `dir`/`name`.
 
     Args:
         dir: The folder of all runs.

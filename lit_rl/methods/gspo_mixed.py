@@ -111,7 +111,7 @@ class MixedGSPO(LitPolicyGradient):
         )
 
     def ask(self, iteration: int) -> Prompts:
-        """As many rows of each optimizer step and of each kind as the other processes have."""
+        """Give this process as many rows of each optimizer step and of each kind as the others have."""
         info = self.data.prompts(iteration, self.prompts_per_iteration)
         mine: list[int] = []
         for step in range(self.updates):

@@ -289,7 +289,7 @@ class LitFlow(LitRL[FlowRollout]):
             )
 
     def set_micro_batches(self, size: int) -> None:
-        """As many as keep each within `size` pairs (in the warm-up: examples), or what `accumulate_grad_batches` asks for beyond."""
+        """Cut an optimizer step into micro-batches of at most `size` pairs, or as many as `accumulate_grad_batches` asks for beyond."""
         asked, needed = self.trainer.accumulate_grad_batches, -(-self.pairs_of_update() // size)
         if 1 < asked < needed:
             raise ConfigError(
@@ -301,7 +301,7 @@ class LitFlow(LitRL[FlowRollout]):
         self.micro_batches_per_update = max(asked, needed)
 
     def set_example_micro_batches(self, supervised: Supervised) -> None:
-        """As many as keep each within `train_micro_batch` examples; without it as many as pairs have, and one beside those."""
+        """Cut the examples of a step into micro-batches of at most `train_micro_batch`; without it a warm-up has as many as pairs have."""
         world = self.trainer.world_size
         needed = -(-supervised.batch_size // (world * (self.train_micro_batch or supervised.batch_size)))
         self.example_micro_batches = needed if supervised.coef else 0
