@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import flow_grpo_iteration, generation, overlap, token_logprobs, trl_compare, trl_sides
+from benchmarks import flow_grpo_iteration, generation, overhead, overlap, token_logprobs, trl_compare, trl_sides
 from lit_rl.miniatures.lm import build_lm
 
 SIZES = {
@@ -36,6 +36,30 @@ def test_a_plain_loop_that_trains_something_else_is_told(monkeypatch: pytest.Mon
     monkeypatch.setattr(flow_grpo_iteration, "group_advantages", lambda *given: 0.9 * right(*given))
     with pytest.raises(SystemExit, match="did not compute the same update"):
         flow_grpo_iteration.main(["--repeats", "1", "--latency", "0", "--plain-batch", "3"], SIZES)
+
+
+def test_overhead_prints_ratios_of_all_arms() -> None:
+    """And the bare loop it compares with learns: the mean pixel rises."""
+    table = overhead.main(["--iterations", "2", "--minibatches", "2", "5"])
+    names = [line[:28].strip() for line in table.splitlines()[1:]]
+    assert names == ["iteration of 2 minibatches", "iteration of 5 minibatches", "one more minibatch"]
+    ours, bare, _, ratio, _ = (float(number) for number in table.splitlines()[1][28:].split())
+    assert ratio == pytest.approx(ours / bare, rel=0.1)
+    torch.manual_seed(0)
+    loop = overhead.BareLoop(2)
+    before = brightness(loop)
+    for _ in range(200):
+        loop.iteration()
+    assert brightness(loop) > before + 0.05
+
+
+def brightness(loop: overhead.BareLoop) -> float:
+    """Mean pixel of deterministic samples."""
+    x = torch.randn(64, *overhead.SHAPE, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for sigma, following in zip(loop.sigmas, loop.sigmas[1:]):
+            x = x + loop.policy.velocity(x, sigma.expand(64), {}) * (following - sigma)
+    return float(loop.reward.score(loop.policy.decode(x), [])["brightness"].mean()) / 255
 
 
 @pytest.mark.slow  # a second process imports everything
