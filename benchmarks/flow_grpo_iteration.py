@@ -167,7 +167,8 @@ class PlainLoop:
 
     def sample(self, prompts: Prompts, chunk: Tensor) -> Trajectories:
         cond = self.encode([prompts.text[i] for i in chunk])
-        keys = [self.method.row_key(prompts, int(i)) for i in chunk]
+        numbered = self.method.row_keys(prompts)
+        keys = [numbered[i] for i in chunk.tolist()]
         path, logprobs = [self.method.noise([(*key, "start") for key in keys])], []
         for i in range(self.method.num_steps):
             step = self.step(path[-1], i, cond, noise=self.method.noise([(*key, i) for key in keys]))

@@ -16,9 +16,11 @@ from callbacks.graceful_stop import GracefulStop
 from lit_rl.checkpoints.contents import Checkpoint
 from lit_rl.checkpoints.ip_adapter import Format
 from lit_rl.checkpoints.manifest import entries, write_manifest
+from lit_rl.checkpoints.progress import minibatches_done
 from lit_rl.checkpoints.replacing import beside, naming, put_in_place, remove, swept
 from lit_rl.errors import ConfigError
 from lit_rl.policies.weights.shards import gathered
+from lit_rl.replay.loader import ReplayLoader
 
 FOLDERS = {"iteration": "iteration-{iteration}", "checkpoint": "checkpoint-{step}"}
 
@@ -94,7 +96,7 @@ class Export(RLCallback):
         """All processes come through here, once for each file of ModelCheckpoint: the weights of one step are exported once."""
         if self.at == "checkpoint" and trainer.state.fn == "fit" and self._exported != trainer.global_step and not self._in_haste(trainer):
             method = method_of(module)
-            ended = method.minibatches_done() >= method.minibatches_per_epoch()
+            ended = minibatches_done(trainer) >= len(ReplayLoader(method))
             self.export(trainer, method, iteration=max(0, method.iteration + ended))
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from callbacks.base import Method, RLCallback
 from callbacks.image_writer import to_image
 from lit_rl.errors import ConfigError
-from lit_rl.modules.base import logged_step
+from lit_rl.modules.reporting import logged_step
 from lit_rl.types import Info, Prompts, Rollout
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from callbacks.base import Method, RLCallback
 from lit_rl.errors import ConfigError
-from lit_rl.modules.base import logged_step
+from lit_rl.modules.reporting import logged_step
 from lit_rl.types import Info, Prompts, Rollout, TokenRollout
 
 

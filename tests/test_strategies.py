@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from toy import ToyData, toy_method, toy_trainer
 
 from lit_rl.checkpoints.files import AtomicCheckpointIO
+from lit_rl.checkpoints.layout import checkpoint_keys
 from lit_rl.errors import ConfigError
 from lit_rl.strategies.checks import check_strategy, check_swaps_reach
 from lit_rl.strategies.folders import replaced
@@ -103,7 +104,7 @@ def test_checkpoint_of_a_full_fine_tune_holds_its_reference(tmp_path: Path) -> N
     """It is what the warm-up left, which no pretrained folder has."""
     method = toy_method()
     toy_trainer(tmp_path, max_epochs=1).fit(method, ToyData())
-    assert {"policy.network.0.0.weight", "policy.frozen.0.0.weight"} <= method.checkpoint_keys() == set(method.state_dict())
+    assert {"policy.network.0.0.weight", "policy.frozen.0.0.weight"} <= checkpoint_keys(method) == set(method.state_dict())
 
 
 @pytest.mark.parametrize(("given", "said"), [({}, "it is not set"), ({"stage3_param_persistence_threshold": 7}, "it is 7")])

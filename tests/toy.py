@@ -19,7 +19,7 @@ from lit_rl.losses.flow import FlowKL
 from lit_rl.losses.step_surrogates import Clip, Guard
 from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.flow_grpo import DanceGRPO, FlowGRPO, FlowGRPOFast, GRPOGuard
-from lit_rl.modules.flow import Evaluation
+from lit_rl.modules.pictures import Evaluation
 from lit_rl.modules.supervised import Supervised
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.weights.shards import copy_weights

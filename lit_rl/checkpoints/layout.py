@@ -3,36 +3,75 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lit_rl.errors import ConfigError, listed
 
 
+class Shardable(Protocol):
+    """A model whose networks are cut into shards, block by block."""
+
+    def networks(self) -> Sequence[nn.Module]: ...
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]: ...
+
+
+class Weights(Protocol):
+    """A module with weights, as `torch.nn.Module` is one."""
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+
 @runtime_checkable
-class Checkpointed(Protocol):
-    """A module that names the weights its checkpoints hold."""
+class Checkpointed(Weights, Protocol):
+    """A method whose runs are checkpointed and continued."""
 
-    def checkpoint_keys(self) -> set[str]:
-        """Names in `state_dict()` of the weights that a checkpoint holds."""
+    def configured_optimizer(self) -> Optimizer:
+        """A new optimizer as this run has it."""
 
-    def checkpoint_shapes(self) -> dict[str, list[int]]:
-        """Shape by name of those weights, whole."""
+    def models(self) -> Sequence[Shardable]:
+        """Everything with trained weights."""
 
-    def check_moments(self, stored: Mapping[str, object]) -> None:
-        """Raise ConfigError if `checkpoint["optimizer"]` tells of another optimizer than this run's."""
 
-    def networks(self) -> Sequence[nn.Module]:
-        """Every network that is trained, each cut into shards as a whole."""
+@runtime_checkable
+class KeepsSome(Protocol):
+    """A part of a module of whose weights a checkpoint holds some."""
+
+    def checkpoint_keys(self) -> set[str]: ...
+    def state_dict(self) -> Mapping[str, Tensor]: ...
 
 
 def checkpointed(module: object) -> Checkpointed:
-    """`module` as one that names its weights. Raises ConfigError for any other."""
+    """`module` as a method. Raises ConfigError for any other."""
     if not isinstance(module, Checkpointed):
         raise ConfigError(f"model: {type(module).__name__} does not say what its checkpoints hold; use a method of lit_rl.methods")
     return module
+
+
+def checkpoint_keys(module: Weights) -> set[str]:
+    """Names in `state_dict()` of the weights that a checkpoint holds: all but what a policy reads again from its pretrained folder."""
+    parts = [(name, part) for name, part in module.named_children() if isinstance(part, KeepsSome)]
+    left_out = {f"{name}.{key}" for name, part in parts for key in part.state_dict().keys() - part.checkpoint_keys()}
+    return module.state_dict().keys() - left_out
+
+
+def checkpoint_shapes(module: Weights) -> dict[str, list[int]]:
+    """Shape by name of those weights, whole."""
+    keys = checkpoint_keys(module)
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors if name in keys}
+
+
+def adapters_of(module: Weights) -> dict[str, Mapping[str, object]]:
+    """Layers and strengths of the trained adapters by model, see `check_adapters`."""
+    found = {name: getattr(part, "adapter", None) for name, part in module.named_children()}
+    return {name: adapter for name, adapter in found.items() if adapter}
 
 
 def check_layout(stored: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:

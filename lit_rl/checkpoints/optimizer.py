@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -39,6 +39,15 @@ OF_WEIGHT_SHAPE = (
 def settings_of(optimizer: Optimizer) -> Groups:
     """Settings of each parameter group, and its number of tensors."""
     return [{k: v for k, v in group.items() if k != "params"} | {"tensors": len(group["params"])} for group in optimizer.param_groups]
+
+
+def check_moments(stored: Mapping[str, Any], new: Callable[[], Optimizer]) -> None:
+    """Raise ConfigError where a checkpoint holds the moments of another optimizer than this run's.
+
+    stored: `checkpoint["optimizer"]`. new: Makes an optimizer of this run.
+    """
+    if stored.get("groups"):
+        check_same_optimizer(stored, new())
 
 
 def check_same_optimizer(stored: Mapping[str, Any], optimizer: Optimizer) -> None:

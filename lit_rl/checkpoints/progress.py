@@ -48,6 +48,11 @@ def place_of(loops: dict[str, Any], *, accumulate: int) -> Place:
     return Place(epoch["processed"], stepped, ended, validated=batch["current"]["completed"] >= stepped)
 
 
+def minibatches_done(trainer: L.Trainer) -> int:
+    """Minibatches of the present epoch whose training step is over."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+
+
 def set_counters(loops: dict[str, Any], place: Place) -> None:
     """Write `place` into the counters, before Lightning reads them."""
     inside = place.minibatches > 0

@@ -16,12 +16,13 @@ from lit_rl.losses.nft import AdvantageMode, MatchingWeight, matching_logprob, n
 from lit_rl.losses.policy_gradient import clipped_surrogate, policy_metrics
 from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.flow import FlowBatch, LitFlow
+from lit_rl.modules.pictures import denoise
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.weights.copies import OldPolicy
 from lit_rl.replay.partition import places
 from lit_rl.samplers.schedules import shift_sigmas
 from lit_rl.samplers.solvers import Solver
-from lit_rl.seeding import generator
+from lit_rl.seeding import Key, generator
 from lit_rl.types import Cond, FlowRollout, Prompts, take_rows
 
 Distribution = Literal["schedule", "uniform", "logit_normal"]
@@ -122,9 +123,9 @@ class DiffusionNFT(LitFlow):
             )
         return inside
 
-    def trained_sigmas(self, prompts: Prompts, i: int) -> Tensor:
-        """Times at which sample i is trained, Float "S"."""
-        draw, count = generator(*self.row_key(prompts, i), "timesteps"), self.trained_steps()
+    def trained_sigmas(self, key: tuple[Key, ...]) -> Tensor:
+        """Times at which the sample of this key is trained, Float "S"."""
+        draw, count = generator(*key, "timesteps"), self.trained_steps()
         if self.timesteps == "schedule":
             return self.candidates[torch.randperm(len(self.candidates), generator=draw)[:count]]
         u = torch.rand(count, generator=draw) if self.timesteps == "uniform" else torch.randn(count, generator=draw).sigmoid()
@@ -136,27 +137,26 @@ class DiffusionNFT(LitFlow):
         """Denoise with the old policy in micro-batches, keep the clean latents, and submit each decoded micro-batch for scoring."""
         assert self.old_policy is not None
         cond, rows = self.encode(prompts)
-        clean = []
+        clean, keys = [], self.row_keys(prompts)
         with self.old_policy.acting():
             for chunk in torch.arange(len(prompts)).split(self.rollout_micro_batch):
-                x = self.sample(prompts, chunk, take_rows(cond, rows[chunk.to(self.device)])).to(self.storage_dtype)
-                self.show(x, prompts, chunk)
+                x = self.sample([keys[i] for i in chunk.tolist()], take_rows(cond, rows[chunk.to(self.device)])).to(self.storage_dtype)
+                self.submit(x, prompts, chunk)
                 clean.append(x)
-        times = torch.stack([self.trained_sigmas(prompts, i) for i in range(len(prompts))]).to(self.device)
+        times = torch.stack([self.trained_sigmas(key) for key in keys]).to(self.device)
         return FlowRollout(
             prompts.group.to(self.device), prompts.info, logprobs=times[:, :0], mask=torch.ones_like(times, dtype=torch.bool),
             latents=torch.cat(clean)[:, None], times=times, cond=cond, cond_row=rows,
         )  # fmt: skip
 
-    def sample(self, prompts: Prompts, chunk: Tensor, cond: Cond) -> Tensor:
-        """Clean latents of some of the prompts."""
-        keys = [self.row_key(prompts, int(i)) for i in chunk]
+    def sample(self, keys: Sequence[tuple[Key, ...]], cond: Cond) -> Tensor:
+        """Clean latents "B *D" of the trajectories with these keys."""
 
         def noise(step: int) -> Tensor:
             return self.noise([(*key, step) for key in keys])
 
         start = self.noise([(*key, "start") for key in keys])
-        return self.denoise(start, cond, num_steps=self.num_steps, solver=self.solver, eta=self.eta, noise=noise if self.eta else None)
+        return denoise(self, start, cond, num_steps=self.num_steps, solver=self.solver, eta=self.eta, noise=noise if self.eta else None)
 
     # ------------------------------------------------------------------ loss
     def split(self, rollout: FlowRollout, inner_epoch: int) -> list[Tensor]:
@@ -169,9 +169,8 @@ class DiffusionNFT(LitFlow):
         rows, kept = places(rows)
         inner_epoch, pair = rows // rollout.mask.numel(), rows % rollout.mask.numel()
         row, slot = pair // rollout.mask.shape[1], pair % rollout.mask.shape[1]
-        prompts = Prompts(rollout.group.cpu(), rollout.info)  # one copy from a GPU, not one per row
-        looked_at = zip(row.tolist(), slot.tolist(), inner_epoch.tolist())
-        noise = self.noise([(*self.row_key(prompts, b), "forward", s, epoch) for b, s, epoch in looked_at])
+        keys, looked_at = self.row_keys(rollout), zip(row.tolist(), slot.tolist(), inner_epoch.tolist())
+        noise = self.noise([(*keys[b], "forward", s, epoch) for b, s, epoch in looked_at])
         b, s = row.to(self.device), slot.to(self.device)
         weights = rollout.weights[b, s].where(kept.to(self.device), 0.0)
         used, cond = weights != 0, take_rows(rollout.cond, rollout.cond_row[b])

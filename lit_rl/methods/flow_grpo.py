@@ -10,18 +10,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lit_rl.checkpoints.progress import minibatches_done
 from lit_rl.errors import ConfigError
 from lit_rl.losses.flow import FlowKL, gaussian_kl
-from lit_rl.losses.masked import finite_rows, harmless, weighted_means
+from lit_rl.losses.masked import harmless, weighted_means
 from lit_rl.losses.step_surrogates import Clip, Guard, StepSurrogate
 from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.flow import FlowBatch, LitFlow
+from lit_rl.modules.paths import Plan, collect_paths
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.replay.partition import places
 from lit_rl.samplers.flow import CPS, SDE, DanceSDE, Step, sde_step
 from lit_rl.samplers.windows import MixStrategy, full_window, mix_window, random_subset, random_window
-from lit_rl.seeding import Key, generator, seed_of
-from lit_rl.types import Cond, FlowRollout, Prompts, take_rows
+from lit_rl.seeding import generator, seed_of
+from lit_rl.types import FlowRollout, Prompts, take_rows
 
 
 class PairBatch(FlowBatch):
@@ -93,65 +95,8 @@ class FlowGRPO(LitFlow):
     def collect(self, prompts: Prompts) -> FlowRollout:
         """Denoise in micro-batches, keep the window's points, and submit each decoded micro-batch for scoring."""
         window, sigmas = self.window(self.iteration), self.sigmas(self.num_steps).float().to(self.device)
-        levels = self.noise_levels(window)
-        cond, rows = self.encode(prompts)
-        starts, first = self.start(prompts, cond, rows, sigmas, levels)
-        parts: list[dict[str, Tensor]] = []
-        for chunk in torch.arange(len(prompts)).split(self.rollout_micro_batch):
-            keys = [self.row_key(prompts, int(i)) for i in chunk]
-            x = self.noise([(*key, "start") for key in keys]) if starts is None else starts[chunk.to(self.device)]
-            part = self.denoise_stochastic(x, take_rows(cond, rows[chunk.to(self.device)]), keys, sigmas, levels, window, first)
-            finite = finite_rows(part["latents"]) & finite_rows(part["logprobs"])
-            self.show(part.pop("final"), prompts, chunk, finite=finite)
-            parts.append(part)
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        times = sigmas[window.start : window.stop + 1].expand(len(prompts), -1)
-        mask = torch.ones_like(joined["logprobs"], dtype=torch.bool)
-        return FlowRollout(prompts.group.to(self.device), prompts.info, mask=mask, times=times, cond=cond, cond_row=rows, **joined)  # type: ignore[arg-type]
-
-    def start(self, prompts: Prompts, cond: Cond, rows: Tensor, sigmas: Tensor, levels: Sequence[float]) -> tuple[Tensor | None, int]:
-        """Where siblings part ways: latents "B *D" and the step they are at.
-
-        With `sde.same_latent` the deterministic steps before the window are the same for all siblings: they are computed once per group.
-        """
-        if not self.sde.same_latent:
-            return None, 0
-        first = next((i for i, level in enumerate(levels) if level), len(levels))
-        leaders = torch.arange(0, len(prompts), self.group_size)
-        starts = []
-        for chunk in leaders.split(self.rollout_micro_batch):
-            x = self.noise([(self.seed, "start", self.iteration, int(prompts.group[i])) for i in chunk])
-            here = take_rows(cond, rows[chunk.to(self.device)])
-            for i in range(first):
-                x = self.act(x, self.policy.velocity(x, sigmas[i].expand(len(x)), here), sigmas, i, 0.0, None).sample.float()
-            starts.append(x)
-        return torch.cat(starts).repeat_interleave(self.group_size, 0), first
-
-    def denoise_stochastic(
-        self, x: Tensor, cond: Cond, keys: Sequence[tuple[Key, ...]], sigmas: Tensor, levels: Sequence[float], window: range, first: int
-    ) -> dict[str, Tensor]:
-        """Steps first ... N - 1 of one micro-batch; the window's points, log-probabilities (and means), and the clean latents."""
-        x = x.to(self.storage_dtype)
-        kept, logprobs, means = [x] if window.start == first else [], [], []
-        for i in range(first, self.num_steps):
-            v = self.policy.velocity(x.float(), sigmas[i].expand(len(x)), cond)
-            noise = self.noise([(*key, i) for key in keys]) if levels[i] else None
-            step = self.act(x.float(), v, sigmas, i, levels[i], noise)
-            x = step.sample
-            if i in window:
-                logprobs.append(step.logprob)
-                means.append(step.mean)
-            if window.start <= i + 1 <= window.stop:
-                kept.append(x)
-        part = {"latents": torch.stack(kept, 1), "logprobs": torch.stack(logprobs, 1), "final": x}
-        return part | ({"means": torch.stack(means, 1)} if self.surrogate.needs_means else {})
-
-    def act(self, x: Tensor, v: Tensor, sigmas: Tensor, i: int, level: float, noise: Tensor | None) -> Step:
-        """Step i of the whole micro-batch, drawn with `noise`; deterministic where the level is 0."""
-        return sde_step(
-            x, v, sigma=sigmas[i].expand(len(x)), sigma_next=sigmas[i + 1].expand(len(x)), sigma_max=self.sigma_max,
-            dynamics=self.sde.dynamics if level else "ode", noise_level=level, noise=noise, dtype=self.storage_dtype,
-        )  # fmt: skip
+        plan = Plan(sigmas, self.noise_levels(window), window, self.sde, self.sigma_max, keep_means=self.surrogate.needs_means)
+        return collect_paths(self, prompts, plan)
 
     # ------------------------------------------------------------------ loss
     def minibatch(self, rollout: FlowRollout, rows: Tensor) -> PairBatch:
@@ -192,7 +137,7 @@ class FlowGRPO(LitFlow):
         deviation = metrics.pop("ratio_max_dev")
         self.meters.mean(metrics, weight=weights.sum())
         self.meters.largest({"ratio_max_dev": deviation})
-        if self.minibatches_done() < self.trainer.accumulate_grad_batches:
+        if minibatches_done(self.trainer) < self.trainer.accumulate_grad_batches:
             self.meters.largest({"ratio_first_update_max_dev": deviation})
 
     def replay_step(self, v: Tensor, batch: PairBatch) -> Step:
@@ -315,11 +260,11 @@ class DanceGRPO(FlowGRPO):
         last = self.num_steps - 1
         return [self.sde.noise_level] * last + [self.sde.noise_level if last in window else 0.0]
 
-    def chosen(self, rollout: FlowRollout) -> Tensor:
+    def trained_pairs(self, rollout: FlowRollout) -> Tensor:
         steps = rollout.logprobs.shape[1]
         mask = torch.zeros(rollout.mask.shape, dtype=torch.bool)
-        for i in range(len(rollout)):
-            draw = generator(*self.row_key(rollout, i), "trained")
+        for i, key in enumerate(self.row_keys(rollout)):
+            draw = generator(*key, "trained")
             mask[i, random_subset(range(steps), count=max(1, int(steps * self.trained_fraction)), generator=draw)] = True
         return mask.to(rollout.mask.device)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -17,16 +16,17 @@ from torch import Tensor
 from lit_rl.credit.groups import group_metrics, total_reward
 from lit_rl.credit.rules import Advantage
 from lit_rl.errors import ConfigError
-from lit_rl.losses.flow import flow_matching_loss
-from lit_rl.losses.masked import finite_rows, harmless
+from lit_rl.losses.masked import harmless
+from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.base import LitRL
 from lit_rl.modules.checks import check_at_least
 from lit_rl.modules.evaluation import count_not_finite, named
+from lit_rl.modules.pictures import Evaluation, render
 from lit_rl.modules.supervised import Supervised
 from lit_rl.policies.base import FlowPolicy
+from lit_rl.replay.pairs import check_micro_batches, check_updates, micro_batches_within, sibling_numbers, split_pairs
 from lit_rl.samplers.schedules import Schedule
-from lit_rl.samplers.solvers import Solver, solve
-from lit_rl.seeding import Key, generator, normal
+from lit_rl.seeding import Key, normal
 from lit_rl.types import Cond, Examples, FlowRollout, Info, Minibatch, Prompts, take_rows
 
 StorageDtype = Literal["float32", "bfloat16", "float16"]
@@ -41,23 +41,6 @@ class FlowBatch(Minibatch):
     weights: Tensor  # Float "N"
     cond: Cond  # "N ...", of the rollout
     info: Sequence[Info]  # N prompts where `cond` is computed again, else none
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Evaluation and prediction by the deterministic Euler sampler.
-
-    Args:
-        num_steps: Denoising steps.
-        seed: Of the initial noise; image i of the evaluation set always starts from the same noise.
-    """
-
-    num_steps: int = 40
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ConfigError(f"model.evaluation.num_steps={self.num_steps} must be at least 1")
 
 
 class LitFlow(LitRL[FlowRollout]):
@@ -109,8 +92,7 @@ class LitFlow(LitRL[FlowRollout]):
             )
         self.num_steps = num_steps
         self.evaluation = evaluation or Evaluation()
-        self.rollout_micro_batch = rollout_micro_batch
-        self.train_micro_batch = train_micro_batch
+        self.rollout_micro_batch, self.train_micro_batch = rollout_micro_batch, train_micro_batch
         self.storage_dtype: torch.dtype = getattr(torch, storage_dtype)
         self.schedule = schedule or Schedule()
         self.credit_rule = advantage or Advantage()
@@ -121,7 +103,6 @@ class LitFlow(LitRL[FlowRollout]):
             )
         self.tracker = self.credit_rule.tracker()
         self._finite: list[Tensor] = []  # of each sampled micro-batch Bool "B"
-        self._told: set[str] = set()
         self.supervised = supervised
 
     def on_fit_start(self) -> None:
@@ -135,7 +116,7 @@ class LitFlow(LitRL[FlowRollout]):
             f"of up to {size} pairs; processes: {self.trainer.world_size}"
         )
 
-    # ------------------------------------------------------------------ sampling
+    # ------------------------------------------------------------------ sampling, and supervised examples
     def sigmas(self, num_steps: int) -> Tensor:
         """The configured schedule, Float64 "N+1", from 1 to 0."""
         return self.schedule.sigmas(num_steps, pipeline=self.policy.sigmas)
@@ -164,43 +145,12 @@ class LitFlow(LitRL[FlowRollout]):
         """Standard normal latents "B *D" on the device; row i is a function of `keys[i]`."""
         return normal(keys, self.policy.latent_shape()).to(self.device)
 
-    def render(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Images uint8 "B 3 H W" (CPU) of the deterministic sampler, and Bool "B": the finite ones.
+    def row_keys(self, prompts: Prompts) -> list[tuple[Key, ...]]:
+        """The key from which the noise of each trajectory is drawn. It never holds its place in a micro-batch or on a rank."""
+        numbered = zip(prompts.group.tolist(), sibling_numbers(prompts.group))
+        return [(self.seed, "rollout", self.iteration, group, sibling) for group, sibling in numbered]
 
-        The noise depends on `evaluation.seed` and the prompt's group id.
-        """
-        cond, rows = self.encode(prompts)
-        images: list[tuple[Tensor, Tensor]] = []
-        for chunk in torch.arange(len(prompts)).split(self.rollout_micro_batch):
-            x = self.noise([(self.evaluation.seed, "eval", int(prompts.group[i])) for i in chunk])
-            clean = self.denoise(x, take_rows(cond, rows[chunk.to(self.device)]), num_steps=self.evaluation.num_steps)
-            images.append(self.policy.picture(clean))
-        media, finite = zip(*images)
-        return torch.cat(media), torch.cat(finite)
-
-    def denoise(
-        self,
-        x: Tensor,
-        cond: Cond,
-        *,
-        num_steps: int,
-        solver: Solver = "ode",
-        eta: float = 0.0,
-        noise: Callable[[int], Tensor] | None = None,
-    ) -> Tensor:
-        """From noise "B *D" to clean latents, see `lit_rl.samplers.solvers.solve`."""
-
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            return self.policy.velocity(x, torch.full((len(x),), sigma, device=self.device), cond)
-
-        path = solve(velocity, x, sigmas=self.sigmas(num_steps).float(), solver=solver, eta=eta, noise=noise)
-        return deque(path, maxlen=1).pop()
-
-    def row_key(self, prompts: Prompts, i: int) -> tuple[Key, ...]:
-        """The key from which the noise of trajectory i is drawn. It never holds its place in a micro-batch or on a rank."""
-        return (self.seed, "rollout", self.iteration, int(prompts.group[i]), i % self.group_size)
-
-    def show(self, x: Tensor, prompts: Prompts, chunk: Tensor, *, finite: Tensor | None = None) -> None:
+    def submit(self, x: Tensor, prompts: Prompts, chunk: Tensor, *, finite: Tensor | None = None) -> None:
         """Decode the clean latents of a finished micro-batch, submit them for scoring and tell the callbacks.
 
         finite: Bool "B", samples whose way there is finite; default: all.
@@ -210,39 +160,24 @@ class LitFlow(LitRL[FlowRollout]):
         self.scores().submit(media, info)
         self.notify("on_rollout_chunk", media, info, len(prompts))
 
-    # ------------------------------------------------------------------ supervised warm-up
-    def supervised_loss(self, batch: Examples) -> Tensor:
-        """Flow matching |v - (eps - x0)|^2 on the examples (arXiv 2210.02747), one number per example."""
+    def examples(self, step: int, part: int, parts: int) -> Examples:
         assert self.supervised is not None
-        x0 = self.policy.encode_images(batch.images, batch.info)
-        finite = finite_rows(x0)
-        keys = [(self.seed, "warmup", batch.step, batch.first + i) for i in range(len(x0))]
-        draws = torch.stack([torch.randn(2, generator=generator(*key, "t")) for key in keys]).to(self.device)
-        t = torch.special.ndtr(draws[:, 0]) if self.supervised.timesteps == "uniform" else draws[:, 0].sigmoid()
-        noise = self.noise(keys)
-        cond, rows = self.encode(Prompts(group=torch.arange(len(x0)), info=batch.info))
-        at = t.view(-1, *[1] * (x0.ndim - 1))
-        given = take_rows(cond, rows)
-        for value in given.values():
-            finite = finite & finite_rows(value)
-        self.tell_of_examples(batch, finite)
-        x0, given = harmless(x0, finite), {name: harmless(value, finite) for name, value in given.items()}
-        v = self.policy.velocity((1 - at) * x0 + at * noise, t, given)
-        return torch.where(finite, flow_matching_loss(v, x0, noise), 0.0)
+        data, world = self.supervised.source(self.data), self.trainer.world_size
+        return self.supervised.micro_batch(data, step, part * world + self.global_rank, parts * world).to(self.device)
 
-    def tell_of_examples(self, batch: Examples, finite: Tensor) -> None:
-        """Warn once of each prompt whose example is not finite: nothing is learned from it."""
-        lost = {str(batch.info[i]["prompt"]) for i in (~finite).nonzero()[:, 0].tolist()} - self._told
-        self._told |= lost
-        if lost:
-            warnings.warn(
-                f"warm-up: examples are not finite (image latents or condition) and are left out: {named(sorted(lost))}",
-                stacklevel=2,
-            )
+    def supervised_terms(self, batch: Examples) -> Terms:
+        assert self.supervised is not None
+        losses = self.supervised.losses(self, batch)
+        return {"supervised": Term(losses, batch.weights, 1.0 if self.warming_up else self.supervised.coef)}
+
+    def check_parts(self, stage: str) -> None:
+        super().check_parts(stage)
+        if stage == "fit" and self.supervised is not None:
+            self.supervised.source(self.data)
 
     # ------------------------------------------------------------------ evaluation and prediction
     def validation_step(self, batch: Prompts, batch_idx: int) -> dict[str, Any]:
-        media, finite = self.render(batch)
+        media, finite = render(self, batch)
         self.scores().submit(media, batch.info)
         self.evaluated.append(batch)
         self._finite.append(finite)
@@ -264,7 +199,7 @@ class LitFlow(LitRL[FlowRollout]):
         return rewards
 
     def predict_step(self, batch: Prompts, batch_idx: int) -> dict[str, Any]:
-        media, finite = self.render(batch)
+        media, finite = render(self, batch)
         lost = [str(batch.info[i]["prompt"]) for i in (~finite).nonzero()[:, 0].tolist() if batch.group[i] >= 0]
         if lost:
             warnings.warn(f"predict: pictures are not finite and show nothing ({WHAT}): {named(lost)}", stacklevel=2)
@@ -273,32 +208,18 @@ class LitFlow(LitRL[FlowRollout]):
     def check_geometry(self) -> None:
         super().check_geometry()
         total = self.prompts_per_iteration * self.group_size * self.most_trained_steps()
-        if total < self.updates:
-            raise ConfigError(
-                f"model.updates_per_iteration={self.updates_per_iteration} asks for {self.updates} optimizer steps of a pass that has "
-                f"{total} (sample, step) pairs; lower it to at most {total * self.inner_epochs}"
-            )
+        check_updates(total, updates=self.updates, passes=self.inner_epochs)
         if self.train_micro_batch is not None:
             self.set_micro_batches(self.train_micro_batch)
         if self.supervised is not None:
             self.set_example_micro_batches(self.supervised)
-        if (pairs := self.pairs_of_update()) < self.micro_batches_per_update:
-            raise ConfigError(
-                f"trainer.accumulate_grad_batches={self.micro_batches_per_update} asks for more micro-batches than an optimizer step has "
-                f"(sample, step) pairs on a process ({pairs}); lower it to at most {pairs}"
-            )
+        check_micro_batches(self.pairs_of_update(), parts=self.micro_batches_per_update)
 
     def set_micro_batches(self, size: int) -> None:
         """Cut an optimizer step into micro-batches of at most `size` pairs, or as many as `accumulate_grad_batches` asks for beyond."""
-        asked, needed = self.trainer.accumulate_grad_batches, -(-self.pairs_of_update() // size)
-        if 1 < asked < needed:
-            raise ConfigError(
-                f"trainer.accumulate_grad_batches={asked} micro-batches of model.train_micro_batch={size} hold {asked * size} of the "
-                f"{self.pairs_of_update()} (sample, step) pairs that each of the {self.updates_per_iteration} optimizer steps of an "
-                f"iteration has on a process: leave out trainer.accumulate_grad_batches, which becomes {needed}; if more optimizer steps "
-                "are meant, set model.updates_per_iteration"
-            )
-        self.micro_batches_per_update = max(asked, needed)
+        self.micro_batches_per_update = micro_batches_within(
+            self.pairs_of_update(), size=size, present=self.trainer.accumulate_grad_batches, updates=self.updates_per_iteration
+        )
 
     def set_example_micro_batches(self, supervised: Supervised) -> None:
         """Cut the examples of a step into micro-batches of at most `train_micro_batch`; without it a warm-up has as many as pairs have."""
@@ -315,7 +236,7 @@ class LitFlow(LitRL[FlowRollout]):
         pairs = self.prompts_per_iteration // self.trainer.world_size * self.group_size * self.most_trained_steps()
         return -(-pairs // self.updates)
 
-    # ------------------------------------------------------------------ score
+    # ------------------------------------------------------------------ score and credit
     def scored(self) -> FlowRollout:
         self._finite = []
         return super().scored()
@@ -333,7 +254,6 @@ class LitFlow(LitRL[FlowRollout]):
         count = count_not_finite(finite, rewards, info, scorer=self.scorer, where=where, what=WHAT)
         return {name: values.where(finite, torch.nan) for name, values in rewards.items()}, count
 
-    # ------------------------------------------------------------------ credit
     def check_reference(self, kl_coef: float) -> None:
         """Raise ConfigError on a divergence from the reference that the policy or the advantages do not allow."""
         if kl_coef and self.credit_rule.drop_zero:
@@ -341,7 +261,7 @@ class LitFlow(LitRL[FlowRollout]):
         if kl_coef:
             self.policy.check_reference(after_warmup=self.warmup_steps > 0)
 
-    def chosen(self, rollout: FlowRollout) -> Tensor:
+    def trained_pairs(self, rollout: FlowRollout) -> Tensor:
         """Bool "B S": the actions that are trained."""
         return rollout.mask
 
@@ -351,18 +271,16 @@ class LitFlow(LitRL[FlowRollout]):
         rewards = {name: self.all_ranks(rollout.rewards[name].to(self.device)).cpu() for name in weights}
         group = self.all_ranks(rollout.group).cpu()
         total = total_reward(rewards, weights)
-        asked = self.data.prompts(self.iteration, self.prompts_per_iteration)
-        prompts = [str(asked[g]["prompt"]) for g in group.tolist()]
+        info = self.data.prompts(self.iteration, self.prompts_per_iteration)
+        prompts = [str(info[g]["prompt"]) for g in group.tolist()]
         values = self.credit_rule(rewards, total, group, weights=weights, prompts=prompts, tracker=self.tracker)
 
         mine = slice(self.global_rank * len(rollout), (self.global_rank + 1) * len(rollout))
         use = total[mine].isfinite() & ((values[mine] != 0) | (not self.credit_rule.drop_zero))
-        mask = self.chosen(rollout) & use[:, None].to(self.device)
+        mask = self.trained_pairs(rollout) & use[:, None].to(self.device)
         count = self.all_ranks(mask.sum()[None]).sum()
-        self.rollout_metrics = group_metrics(total, group)
-        self.rollout_metrics |= {f"reward/{name}": float(r.nanmean()) for name, r in rewards.items()}
-        self.rollout_metrics["images"] = float(len(group))
-        self.rollout_metrics["non_finite"] = float(self.non_finite)
+        self.rollout_metrics = group_metrics(total, group) | {f"reward/{name}": float(r.nanmean()) for name, r in rewards.items()}
+        self.rollout_metrics |= {"images": float(len(group)), "non_finite": float(self.non_finite)}
         self.rollout_metrics["trained_share"] = float(count / (mask.numel() * self.trainer.world_size))
         advantages = values[mine, None].float().expand(mask.shape).to(self.device)
         return replace(rollout, mask=mask, advantages=advantages, weights=mask.float() * self.updates / count.clamp(min=1))
@@ -381,28 +299,11 @@ class LitFlow(LitRL[FlowRollout]):
         return self.updates_per_iteration // self.inner_epochs
 
     def split(self, rollout: FlowRollout, inner_epoch: int) -> list[Tensor]:
-        """Minibatches of one pass: each optimizer step gets a share of the pairs of *every* group, by a permutation of the group's own.
-
-        So an optimizer step sees the same pairs whatever the number of processes and the size of micro-batches, and every prompt
-        weighs alike in it. Pairs without weight are left out. Rows are flat indices b * S + s; a row r < 0 is pair ~r without its weight,
-        for forwards that other processes wait for where this one has nothing to train.
-        """
+        """Minibatches of one pass, flat indices b * S + s of pairs, see `lit_rl.replay.pairs.split_pairs`."""
         assert rollout.weights is not None
-        used, steps = (rollout.weights != 0).flatten().cpu(), rollout.mask.shape[1]
-        filler = ~(used.nonzero()[:1, 0] if used.any() else torch.zeros(1, dtype=torch.long))
-        shares: list[list[Tensor]] = [[] for _ in range(self.updates)]
-        for first in range(0, len(rollout), self.group_size):
-            group = int(rollout.group[first])
-            pairs = self.permutation(self.group_size * steps, "split", self.iteration, inner_epoch, group) + first * steps
-            turn = group * (len(pairs) % self.updates)  # what is over goes where the last group's ended, so that steps have equally many
-            for i, part in enumerate(pairs.tensor_split(self.updates)):
-                shares[(i + turn) % self.updates].append(part)
-        minibatches: list[Tensor] = []
-        for share in shares:
-            pairs, parts = torch.cat(share), self.micro_batches_per_update
-            kept = pairs[used[pairs]]
-            minibatches += torch.cat([kept, filler.expand(max(0, parts - len(kept)))]).tensor_split(parts)
-        return minibatches
+        key = (self.seed, "split", self.iteration, inner_epoch)
+        used, parts = (rollout.weights != 0).cpu(), self.micro_batches_per_update
+        return split_pairs(rollout.group.cpu(), used, key=key, updates=self.updates, parts=parts)
 
     # ------------------------------------------------------------------ checkpoints
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

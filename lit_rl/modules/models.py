@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
 
+from lit_rl.checkpoints.layout import Shardable
 from lit_rl.policies.base import Policy
 from lit_rl.policies.trained import TrainedPolicy
 from lit_rl.strategies.checks import check_experts_reached
 from lit_rl.strategies.fsdp2 import FSDP2Strategy
-
-
-class Shardable(Protocol):
-    """A model whose networks are cut into shards, block by block."""
-
-    def networks(self) -> Sequence[nn.Module]: ...
-
-    def blocks(self, network: nn.Module) -> Sequence[nn.Module]: ...
 
 
 def load_policy(policy: Policy, *, drops: bool, training: bool, method: str) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
 from lit_rl.errors import ConfigError
+from lit_rl.modules.meters import Meters
 from lit_rl.modules.supervised import Supervised, warmup_factor
 
 
@@ -80,3 +84,26 @@ def forget_moments(optimizers: Sequence[Optimizer]) -> None:
     for state in optimizers[0].state.values():
         for name, value in state.items():
             state[name] = value.zero_() if isinstance(value, Tensor) else 0  # DeepSpeed's Adam counts its steps in an int
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
+    """L2 norm of all gradients, whole under FSDP2 too; None where there is none here: DeepSpeed keeps gradients to itself."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return None
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def leave_out_not_finite(module: L.LightningModule, meters: Meters) -> None:
+    """Meter the norm of an optimizer step's gradient, or take the gradient away if it is not finite: it would end in every weight."""
+    norm = gradient_norm(module.parameters())
+    if norm is not None and norm.isfinite():
+        meters.mean({"grad_norm": norm})
+    elif norm is not None:
+        module.zero_grad()
+        meters.count("skipped_steps")
+        rank_zero_warn(
+            f"Optimizer step {module.trainer.global_step + 1} is left out: its gradient is not finite. If that goes on, lower the learning "
+            "rate, and look at the last answers and rewards"
+        )

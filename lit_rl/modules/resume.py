@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lit_rl.checkpoints import version
 from lit_rl.checkpoints.contents import check_kinds
-from lit_rl.checkpoints.layout import check_adapters, check_layout
-from lit_rl.checkpoints.optimizer import Groups, check_moment_shapes, follow_options, settings_of
-from lit_rl.checkpoints.options import check_options
+from lit_rl.checkpoints.layout import Weights, adapters_of, check_adapters, check_layout, checkpoint_keys, checkpoint_shapes
+from lit_rl.checkpoints.optimizer import Groups, check_moment_shapes, check_moments, follow_options, settings_of
+from lit_rl.checkpoints.options import REMEDY, check_options
 from lit_rl.checkpoints.progress import Place, continue_at, log_again, logged, place_of, remember_saved, saved_at, set_counters
 from lit_rl.errors import ConfigError
 from lit_rl.modules.meters import Meters
@@ -23,7 +23,7 @@ from lit_rl.ranks import gather_objects, gather_to_first
 from lit_rl.types import Rollout
 
 
-class Resumable(Protocol):
+class Resumable(Weights, Protocol):
     """A method whose runs can be continued."""
 
     trainer: L.Trainer
@@ -41,14 +41,9 @@ class Resumable(Protocol):
     @property
     def warmup_epochs(self) -> int: ...
     def micro_batches_of_step(self, *, warmup: bool) -> int: ...
-    def adapters(self) -> dict[str, dict[str, Any]]: ...
-    def checkpoint_keys(self) -> set[str]: ...
-    def checkpoint_shapes(self) -> dict[str, list[int]]: ...
-    def check_moments(self, stored: Mapping[str, Any]) -> None: ...
     def check_rollout(self, rollout: Any) -> None: ...
     def configured_optimizer(self) -> torch.optim.Optimizer: ...
     def restore_rollout(self, fields: dict[str, Any]) -> Rollout: ...
-    def state_dict(self) -> Mapping[str, Tensor]: ...
     def stored_options(self) -> dict[str, Any]: ...
 
 
@@ -74,11 +69,11 @@ class Resume:
     # ------------------------------------------------------------------ saving
     def save(self, method: Resumable, checkpoint: dict[str, Any]) -> None:
         """Complete a checkpoint that Lightning is about to write. Collective."""
-        trainer, keys = method.trainer, method.checkpoint_keys()
+        trainer, keys = method.trainer, checkpoint_keys(method)
         checkpoint[version.KEY] = version.CHECKPOINT_VERSION
         checkpoint["micro_batches"] = trainer.accumulate_grad_batches
         checkpoint["state_dict"] = {name: weight for name, weight in checkpoint["state_dict"].items() if name in keys}
-        checkpoint["adapters"], checkpoint["warmup_steps"] = method.adapters(), method.warmup_steps
+        checkpoint["adapters"], checkpoint["warmup_steps"] = adapters_of(method), method.warmup_steps
         place = _place_in(method, checkpoint)
         checkpoint["optimizer"] = self._optimizer(trainer, checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"])
         step, before = self.logged
@@ -106,9 +101,9 @@ class Resume:
         """Compare a checkpoint with the run and, in a fit, prepare to go on from it. Raises ConfigError where they do not fit."""
         version.check_version(checkpoint.get(version.KEY, 0))
         if "state_dict" in checkpoint:  # otherwise the strategy has looked at the weights and loaded them
-            check_layout({name: weight.shape for name, weight in checkpoint["state_dict"].items()}, method.checkpoint_shapes())
+            check_layout({name: weight.shape for name, weight in checkpoint["state_dict"].items()}, checkpoint_shapes(method))
             check_kinds(checkpoint["state_dict"], method.state_dict())
-        check_adapters(checkpoint.get("adapters", {}), method.adapters())
+        check_adapters(checkpoint.get("adapters", {}), adapters_of(method))
         if method.trainer.state.fn != "fit":
             return
         if (began := checkpoint.get("warmup_steps", method.warmup_steps)) != method.warmup_steps:
@@ -129,7 +124,7 @@ class Resume:
             raise ConfigError("this checkpoint holds weights only (save_weights_only), with which training cannot go on: use another")
         states, checkpoint["lr_schedulers"] = checkpoint["lr_schedulers"], []
         self.optimizer_before = checkpoint.get("optimizer", {"scheduled": bool(states)}) | {"schedules": states}
-        method.check_moments(self.optimizer_before)
+        check_moments(self.optimizer_before, method.configured_optimizer)
         if "optimizer_states" in checkpoint:  # otherwise the strategy has restored them
             check_moment_shapes(checkpoint["optimizer_states"], method.configured_optimizer())
         if "callbacks" not in checkpoint:
@@ -163,6 +158,16 @@ def _load_rollout(method: Resumable, saved: Mapping[str, Any]) -> None:
     method.rollout = method.restore_rollout(saved["ranks"][method.global_rank])
     method.rollout_iteration, method.rollout_metrics = saved["iteration"], saved["metrics"]
     method.check_rollout(method.rollout)
+
+
+def check_prompts(stored: Sequence[str], here: Sequence[str], *, iteration: int) -> None:
+    """Raise ConfigError where a restored rollout has a prompt that is none of those that the data has for its iteration."""
+    known = set(here)
+    if other := [text for text in stored if text not in known]:
+        raise ConfigError(
+            f"data: the prompts of iteration {iteration} are others than those of the rollout in the checkpoint, "
+            f"which was written inside that iteration (there: {other[0][:60]!r}): continue with the data it was written with, {REMEDY}"
+        )
 
 
 def _place_in(method: Resumable, checkpoint: Mapping[str, Any]) -> Place:

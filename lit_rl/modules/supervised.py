@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.replay.sources import ExampleSource
-from lit_rl.types import Examples
+from lit_rl.losses.flow import flow_matching_loss
+from lit_rl.losses.masked import finite_rows, harmless
+from lit_rl.modules.evaluation import named
+from lit_rl.policies.base import FlowPolicy
+from lit_rl.replay.sources import ExampleSource, source_of
+from lit_rl.seeding import Key, generator
+from lit_rl.types import Cond, Examples, Prompts, take_rows
+
+
+class Imitating(Protocol):
+    """A flow method as the examples' loss needs it."""
+
+    policy: FlowPolicy
+    seed: int
+
+    @property
+    def device(self) -> torch.device: ...
+    def noise(self, keys: Sequence[tuple[Key, ...]]) -> Tensor: ...
+    def encode(self, prompts: Prompts) -> tuple[Cond, Tensor]: ...
 
 
 @dataclass(kw_only=True)
@@ -38,6 +58,11 @@ class Supervised:
             raise ConfigError(f"model.supervised.batch_size={self.batch_size} must be at least 1")
         if not self.warmup_steps and not self.coef:
             raise ConfigError("model.supervised does nothing: set warmup_steps for a warm-up, or coef for a share of every optimizer step")
+        self._told = set[str]()
+
+    def source(self, data: object) -> ExampleSource:
+        """A datamodule that has examples. Raises ConfigError for any other."""
+        return source_of(data, ExampleSource, who="model.supervised", use="datamodules.rendered_text.RenderedText or Inpainting")
 
     def micro_batch(self, data: ExampleSource, step: int, part: int, parts: int) -> Examples:
         """Micro-batch `part` of the `parts` of an optimizer step; one example of weight 0 where there are more parts than examples.
@@ -49,6 +74,32 @@ class Supervised:
         info, images = data.examples(step, self.batch_size, slice(first, first + max(1, len(rows))))
         weights = torch.full((max(1, len(rows)),), 1 / self.batch_size if len(rows) else 0.0)
         return Examples(info=info, images=images, step=step, first=first, weights=weights)
+
+    def losses(self, method: Imitating, batch: Examples) -> Tensor:
+        """Flow matching |v - (eps - x0)|^2 on the examples (arXiv 2210.02747), Float "B"; 0 for an example that is not finite."""
+        x0 = method.policy.encode_images(batch.images, batch.info)
+        keys = [(method.seed, "warmup", batch.step, batch.first + i) for i in range(len(x0))]
+        draws = torch.stack([torch.randn(2, generator=generator(*key, "t")) for key in keys]).to(method.device)
+        t = torch.special.ndtr(draws[:, 0]) if self.timesteps == "uniform" else draws[:, 0].sigmoid()
+        noise = method.noise(keys)
+        cond, rows = method.encode(Prompts(group=torch.arange(len(x0)), info=batch.info))
+        given = take_rows(cond, rows)
+        finite = torch.stack([finite_rows(value) for value in (x0, *given.values())]).all(0)
+        self._tell(batch, finite)
+        x0, given = harmless(x0, finite), {name: harmless(value, finite) for name, value in given.items()}
+        at = t.view(-1, *[1] * (x0.ndim - 1))
+        v = method.policy.velocity((1 - at) * x0 + at * noise, t, given)
+        return torch.where(finite, flow_matching_loss(v, x0, noise), 0.0)
+
+    def _tell(self, batch: Examples, finite: Tensor) -> None:
+        """Warn once of each prompt whose example is not finite: nothing is learned from it."""
+        lost = {str(batch.info[i]["prompt"]) for i in (~finite).nonzero()[:, 0].tolist()} - self._told
+        self._told |= lost
+        if lost:
+            warnings.warn(
+                f"warm-up: examples are not finite (image latents or condition) and are left out: {named(sorted(lost))}",
+                stacklevel=3,
+            )
 
 
 def warmup_factor(step: int, *, steps: int) -> float:

@@ -107,3 +107,11 @@ def source_of(data: object, kind: Kind[S], *, who: str, use: str) -> S:
             f"{', '.join(missing)}, see lit_rl.replay.sources.{kind.__name__}"
         )
     return cast(S, data)
+
+
+def datamodule_of(trainer: object, *, use: str) -> PromptSource:
+    """The datamodule of a trainer. Raises ConfigError where it has none. use: A datamodule for the message."""
+    datamodule: PromptSource | None = getattr(trainer, "datamodule", None)
+    if datamodule is None:
+        raise ConfigError(f"the run has no data: give a datamodule, e.g. {use}")
+    return datamodule

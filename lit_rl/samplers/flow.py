@@ -7,6 +7,7 @@ x0_hat = x - sigma v and eps_hat = x + (1 - sigma) v. A step goes from sigma to 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -131,6 +132,39 @@ def sde_step(
         sample = drawn.detach().to(dtype or work)
     sample = sample.detach()
     return Step(sample, mean, noise_std, diffusion, _logprob(sample.to(work), mean, noise_std, level, dynamics))
+
+
+def sde_path(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x: Float[Tensor, "B *D"],
+    *,
+    sigmas: Float[Tensor, "n"],
+    levels: Sequence[float],
+    steps: range,
+    dynamics: Dynamics,
+    sigma_max: float,
+    noise: Callable[[int], Tensor],
+    dtype: torch.dtype,
+) -> Iterator[Step]:
+    """Some consecutive steps of a denoising path, each drawn with `sde_step`, or deterministic where its level is 0.
+
+    Args:
+        velocity: v at (x, sigma), sigma Float "B".
+        sigmas: N + 1 of them, falling, on the device of x.
+        levels: Noise level of each of the N steps.
+        steps: Numbers of the steps that are taken, x being at `sigmas[steps.start]`.
+        noise: Standard normal "B *D" for step i; asked for where the level of i is above 0.
+        dtype: Storage dtype of every sample, see `sde_step`.
+    """
+    x = x.float()
+    for i in steps:
+        sigma, sigma_next = sigmas[i].expand(len(x)), sigmas[i + 1].expand(len(x))
+        step = sde_step(
+            x, velocity(x, sigma), sigma=sigma, sigma_next=sigma_next, dynamics=dynamics if levels[i] else "ode", noise_level=levels[i],
+            sigma_max=sigma_max, noise=noise(i) if levels[i] else None, dtype=dtype,
+        )  # fmt: skip
+        x = step.sample.float()
+        yield step
 
 
 def _coefficients(

@@ -13,6 +13,7 @@ from lit_rl.checkpoints.contents import with_nan
 from lit_rl.checkpoints.files import is_whole, note_age, refuse_damaged, what_is_wrong
 from lit_rl.checkpoints.layout import checkpointed
 from lit_rl.checkpoints.manifest import entries, write_manifest
+from lit_rl.checkpoints.optimizer import check_moments as check_same_moments
 from lit_rl.checkpoints.replacing import beside, naming, put_in_place, remove, swept
 from lit_rl.errors import ConfigError, listed
 from lit_rl.policies.weights.shards import part
@@ -66,4 +67,4 @@ def refuse_nan(strategy: Strategy, folder: Path, weights: Mapping[str, Tensor]) 
 def check_moments(strategy: Strategy, stored: Mapping[str, object]) -> None:
     """Raise ConfigError before moments of another optimizer are restored. A run without training restores none."""
     if strategy.optimizers:
-        checkpointed(strategy.lightning_module).check_moments(stored)
+        check_same_moments(stored, checkpointed(strategy.lightning_module).configured_optimizer)

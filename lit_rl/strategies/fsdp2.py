@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lit_rl.checkpoints.contents import check_contents
 from lit_rl.checkpoints.files import refuse_damaged, what_is_wrong
-from lit_rl.checkpoints.layout import check_layout, checkpointed
+from lit_rl.checkpoints.layout import check_layout, checkpoint_keys, checkpoint_shapes, checkpointed
 from lit_rl.checkpoints.restricted import load_file, load_shards, stored_shapes
 from lit_rl.errors import ConfigError
 from lit_rl.policies.weights.shards import reshard, whole
@@ -112,7 +112,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _load_shards(self, path: Path, trusted: bool) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-        check_layout(stored_shapes(path), checkpointed(self.lightning_module).checkpoint_shapes())
+        check_layout(stored_shapes(path), checkpoint_shapes(checkpointed(self.lightning_module)))
         checkpoint = load_file(path / META, trusted=trusted)
         check_moments(self, checkpoint.get("optimizer", {}))
         assert self.model is not None
@@ -133,7 +133,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         checkpoint = check_contents(load_file(path, trusted=trusted, mmap=True), path)
         check_layout(
             {name: weight.shape for name, weight in checkpoint["state_dict"].items()},
-            checkpointed(self.lightning_module).checkpoint_shapes(),
+            checkpoint_shapes(checkpointed(self.lightning_module)),
         )
         check_moments(self, checkpoint.get("optimizer", {}))
         assert self.model is not None
@@ -148,7 +148,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _kept_weights(self) -> dict[str, Tensor]:
         assert self.model is not None
         reshard(self.model)
-        keys = checkpointed(self.lightning_module).checkpoint_keys()
+        keys = checkpoint_keys(checkpointed(self.lightning_module))
         return {name: weight for name, weight in self.model.state_dict().items() if name in keys}
 
 

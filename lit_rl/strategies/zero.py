@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_rl.checkpoints.layout import check_layout, checkpointed
+from lit_rl.checkpoints.layout import check_layout, checkpoint_keys, checkpoint_shapes, checkpointed
 from lit_rl.checkpoints.restricted import deepspeed_reads_plain_files
 from lit_rl.errors import ConfigError
 from lit_rl.policies.weights.shards import gathered
@@ -55,7 +55,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         if self.zero_stage_3:
             optimizer = self.deepspeed_engine.optimizer
             offload = getattr(optimizer, "parameter_offload", optimizer)  # without an optimizer to train with it is that itself
-            for network in checkpointed(self.lightning_module).networks():
+            for network in (network for model in checkpointed(self.lightning_module).models() for network in model.networks()):
                 network.reshard = offload.partition_all_parameters
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: object, **kwargs: object) -> Tensor:
@@ -64,8 +64,8 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object | None = None) -> None:
         """Write DeepSpeed's shards into a folder that appears whole."""
-        module, named = self._module(), checkpointed(self.lightning_module)
-        keys = named.checkpoint_keys()
+        module = self._module()
+        keys = checkpoint_keys(checkpointed(self.lightning_module))
         frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
         self.exclude_frozen_parameters = not frozen <= keys  # DeepSpeed saves all frozen ones or none
         if self.exclude_frozen_parameters:
@@ -73,7 +73,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         with replaced(self, filepath) as folder:
             super().save_checkpoint(checkpoint, folder, storage_options)
             if self.is_global_zero:
-                (folder / LAYOUT_FILE).write_text(json.dumps(named.checkpoint_shapes()))
+                (folder / LAYOUT_FILE).write_text(json.dumps(checkpoint_shapes(checkpointed(self.lightning_module))))
                 (folder / OPTIMIZER_FILE).write_text(json.dumps(checkpoint.get("optimizer", {}), default=str))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -86,13 +86,13 @@ class ZeroStrategy(DeepSpeedStrategy):
                 "it was written under"
             )
         check_intact(self, path)
-        check_layout(json.loads((path / LAYOUT_FILE).read_text()), checkpointed(self.lightning_module).checkpoint_shapes())
+        check_layout(json.loads((path / LAYOUT_FILE).read_text()), checkpoint_shapes(checkpointed(self.lightning_module)))
         if (path / OPTIMIZER_FILE).is_file():
             check_moments(self, json.loads((path / OPTIMIZER_FILE).read_text()))
         with nullcontext() if weights_only is False else deepspeed_reads_plain_files():
             checkpoint = super().load_checkpoint(path, weights_only)
         self._load_frozen(checkpoint.pop("frozen", {}))
-        keys = checkpointed(self.lightning_module).checkpoint_keys()
+        keys = checkpoint_keys(checkpointed(self.lightning_module))
         refuse_nan(self, path, {name: weight for name, weight in self._module().named_parameters() if name in keys})
         return checkpoint
 

@@ -17,6 +17,7 @@ from callbacks.old_policy import EMAOldPolicy, OldPolicySync
 from lit_rl.credit.rules import Advantage
 from lit_rl.errors import ConfigError
 from lit_rl.methods.diffusion_nft import AWM, DiffusionNFT
+from lit_rl.replay.pairs import sibling_numbers
 from lit_rl.types import Prompts
 
 
@@ -117,8 +118,8 @@ def test_rollouts_are_the_old_policys(tmp_path: Path) -> None:
     """Frozen: whatever is learned, samples with the same noise stay what they were."""
 
     class SameNoise(DiffusionNFT):
-        def row_key(self, prompts: Prompts, i: int) -> Any:
-            return (int(prompts.group[i]), i % self.group_size)
+        def row_keys(self, prompts: Prompts) -> Any:
+            return list(zip(prompts.group.tolist(), sibling_numbers(prompts.group)))
 
     class Kept(L.Callback):
         def __init__(self) -> None:

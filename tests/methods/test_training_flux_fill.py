@@ -72,7 +72,7 @@ def test_the_warm_up_imitates_the_examples(places: Path, tmp_path: Path, kind: s
     def loss(module: Method) -> float:
         info, images = FillData().examples(1, 8)
         with torch.no_grad():
-            return float(module.supervised_loss(Examples(info=info, images=images, step=10**6, first=0)).mean())
+            return float(module.supervised.losses(module, Examples(info=info, images=images, step=10**6, first=0)).mean())
 
     module = method(places, FlowGRPO, kind, warmup_steps=40)
     module.policy.load()
@@ -90,7 +90,7 @@ def test_an_example_without_style_teaches_the_adapter_nothing(places: Path) -> N
     def gradients(*, styled: bool) -> dict[str, Tensor]:
         module.zero_grad()
         info = [{**row, "styled": styled} for row in rows(2)]
-        module.supervised_loss(Examples(info=info, images=images, step=0, first=0, weights=torch.ones(2))).sum().backward()
+        module.supervised.losses(module, Examples(info=info, images=images, step=0, first=0, weights=torch.ones(2))).sum().backward()
         return {name: p.grad.abs().max() for name, p in module.policy.trainable() if p.grad is not None}
 
     assert not any(gradients(styled=False).values())

@@ -1,0 +1,82 @@
+"""Pictures by deterministic sampling, of evaluation and prediction, and of methods that keep no path."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lit_rl.errors import ConfigError
+from lit_rl.policies.base import FlowPolicy
+from lit_rl.samplers.solvers import Solver, solve
+from lit_rl.seeding import Key
+from lit_rl.types import Cond, Prompts, take_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Evaluation and prediction by the deterministic Euler sampler.
+
+    Args:
+        num_steps: Denoising steps.
+        seed: Of the initial noise; image i of the evaluation set always starts from the same noise.
+    """
+
+    num_steps: int = 40
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ConfigError(f"model.evaluation.num_steps={self.num_steps} must be at least 1")
+
+
+class Denoising(Protocol):
+    """A flow method that samples."""
+
+    policy: FlowPolicy
+    rollout_micro_batch: int
+    evaluation: Evaluation
+
+    @property
+    def device(self) -> torch.device: ...
+    def sigmas(self, num_steps: int) -> Tensor: ...
+    def noise(self, keys: Sequence[tuple[Key, ...]]) -> Tensor: ...
+    def encode(self, prompts: Prompts) -> tuple[Cond, Tensor]: ...
+
+
+def denoise(
+    method: Denoising,
+    x: Tensor,
+    cond: Cond,
+    *,
+    num_steps: int,
+    solver: Solver = "ode",
+    eta: float = 0.0,
+    noise: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """From noise "B *D" to clean latents, see `lit_rl.samplers.solvers.solve`."""
+
+    def velocity(x: Tensor, sigma: float) -> Tensor:
+        return method.policy.velocity(x, torch.full((len(x),), sigma, device=method.device), cond)
+
+    path = solve(velocity, x, sigmas=method.sigmas(num_steps).float(), solver=solver, eta=eta, noise=noise)
+    return deque(path, maxlen=1).pop()
+
+
+def render(method: Denoising, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """Images uint8 "B 3 H W" (CPU) of the deterministic sampler, and Bool "B": the finite ones.
+
+    The noise depends on `evaluation.seed` and the prompt's group id.
+    """
+    (cond, rows), evaluation = method.encode(prompts), method.evaluation
+    images: list[tuple[Tensor, Tensor]] = []
+    for chunk in torch.arange(len(prompts)).split(method.rollout_micro_batch):
+        x = method.noise([(evaluation.seed, "eval", int(prompts.group[i])) for i in chunk])
+        clean = denoise(method, x, take_rows(cond, rows[chunk.to(method.device)]), num_steps=evaluation.num_steps)
+        images.append(method.policy.picture(clean))
+    media, finite = zip(*images)
+    return torch.cat(media), torch.cat(finite)
