@@ -165,6 +165,7 @@ class FlowGRPOFast(FlowGRPO):
     """
 
     stored_with: Sequence[str] = ("window_size", "window_range")
+    presets: ClassVar = {"surrogate": Clip(low=1e-5, high=1e-5)}
 
     def __init__(
         self,
@@ -176,8 +177,7 @@ class FlowGRPOFast(FlowGRPO):
         surrogate: StepSurrogate | None = None,
         **kwargs: Any,
     ) -> None:
-        sde, surrogate = sde or CPS(), surrogate or Clip(low=1e-5, high=1e-5)
-        super().__init__(policy, sde=sde, surrogate=surrogate, **kwargs)
+        super().__init__(policy, sde=sde or CPS(), surrogate=surrogate or self.presets["surrogate"], **kwargs)
         self.window_size = window_size
         self.window_range = window_range or (0, max(window_size, self.num_steps // 2))
         if not (self.window_range[0] >= 0 and self.window_range[1] <= self.num_steps):

@@ -113,9 +113,10 @@ class DrGRPO(GRPO):
     """Without the biases to short wrong answers and easy prompts: no std, and one constant length for all (arXiv 2503.20783)."""
 
     defines: ClassVar = {"credit": Group}
+    presets: ClassVar = {"credit": Group(std=False)}
 
     def __init__(self, policy: TokenPolicy, *, credit: Credit | None = None, aggregation: Aggregation = "dr-grpo", **kwargs: Any) -> None:
-        super().__init__(policy, credit=credit or Group(std=False), aggregation=aggregation, **kwargs)
+        super().__init__(policy, credit=credit or self.presets["credit"], aggregation=aggregation, **kwargs)
 
 
 class GSPO(GRPO):
@@ -170,6 +171,8 @@ class DAPO(GRPO):
         kwargs: See `GRPO`.
     """
 
+    presets: ClassVar = {"surrogate": Clip(high=0.28)}
+
     def __init__(
         self,
         policy: TokenPolicy,
@@ -184,7 +187,7 @@ class DAPO(GRPO):
         super().__init__(
             policy,
             answers=answers,
-            surrogate=surrogate or Clip(high=0.28),
+            surrogate=surrogate or self.presets["surrogate"],
             dynamic_sampling=dynamic_sampling or DynamicSampling(),
             length_penalty=length_penalty or LengthPenalty(buffer=limit // 5),
             **kwargs,

@@ -13,9 +13,10 @@ import yaml
 from toy import toy_config
 
 from lit_rl.command_line import class_change
-from lit_rl.command_line.class_change import definer, keeps, replaced_components, start_anew
+from lit_rl.command_line.class_change import definer, keeps, parser_with_presets, presets, replaced_components, start_anew
 from lit_rl.doctor.runs import parse
 from lit_rl.methods.flow_grpo import FlowGRPO
+from lit_rl.methods.grpo import DrGRPO
 
 
 class Surrogate(ABC):  # noqa: B024
@@ -91,6 +92,7 @@ def test_jsonargparse_asks_us() -> None:
     """It is a private name of jsonargparse's."""
     class_change.install()
     assert getattr(typehints, class_change.HOOK) is start_anew
+    assert getattr(typehints.ActionTypeHint, class_change.PARSER) is parser_with_presets
 
 
 def test_another_component_starts_from_its_own_defaults(run: list[str]) -> None:
@@ -183,3 +185,70 @@ def test_a_relative_with_another_component_says_that_it_is_none(method: str, com
     options = parse([*GRPO, "--model", f"lit_rl.methods.grpo.{method}", f"--model.{component}"]).model.init_args
     (said,) = replaced_components(getattr(grpo, method), options)
     assert said.startswith(f"{method} is defined by ") and component.rpartition(".")[2] in said
+
+
+# ---------------------------------------------------------------------- components that a relative fills in
+FLOW, TOKENS, RULES = (f"lit_rl.{name}" for name in ("losses.step_surrogates", "losses.surrogates", "credit.rules"))
+
+
+def relative(folder: Path, method: str, *argv: str, **components: Any) -> Any:
+    """The init_args of a run of `method`."""
+    config = toy_config(folder, **components)
+    config["model"]["class_path"] = f"lit_rl.methods.{method}"
+    if method.startswith("grpo"):
+        for name in ("num_steps", "evaluation"):
+            del config["model"]["init_args"][name]
+        config["model"]["init_args"]["policy"] = {"class_path": "lit_rl.policies.causal_lm.CausalLM", "init_args": {"pretrained": "x"}}
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return parse(["--config", str(folder / "run.yaml"), *argv]).model.init_args
+
+
+PARTIAL = [
+    ("flow_grpo.FlowGRPOFast", "surrogate", f"{FLOW}.Clip", {"low": 2e-5}, {"low": 2e-5, "high": 1e-5}),
+    ("grpo.DAPO", "surrogate", f"{TOKENS}.Clip", {"low": 0.1}, {"low": 0.1, "high": 0.28}),
+    ("grpo.DrGRPO", "credit", f"{RULES}.Group", {}, {"std": False}),
+    ("grpo.DrGRPO", "credit", f"{RULES}.Group", {"std": True}, {"std": True}),
+    ("grpo.GRPO", "surrogate", f"{TOKENS}.Clip", {"low": 0.1}, {"low": 0.1, "high": 0.2}),
+    ("grpo.DAPO", "surrogate", f"{TOKENS}.SequenceClip", {"low": 1e-4}, {"low": 1e-4, "high": 4e-4}),
+    ("grpo.DrGRPO", "credit", f"{RULES}.PassAtK", {}, {"std": True}),
+    ("flow_grpo.FlowGRPOFast", "surrogate", f"{FLOW}.Guard", {"low": 3e-6}, {"low": 3e-6, "high": 2e-6}),
+]
+"""Method, option, class and settings of a run, and some of what becomes of them."""
+
+
+@pytest.mark.parametrize(("method", "option", "path", "given", "wanted"), PARTIAL)
+def test_a_component_named_in_part_keeps_the_relatives_other_settings(
+    tmp_path: Path, method: str, option: str, path: str, given: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    """In a YAML and on the command line; another class starts from its own defaults."""
+    words = [f"--model.{option}={path}", *(f"--model.{option}.{name}={value}" for name, value in given.items())]
+    by_file = relative(tmp_path, method, **{option: {"class_path": path, "init_args": given}})[option]
+    by_words = relative(tmp_path, method, *words)[option]
+    for found in (by_file, by_words):
+        assert found.class_path == path and wanted.items() <= found.init_args.as_dict().items()
+
+
+def test_settings_alone_are_those_of_the_relatives_class(tmp_path: Path) -> None:
+    found = relative(tmp_path, "flow_grpo.FlowGRPOFast", "--model.surrogate.low=2e-5").surrogate
+    assert (found.class_path, found.init_args.as_dict()) == (f"{FLOW}.Clip", {"low": 2e-5, "high": 1e-5})
+
+
+def test_a_later_file_changes_what_an_earlier_one_set_and_no_more(tmp_path: Path) -> None:
+    """Not back to the relative's own."""
+    both = {"class_path": f"{FLOW}.Clip", "init_args": {"low": 3e-5, "high": 4e-5}}
+    found = relative(
+        tmp_path, "flow_grpo.FlowGRPOFast", f"--model.surrogate={FLOW}.Clip", "--model.surrogate.low=2e-5", surrogate=both
+    ).surrogate
+    assert found.init_args.as_dict() == {"low": 2e-5, "high": 4e-5}
+
+
+def test_another_method_leaves_the_relatives_settings_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody wrote them, so nothing is said of them."""
+    found = relative(tmp_path, "flow_grpo.FlowGRPOFast", "--model=lit_rl.methods.flow_grpo.FlowGRPO").surrogate
+    assert found is None and "surrogate" not in "".join(capsys.readouterr())
+
+
+def test_presets_are_written_as_a_run_would() -> None:
+    assert presets(FlowGRPO) == {} and presets(None) == {}
+    path = f"{RULES}.Group"
+    assert presets(DrGRPO) == {"credit": {"class_path": path, "init_args": {"std": False}}}
