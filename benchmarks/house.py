@@ -70,7 +70,7 @@ LIMITS: Mapping[str, Limit] = {
     "lines of the longest method file": Limit(250, held=336),
     "lines of a function, p90": Limit(19),
     "lines of a function, max": Limit(50),
-    UNTYPED: Limit(411, held=586),  # two thirds of 617, before the house was rebuilt
+    UNTYPED: Limit(411),  # two thirds of 617, before the house was rebuilt
     "private names of Lightning": Limit(12),
     "% of public functions with a docstring": Limit(85, least=True),
     "docstrings that are fragments": Limit(0),

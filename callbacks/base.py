@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import NotRequired, TypeAlias, TypedDict, TypeVar
 
 import lightning as L
 from torch import Tensor
@@ -15,7 +15,7 @@ from lit_rl.types import Info, Prompts, Rollout, TokenRollout
 
 C = TypeVar("C", bound=L.Callback)
 
-Method: TypeAlias = LitRL[Any]
+Method: TypeAlias = LitRL[Rollout]
 """The LightningModule that calls the hooks."""
 
 
@@ -24,13 +24,25 @@ def method_of(module: L.LightningModule) -> Method:
     return module  # type: ignore[return-value]
 
 
+Media: TypeAlias = Tensor | Sequence[str]
+"""Finished samples of a micro-batch: images uint8 "B 3 H W" or B answers."""
+
+
+class Predicted(TypedDict):
+    """The output of a predict step: its prompts with an image or a text of each."""
+
+    prompts: Prompts
+    media: NotRequired[Tensor]  # uint8 "B 3 H W"
+    texts: NotRequired[list[str]]
+
+
 class RLCallback(L.Callback):
     """A Lightning callback with the hooks of an iteration. Every hook runs on every process.
 
     A method named `on_...` that neither Lightning nor a method calls raises TypeError when the class is defined: it would never run.
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         known = {name for base in cls.__mro__[1:] for name in vars(base) if name.startswith("on_")}
         for name in vars(cls):
@@ -45,7 +57,7 @@ class RLCallback(L.Callback):
     def on_phase_end(self, trainer: L.Trainer, module: Method, name: str) -> None:
         """A phase ends, by an error too."""
 
-    def on_rollout_chunk(self, trainer: L.Trainer, module: Method, media: Any, info: Sequence[Info], total: int) -> None:
+    def on_rollout_chunk(self, trainer: L.Trainer, module: Method, media: Media, info: Sequence[Info], total: int) -> None:
         """A micro-batch was sampled. media: images uint8 "B 3 H W" or B answers; total: samples of the whole rollout here."""
 
     def on_rollout_chosen(self, trainer: L.Trainer, module: Method, rollout: TokenRollout) -> None:
@@ -61,6 +73,11 @@ class RLCallback(L.Callback):
 def callbacks_of(trainer: L.Trainer, kind: type[C]) -> list[C]:
     """The callbacks of a class, its subclasses included, in the trainer's order."""
     return [callback for callback in getattr(trainer, "callbacks", ()) if isinstance(callback, kind)]
+
+
+def is_trial(trainer: L.Trainer) -> bool:
+    """True for a run of a few minibatches (`--trainer.fast_dev_run`), which leaves no checkpoint."""
+    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def check_alone(trainer: L.Trainer, kind: type[L.Callback], remedy: str) -> None:

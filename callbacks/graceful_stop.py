@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from callbacks.base import RLCallback, callbacks_of
+from callbacks.base import RLCallback, callbacks_of, is_trial
 
 EXIT_CODE = 128 + signal.SIGTERM
 """143: what a process ended by SIGTERM reports; here it means stopped on request, with a checkpoint to continue from."""
@@ -103,7 +103,7 @@ class GracefulStop(RLCallback):
         if self.leaving:
             self._save_and_leave(trainer)
         keeper = self._keeper(trainer)
-        if keeper is not None and keeper._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if keeper is not None and keeper._last_global_step_saved != trainer.global_step and not is_trial(trainer):
             self._save(trainer)
 
     def _agreed(self, trainer: L.Trainer) -> bool:

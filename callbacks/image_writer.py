@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from callbacks.base import RLCallback
+from callbacks.base import Predicted, RLCallback
 from lit_rl.errors import ConfigError
 from lit_rl.ranks import gather_objects
 from lit_rl.types import Info, Prompts
@@ -43,19 +43,19 @@ class ImageWriter(RLCallback):
         """Begin an empty list of files."""
         self._written = []
 
-    def on_predict_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int, *_: object) -> None:
+    def on_predict_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Prompts, batch_idx: int, *_: object) -> None:
         """Refuse triptychs of prompts that lack an image."""
         lacking = [field for field in ("source", "mask", "reference") if any(field not in row for row in batch.info)]
         if self.triptych and lacking:
             raise ConfigError(f"images.triptych shows source, mask and reference, and prompts lack {lacking}: set it to false")
 
     def on_predict_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Predicted, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Write the images of a batch."""
         if "media" not in outputs:
             return
-        prompts: Prompts = outputs["prompts"]
+        prompts = outputs["prompts"]
         self.output_dir.mkdir(parents=True, exist_ok=True)
         for media, index, text, info in zip(outputs["media"], prompts.group.tolist(), prompts.text, prompts.info):
             if index < 0:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 from lightning.pytorch.callbacks import LearningRateMonitor
 
@@ -16,7 +14,7 @@ class LearningRate(RLCallback, LearningRateMonitor):
     kwargs: See `lightning.pytorch.callbacks.LearningRateMonitor` (log_momentum, log_weight_decay).
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: bool) -> None:
         super().__init__(logging_interval="step", **kwargs)
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: object, **kwargs: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import lightning as L
 from torch import Tensor
@@ -14,6 +14,13 @@ from lit_rl.errors import ConfigError
 from lit_rl.policies.weights.copies import WeightCopy
 from lit_rl.policies.weights.decay import DECAY_TYPES, OLD_POLICY_DECAYS, OldPolicyDecay, ramp_decay
 from lit_rl.strategies.checks import check_swaps_reach
+
+
+@runtime_checkable
+class HasOldPolicy(Protocol):
+    """A method that samples with an old policy."""
+
+    old_policy: OldPolicySync | None
 
 
 class OldPolicySync(RLCallback):
@@ -60,14 +67,14 @@ class OldPolicySync(RLCallback):
         return self._copy.applied(self._module.policy)
 
     # ------------------------------------------------------------------ life of the copy
-    def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         """Give the method its old policy. Raises ConfigError for a method without one."""
-        if not hasattr(module, "old_policy"):
+        if not isinstance(module, HasOldPolicy):
             raise ConfigError(f"OldPolicySync has no part in {type(module).__name__}: remove it from trainer.callbacks")
         check_alone(trainer, OldPolicySync, "the method samples with one old policy; set decay where the YAML has it")
         check_swaps_reach(trainer.strategy, who="OldPolicySync")
-        self._trainer, self._module = trainer, module
         module.old_policy = self
+        self._trainer, self._module = trainer, method_of(module)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """The first moment at which weights are in their final place and restored, under every strategy."""
@@ -85,13 +92,13 @@ class OldPolicySync(RLCallback):
         elif self.every == "rollout":
             self._follow(trainer, module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: object, outputs: object, batch: object, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: object, batch: object, batch_idx: int) -> None:
         """Update after an optimizer step, where `every` says so."""
         stepped, self._global_step = trainer.global_step != self._global_step, trainer.global_step
         if stepped and self.every == "step" and self._copy is not None:
-            self._follow(trainer, module)
+            self._follow(trainer, method_of(module))
 
-    def _follow(self, trainer: L.Trainer, module: Any) -> None:
+    def _follow(self, trainer: L.Trainer, module: Method) -> None:
         assert self._copy is not None
         decay = ramp_decay(trainer.global_step - module.warmup_steps, **self.ramp)
         self._copy.follow(module.policy, decay=decay)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence, Sized
-from typing import Any, Literal
+from typing import Literal, TextIO, TypeAlias
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from callbacks.base import Method, RLCallback
+from callbacks.base import Method, RLCallback, method_of
 from lit_rl.types import Rollout
+
+Shown: TypeAlias = dict[str, int | str | float | dict[str, float]]
+"""Values of the bar by name."""
 
 
 class Progress(RLCallback, TQDMProgressBar):
@@ -41,33 +45,34 @@ class Progress(RLCallback, TQDMProgressBar):
             self.disable()
 
     # ------------------------------------------------------------------ what the bar says
-    def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Shown:
         """Reward first, of the current rollout; no version number, and of the warm-up's metrics only while it lasts."""
         metrics = {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
-        rollout = pl_module.rollout_metrics
-        reward = {"reward_mean": rollout["reward_mean"]} if "reward_mean" in rollout else {}
-        return reward | {n: v for n, v in metrics.items() if n not in reward and (pl_module.warming_up or not n.startswith("warmup/"))}
+        method = method_of(pl_module)
+        rollout = method.rollout_metrics
+        reward: Shown = {"reward_mean": rollout["reward_mean"]} if "reward_mean" in rollout else {}
+        return reward | {n: v for n, v in metrics.items() if n not in reward and (method.warming_up or not n.startswith("warmup/"))}
 
-    def label(self, trainer: L.Trainer, module: Any) -> str:
+    def label(self, trainer: L.Trainer, module: Method) -> str:
         """ "iteration 3/100", or "warm-up"."""
         if module.warming_up:
             return "warm-up"
         last = (trainer.max_epochs or 0) - module.warmup_epochs
         return f"iteration {module.iteration + 1}" + (f"/{last}" if last > 0 else "")
 
-    def _show(self, trainer: L.Trainer, module: object, activity: str, total: int | float, unit: str) -> None:
+    def _show(self, trainer: L.Trainer, module: Method, activity: str, total: int | float, unit: str) -> None:
         bar = self.train_progress_bar
         bar.unit, bar.initial, bar.postfix = f" {unit}", 0, ""
         bar.set_description(f"{self.label(trainer, module)} {activity}".rstrip(), refresh=False)
         bar.reset(total)
         self._done = 0
 
-    def print(self, *args: Any, **kwargs: Any) -> None:
+    def print(self, *args: object, sep: str = " ", end: str = "\n", file: TextIO | None = None, **kwargs: object) -> None:
         """Print a line above the bar, or into the log."""
         if self._lines:
-            print(*args, flush=True, **kwargs)
+            print(*args, sep=sep, end=end, file=file, flush=True)
         else:
-            super().print(*args, **kwargs)
+            super().print(*args, sep=sep, end=end, file=file, **kwargs)
 
     def _say(self, line: Callable[[], str]) -> None:
         """A line in the log, unless the last one was just now; only then is it put together, which waits for a GPU's numbers."""
@@ -98,39 +103,43 @@ class Progress(RLCallback, TQDMProgressBar):
         self.train_progress_bar.set_postfix(self.get_metrics(trainer, module))
 
     # ------------------------------------------------------------------ training
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the bar."""
         super().on_train_start(trainer, pl_module)
         self._epoch_began = self._last_line = time.perf_counter()
-        self._show(trainer, pl_module, "", self.total_train_batches, "minibatches")  # on_train_epoch_start is left out after some resumes
+        self._show(
+            trainer, method_of(pl_module), "", self.total_train_batches, "minibatches"
+        )  # on_train_epoch_start is left out after some resumes
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # type: ignore[override]
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the bar of an epoch."""
         super().on_train_epoch_start(trainer, pl_module)
-        self._show(trainer, pl_module, "", self.total_train_batches, "minibatches")
+        self._show(trainer, method_of(pl_module), "", self.total_train_batches, "minibatches")
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
+    ) -> None:
         """A line now and then, where there is no terminal."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        method = method_of(pl_module)
         self._say(
-            lambda: (
-                f"{self.label(trainer, pl_module)}: minibatch {batch_idx + 1}/{self.total_train_batches}{self._metrics(trainer, pl_module)}"
-            )
+            lambda: f"{self.label(trainer, method)}: minibatch {batch_idx + 1}/{self.total_train_batches}{self._metrics(trainer, method)}"
         )
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The line that stays."""
         super().on_train_epoch_end(trainer, pl_module)
         seconds, self._epoch_began = time.perf_counter() - self._epoch_began, time.perf_counter()
-        if self.line == "step" and not pl_module.warming_up:  # type: ignore[operator]
-            self.print(self._step(trainer, pl_module))
+        method = method_of(pl_module)
+        if self.line == "step" and not method.warming_up:
+            self.print(self._step(trainer, method))
         else:
             loss = trainer.callback_metrics.get("loss")  # the mean over the iteration's minibatches
-            said = "" if loss is None or pl_module.warming_up else f"  loss {float(loss):.4g}"
-            self.print(f"{self.label(trainer, pl_module)}:{self._metrics(trainer, pl_module)}{said}  ({seconds:.1f} s)")
+            said = "" if loss is None or method.warming_up else f"  loss {float(loss):.4g}"
+            self.print(f"{self.label(trainer, method)}:{self._metrics(trainer, method)}{said}  ({seconds:.1f} s)")
         self._evaluated, self._last_line = False, time.perf_counter()
 
-    def _step(self, trainer: L.Trainer, module: Any) -> str:
+    def _step(self, trainer: L.Trainer, module: Method) -> str:
         """Metrics of the iteration under the names of training logs, then the bar's of an evaluation under their own."""
         each = module.inner_epochs * module.updates
         last = trainer.global_step + ((trainer.max_epochs or 0) - trainer.current_epoch - 1) * each
@@ -142,9 +151,9 @@ class Progress(RLCallback, TQDMProgressBar):
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         return " | ".join([f"Step {trainer.global_step}/{last}", *said, f"LR: {rate:.2g}"])
 
-    def _metrics(self, trainer: L.Trainer, module: object) -> str:
+    def _metrics(self, trainer: L.Trainer, module: Method) -> str:
         shown = {n: v for n, v in self.get_metrics(trainer, module).items() if self._evaluated or not n.startswith("val/")}
-        return "".join(f"  {name} {float(value):.4g}" for name, value in shown.items())
+        return "".join(f"  {name} {float(value):.4g}" for name, value in shown.items() if not isinstance(value, dict))
 
     # ------------------------------------------------------------------ evaluation
     def on_validation_batch_start(
@@ -156,7 +165,7 @@ class Progress(RLCallback, TQDMProgressBar):
             self.val_progress_bar.set_description("evaluation")
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """A line now and then, where there is no terminal."""
         super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)

@@ -7,13 +7,12 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.base import Method, RLCallback, check_alone
+from callbacks.base import Method, RLCallback, check_alone, method_of
 from lit_rl.errors import ConfigError
 from lit_rl.ranks import gather_objects
 from lit_rl.rewards.background import Background
@@ -65,7 +64,7 @@ class RewardScoring(RLCallback, Scorer):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its scorer and every reward its place. A reward that cannot start stops all ranks, before any model is loaded."""
         check_alone(trainer, RewardScoring, "the method has one scorer; name all rewards under `rewards` of one")
-        pl_module.scorer = self  # type: ignore[assignment]
+        method_of(pl_module).scorer = self
         if stage == "predict":
             return
         if is_dry_run():
@@ -162,7 +161,7 @@ class RewardScoring(RLCallback, Scorer):
         if background is not None and background.pid == os.getpid():
             background.close(self._rewards.values())
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_background": None, "_chunks": []}
 
     # -- steps of gather

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Sequence
+from typing import TypedDict
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from callbacks.base import RLCallback
 from lit_rl.checkpoints.contents import Checkpoint
 from lit_rl.ranks import gather_objects
+
+
+class NumpyStream(TypedDict):
+    """NumPy's Mersenne Twister in plain numbers."""
+
+    key: list[int]
+    pos: int
+    has_gauss: int
+    gauss: float
+
+
+class Streams(TypedDict):
+    """The generators of a process, in types that `torch.load(weights_only=True)` accepts."""
+
+    python: tuple[int, Sequence[int], float | None]
+    numpy: NumpyStream
+    torch: Tensor
+    cuda: Tensor | None
 
 
 class RngState(RLCallback):
@@ -24,8 +44,8 @@ class RngState(RLCallback):
     """
 
     def __init__(self) -> None:
-        self._restored: list[dict[str, Any]] | None = None
-        self._begun: tuple[int, dict[str, Any]] = (-1, {})  # an optimizer step, and the streams when the next one began
+        self._restored: list[Streams] | None = None
+        self._begun: tuple[int, Streams] | None = None  # an optimizer step, and the streams when the next one began
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: object, batch_idx: int) -> None:
         """Keep the streams at the beginning of an optimizer step."""
@@ -34,8 +54,8 @@ class RngState(RLCallback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: Checkpoint) -> None:
         """Store the streams of all processes."""
-        step, begun = self._begun
-        checkpoint["rng"] = gather_objects(begun if step == trainer.global_step else streams())
+        begun = self._begun
+        checkpoint["rng"] = gather_objects(begun[1] if begun and begun[0] == trainer.global_step else streams())
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: Checkpoint) -> None:
         """Keep the stored streams until training starts."""
@@ -55,9 +75,9 @@ class RngState(RLCallback):
         restore_streams(saved[trainer.global_rank])
 
 
-def streams() -> dict[str, Any]:
+def streams() -> Streams:
     """State of the four generators of this process, in types that `torch.load(weights_only=True)` accepts."""
-    state: Any = np.random.get_state(legacy=False)
+    state = np.random.get_state(legacy=False)
     return {
         "python": random.getstate(),
         "numpy": {
@@ -71,7 +91,7 @@ def streams() -> dict[str, Any]:
     }
 
 
-def restore_streams(state: dict[str, Any]) -> None:
+def restore_streams(state: Streams) -> None:
     """Continue where `streams` was called."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from callbacks.base import Method, RLCallback
+from callbacks.base import Media, Method, RLCallback
 from callbacks.image_writer import to_image
 from lit_rl.errors import ConfigError
 from lit_rl.modules.reporting import logged_step
@@ -53,8 +54,9 @@ class SampleGallery(RLCallback):
         if name == "rollout":
             self._seen, self._kept = 0, []
 
-    def on_rollout_chunk(self, trainer: L.Trainer, module: Method, media: Tensor, info: Sequence[Info], total: int) -> None:
+    def on_rollout_chunk(self, trainer: L.Trainer, module: Method, media: Media, info: Sequence[Info], total: int) -> None:
         """Keep the images that the sheet shows."""
+        assert isinstance(media, Tensor), "SampleGallery shows images; a method on tokens has SampleTexts"
         rows = range(self._seen, self._seen + len(media))
         self._seen += len(media)
         if trainer.is_global_zero and module.iteration % self.every_n_iterations == 0:
@@ -71,9 +73,10 @@ class SampleGallery(RLCallback):
         self._seen, self._kept = 0, []
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep the first images."""
+        assert isinstance(outputs, Mapping)
         prompts: Prompts = outputs["prompts"]
         for i, image in enumerate(outputs["media"]):
             if prompts.group[i] >= 0 and trainer.is_global_zero and len(self._kept) < self.max_images:
@@ -98,12 +101,12 @@ class SampleGallery(RLCallback):
             self.folder.mkdir(parents=True, exist_ok=True)
             sheet.save(self.folder / f"{name}.png")
         for logger in trainer.loggers:
-            experiment: Any = getattr(logger, "experiment", None)
+            experiment = getattr(logger, "experiment", None)
             if hasattr(logger, "log_image"):
                 logger.log_image(key=key, images=[to_image(image) for image in images], step=step, caption=captions)
-            elif hasattr(experiment, "add_image"):
+            elif callable(add := getattr(experiment, "add_image", None)):
                 pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).view(sheet.height, sheet.width, 3)
-                experiment.add_image(key, pixels, step, dataformats="HWC")
+                add(key, pixels, step, dataformats="HWC")
 
 
 def spread(total: int, count: int) -> set[int]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from callbacks.base import Method, RLCallback
+from callbacks.base import Media, Method, RLCallback
 from lit_rl.errors import ConfigError
 from lit_rl.modules.reporting import logged_step
+from lit_rl.policies.base import TokenPolicy
 from lit_rl.types import Info, Prompts, Rollout, TokenRollout
 
 
@@ -41,14 +42,15 @@ class SampleTexts(RLCallback):
         if name == "rollout":
             self._kept = []
 
-    def on_rollout_chunk(self, trainer: L.Trainer, module: Method, texts: Sequence[str], info: Sequence[Info], total: int) -> None:
+    def on_rollout_chunk(self, trainer: L.Trainer, module: Method, media: Media, info: Sequence[Info], total: int) -> None:
         """Keep the first answers."""
         if trainer.is_global_zero and module.iteration % self.every_n_iterations == 0:
-            self._kept += list(zip(texts, info))[: self.max_texts - len(self._kept)]
+            self._kept += list(zip(media, info))[: self.max_texts - len(self._kept)]
 
-    def on_rollout_chosen(self, trainer: L.Trainer, module: Any, rollout: TokenRollout) -> None:
+    def on_rollout_chosen(self, trainer: L.Trainer, module: Method, rollout: TokenRollout) -> None:
         """Not everything that was said is trained on."""
         first = range(min(self.max_texts, len(rollout)))
+        assert isinstance(module.policy, TokenPolicy)
         texts = [module.policy.decode(rollout.tokens[i, 1:][rollout.mask[i]].tolist()) for i in first]
         self._kept = []
         self.on_rollout_chunk(trainer, module, texts, rollout.info[: len(first)], len(rollout))
@@ -67,10 +69,10 @@ class SampleTexts(RLCallback):
         self._kept = []
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep the first answers."""
-        if trainer.is_global_zero and "texts" in outputs:
+        if trainer.is_global_zero and isinstance(outputs, Mapping) and "texts" in outputs:
             self._kept += list(zip(outputs["texts"], outputs["prompts"].info))[: self.max_texts - len(self._kept)]
 
     def on_evaluation_end(self, trainer: L.Trainer, module: Method, prompts: Prompts, rewards: Mapping[str, Tensor]) -> None:
@@ -85,7 +87,7 @@ class SampleTexts(RLCallback):
         scores = ("  ".join(f"{name} {float(values[i]):.3g}" for name, values in rewards.items()) for i in range(len(kept)))
         return [(self._short(prompt_text(info["prompt"])), self._short(text), score) for (text, info), score in zip(kept, scores)]
 
-    def _show(self, trainer: L.Trainer, module: Any, key: str, rows: Sequence[tuple[str, str, str]]) -> None:
+    def _show(self, trainer: L.Trainer, module: Method, key: str, rows: Sequence[tuple[str, str, str]]) -> None:
         table = "| prompt | answer | scores |\n| --- | --- | --- |\n"
         table += "".join(f"| {' | '.join(cell.replace('|', '&#124;').replace(chr(10), '<br>') for cell in row)} |\n" for row in rows)
         for logger in trainer.loggers if rows else ():

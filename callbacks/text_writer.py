@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from callbacks.base import RLCallback
+from callbacks.base import Predicted, RLCallback
 from lit_rl.ranks import gather_objects
-from lit_rl.types import Prompts
 
 
 class TextWriter(RLCallback):
@@ -25,17 +23,17 @@ class TextWriter(RLCallback):
 
     def __init__(self, output_file: str | None = None) -> None:
         self.output_file = Path(output_file or "predictions/answers.jsonl")
-        self._written: list[tuple[int, dict[str, Any]]] = []
+        self._written: list[tuple[int, dict[str, object]]] = []
 
     def on_predict_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Begin an empty list."""
         self._written = []
 
     def on_predict_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Predicted, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep the answers of a batch."""
-        prompts: Prompts = outputs["prompts"]
+        prompts = outputs["prompts"]
         for text, index, info in zip(outputs.get("texts", ()), prompts.group.tolist(), prompts.info):
             if index >= 0:  # the rest fills up the last batch
                 known = {key: info[key] for key in ("id", "data_source") if key in info}

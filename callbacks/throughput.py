@@ -6,13 +6,14 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import lightning as L
 import torch
 
-from callbacks.base import Method, RLCallback
+from callbacks.base import Method, RLCallback, method_of
 from lit_rl.ranks import gather_objects
+from lit_rl.types import Minibatch
 
 Phase = Literal["rollout", "score", "train", "validation", "other"]
 
@@ -54,10 +55,10 @@ class Throughput(RLCallback):
         """Count samples."""
         self._samples += len(media)
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Minibatch, batch_idx: int) -> None:
         """Count time and actions for training."""
         self._clock.enter("train")
-        self._actions += module.count_actions(batch)
+        self._actions += method_of(module).count_actions(batch)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: object, batch: object, batch_idx: int) -> None:
         """Count time for "other" after the last minibatch."""
@@ -76,18 +77,19 @@ class Throughput(RLCallback):
         self._clock.enter("other")
 
     # ------------------------------------------------------------------ the sums
-    def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Log the means over all processes. Collective."""
         everyone = gather_objects((dict(self._clock.restart()), self._samples, self._actions))
         self._samples = self._actions = 0
         mean = {phase: sum(seconds.get(phase, 0.0) for seconds, _, _ in everyone) / len(everyone) for phase in get_args(Phase)}
         row = {f"time/{phase}_s": seconds for phase, seconds in mean.items() if phase != "validation" or seconds}
+        method = method_of(module)
         samples, actions = (sum(counts[i] for _, *counts in everyone) for i in range(2))
         if samples:
-            row[f"throughput/{module.samples}_per_s"] = samples / sum(mean.values())
+            row[f"throughput/{method.samples}_per_s"] = samples / sum(mean.values())
         if actions:
-            row[f"throughput/{module.actions}_per_s"] = actions / mean["train"]
-        module.report(row)
+            row[f"throughput/{method.actions}_per_s"] = actions / mean["train"]
+        method.report(row)
 
 
 class Clock:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from datamodules.inpainting_items import Item, Raw, _Check
 from datamodules.lazy import Size
@@ -104,7 +103,7 @@ def read_benchmark(folder: Path) -> list[Raw]:
                 raise ConfigError(f"{file}:{number}: expected `{expected}`, found {line.strip()!r}")
             name, references, text = parts.groups()
             files = [f"test{ref}_ref.png" for ref in references.split(",")] if cross else [f"test{name}_ref.png"]
-            fields: dict[str, Any] = {"id": f"cross-{name}" if cross else name}
+            fields: dict[str, object] = {"id": f"cross-{name}" if cross else name}
             fields |= {"source": f"test{name}_source.png", "mask": f"test{name}_mask.png"}
             if cross or (folder / files[0]).is_file():
                 fields["reference"] = files if len(files) > 1 else files[0]

@@ -122,8 +122,9 @@ class _Check:
     def _images(self, fields: Fields, where: str) -> Box | None:
         """The mask's box, after a look at every image of the item."""
         reference = fields.get("reference", [])
-        pictures: dict[str, str] = {field: fields[field] for field in ("source", "target") if field in fields}
-        pictures |= {f"reference {name}": name for name in ([reference] if isinstance(reference, str) else reference)}
+        references = reference if isinstance(reference, list) else [reference]
+        pictures: dict[str, str] = {field: str(fields[field]) for field in ("source", "target") if field in fields}
+        pictures |= {f"reference {name}": name for name in references}
         sizes: dict[str, Size] = {}
         for field, name in pictures.items():
             found = self.picture(self._path(name))
@@ -131,7 +132,7 @@ class _Check:
                 self._wrong(where, f"{field.split()[0]}: {found}; relative paths count from {self.root}")
             else:
                 sizes[field] = found
-        mask = self.mask(self._path(fields["mask"]), self.size)
+        mask = self.mask(self._path(str(fields["mask"])), self.size)
         if isinstance(mask, str):
             self._wrong(where, f"mask: {mask}")
             return None

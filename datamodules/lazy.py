@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.service.images import lossy
+from lit_rl.types import Info
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -50,21 +51,21 @@ class ImageCache:
                 self.held.popitem(last=False)
         return image
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return ImageCache, (self.limit,)  # a lock does not travel to another process, and images need not
 
 
-class LazyRow(Mapping[str, Any]):
+class LazyRow(Info):
     """A read-only prompt: plain `values`, and `images` that are read on access. Equal only to itself, as policies condition by identity.
 
     `LazyRow(mapping)` holds what the mapping holds: Lightning rebuilds the mappings of a batch so under some precisions.
     """
 
-    def __init__(self, values: Mapping[str, Any], images: Mapping[str, Reader] | None = None, cache: ImageCache | None = None) -> None:
+    def __init__(self, values: Info, images: Mapping[str, Reader] | None = None, cache: ImageCache | None = None) -> None:
         self._values, self._images = dict(values), dict(images or {})
         self._cache = cache or ImageCache()
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: str) -> object:
         return self._values[key] if key in self._values else self._cache.read(self._images[key])
 
     def __contains__(self, key: object) -> bool:

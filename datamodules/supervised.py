@@ -67,6 +67,6 @@ class SupervisedText(TextData, SupervisedSource):
         policy = self.policy
         if "messages" in info:
             template = {**policy.chat_template_kwargs, **template_of(info)}
-            return conversation_ids(policy.tokenizer, info["messages"], stop_ids=policy.stop_ids, **template)
+            return conversation_ids(policy.tokenizer, info["messages"], first=0, prefill=0, stop_ids=policy.stop_ids, **template)
         prompt, answer = answer_ids(policy, info, info.get("completion", info["response"]))
         return prompt + answer, [False] * len(prompt) + answer.learned

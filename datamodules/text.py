@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -97,9 +97,12 @@ class TextData(PromptDataModule):
 
     # ------------------------------------------------------------------ with the tokenizer
     @property
-    def policy(self) -> Any:
+    def policy(self) -> CausalLM:
         """The language model; its tokenizer is there before its weights are."""
-        return self._trainer().lightning_module.policy
+        policy = getattr(module := self._trainer().lightning_module, "policy", None)
+        if policy is None:
+            raise ConfigError(f"data: {type(self).__name__} needs the tokenizer of model.policy, which {type(module).__name__} lacks")
+        return policy
 
     def setup(self, stage: str) -> None:
         """Look at every row of the stage's splits with the policy's tokenizer, once."""
@@ -171,5 +174,5 @@ def answer_ids(policy: CausalLM, info: Info, answer: Text) -> tuple[list[int], A
         start = max(1, mask.index(True))
         return ids[:start], AnswerIds(ids[start:], mask[start:])
     template = {**policy.chat_template_kwargs, **template_of({**info, "prompt": []})}
-    turns = as_turn(prompt, "user"), as_turn(answer, "assistant")
-    return turns_ids(policy.tokenizer, *turns, stop_ids=policy.stop_ids, **template)
+    turns, answers = as_turn(prompt, "user"), as_turn(answer, "assistant")
+    return turns_ids(policy.tokenizer, turns, answers, stop_ids=policy.stop_ids, **template)

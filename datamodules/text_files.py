@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 from datamodules.text_encoding import parse_json, read_text
 from lit_rl.errors import ConfigError, listed
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SHOWN = 10
 """Problems named in one message."""
 
-Fields = dict[str, Any]
+Fields = dict[str, object]
 
 
 class InvalidRow(ConfigError):
@@ -206,10 +206,14 @@ class _Parquet(Sequence[object]):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, i: Any) -> Any:
+    @overload
+    def __getitem__(self, i: int) -> object: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[object]: ...
+    def __getitem__(self, i: int | slice) -> object:
         return self._own(self.table[i])
 
-    def _own(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _own(self, row: dict[str, object]) -> dict[str, object]:
         return {name: without_union(value, self.unions[name]) if name in self.unions else value for name, value in row.items()}
 
     def __iter__(self) -> Iterator[object]:

@@ -100,7 +100,9 @@ def _begun(prompt: list[Message], turns: list[Message]) -> list[Message]:
     if prompt[-1]["role"] != "assistant" or turns[:last] != prompt[:last] or not rest or rest[0]["role"] != "assistant" or not last:
         return []
     whole = rest[0].get("content", "")
-    return [{**rest[0], "content": whole[len(begun) :]}, *rest[1:]] if whole.startswith(begun) else []
+    if not (isinstance(whole, str) and isinstance(begun, str) and whole.startswith(begun)):
+        return []
+    return [{**rest[0], "content": whole[len(begun) :]}, *rest[1:]]
 
 
 def _completion(prompt: list[Message], answer: Text, key: str) -> list[Message]:

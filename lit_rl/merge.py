@@ -13,7 +13,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -67,7 +70,7 @@ def _merge_pipeline(adapter: Path, out: Path, base: str | None, dtype: str | Non
         absent = {name: None for name, part in index.items() if isinstance(part, list | tuple) and part[0] is None}
         precise = {"default": dtype} if dtype else {**{name: _stored(folder / name) for name in index if (folder / name).is_dir()}}
         dtypes = {name: kind for name, kind in precise.items() if kind}
-        pipe: Any = diffusers.DiffusionPipeline.from_pretrained(where, dtype=_torch(dtypes), **absent)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(where, dtype=_torch(dtypes), **absent)
         pipe.load_lora_weights(str(file))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(f"{str(file)!r} cannot be added to {where}: {error}") from error
@@ -79,7 +82,7 @@ def _merge_pipeline(adapter: Path, out: Path, base: str | None, dtype: str | Non
     pipe.save_pretrained(out)
 
 
-def _base(given: str | None, fields: dict[str, Any], adapter: Path) -> str:
+def _base(given: str | None, fields: dict[str, object], adapter: Path) -> str:
     from lit_rl.errors import ConfigError
 
     base = given or fields.get("base_model_name_or_path")
@@ -100,7 +103,7 @@ def _stored(component: Path) -> str | None:
     return None
 
 
-def _torch(dtypes: dict[str, str]) -> Any:
+def _torch(dtypes: dict[str, str]) -> dict[str, torch.dtype] | None:
     import torch
 
     return {name: getattr(torch, kind) for name, kind in dtypes.items()} or None

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 Hub = Literal["huggingface", "modelscope"]
 
@@ -21,40 +21,44 @@ QUESTION = ' Let\'s think step by step and output the final answer after "####".
 ASSISTANT = "\n\nAssistant:"
 
 
-def gsm8k_row(fields: dict[str, Any], stem: str, number: int) -> dict[str, Any]:
+def gsm8k_row(fields: dict[str, object], stem: str, number: int) -> dict[str, object]:
     """question and answer -> a prompt that asks for the number behind "####", and the number."""
     from datamodules.text_files import InvalidRow
 
-    for key in ("question", "answer"):
-        if not isinstance(fields.get(key), str):
-            raise InvalidRow(f"{key}: expected a text, found {type(fields.get(key)).__name__}; GSM8K's rows have question and answer")
-    found = re.search(r"#### (-?[0-9.,]+)", fields["answer"])
+    question, answer = (_text(fields, key, "; GSM8K's rows have question and answer") for key in ("question", "answer"))
+    found = re.search(r"#### (-?[0-9.,]+)", answer)
     if found is None:
-        raise InvalidRow(f'answer: expected "#### " and a number at its end, found {fields["answer"][-40:]!r}')
+        raise InvalidRow(f'answer: expected "#### " and a number at its end, found {answer[-40:]!r}')
     return {
-        "question": fields["question"],
-        "answer": fields["answer"],
+        "question": question,
+        "answer": answer,
         "data_source": "gsm8k",
-        "prompt": [{"role": "user", "content": fields["question"] + QUESTION}],
+        "prompt": [{"role": "user", "content": question + QUESTION}],
         "ability": "math",
         "reward_model": {"style": "rule", "ground_truth": found.group(1).replace(",", "")},
     }
 
 
-def hh_rlhf_row(fields: dict[str, Any], stem: str, number: int) -> dict[str, Any]:
+def hh_rlhf_row(fields: dict[str, object], stem: str, number: int) -> dict[str, object]:
     """prompt, chosen, rejected; of Anthropic's own files, which hold two whole dialogues, the last answers and what is before them."""
     from datamodules.text_files import InvalidRow
 
-    if "prompt" not in fields and all(isinstance(fields.get(key), str) for key in ("chosen", "rejected")):
-        before, mark, chosen = fields["chosen"].rpartition(ASSISTANT)
-        other, _, rejected = fields["rejected"].rpartition(ASSISTANT)
+    whole = fields.get("chosen"), fields.get("rejected")
+    if "prompt" not in fields and isinstance(whole[0], str) and isinstance(whole[1], str):
+        before, mark, chosen = whole[0].rpartition(ASSISTANT)
+        other, _, rejected = whole[1].rpartition(ASSISTANT)
         if before != other or not mark:
             raise InvalidRow(f"chosen and rejected: expected the same dialogue up to the last {ASSISTANT.strip()!r}, or a field prompt")
         fields = {"prompt": before + mark, "chosen": chosen, "rejected": rejected}
-    for key in ("prompt", "chosen", "rejected"):
-        if not isinstance(fields.get(key), str):
-            raise InvalidRow(f"{key}: expected a text, found {type(fields.get(key)).__name__}")
-    return {key: fields[key] for key in ("prompt", "chosen", "rejected")}
+    return {key: _text(fields, key) for key in ("prompt", "chosen", "rejected")}
+
+
+def _text(fields: dict[str, object], key: str, why: str = "") -> str:
+    from datamodules.text_files import InvalidRow
+
+    if not isinstance(text := fields.get(key), str):
+        raise InvalidRow(f"{key}: expected a text, found {type(text).__name__}{why}")
+    return text
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Source:
     """A data set: where it is published, what becomes of a row, and the file of each split."""
 
     repository: str
-    row: Callable[[dict[str, Any], str, int], dict[str, Any]]
+    row: Callable[[dict[str, object], str, int], dict[str, object]]
     files: dict[str, str]
 
 
@@ -106,7 +110,7 @@ def found_files(given: Path) -> dict[str, list[Path]]:
     return split_files(files) or {"train": files}
 
 
-def write_parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def write_parquet(rows: Sequence[dict[str, object]], path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 

@@ -57,7 +57,7 @@ def test_sheet_shows_what_is_given_and_what_was_made_of_it(tmp_path: Path) -> No
         (tmp_path / "images" / stage).mkdir()
         rows = [{"file": f"../{item['target']}"} for item in items if item["split"] == "val"]
         (tmp_path / "images" / stage / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    [(title, sheet)] = filled_signs(tmp_path, {"held_out_accuracy": {"after_warmup": 0.5, "after_rl": 1.0}})
+    [(title, sheet)] = filled_signs(tmp_path, {"after_warmup": 0.5, "after_rl": 1.0})
     assert "after the warm-up (50% right), after RL (100% right)" in title
     target = Image.open(tmp_path / "images" / items[1]["target"]).convert("RGB")
     zoom, label, gap = 3, 32, 4

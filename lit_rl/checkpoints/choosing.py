@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -61,7 +60,7 @@ def _kept(keepers: Sequence[ModelCheckpoint], monitor: str) -> Iterator[tuple[fl
     """Score and file of what a ModelCheckpoint of `monitor` calls the best, as each checkpoint of the run has it."""
     folders = dict.fromkeys(Path(keeper.dirpath) for keeper in keepers if keeper.dirpath)
     for checkpoint in [path for folder in folders for path in sorted(folder.glob("*.ckpt")) if is_whole(path)]:
-        states: dict[str, Any] = _content(checkpoint).get("callbacks", {})
+        states = _content(checkpoint).get("callbacks", {})
         for state in states.values():
             if isinstance(state, dict) and state.get("monitor") == monitor and state.get("best_model_score") is not None:
                 yield float(state["best_model_score"]), Path(state["best_model_path"])
@@ -71,7 +70,8 @@ def _content(checkpoint: Path) -> Checkpoint:
     """The content of a checkpoint; weights stay on the disk until they are used."""
     file = state_file(checkpoint)
     with deepspeed_reads_plain_files() if file.parent.name == "checkpoint" else nullcontext():
-        return load_file(file, mmap=True)
+        found = load_file(file, mmap=True)
+        return found if isinstance(found, dict) else {}
 
 
 def _now_at(named: Path, folder: Path) -> Path | None:

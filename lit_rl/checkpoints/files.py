@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, cast
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -54,7 +54,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             sealed.seal()
 
     def load_checkpoint(
-        self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+        self, path: str | Path, map_location: Callable[..., object] | None = lambda storage, loc: storage, weights_only: bool | None = None
     ) -> Checkpoint:
         """weights_only: False executes what the file names; None is True, for addresses (http://) too, where Lightning's own is False."""
         if os.path.isdir(path):

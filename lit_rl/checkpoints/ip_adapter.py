@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def to_sections(weights: Mapping[str, Tensor]) -> Weights:
     return sections
 
 
-def to_standard(state: Mapping[str, Any], *, what: str = "the IP-Adapter's state") -> Weights:
+def to_standard(state: Mapping[str, object], *, what: str = "the IP-Adapter's state") -> Weights:
     """The weights of a file in any of the formats under their standard names; the Q-Former stays where there is one.
 
     what: its name in errors. Raises ConfigError that lists what is missing and what is unknown.
@@ -61,15 +61,16 @@ def to_standard(state: Mapping[str, Any], *, what: str = "the IP-Adapter's state
     layout = next((sections for sections in LAYOUTS.values() if set(sections.values()) == set(state)), None)
     if layout is None:
         raise ConfigError(f"{what} has the keys {listed(_words(state))}, which is no IP-Adapter; {_nearest(state)}")
+    modules = {name: inner for name in layout.values() if isinstance(inner := state[name], Mapping)}
     odd = [name for name in layout.values() if not _holds_tensors(state[name])]
     if odd:
         raise ConfigError(f"{what}: {listed(odd)} must be a dict of tensors by name; save each module's state_dict() under its name")
-    wanted = {name: _inner_keys(section, state[name]) for section, name in layout.items()}
-    missing = sorted(f"{name}.{key}" for name, keys in wanted.items() for key in keys - state[name].keys())
-    unknown = sorted(f"{name}.{key}" for name, keys in wanted.items() for key in state[name].keys() - keys)
+    wanted = {name: _inner_keys(section, modules[name]) for section, name in layout.items()}
+    missing = sorted(f"{name}.{key}" for name, keys in wanted.items() for key in keys - modules[name].keys())
+    unknown = sorted(f"{name}.{key}" for name, keys in wanted.items() for key in modules[name].keys() - keys)
     if missing or unknown:
         raise ConfigError(f"{what} is not a whole IP-Adapter; {_problems(missing, unknown)}")
-    return {section: dict(state[name]) for section, name in layout.items()}
+    return {section: dict(modules[name]) for section, name in layout.items()}
 
 
 def from_standard(weights: Weights, *, format: Format = "standard") -> Weights:

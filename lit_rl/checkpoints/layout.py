@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Literal, NotRequired, Protocol, TypedDict, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -47,6 +47,15 @@ class KeepsSome(Protocol):
     def state_dict(self) -> Mapping[str, Tensor]: ...
 
 
+class Geometry(TypedDict):
+    """A LoRA adapter: its rank and alpha, and by layer [rank, alpha / rank]."""
+
+    rank: float
+    alpha: float
+    layers: Mapping[str, Sequence[float]]
+    use_rslora: NotRequired[bool]
+
+
 def checkpointed(module: object) -> Checkpointed:
     """`module` as a method. Raises ConfigError for any other."""
     if not isinstance(module, Checkpointed):
@@ -68,7 +77,7 @@ def checkpoint_shapes(module: Weights) -> dict[str, list[int]]:
     return {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors if name in keys}
 
 
-def adapters_of(module: Weights) -> dict[str, Mapping[str, object]]:
+def adapters_of(module: Weights) -> dict[str, Geometry]:
     """Layers and strengths of the trained adapters by model, see `check_adapters`."""
     found = {name: getattr(part, "adapter", None) for name, part in module.named_children()}
     return {name: adapter for name, adapter in found.items() if adapter}
@@ -101,7 +110,7 @@ def check_layout(stored: Mapping[str, Sequence[int]], wanted: Mapping[str, Seque
         )
 
 
-def check_adapters(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_adapters(stored: Mapping[str, Geometry], wanted: Mapping[str, Geometry]) -> None:
     """The adapters of a checkpoint have the layers, ranks and strengths of this run's: weights alone do not tell their strength.
 
     Arguments: `lit_rl.policies.weights.adapters.geometry` by model ("policy", "critic"). Raises ConfigError that names option, both values
@@ -111,14 +120,15 @@ def check_adapters(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None
         _check_adapter(stored[model], wanted[model], f"model.init_args.{model}.init_args.lora")
 
 
-def _check_adapter(there: Mapping[str, Any], here: Mapping[str, Any], option: str) -> None:
+def _check_adapter(there: Geometry, here: Geometry, option: str) -> None:
     if there["layers"].keys() != here["layers"].keys():
         odd = sorted(there["layers"].keys() ^ here["layers"].keys())
         raise ConfigError(
             f"{option}.targets: the checkpoint's adapter sits on {len(there['layers'])} layers and this run's on {len(here['layers'])}, "
             f"e.g. {odd[0]} in one of them only; continue with the {option}.targets it was trained with"
         )
-    for at, name in enumerate(("rank", "alpha")):
+    settings: tuple[Literal["rank", "alpha"], ...] = ("rank", "alpha")
+    for at, name in enumerate(settings):
         unlike = [layer for layer, values in there["layers"].items() if values[at] != here["layers"][layer][at]]
         if not unlike:
             continue

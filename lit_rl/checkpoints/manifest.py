@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import xxhash
 
@@ -28,7 +28,7 @@ _END_SIZE = 22
 _SEAL = b"xxh3_64="
 _SEAL_SIZE = len(_SEAL) + 16
 
-Entries = dict[str, list[Any]]
+Entries = dict[str, list[object]]
 """[bytes, xxh3_64] by the file's path in the folder."""
 
 
@@ -41,7 +41,7 @@ class SealedFile:
         self._digest = xxhash.xxh3_64()
         self.error: OSError | None = None
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes) -> int:
         """torch raises an error of its own about what was not written; the reason stays in `error`."""
         self._digest.update(data)
         try:
@@ -124,7 +124,7 @@ def files_of(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
 
 
-def write_manifest(folder: Path, found: Iterable[Mapping[str, Sequence[Any]]]) -> None:
+def write_manifest(folder: Path, found: Iterable[Mapping[str, Sequence[object]]]) -> None:
     """Put the entries of all processes together; the last thing that is written into a folder."""
     together = {path: list(entry) for part in found for path, entry in sorted(part.items())}
     with open(folder / MANIFEST, "w", encoding="utf-8") as stream:

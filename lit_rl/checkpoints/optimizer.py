@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lit_rl.errors import ConfigError
 
-Groups = list[dict[str, Any]]
+Groups = list[dict[str, object]]
 Schedule = LRScheduler | ReduceLROnPlateau
 
 SCHEDULED = ("lr", "initial_lr", "min_lr", "max_lr", "momentum", "base_momentum", "max_momentum", "betas")
@@ -41,7 +40,7 @@ def settings_of(optimizer: Optimizer) -> Groups:
     return [{k: v for k, v in group.items() if k != "params"} | {"tensors": len(group["params"])} for group in optimizer.param_groups]
 
 
-def check_moments(stored: Mapping[str, Any], new: Callable[[], Optimizer]) -> None:
+def check_moments(stored: Mapping[str, object], new: Callable[[], Optimizer]) -> None:
     """Raise ConfigError where a checkpoint holds the moments of another optimizer than this run's.
 
     stored: `checkpoint["optimizer"]`. new: Makes an optimizer of this run.
@@ -50,13 +49,13 @@ def check_moments(stored: Mapping[str, Any], new: Callable[[], Optimizer]) -> No
         check_same_optimizer(stored, new())
 
 
-def check_same_optimizer(stored: Mapping[str, Any], optimizer: Optimizer) -> None:
+def check_same_optimizer(stored: Mapping[str, object], optimizer: Optimizer) -> None:
     """Raise ConfigError where the moments in a checkpoint are not those that `optimizer` needs.
 
     stored: `checkpoint["optimizer"]`: its class and the `settings_of` it at the start of the run.
     """
     here, name = settings_of(optimizer), type(optimizer).__name__
-    there: Groups = list(stored["groups"])
+    there = _groups(stored)
     remedy = "continue with the model.optimizer it was written with, or start a new run from its weights (an export as policy.pretrained)"
     counts = [[group["tensors"] for group in groups] for groups in (there, here)]
     if counts[0] != counts[1]:
@@ -71,7 +70,7 @@ def check_same_optimizer(stored: Mapping[str, Any], optimizer: Optimizer) -> Non
                 )
 
 
-def check_moment_shapes(states: Sequence[Mapping[str, Any]], optimizer: Optimizer) -> None:
+def check_moment_shapes(states: Sequence[Mapping[str, object]], optimizer: Optimizer) -> None:
     """Raise ConfigError where the moments of a whole file are missing, or of other shapes than the weights.
 
     states: `checkpoint["optimizer_states"]`.
@@ -79,7 +78,12 @@ def check_moment_shapes(states: Sequence[Mapping[str, Any]], optimizer: Optimize
     if not states:
         raise ConfigError("the checkpoint holds no state of an optimizer, with which training cannot go on: use another")
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    for i, moments in states[0]["state"].items():
+    state = states[0].get("state")
+    if not isinstance(state, Mapping):
+        raise ConfigError(
+            "the checkpoint's optimizer_states have no moments under `state`: it was changed after it was written, use another"
+        )
+    for i, moments in state.items():
         for name in OF_WEIGHT_SHAPE:
             moment = moments.get(name)
             if isinstance(moment, Tensor) and moment.shape != weights[i].shape:
@@ -89,7 +93,7 @@ def check_moment_shapes(states: Sequence[Mapping[str, Any]], optimizer: Optimize
                 )
 
 
-def follow_options(optimizer: Optimizer, settings: Groups, stored: Mapping[str, Any], schedule: Schedule | None, *, step: int) -> None:
+def follow_options(optimizer: Optimizer, settings: Groups, stored: Mapping[str, object], schedule: Schedule | None, *, step: int) -> None:
     """Give a restored optimizer the settings of this run's options, and the schedule its place after `step` optimizer steps.
 
     What has the same option as before stays as the checkpoint has it, for callbacks may have changed it on the way. With a schedule the
@@ -97,8 +101,10 @@ def follow_options(optimizer: Optimizer, settings: Groups, stored: Mapping[str, 
 
     settings: `settings_of` the optimizer when the schedule was built. stored: `checkpoint["optimizer"]`, and the `schedules`' states.
     """
-    before: Sequence[dict[str, Any]] = stored.get("groups") or [{} for _ in settings]
-    plateau = next((state for state in stored["schedules"] if "num_bad_epochs" in state), None)
+    before = _groups(stored) or [{} for _ in settings]
+    schedules = stored["schedules"]
+    assert isinstance(schedules, Sequence)
+    plateau = next((state for state in schedules if "num_bad_epochs" in state), None)
     goes_on = plateau is not None and isinstance(schedule, ReduceLROnPlateau)
     anew = SCHEDULED if not goes_on and (schedule is not None or stored.get("scheduled")) else ()
     for group, options, old in zip(optimizer.param_groups, settings, before, strict=True):
@@ -109,8 +115,9 @@ def follow_options(optimizer: Optimizer, settings: Groups, stored: Mapping[str, 
                 group[key] = value
     if isinstance(schedule, ReduceLROnPlateau):
         vars(schedule).update({key: plateau[key] for key in ON_PLATEAU} if plateau else {})
-        if plateau and "metric" in stored:
-            schedule.step(stored["metric"])
+        metric = stored.get("metric")
+        if plateau and isinstance(metric, float | int | Tensor):
+            schedule.step(metric)
     elif schedule is not None:
         _advance(schedule, step)
 
@@ -123,6 +130,11 @@ def _advance(schedule: LRScheduler, step: int) -> None:
                 schedule.step()
     except ValueError as error:
         raise ConfigError(f"model.lr_scheduler ends before optimizer step {step}, where the checkpoint continues: {error}") from error
+
+
+def _groups(stored: Mapping[str, object]) -> Groups:
+    groups = stored.get("groups")
+    return list(groups) if isinstance(groups, Sequence) else []
 
 
 def _names(groups: Groups) -> list[set[str]]:

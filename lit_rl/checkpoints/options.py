@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
-from typing import Any
 
 from lit_rl.errors import ConfigError
 
@@ -13,7 +12,7 @@ PLAIN = (str, int, float, bool, type(None))
 REMEDY = "or from a checkpoint of the end of an epoch, after which everything may change"
 
 
-def options_of(part: object, prefix: str) -> dict[str, Any]:
+def options_of(part: object, prefix: str) -> dict[str, object]:
     """Value by dotted name of the options in `stored_with` of the class of `part` and its bases, in types that any file can hold."""
     names = [name for cls in type(part).__mro__ for name in vars(cls).get("stored_with", ())]
     return {key: value for name in dict.fromkeys(names) for key, value in _flat(f"{prefix}.{name}", getattr(part, name))}
@@ -31,7 +30,7 @@ def check_options(stored: Mapping[str, object], now: Mapping[str, object]) -> No
         )
 
 
-def _flat(name: str, value: object) -> Iterator[tuple[str, Any]]:
+def _flat(name: str, value: object) -> Iterator[tuple[str, object]]:
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, Mapping):

@@ -7,7 +7,7 @@ minibatch twice. Here the counters are set anew from two facts: how many epochs 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -16,6 +16,39 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     import lightning as L
+
+
+Counts = dict[str, int]
+"""ready, started, processed and completed."""
+Progress = dict[str, Counts]
+"""total and current."""
+
+
+class BatchProgress(TypedDict):
+    """Progress with a mark of the last minibatch."""
+
+    total: Counts
+    current: Counts
+    is_last_batch: bool
+
+
+class OptimizerProgress(TypedDict):
+    """Steps and clearings of gradients."""
+
+    optimizer: dict[str, Progress]
+
+
+FitLoop = TypedDict(
+    "FitLoop",
+    {
+        "epoch_progress": Progress,
+        "epoch_loop.batch_progress": BatchProgress,
+        "epoch_loop.automatic_optimization.optim_progress": OptimizerProgress,
+        "epoch_loop.scheduler_progress": Progress,
+        "state_dict": dict[str, list[dict[str, int]]],
+    },
+)
+"""Lightning's `checkpoint["loops"]["fit_loop"]`, as far as it is used here."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +64,7 @@ class Place:
     validated: bool = False
 
 
-def place_of(loops: dict[str, Any], *, accumulate: int) -> Place:
+def place_of(loops: FitLoop, *, accumulate: int) -> Place:
     """From the counters of `checkpoint["loops"]["fit_loop"]`, whichever hook wrote them.
 
     accumulate: minibatches of an optimizer step. A gradient that is only partly there is in no checkpoint: its minibatches come again.
@@ -53,7 +86,7 @@ def minibatches_done(trainer: L.Trainer) -> int:
     return trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
 
 
-def set_counters(loops: dict[str, Any], place: Place) -> None:
+def set_counters(loops: FitLoop, place: Place) -> None:
     """Write `place` into the counters, before Lightning reads them."""
     inside = place.minibatches > 0
     for progress in loops["epoch_progress"].values():
@@ -61,8 +94,8 @@ def set_counters(loops: dict[str, Any], place: Place) -> None:
         progress |= {"ready": done + inside, "started": done + inside, "processed": done, "completed": done}
     batch = loops["epoch_loop.batch_progress"]
     before = batch["total"]["processed"] - batch["current"]["processed"] if inside else batch["total"]["processed"]
-    for name, done in (("current", place.minibatches), ("total", before + place.minibatches)):
-        batch[name] |= dict.fromkeys(("ready", "started", "processed", "completed"), done)
+    for counts, done in ((batch["current"], place.minibatches), (batch["total"], before + place.minibatches)):
+        counts |= dict.fromkeys(("ready", "started", "processed", "completed"), done)
     batch["is_last_batch"] = place.ended
     if not inside:
         optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
@@ -89,24 +122,53 @@ def continue_at(trainer: L.Trainer, place: Place) -> None:
 
 
 # ---------------------------------------------------------------------- what has been logged
-FIELDS = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx")
+class About(TypedDict):
+    """Arguments of `log` that a metric was logged with."""
+
+    fx: str
+    name: str
+    prog_bar: bool
+    logger: bool
+    on_step: bool
+    on_epoch: bool
+    add_dataloader_idx: bool
+    reduce_fx: str
+    sync_dist: bool
+    rank_zero_only: bool
 
 
-def logged(trainer: L.Trainer) -> dict[str, Any]:
+class Sum(TypedDict):
+    """A metric of the present epoch."""
+
+    about: About
+    state: dict[str, Tensor]
+
+
+class Logged(TypedDict):
+    """See `logged`."""
+
+    sums: list[Sum]
+    callback_metrics: dict[str, Tensor]
+
+
+def logged(trainer: L.Trainer) -> Logged:
     """This process's sums of the present epoch's metrics, and the last value of every metric that callbacks see."""
-    sums = []
+    sums: list[Sum] = []
     for metric in trainer.fit_loop.epoch_loop._results.values():
         if metric.is_tensor and not metric.has_reset:
-            about = {field: getattr(metric.meta, field) for field in FIELDS}
-            about |= {"reduce_fx": metric.meta.reduce_fx.__name__}
-            about |= {"sync_dist": metric.meta.sync.should, "rank_zero_only": metric.meta.sync.rank_zero_only}
+            meta = metric.meta
+            about: About = {
+                "fx": meta.fx, "name": meta.name, "prog_bar": meta.prog_bar, "logger": meta.logger, "on_step": meta.on_step,
+                "on_epoch": meta.on_epoch, "add_dataloader_idx": meta.add_dataloader_idx, "reduce_fx": meta.reduce_fx.__name__,
+                "sync_dist": meta.sync.should, "rank_zero_only": meta.sync.rank_zero_only,
+            }  # fmt: skip
             state = {name: getattr(metric, name, None) for name in ("value", "cumulated_batch_size", "_forward_cache")}
             sums.append({"about": about, "state": {k: v.detach().clone() for k, v in state.items() if isinstance(v, Tensor)}})
     values = trainer._logger_connector._callback_metrics
     return {"sums": sums, "callback_metrics": {k: torch.as_tensor(v).detach().clone() for k, v in values.items()}}
 
 
-def log_again(trainer: L.Trainer, saved: dict[str, Any], *, inside: bool) -> None:
+def log_again(trainer: L.Trainer, saved: Logged, *, inside: bool) -> None:
     """Metrics as they were when `logged` was called; the sums only inside of their epoch."""
     connector, device = trainer._logger_connector, trainer.strategy.root_device
     connector._callback_metrics |= {name: value.to(device) for name, value in saved["callback_metrics"].items()}

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -21,6 +22,9 @@ from lit_rl.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import ReadItem
+
+T = TypeVar("T")
 
 METADATA_FILE = ".metadata"
 _OF_METADATA = {
@@ -43,13 +47,13 @@ _OF_DEEPSPEED = {
 }
 
 
-def load_file(file: str | os.PathLike, *, trusted: bool = False, **options: Any) -> Any:
+def load_file(file: str | os.PathLike, *, trusted: bool = False, mmap: bool = False) -> object:
     """`torch.load` onto the CPU of a file of plain types and tensors. trusted: of any, by executing what it names.
 
     Raises ConfigError for a file that names more, or that is not whole.
     """
     with named_errors(file):
-        return torch.load(file, map_location="cpu", weights_only=not trusted, **options)
+        return torch.load(file, map_location="cpu", weights_only=not trusted, mmap=mmap or None)
 
 
 @contextmanager
@@ -90,7 +94,7 @@ def stored_shapes(folder: str | os.PathLike, prefix: str = "state_dict.") -> dic
     }
 
 
-def load_shards(state: dict[str, Any], folder: str | os.PathLike, *, trusted: bool = False) -> None:
+def load_shards(state: dict[str, T], folder: str | os.PathLike, *, trusted: bool = False) -> None:
     """`torch.distributed.checkpoint.load`: fill the tensors of `state` in place, and replace its other values. Collective.
 
     trusted: Execute what the values that are not tensors name. Raises ConfigError on all processes if one cannot read its part.
@@ -102,11 +106,12 @@ def load_shards(state: dict[str, Any], folder: str | os.PathLike, *, trusted: bo
     class Reader(dcp.FileSystemReader):
         def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
             metadata = read_metadata(self.path)
-            metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
+            assert metadata.storage_meta is not None, "read_metadata fills it in"
+            metadata.storage_meta.load_id = self.load_id
             return metadata
 
     class Planner(dcp.DefaultLoadPlanner):
-        def load_bytes(self, read_item: Any, value: Any) -> None:
+        def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
             """The stock one reads with `weights_only=False`."""
             plain = torch.load(value, map_location="cpu", weights_only=not trusted)
             set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], plain)
@@ -124,9 +129,9 @@ def deepspeed_reads_plain_files() -> Iterator[None]:
     from importlib import import_module
 
     classes = [getattr(import_module(module), name) for module, names in _OF_DEEPSPEED.items() for name in names]
-    load = torch.load
+    load: Callable[..., object] = torch.load
 
-    def restricted(file: Any, *args: Any, **kwargs: Any) -> Any:
+    def restricted(file: str | os.PathLike, *args: object, **kwargs: object) -> object:
         with named_errors(file):
             return load(file, *args, **(kwargs | {"weights_only": True}))
 
@@ -135,7 +140,7 @@ def deepspeed_reads_plain_files() -> Iterator[None]:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if name in _OF_METADATA.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name}")

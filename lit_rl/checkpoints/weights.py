@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ def read_tensors(file: Path, *, what: str) -> dict[str, Tensor]:
     return dict(found)
 
 
-def read_plain(file: Path, *, what: str) -> Any:
+def read_plain(file: Path, *, what: str) -> object:
     """The content of a file, unchecked. Raises ConfigError as `read_tensors` does."""
     from safetensors.torch import load_file
 

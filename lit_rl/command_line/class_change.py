@@ -12,13 +12,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lightning as L
 from jsonargparse import ArgumentParser, Namespace, _typehints
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lit_rl.command_line.dotted import imported
+from lit_rl.command_line.dotted import imported_class
 from lit_rl.modules.base import LitRL
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ HOOK = "discard_init_args_on_class_path_change"
 
 PARSER = "get_class_parser"
 """jsonargparse's function that makes the parser of a class, of `ActionTypeHint`. It is no public name either."""
+
+Options = Namespace | dict[str, object]
+"""class_path and init_args, as jsonargparse has read them."""
 
 WHOLE = (LitRL, L.LightningDataModule)
 """Another method or datamodule is named to run the same thing otherwise: it keeps what both understand in the same way."""
@@ -48,7 +51,7 @@ def install() -> None:
 def parser_with_presets(val_class: object, *args: object, **kwargs: object) -> ArgumentParser:
     """jsonargparse's parser of a class, in which the `presets` of a method are the defaults of its options."""
     parser: ArgumentParser = _class_parser(val_class, *args, **kwargs)
-    if given := presets(imported(val_class) if isinstance(val_class, str) else val_class):
+    if given := presets(imported_class(val_class) if isinstance(val_class, str) else val_class):
         parser.set_defaults(given)
     return parser
 
@@ -65,14 +68,14 @@ def presets(method: object) -> dict[str, dict[str, object]]:
     }
 
 
-def start_anew(parser_or_action: Any, before: Any, value: Any) -> None:
+def start_anew(parser_or_action: object, before: Options | None, value: Options) -> None:
     """Remove from `before.init_args` the options that the class of `value` does not take over. Changes `before`."""
-    if not before or not isinstance(before.get("init_args"), Namespace | dict):
+    if not before or not isinstance(options := before.get("init_args"), Namespace | dict):
         return
-    old, new = imported(before["class_path"]), imported(value["class_path"])
+    old, new = imported_class(before["class_path"]), imported_class(value["class_path"])
     if old is new or old is None or new is None:
         return
-    set_anew, options = value.get("init_args") or {}, before["init_args"]
+    set_anew = _options(value)
     names = dict(options.items(branches=True, nested=False) if isinstance(options, Namespace) else options)
     dropped = {name: options.pop(name) for name in names if not keeps(old, new, name)}
     if names in _preset_options(old):
@@ -94,17 +97,17 @@ def keeps(old: type, new: type, name: str) -> bool:
     return inspect.signature(owner.__init__).parameters[name].default is inspect.Parameter.empty or owner is definer(old, name)
 
 
-def definer(cls: type, name: str) -> Any:
+def definer(cls: type, name: str) -> type | None:
     """The class whose constructor names the option, where those below it hand `**kwargs` on; None if there is none."""
     return next((owner for owner, parameters in _constructors(cls) if name in parameters), None)
 
 
-def replaced_components(method: type, options: Mapping[str, Any]) -> list[str]:
+def replaced_components(method: type, options: Mapping[str, object]) -> list[str]:
     """Sentences about components that define `method` (its `defines`) where the run's init_args put others in their place."""
     sentences = []
     for name, own in getattr(method, "defines", {}).items():
         given = options.get(name)
-        other = imported(given["class_path"]) if isinstance(given, Namespace | dict) and "class_path" in given else None
+        other = imported_class(given["class_path"]) if isinstance(given, Namespace | dict) and "class_path" in given else None
         if other is not None and other is not own:
             sentences.append(
                 f"{method.__name__} is defined by {name}={own.__name__}, and this run sets model.{name} to {other.__name__}, which is "
@@ -123,7 +126,7 @@ def _preset_options(component: type) -> list[object]:
     return [{field.name: getattr(part, field.name) for field in fields(part)} for part in parts if type(part) is component]
 
 
-def _constructors(cls: type) -> Iterator[tuple[Any, Mapping[str, inspect.Parameter]]]:
+def _constructors(cls: type) -> Iterator[tuple[type, Mapping[str, inspect.Parameter]]]:
     for owner in inspect.getmro(cls):
         if "__init__" in vars(owner):
             parameters = inspect.signature(owner.__init__).parameters
@@ -132,12 +135,17 @@ def _constructors(cls: type) -> Iterator[tuple[Any, Mapping[str, inspect.Paramet
                 return
 
 
-def _defaults(cls: type) -> Iterator[tuple[str, Any]]:
+def _defaults(cls: type) -> Iterator[tuple[str, object]]:
     for _, parameters in reversed(list(_constructors(cls))):
         yield from ((name, p.default) for name, p in parameters.items() if p.default is not p.empty)
 
 
-def _short(value: Any) -> str:
+def _options(value: Options) -> Options:
+    given = value.get("init_args")
+    return given if isinstance(given, Namespace | dict) else {}
+
+
+def _short(value: object) -> str:
     if isinstance(value, Namespace | dict) and "class_path" in value:
         return str(value["class_path"]).rpartition(".")[2]
     return str(value.as_dict() if isinstance(value, Namespace) else value)

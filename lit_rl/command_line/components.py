@@ -8,11 +8,11 @@ import re
 import sys
 import textwrap
 import typing
+from argparse import Action
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
 from itertools import pairwise
-from typing import Any
 
 from lit_rl.command_line.class_change import definer
 from lit_rl.command_line.dotted import imported
@@ -68,7 +68,7 @@ def written_out(base: type) -> bool:
     return (is_dataclass(base) and not type.__subclasses__(base)) or bool(getattr(base, "__final__", False))
 
 
-def choices(base: type) -> list[type[Any]]:
+def choices(base: type) -> list[type]:
     """The classes that can be built in the place of `base`, of all files of its folder, by dotted path."""
     package = base.__module__.rpartition(".")[0]
     for module in pkgutil.walk_packages(getattr(sys.modules.get(package), "__path__", ()), f"{package}."):
@@ -77,13 +77,13 @@ def choices(base: type) -> list[type[Any]]:
     return sorted({cls for cls in _family(base) if _buildable(cls)}, key=lambda cls: (cls.__module__, cls.__qualname__))
 
 
-def _buildable(cls: Any) -> bool:
+def _buildable(cls: type) -> bool:
     return not (inspect.isabstract(cls) or getattr(cls, "_is_protocol", False) or cls.__name__.startswith("_"))
 
 
-def _family(base: type) -> Iterator[type[Any]]:
+def _family(base: type) -> Iterator[type]:
     yield base
-    derived: list[type[Any]] = type.__subclasses__(base)
+    derived: list[type] = type.__subclasses__(base)
     for cls in derived:
         yield from _family(cls)
 
@@ -109,7 +109,7 @@ def _options(cls: type) -> Iterator[tuple[str, str, str]]:
             yield action.dest.removeprefix("x."), _default(action), text
 
 
-def _default(action: Any) -> str:
+def _default(action: Action) -> str:
     if action.required:
         return "(required)"
     return "null" if action.default is None else str(action.default).lower() if isinstance(action.default, bool) else str(action.default)

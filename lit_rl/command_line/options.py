@@ -9,11 +9,11 @@ import typing
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
-from lit_rl.command_line.dotted import imported
+from lit_rl.command_line.dotted import imported, imported_class
 
 
 class Setting(NamedTuple):
@@ -65,7 +65,7 @@ def options(argv: Sequence[str]) -> list[Option]:
     ]
     found += _parameters(L.Trainer, "trainer") + _parameters(RunFolder, "run")
     for path, class_path in named_classes(argv).items():
-        found += _parameters(imported(class_path), f"{path}.init_args")
+        found += _parameters(imported_class(class_path), f"{path}.init_args")
     return found
 
 
@@ -111,7 +111,7 @@ def _shared(words: Sequence[str], others: Sequence[str]) -> int:
 def _keys(file: Path, *, full: bool = False) -> Iterator[tuple[str, str, int]]:
     """Dotted path, single value and line of every key of a YAML file."""
 
-    def walk(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str, int]]:
+    def walk(node: object, path: tuple[str, ...]) -> Iterator[tuple[str, str, int]]:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 inner = (*path, str(key.value))
@@ -142,10 +142,12 @@ def _with_init_args(path: str, classes: dict[str, str]) -> str:
     return first
 
 
-def _parameters(cls: Any, prefix: str) -> list[Option]:
+def _parameters(cls: type | None, prefix: str) -> list[Option]:
     """The parameters of a class's constructor and of those that it hands `**kwargs` on to."""
     found: dict[str, Option] = {}
-    for owner in inspect.getmro(cls) if inspect.isclass(cls) else ():
+    if cls is None:
+        return []
+    for owner in inspect.getmro(cls):
         if "__init__" not in vars(owner):
             continue
         signature = inspect.signature(owner.__init__)
@@ -159,11 +161,11 @@ def _parameters(cls: Any, prefix: str) -> list[Option]:
     return list(found.values())
 
 
-def _fields(cls: Any, parameter: str) -> list[str]:
+def _fields(cls: type, parameter: str) -> list[str]:
     """Fields of a parameter that is a dataclass, or may be one."""
     try:
         hint = typing.get_type_hints(cls.__init__)[parameter]
     except (NameError, KeyError, TypeError):  # an annotation that only a type checker understands
         return []
     kinds = [hint, *typing.get_args(hint)]
-    return [field.name for kind in kinds if dataclasses.is_dataclass(kind) and kind is not Any for field in dataclasses.fields(kind)]
+    return [field.name for kind in kinds if dataclasses.is_dataclass(kind) for field in dataclasses.fields(kind)]

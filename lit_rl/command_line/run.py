@@ -11,17 +11,18 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import patch
 
 import lightning as L
 from jsonargparse import Namespace
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from callbacks.base import is_trial
 from callbacks.image_writer import ImageWriter
 from callbacks.text_writer import TextWriter
 from lit_rl.checkpoints.choosing import choose_checkpoint
@@ -29,7 +30,7 @@ from lit_rl.checkpoints.claims import claim, release
 from lit_rl.checkpoints.files import AtomicCheckpointIO, check_unused
 from lit_rl.checkpoints.version import check_file
 from lit_rl.command_line.class_change import install, replaced_components
-from lit_rl.command_line.dotted import imported
+from lit_rl.command_line.dotted import imported_class
 from lit_rl.command_line.errors import explain
 from lit_rl.command_line.failures import go_on, what_ended
 from lit_rl.command_line.renamed import CONFIG_VERSION, other_version
@@ -57,7 +58,7 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"allow_abbrev": False}))  # --trainer.max_epoch would be taken for max_epochs
 
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """The sentence that says what is wrong, without pages of usage around it."""
         sys.stderr.write(f"error: {explain(message, sys.argv)}\n")
         raise SystemExit(2)
@@ -92,17 +93,17 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning would replace the hyper-parameters of the YAML and the command line by the checkpoint's; a run means what it says."""
 
-    def parse_arguments(self, *args: Any, **kwargs: Any) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         if broken := broken_yaml(sys.argv) or other_version(sys.argv):
             self.parser.error(broken)
-        super().parse_arguments(*args, **kwargs)
+        super().parse_arguments(parser, args)
         expand_home(self.config)
 
     def instantiate_classes(self) -> None:
         """From the options with the run's folder and usual callbacks in them; `config.yaml` holds them as they were asked for."""
         self.asked = self.config
         model = self.asked[self.subcommand].model
-        for sentence in replaced_components(imported(model.class_path), model.init_args):
+        for sentence in replaced_components(imported_class(model.class_path) or LitRL, model.init_args):
             rank_zero_warn(sentence)
         try:
             self.config = Namespace({**vars(self.asked), self.subcommand: filled_in(self.asked[self.subcommand])})
@@ -110,7 +111,7 @@ class CLI(LightningCLI):
         except (ValueError, MisconfigurationException) as error:
             self.parser.error(str(error))
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+    def instantiate_trainer(self, **kwargs: object) -> L.Trainer:
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except TypeError as error:  # how Lightning refuses `devices: many`
@@ -123,22 +124,22 @@ class CLI(LightningCLI):
                 f"trainer.callbacks has two {twin[1]} whose states would be one in a checkpoint: leave one out, or let them differ in what "
                 "they watch (of ModelCheckpoint monitor, mode, every_n_train_steps, every_n_epochs, train_time_interval)"
             ) from error
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning's own would still write last.ckpt at the end
+        if is_trial(trainer):  # Lightning's own would still write last.ckpt at the end
             trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
         AtomicCheckpointIO.install(trainer)
         return trainer
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+    def _instantiate_trainer(self, config: dict[str, object], callbacks: list[L.Callback]) -> L.Trainer:
         self.config = self.asked
         return super()._instantiate_trainer(config, callbacks)
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, object]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "predict":
             kwargs["return_predictions"] = False  # the writers have them
         folders = self._checkpoint_folders()
         try:
-            if subcommand == "fit" and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if subcommand == "fit" and self.trainer.is_global_zero and not is_trial(self.trainer):
                 claim(folders)
             if subcommand == "fit" and not kwargs.get("ckpt_path"):
                 check_unused(folders)
@@ -146,7 +147,7 @@ class CLI(LightningCLI):
                 doing = {"predict": "what follows is made by", "validate": "what follows scores", "test": "what follows scores"}
                 rank_zero_warn(f"without --ckpt_path {doing[subcommand]} the model as `pretrained` has it, not as this run trained it")
             elif kwargs.get("ckpt_path"):
-                keepers = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]  # type: ignore[attr-defined]
+                keepers = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
                 found = choose_checkpoint(kwargs["ckpt_path"], keepers, self.trainer.default_root_dir)
                 if found is None and subcommand != "fit":
                     raise ConfigError(f"--ckpt_path last: there is no checkpoint yet in {', '.join(map(str, folders))}; run fit first")
@@ -158,7 +159,7 @@ class CLI(LightningCLI):
         return kwargs
 
     def _checkpoint_folders(self) -> list[str]:
-        return [c.dirpath for c in self.trainer.checkpoint_callbacks if c.dirpath]  # type: ignore[attr-defined]
+        return [str(folder) for c in self.trainer.checkpoint_callbacks if (folder := getattr(c, "dirpath", None))]
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -205,12 +206,12 @@ class CLI(LightningCLI):
         raise SystemExit(code)
 
 
-def expand_home(values: Any) -> Any:
+def expand_home(values: object) -> object:
     """A parsed configuration in which every text that begins with `~/` is a path in the home folder. Changes it in place."""
     if isinstance(values, str):
         return os.path.expanduser(values) if values == "~" or values.startswith("~/") else values
     if isinstance(values, Namespace | dict):
-        keys: Any = vars(values) if isinstance(values, Namespace) else values
+        keys = vars(values) if isinstance(values, Namespace) else values
         keys.update({key: expand_home(value) for key, value in keys.items()})
     elif isinstance(values, list):
         values[:] = map(expand_home, values)

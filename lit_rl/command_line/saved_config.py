@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
+
+from callbacks.base import is_trial
 
 SECRET = ("api_key", "token", "password", "secret")
 
@@ -31,14 +33,18 @@ class SavedConfig(SaveConfigCallback):
             Path(folder).mkdir(parents=True, exist_ok=True)
         name = "config.yaml" if stage == "fit" else f"config-{TrainerFn(stage).value}.yaml"
         self.parser.save(self.config, f"{folder}/{name}", skip_none=False, overwrite=True, multifile=self.multifile)
-        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if stage == "fit" and not is_trial(trainer):
             options = without_secrets(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
             for logger in trainer.loggers:
                 logger.log_hyperparams(options)
 
 
-def without_secrets(options: Any) -> Any:
+def without_secrets(options: Mapping[str, object]) -> dict[str, object]:
     """A copy with stars for what nobody should read on a tracker's page."""
-    if isinstance(options, dict):
-        return {key: "***" if key in SECRET and value is not None else without_secrets(value) for key, value in options.items()}
-    return [without_secrets(value) for value in options] if isinstance(options, list) else options
+    return {key: "***" if key in SECRET and value is not None else _starred(value) for key, value in options.items()}
+
+
+def _starred(value: object) -> object:
+    if isinstance(value, dict):
+        return without_secrets(value)
+    return [_starred(inner) for inner in value] if isinstance(value, list) else value

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import lightning as L
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -18,10 +18,10 @@ from callbacks.rng_state import RngState
 from callbacks.sample_gallery import SampleGallery
 from callbacks.sample_texts import SampleTexts
 from callbacks.throughput import Throughput
-from lit_rl.command_line.dotted import imported
+from lit_rl.command_line.dotted import imported, imported_class
 from lit_rl.errors import ConfigError
 
-Options = dict[str, Any]
+Options = dict[str, object]
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Usual(NamedTuple):
 
     class_path: str
     kind: type | tuple[type, ...]
-    options: Mapping[str, Any] = MappingProxyType({})
+    options: Mapping[str, object] = MappingProxyType({})
     before: bool = False
     """Its hooks run before those of trainer.callbacks."""
 
@@ -137,29 +137,29 @@ def _usual(run: Namespace, own: list[Namespace]) -> Iterator[tuple[str, Namespac
         path = (
             SAMPLES.get(getattr(imported(run.model.class_path), "samples", ""), usual.class_path) if name == "samples" else usual.class_path
         )
-        yield name, _checked(name, {"class_path": path, "init_args": {**usual.options, **said}})
+        yield name, _checked(name, path, {**usual.options, **said})
 
 
 def _replaces(spec: Namespace, kind: type | tuple[type, ...]) -> bool:
-    cls = imported(spec.class_path)
+    cls = imported_class(spec.class_path)
     best = cls is not None and issubclass(cls, ModelCheckpoint) and spec.get("init_args", Namespace()).get("monitor") is not None
     return cls is not None and issubclass(cls, kind) and not best
 
 
-def _checked(name: str, spec: Options) -> Namespace:
+def _checked(name: str, class_path: str, options: Options) -> Namespace:
     """The callback's options with its defaults. Raises ConfigError for those that it does not have."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--callback", type=L.Callback)
     try:
-        return parser.parse_object({"callback": spec}).callback
+        return parser.parse_object({"callback": {"class_path": class_path, "init_args": options}}).callback
     except ArgumentError as error:
-        given = ", ".join(f"{key}: {value}" for key, value in spec["init_args"].items())
-        raise ConfigError(f"run.callbacks.{name} are options of {spec['class_path']}, which does not take {{{given}}}: {error}") from error
+        given = ", ".join(f"{key}: {value}" for key, value in options.items())
+        raise ConfigError(f"run.callbacks.{name} are options of {class_path}, which does not take {{{given}}}: {error}") from error
 
 
 def _place(spec: Namespace, folder: Path, every: list[Namespace]) -> None:
     """Fill in where a callback writes. Changes `spec`."""
-    cls, options = imported(spec.class_path), spec.get("init_args", Namespace())
+    cls, options = imported_class(spec.class_path), spec.get("init_args", Namespace())
     if cls is None:
         return
     if issubclass(cls, ModelCheckpoint):
@@ -168,7 +168,7 @@ def _place(spec: Namespace, folder: Path, every: list[Namespace]) -> None:
         if options.get("filename") is None:
             options.filename, options.auto_insert_metric_name = "iteration-{iteration:.0f}", False
     elif issubclass(cls, Export) and options.get("dirpath") is None:
-        exported = [other.init_args.get("weights") for other in every if issubclass(imported(other.class_path) or object, Export)]
+        exported = [other.init_args.get("weights") for other in every if issubclass(imported_class(other.class_path) or object, Export)]
         beside = options.get("weights") == "ema" and any(weights != "ema" for weights in exported)
         options.dirpath = str(folder / ("" if options.get("at") == "checkpoint" else "export") / ("ema" if beside else ""))
     elif issubclass(cls, SampleGallery) and options.get("folder") is None:

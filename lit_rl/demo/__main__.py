@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lit_rl.demo.curves import read_curves, remember, summarize
+from lit_rl.demo.curves import held_out, read_curves, remember, summarize
 from lit_rl.demo.pictures import compare, draw
 from lit_rl.demo.tasks import TASKS
 
@@ -68,11 +68,11 @@ def main() -> None:
         seconds["rl"] = cli("fit", *common, "--ckpt_path", "last")
         cli("predict", *common, "--ckpt_path", "last", "--images.output_dir", str(out / "images/after_rl"))
     curves = read_curves(out / "logs")
+    accuracy = held_out(curves, task.scores)["held_out_accuracy"]
     summary = summarize(curves, task.scores, seconds=seconds, seed=args.seed)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    draw(out / "demo.png", run.title, curves, task.scores, task.panels(out, summary))
+    draw(out / "demo.png", run.title, curves, task.scores, task.panels(out, accuracy))
     compare(task.comparison, remember(task.curves, run.title, args.seed, curves))
-    accuracy = summary["held_out_accuracy"]
     say(
         f"held-out numbers read correctly: {accuracy['after_warmup']:.0%} after the warm-up, {accuracy['after_rl']:.0%} after "
         f"{summary['images_trained']} images of reinforcement learning ({time.perf_counter() - started:.0f} s in all)"

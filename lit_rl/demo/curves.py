@@ -7,12 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 ACCURACY = "val/ocr_similarity_perfect"
 
 Known = dict[str, dict[str, list[list[float]]]]
 """By method and seed: images, and accuracy after them."""
+
+
+Stage = Literal["after_warmup", "after_rl"]
+
+
+class Stages(TypedDict):
+    """A held-out number after the supervised warm-up and after reinforcement learning."""
+
+    after_warmup: float
+    after_rl: float
 
 
 @dataclass(frozen=True)
@@ -36,14 +46,19 @@ def read_curves(logs: Path) -> dict[str, Curve]:
     return {tag: Curve(sorted(by_step), [by_step[s] for s in sorted(by_step)]) for tag, by_step in points.items()}
 
 
-def summarize(curves: Mapping[str, Curve], scores: Mapping[str, str], *, seconds: Mapping[str, float], seed: int) -> dict[str, Any]:
+def held_out(curves: Mapping[str, Curve], scores: Mapping[str, str]) -> dict[str, Stages]:
+    """First and last value of held-out numbers. scores: their tags by their name in summary.json."""
+    values = {name: curves[tag].values for name, tag in scores.items()}
+    return {name: {"after_warmup": round(found[0], 4), "after_rl": round(found[-1], 4)} for name, found in values.items()}
+
+
+def summarize(curves: Mapping[str, Curve], scores: Mapping[str, str], *, seconds: Mapping[str, float], seed: int) -> dict[str, object]:
     """The content of summary.json. scores: tags of held-out numbers by their name in it.
 
     Accuracy is the share of evaluation images whose text the OCR engine reads exactly as prompted.
     """
-    held_out = {name: curves[tag].values for name, tag in scores.items()}
     return {
-        **{name: {"after_warmup": round(values[0], 4), "after_rl": round(values[-1], 4)} for name, values in held_out.items()},
+        **held_out(curves, scores),
         "images_trained": sum(round(n) for n in curves["images"].values),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "seed": seed,

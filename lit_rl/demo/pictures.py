@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeAlias
 
-from lit_rl.demo.curves import Curve, Known, images_seen, over_images
+from lit_rl.demo.curves import Curve, Known, Stage, Stages, images_seen, over_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -22,7 +23,7 @@ Panel: TypeAlias = "tuple[str, Picture]"
 """A title and a picture below it."""
 COLUMNS = "columns"
 """Key in a picture's `info`: places from its left edge, and what is written above them."""
-STAGES = {"after_warmup": "after the warm-up", "after_rl": "after RL"}
+STAGES: Mapping[Stage, str] = {"after_warmup": "after the warm-up", "after_rl": "after RL"}
 
 
 def draw(path: Path, title: str, curves: Mapping[str, Curve], scores: Mapping[str, str], panels: Sequence[Panel]) -> None:
@@ -59,7 +60,7 @@ def compare(path: Path, known: Known) -> None:
     figure.savefig(path, dpi=DPI)
 
 
-def _plt() -> Any:
+def _plt() -> ModuleType:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,9 +69,8 @@ def _plt() -> Any:
     return pyplot
 
 
-def written_numbers(out: Path, summary: Mapping[str, Any], *, samples: int = 40) -> list[Panel]:
+def written_numbers(out: Path, accuracy: Stages, *, samples: int = 40) -> list[Panel]:
     """Two sheets: pictures after the warm-up, and after reinforcement learning."""
-    accuracy = summary["held_out_accuracy"]
     return [(f"{title}: {accuracy[stage]:.0%} right", contact_sheet(out / "images" / stage, samples)) for stage, title in STAGES.items()]
 
 
@@ -92,9 +92,9 @@ def contact_sheet(folder: Path, samples: int, *, columns: int = 5, zoom: int = 3
     return sheet
 
 
-def filled_signs(out: Path, summary: Mapping[str, Any], *, samples: int = 14) -> list[Panel]:
+def filled_signs(out: Path, accuracy: Stages, *, samples: int = 14) -> list[Panel]:
     """One sheet: of each held-out item what is given (number, picture with its hole, reference) and what was made of it."""
-    accuracy, items = summary["held_out_accuracy"], json.loads((out / "items.json").read_text())
+    items = json.loads((out / "items.json").read_text())
     held_out = [item for item in items["items"] if item["split"] == "val"][:samples]
     sheet = sign_sheet(out / items["root"], held_out, [out / "images" / stage for stage in STAGES])
     right = ", ".join(f"{title} ({accuracy[stage]:.0%} right)" for stage, title in STAGES.items())

@@ -16,10 +16,10 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from lit_rl.demo.__main__ import QUIET, cli, say
-from lit_rl.demo.curves import Curve, read_curves
+from lit_rl.demo.curves import Curve, Stages, read_curves
 
 OUT = Path("outputs/demo-llm")
 METHODS = {"grpo": "GRPO", "rloo": "RLOO", "gspo": "GSPO", "dapo": "DAPO", "ppo": "PPO", "dpo": "DPO"}
@@ -106,7 +106,7 @@ def write_pairs(data: Path, seed: list[str]) -> int:
     return len(pairs)
 
 
-def best_and_worst(rows: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def best_and_worst(rows: Sequence[Mapping[str, str]], answers: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """{prompt, chosen, rejected} for each row with answers of both kinds. answers: with the number of their row as `id`."""
     given: dict[str, list[str]] = {str(i): [] for i in range(len(rows))}
     for answer in answers:
@@ -144,7 +144,16 @@ def write_rows(file: Path, numbers: Iterable[int]) -> None:
             lines.write(json.dumps(row | {"reward_model": {"style": "rule", "ground_truth": answer}}) + "\n")
 
 
-def summarize(before: float, after: float, curves: Mapping[str, Curve], *, seconds: Mapping[str, float], seed: int) -> dict[str, Any]:
+class Summary(TypedDict):
+    """The content of summary.json."""
+
+    held_out_accuracy: Stages
+    answers_trained: int
+    seconds: dict[str, float]
+    seed: int
+
+
+def summarize(before: float, after: float, curves: Mapping[str, Curve], *, seconds: Mapping[str, float], seed: int) -> Summary:
     """The content of summary.json; accuracy is the share of held-out prompts whose sampled answer is right."""
     answers = curves["samples"].values if "samples" in curves else [2 * n for n in curves["pairs"].values]
     return {

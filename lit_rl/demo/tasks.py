@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from lit_rl.demo.curves import ACCURACY
+from lit_rl.demo.curves import ACCURACY, Stages
 from lit_rl.demo.pictures import Panel, filled_signs, written_numbers
 
 
@@ -23,14 +22,15 @@ class Run:
 @dataclass(frozen=True)
 class Task:
     """prepare(folder, seed) writes the model and whatever else the YAMLs read there; scores: tags of the held-out numbers by their name
-    in summary.json; panels(folder, summary): titled pictures of what was learned; curves, comparison: files of all runs of the task."""
+    in summary.json; panels(folder, held-out accuracy): titled pictures of what was learned; curves, comparison: files of all runs of
+    the task."""
 
     model: str
     warmup: str
     prepare: Callable[[Path, int], None]
     runs: Mapping[str, Run]
     scores: Mapping[str, str]
-    panels: Callable[[Path, Mapping[str, Any]], list[Panel]]
+    panels: Callable[[Path, Stages], list[Panel]]
     curves: Path
     comparison: Path
 

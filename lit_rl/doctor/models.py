@@ -8,7 +8,7 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from lit_rl.doctor.report import Finding, gigabytes, ok, problem, warning
 from lit_rl.errors import ConfigError, listed
@@ -17,6 +17,13 @@ WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureEx
 CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 Header = dict[str, list[int]]
 """Shape by name of the weights in a file."""
+
+
+class Entry(TypedDict):
+    """A tensor in the header of a safetensors file."""
+
+    shape: list[int]
+    data_offsets: list[int]
 
 
 class Broken(Exception):
@@ -55,7 +62,7 @@ def folder(place: Path) -> tuple[str, Header]:
     if not (place / "config.json").is_file() and any(place.glob("*lora*.safetensors")):
         return f"LoRA; {_size(place)}", weights(place)
     header = component(place, weightless=False)
-    return f"{', '.join(_json(place / 'config.json').get('architectures') or ['model'])}; {_size(place)}", header
+    return f"{', '.join(map(str, _listed(_json(place / 'config.json').get('architectures')))) or 'model'}; {_size(place)}", header
 
 
 def component(place: Path, *, weightless: bool) -> Header:
@@ -76,7 +83,8 @@ def weights(place: Path) -> Header:
     """Shapes in all files of weights of a folder, each looked at; those that an index names must be there. Raises Broken."""
     indices = list(place.glob("*.index*.json"))
     for index in indices:
-        named = set(_json(index).get("weight_map", {}).values())
+        weight_map = _json(index).get("weight_map")
+        named = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
         if missing := sorted(name for name in named if not (place / name).is_file()):
             raise Broken(f"{place.name}/{index.name} names {listed(missing)}, which is not there")
     found: Header = {}
@@ -103,7 +111,7 @@ def safetensors_header(file: Path) -> Header:
         if length > size - 8:
             raise Broken(f"{file.name} is not a whole safetensors file ({size} bytes){_pointer(file)}")
         try:
-            header: dict[str, Any] = json.loads(stream.read(length))
+            header: dict[str, Entry] = json.loads(stream.read(length))
         except ValueError as error:
             raise Broken(f"{file.name} is not a safetensors file") from error
     tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -131,7 +139,11 @@ def _hub(key: str, name: str) -> Finding:
     return warning(key, f"{name} is not in the hub's cache {cache} and will be downloaded at the start; give a folder to avoid that")
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _json(file: Path) -> dict[str, object]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

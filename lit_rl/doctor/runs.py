@@ -9,10 +9,10 @@ import os
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import lightning as L
 from jsonargparse import ArgumentParser, Namespace
@@ -33,10 +33,13 @@ from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL
 from lit_rl.net.gpus import Gpu
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
-from lit_rl.policies.pretrained import component_config
+from lit_rl.policies.pretrained import component_config, whole_numbers
 from lit_rl.policies.style import count_new_adapter
 from lit_rl.rewards.client import HTTPReward
 from lit_rl.rewards.pseudo import DEBUG_VARIABLE
+from lit_rl.types import Rollout
+
+T = TypeVar("T")
 
 PATH_KEYS = ("pretrained", "encoder", "initial", "model_path")
 """Arguments of policies and rewards that name a folder, a file or a hub id."""
@@ -117,7 +120,7 @@ class Run:
         ids = visible.split(",") if visible else [str(gpu.index) for gpu in self.gpus]
         return ids[: self.devices()]
 
-    def build(self, kind: type, value: Namespace) -> Any:
+    def build(self, kind: Callable[..., T], value: Namespace) -> T:
         """One part of it. Raises ConfigError with what the command line would say."""
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--part", type=kind)
@@ -131,6 +134,7 @@ class Run:
     # ------------------------------------------------------------------ checks
     def findings(self) -> Iterator[Finding]:
         """Findings about every part of the run."""
+        method: LitRL[Rollout] | None
         method, problems = self._try("model", LitRL, self.config.model)
         yield from problems
         told = " ".join(problem.text for problem in problems)
@@ -148,7 +152,7 @@ class Run:
         yield from self._rewards(callbacks, data)
         yield from self._outputs(method, callbacks)
 
-    def _try(self, about: str, kind: type, value: Namespace) -> tuple[Any, list[Finding]]:
+    def _try(self, about: str, kind: Callable[..., T], value: Namespace) -> tuple[T | None, list[Finding]]:
         try:
             return self.build(kind, value), []
         except ConfigError as error:
@@ -172,7 +176,7 @@ class Run:
         for label, reward in over_http.items():
             yield from servers.of_reward(reward, label, processes=self.processes())
 
-    def _outputs(self, method: LitRL[Any] | None, callbacks: Sequence[L.Callback]) -> Iterator[Finding]:
+    def _outputs(self, method: LitRL[Rollout] | None, callbacks: Sequence[L.Callback]) -> Iterator[Finding]:
         keepers = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
         chosen = list(dict.fromkeys(Path(keeper.dirpath) for keeper in keepers if keeper.dirpath))
         folders = chosen or [Path(self.config.trainer.default_root_dir or ".")]
@@ -246,4 +250,4 @@ def trainable(policy: object) -> tuple[int, bool]:
     from transformers import SiglipVisionConfig
 
     features = SiglipVisionConfig.from_pretrained(Path(style.encoder).expanduser()).hidden_size
-    return count_new_adapter(style, features=features, transformer=component_config(policy.folder, "transformer")), False
+    return count_new_adapter(style, features=features, transformer=whole_numbers(component_config(policy.folder, "transformer"))), False

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lit_rl.doctor.report import Finding, ok, problem, warning
 from lit_rl.errors import ConfigError
@@ -130,11 +130,13 @@ def _all(check: Callable[[str], Finding], urls: Sequence[str]) -> list[Finding]:
         return list(pool.map(check, urls))
 
 
-def _of_texts(url: str, health: Mapping[str, Any]) -> Finding | None:
+def _of_texts(url: str, health: Mapping[str, object]) -> Finding | None:
     """The finding about a server that scores texts alone: which texts it can score depends on their rows, so none is sent."""
     if health.get("media") != ["texts"]:
         return None
-    return ok(f"reward server {url}", f"ready, scores texts: {', '.join(health.get('outputs') or ['names known after the first text'])}")
+    outputs = health.get("outputs")
+    names = outputs if isinstance(outputs, list) and outputs else ["names known after the first text"]
+    return ok(f"reward server {url}", f"ready, scores texts: {', '.join(map(str, names))}")
 
 
 def _judge(url: str, scores: dict[str, float], *, why: str = "") -> Finding:

@@ -62,7 +62,7 @@ def build_sd3(
         sizes |= {"attention_head_dim": hidden // heads, "caption_projection_dim": hidden, "pooled_projection_dim": 2 * text_hidden}
         sizes |= {"joint_attention_dim": _sd3_width(text_hidden, t5_hidden)}
         transformer = SD3Transformer2DModel(**sizes, dual_attention_layers=tuple(dual_attention_layers), qk_norm=qk_norm)
-        pipe: Any = StableDiffusion3Pipeline(
+        pipe = StableDiffusion3Pipeline(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
             vae=autoencoder,
@@ -110,7 +110,7 @@ def build_flux(
         sizes |= {"joint_attention_dim": t5_hidden, "pooled_projection_dim": text_hidden}
         axes = (head // 4, head // 8 * 3, head - head // 4 - head // 8 * 3)
         transformer = FluxTransformer2DModel(**sizes, guidance_embeds=guidance_embeds, axes_dims_rope=axes)
-        pipe: Any = (FluxFillPipeline if fill else FluxPipeline)(
+        pipe = (FluxFillPipeline if fill else FluxPipeline)(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if guidance_embeds else 1.0, use_dynamic_shifting=guidance_embeds),
             vae=autoencoder,

@@ -13,7 +13,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lit_rl.errors import ConfigError
 
@@ -114,7 +113,7 @@ def servers_of_rank(urls: Sequence[str], *, rank: int, world_size: int, mapping:
     return list(urls[rank::world_size])
 
 
-def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> Mapping[str, Any]:
+def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> Mapping[str, object]:
     """The answer of the server at `url` to GET /health once it has loaded; {} without that route. Raises ConfigError when none answers."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _StayHere())
     until, status, body = time.monotonic() + patience_s, 0, b""
@@ -150,7 +149,7 @@ def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> 
     return answer if isinstance(answer, dict) else {}
 
 
-def _read_within(response: Any, url: str, *, seconds: float) -> bytes:
+def _read_within(response: http.client.HTTPResponse, url: str, *, seconds: float) -> bytes:
     """The first MiB of an answer. Raises ConfigError where it takes longer: a socket's own timeout begins anew with each byte."""
     body, end = b"", time.monotonic() + seconds
     while len(body) < 1 << 20 and (piece := response.read1(1 << 16)):

@@ -9,11 +9,11 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
 import aiohttp
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.typedefs import Middleware
 
 from lit_rl.net.metrics import Metrics
 
@@ -38,7 +38,7 @@ def in_one_line(record: logging.LogRecord) -> bool:
 class ApiError(Exception):
     """An answer other than 200: `{"error": {"code", "message", "details", "request_id"}}`, with Retry-After where a retry makes sense."""
 
-    def __init__(self, status: int, code: str, message: str, *, retry_after: int | None = None, details: Sequence[Any] = ()) -> None:
+    def __init__(self, status: int, code: str, message: str, *, retry_after: int | None = None, details: Sequence[object] = ()) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
@@ -46,7 +46,7 @@ class ApiError(Exception):
         self.details = list(details)
 
 
-def guard(metrics: Metrics, *, token: str | None) -> Any:
+def guard(metrics: Metrics, *, token: str | None) -> Middleware:
     """Middleware: checks the token, turns every failure into the envelope, counts and times by route pattern."""
 
     @web.middleware

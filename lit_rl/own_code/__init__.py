@@ -16,7 +16,6 @@ from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from lit_rl.errors import ConfigError
 
@@ -137,7 +136,7 @@ class _Finder:
     """Finds the folders and files that names of this package's modules hold; what lies in a folder is found as in any package."""
 
     @staticmethod
-    def find_spec(name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
         parent, _, last = name.rpartition(".")
         if parent == __name__ and last.startswith(FOLDER):
             spec = ModuleSpec(name, None, is_package=True)

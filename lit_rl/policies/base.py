@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +128,7 @@ class FlowPolicy(Policy):
         """The diffusers pipeline's own schedule, Float64 "N+1", from 1 to 0."""
 
 
-Message = Mapping[str, Any]
+Message = Mapping[str, object]
 """{"role": "system" | "user" | "assistant" | "tool" | ..., "content": text}, and tool_calls or reasoning_content where it has some."""
 
 

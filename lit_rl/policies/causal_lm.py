@@ -1,4 +1,4 @@
-"""Any causal language model of transformers: Qwen, Llama, DeepSeek, ..."""
+"""Causal language models of transformers: Qwen, Llama, DeepSeek, ..."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         padding_free: bool = False,
         attention: str | None = None,
         chat_template: str | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, object] | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -101,6 +101,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         self.set_network(lm, add=lambda lora: add_language_lora(lm, lora, seed=torch.initial_seed()), dtype=self.dtype)
         self.network = TokenNetwork(lm, head)
         if self.reference_network is not None:
+            assert isinstance(self.reference_network, type(lm)), "a copy of the network"
             self.reference_network = TokenNetwork(self.reference_network, head)
         for network in self.networks():
             if self.gradient_checkpointing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from typing import Any, SupportsIndex
+from typing import SupportsIndex, overload
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Message
@@ -30,7 +30,11 @@ class AnswerIds(list[int]):
         super().__init__(ids)
         self.learned = list(learned)
 
-    def __getitem__(self, key: SupportsIndex | slice) -> Any:
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> int: ...
+    @overload
+    def __getitem__(self, key: slice) -> AnswerIds: ...
+    def __getitem__(self, key: SupportsIndex | slice) -> int | AnswerIds:
         return AnswerIds(super().__getitem__(key), self.learned[key]) if isinstance(key, slice) else super().__getitem__(key)
 
 

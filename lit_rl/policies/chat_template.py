@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Message
@@ -71,11 +70,13 @@ def _spellings(messages: Sequence[Message]) -> Iterator[list[Message]]:
 
 def _arguments_as_text(message: Message) -> Message:
     calls = message.get("tool_calls")
-    return {**message, "tool_calls": [_call_as_text(call) for call in calls]} if calls else message
+    return {**message, "tool_calls": [_call_as_text(call) for call in calls]} if isinstance(calls, list | tuple) and calls else message
 
 
-def _call_as_text(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
+def _call_as_text(call: object) -> object:
+    if not isinstance(call, dict):
+        return call
+    function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
         return call
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
@@ -111,8 +112,8 @@ def without_ends(
     template writes it again. stops: Further strings that end answers."""
     ends = any_of([*turn_ends(tokenizer, **template).all, *stops]).pattern
     return [
-        {**message, "content": re.sub(rf"(?:{ends})\s*\Z", "", message["content"])}
-        if message["role"] == "assistant" and isinstance(message.get("content"), str)
+        {**message, "content": re.sub(rf"(?:{ends})\s*\Z", "", content)}
+        if message["role"] == "assistant" and isinstance(content := message.get("content"), str)
         else message
         for message in messages
     ]
@@ -230,6 +231,6 @@ def _patterns(tokenizer: Tokenizer) -> tuple[re.Pattern[str], re.Pattern[str]]:
     return any_of(special), any_of(added)
 
 
-def any_of(strings: Any) -> re.Pattern[str]:
+def any_of(strings: Iterable[str]) -> re.Pattern[str]:
     """The longest of the strings at a place; blank ones, as Gemma's tokens of several new lines, are none."""
     return re.compile("|".join(re.escape(s) for s in sorted(strings, key=len, reverse=True) if s.strip()) or r"(?!)")

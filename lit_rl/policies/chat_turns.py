@@ -80,7 +80,7 @@ class Conversation:
         if isinstance(content := message.get("content"), str):
             changed["content"] = content[:kept] + MARK
         others: list[Message] = [{**message, **changed}] if changed else []
-        if calls := message.get("tool_calls"):
+        if isinstance(calls := message.get("tool_calls"), list | tuple) and calls:
             function = {**calls[-1].get("function", {}), "arguments": {MARK: MARK}}
             others.append({**message, "tool_calls": [*calls[:-1], {**calls[-1], "function": function}]})
         return others

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from lit_rl.checkpoints.layout import Geometry
 from lit_rl.errors import ConfigError
 from lit_rl.policies.causal_lm import Dtype
 from lit_rl.policies.language_model import check_folder, read_lm, recompute
@@ -85,7 +86,7 @@ class Critic(nn.Module):
         if lora is not None and "lm_head" in (lora.named or []):
             raise ConfigError("critic.lora.targets: a critic has a value head in place of lm_head: leave lm_head out of its list")
         self.lora = lora
-        self.adapter: dict[str, Any] | None = None  # layers and strengths of the trained adapter, for checkpoints
+        self.adapter: Geometry | None = None  # layers and strengths of the trained adapter, for checkpoints
         self.gradient_checkpointing = gradient_checkpointing
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.attention = attention

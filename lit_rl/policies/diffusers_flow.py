@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.frozen import FrozenParts, read_pipeline
-from lit_rl.policies.pretrained import Pipeline, check_pretrained, check_resolution, component_config, vae_factor
+from lit_rl.policies.pretrained import Pipeline, check_pretrained, check_resolution, component_config, vae_factor, whole_numbers
 from lit_rl.policies.trained import TrainedPolicy
 from lit_rl.policies.weights.lora import LoraSettings, add_lora, base_name
 from lit_rl.policies.weights.pipeline_lora import load_initial, save_adapter, split_adapter
@@ -154,7 +154,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
     # ------------------------------------------------------------------ geometry
     @classmethod
     def _cell_of_folder(cls, folder: Path) -> int:
-        return vae_factor(component_config(folder, "vae")) * cls.tokens_side(component_config(folder, "transformer"))
+        return vae_factor(component_config(folder, "vae")) * cls.tokens_side(whole_numbers(component_config(folder, "transformer")))
 
     @property
     def vae_factor(self) -> int:
@@ -171,7 +171,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         channels = self._pipe.vae.config.latent_channels
         return tuple(self.pack(torch.empty(1, channels, *self.latent_size, device="meta")).shape[1:])
 
-    def scheduler_sigmas(self, num_steps: int, **given: Any) -> Tensor:
+    def scheduler_sigmas(self, num_steps: int, **given: object) -> Tensor:
         """The sigmas of the pipeline's own scheduler, its resolution-dependent shift included. given: for `set_timesteps`."""
         scheduler = type(self._pipe.scheduler).from_config(self._pipe.scheduler.config)
         config = scheduler.config
@@ -192,8 +192,9 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         """The inputs in the network's own precision, or as they are where autocast chooses."""
         if torch.is_autocast_enabled(self.device.type):
             return list(tensors)
-        network: Any = self.active_network
-        dtype = network.context_embedder.weight.dtype
+        weight = self.active_network.get_submodule("context_embedder").weight
+        assert isinstance(weight, Tensor)
+        dtype = weight.dtype
         return [tensor.to(dtype) for tensor in tensors]
 
     # ------------------------------------------------------------------ text and images

@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_rl.checkpoints.ip_adapter import Format, read_ip_adapter, to_sections, write_ip_adapter
 from lit_rl.errors import ConfigError
 from lit_rl.policies.flux import FluxPolicy
-from lit_rl.policies.ip_adapter import FEATURES, FROZEN, adapter_names
+from lit_rl.policies.ip_adapter import FEATURES, FROZEN, adapter_names, projection_of
 from lit_rl.policies.pretrained import Pipeline
 from lit_rl.policies.style import FrozenStyle, StyleOff, StyleSettings, add_style, letterbox, strip
 from lit_rl.policies.weights.reference import Combined
@@ -129,7 +129,7 @@ class FluxFillPolicy(FluxPolicy):
         for field, shape in fields.items():
             found = row.get(field)
             fits = isinstance(found, Tensor) and found.dtype == torch.uint8 and found.ndim == len(shape) and found.numel()
-            if not fits or any(have != want for have, want in zip(found.shape, shape) if want not in ("h", "w")):  # type: ignore[union-attr]
+            if not fits or any(have != want for have, want in zip(row[field].shape, shape) if want not in ("h", "w")):
                 what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
                 wanted = f"uint8 [{', '.join(map(str, shape))}]"
                 raise ConfigError(f"prompt {row.get('prompt')!r}: {field} must be {wanted} for this policy's resolution, is {what}")
@@ -157,12 +157,12 @@ class FluxFillPolicy(FluxPolicy):
     def style_features(self, images: Sequence[Tensor | None]) -> Tensor:
         """SigLIP's pooled features Float "B F" of uint8 "3 h w" images, put on a black square; zeros for None."""
         encoder = self._pipe.style_encoder
-        there = [i for i, image in enumerate(images) if image is not None]
+        given = {i: image for i, image in enumerate(images) if image is not None}
         features = torch.zeros(len(images), encoder.config.hidden_size, device=self.device)
-        if there:
-            squares = torch.stack([letterbox(images[i].to(self.device), encoder.config.image_size) for i in there])  # type: ignore[union-attr]
+        if given:
+            squares = torch.stack([letterbox(image.to(self.device), encoder.config.image_size) for image in given.values()])
             with self.frozen.on_device(("style_encoder",), self.device, offload=self.frozen.offload_text_encoders):
-                features[there] = encoder(pixel_values=(squares * 2 - 1).to(self.dtype)).pooler_output.float()
+                features[[*given]] = encoder(pixel_values=(squares * 2 - 1).to(self.dtype)).pooler_output.float()
         return features
 
     # ------------------------------------------------------------------ the network
@@ -190,8 +190,7 @@ class FluxFillPolicy(FluxPolicy):
         """Raise ConfigError where this adapter has no place in a file of that format."""
         if self.style is None:
             super().check_format(format)
-        network: Any = self.network
-        if format == "legacy" and network.image_proj.qformer is not None:
+        if format == "legacy" and projection_of(self.network).qformer is not None:
             raise ConfigError("Export format=legacy has no place for the Q-Former of this adapter: set it to released or standard")
 
     def save(self, folder: Path, weights: dict[str, Tensor], *, format: Format = "standard") -> None:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from lit_rl.errors import ConfigError, listed
 
 if TYPE_CHECKING:
+    from diffusers.models._modeling_parallel import ParallelConfig
+    from diffusers.models.attention_dispatch import AttentionBackendName
     from diffusers.models.transformers.transformer_flux import FluxAttention
 
 FEATURES, TOKENS = "style_features", "style_tokens"
@@ -34,14 +36,14 @@ class StyleAttention(nn.Module):
     tokens of zeros add exactly nothing (k = v = 0), so a row of zeros is a sample without style.
     """
 
-    _attention_backend: Any = None  # the transformer's `set_attention_backend` looks for these two
-    _parallel_config: Any = None
+    _attention_backend: AttentionBackendName | None = None  # the transformer's `set_attention_backend` looks for these two
+    _parallel_config: ParallelConfig | None = None
 
     def __init__(self, width: int, context: int, *, scale: float = 1.0) -> None:
         """width: of the queries, heads * head dim; context: of the tokens. Starts at v_style = 0: the transformer as it was."""
         super().__init__()
         self.scale = scale
-        self.frozen: Any = None
+        self.frozen: StyleAttention | None = None
         self.frozen_is_active = False
         self.to_k_ip = nn.Linear(context, width, bias=False)
         self.to_v_ip = nn.Linear(context, width, bias=False)
@@ -54,7 +56,7 @@ class StyleAttention(nn.Module):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
+        image_rotary_emb: Tensor | tuple[Tensor] | None = None,
         style_tokens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         from diffusers.models.embeddings import apply_rotary_emb
@@ -81,6 +83,7 @@ class StyleAttention(nn.Module):
     def style(self, query: Tensor, tokens: Tensor) -> Tensor:
         """Attention of the queries Float "B L H D" to the style tokens Float "B N C": Float "B L H*D"."""
         if self.frozen_is_active:
+            assert self.frozen is not None
             return self.frozen.style(query, tokens)
         tokens = tokens.to(self.to_k_ip.weight.dtype)
         key, value = (layer(tokens).unflatten(-1, query.shape[2:]) for layer in (self.to_k_ip, self.to_v_ip))
@@ -137,12 +140,13 @@ class ImageProjection(nn.Module):
         self.mlp = mlp
         self.qformer = qformer
         self.is_off = False  # then the network has no style, whatever features it gets
-        self.frozen: Any = None
+        self.frozen: ImageProjection | None = None
         self.frozen_is_active = False
 
     def forward(self, features: Tensor) -> Tensor:
         """Float "B F" -> Float "B N C". A sample without style has features of zeros, which no encoder gives to an image."""
         if self.frozen_is_active:
+            assert self.frozen is not None
             return self.frozen(features)
         features = features.to(self.mlp.norm.weight.dtype)
         tokens = self.mlp(features) if self.qformer is None else self.mlp(features) + self.qformer(features)
@@ -180,13 +184,21 @@ def add_ip_adapter(network: Any, projection: ImageProjection, *, scale: float = 
     network.register_forward_pre_hook(_project, with_kwargs=True)
 
 
-def _project(network: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    joint = kwargs.get("joint_attention_kwargs") or {}
-    if FEATURES not in joint:
+def _project(network: nn.Module, args: tuple, kwargs: dict[str, object]) -> tuple[tuple, dict[str, object]]:
+    joint = kwargs.get("joint_attention_kwargs")
+    if not isinstance(joint, Mapping) or FEATURES not in joint:
         return args, kwargs
     rest = {key: value for key, value in joint.items() if key != FEATURES}
-    tokens = {} if network.image_proj.is_off else {TOKENS: network.image_proj(joint[FEATURES])}
+    projection = projection_of(network)
+    tokens = {} if projection.is_off else {TOKENS: projection(joint[FEATURES])}
     return args, {**kwargs, "joint_attention_kwargs": {**rest, **tokens}}
+
+
+def projection_of(network: nn.Module) -> ImageProjection:
+    """The image projection that `add_ip_adapter` gave the network."""
+    found = network.get_submodule("image_proj")
+    assert isinstance(found, ImageProjection)
+    return found
 
 
 def style_attentions(network: nn.Module) -> list[StyleAttention]:
@@ -194,9 +206,9 @@ def style_attentions(network: nn.Module) -> list[StyleAttention]:
     return [block.attn.processor for block in flux_blocks(network)]
 
 
-def style_modules(network: Any) -> list[Any]:
+def style_modules(network: nn.Module) -> list[ImageProjection | StyleAttention]:
     """The modules of the adapter: the image projection and every style attention."""
-    return [network.image_proj, *style_attentions(network)]
+    return [projection_of(network), *style_attentions(network)]
 
 
 def flux_blocks(network: Any) -> list[Any]:
@@ -204,11 +216,11 @@ def flux_blocks(network: Any) -> list[Any]:
     return [*network.transformer_blocks, *network.single_transformer_blocks]
 
 
-def adapter_names(network: Any) -> dict[str, str]:
+def adapter_names(network: nn.Module) -> dict[str, str]:
     """Parameter name in `network` -> "section.key" in a standard adapter file ("ip_adapter.0.to_k_ip.weight")."""
     homes: list[tuple[str, nn.Module | None]] = [
-        ("image_proj", network.image_proj.mlp),
-        ("image_proj_qformer", network.image_proj.qformer),
+        ("image_proj", projection_of(network).mlp),
+        ("image_proj_qformer", projection_of(network).qformer),
         ("ip_adapter", nn.ModuleList(style_attentions(network))),
     ]
     filed = {

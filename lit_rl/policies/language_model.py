@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
 class TokenNetwork(nn.Module):
     """A language model whose forward goes from tokens to the log-probabilities of chosen ones.
 
     One forward, so that a sharding strategy gathers the output layer for it, and no logits but of a chunk of the chosen places.
     """
 
-    def __init__(self, lm: Any, head: LMHead) -> None:
+    def __init__(self, lm: PreTrainedModel, head: LMHead) -> None:
         super().__init__()
         self.lm, self.head = lm, head
 
@@ -128,5 +132,6 @@ def recompute(blocks: Sequence[nn.Module]) -> None:
         block.forward = partial(_recomputed, block.forward)  # hooks of sharding stay outside of it
 
 
-def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
+def _recomputed(forward: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    again: Callable[P, T] = partial(checkpoint, forward, use_reentrant=False)
+    return again(*args, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)

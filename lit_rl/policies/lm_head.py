@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from lit_rl.losses.token_logprobs import CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+T = TypeVar("T")
 
 PROBED = (1e-3, 0.1, 1.0, 10.0, 1000.0)
 """Sizes of the hidden states that a head is tried with: where a cap does not bend, where it does, and where nothing else is left."""
@@ -34,7 +36,7 @@ class LMHead:
     softcap: float | None = None
 
 
-def body(lm: PreTrainedModel) -> Any:
+def body(lm: PreTrainedModel) -> nn.Module:
     """The part of `lm` that goes from tokens to hidden states; `lm` itself where it is not told apart."""
     return lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
 
@@ -91,10 +93,12 @@ def own_logits(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def own_logprobs(
-    lm: Any, hidden: Tensor, targets: Tensor, *, temperature: float, entropy: bool, chunk: int | None = None
+    lm: PreTrainedModel, hidden: Tensor, targets: Tensor, *, temperature: float, entropy: bool, chunk: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """log_softmax(logits / temperature)[targets] and the entropies of hidden states "N H", a chunk at a time and again in backward."""
-    size = chunk or max(CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["other"]) // lm.get_input_embeddings().weight.shape[0], 1)
+    embedding = lm.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
+    size = chunk or max(CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["other"]) // embedding.shape[0], 1)
 
     def of(rows: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
         return picked(own_logits(lm, rows), chosen, temperature=temperature, entropy=entropy)
@@ -114,21 +118,21 @@ def picked(logits: Tensor, targets: Tensor, *, temperature: float, entropy: bool
     return found, torch.special.entr(logp.exp()).sum(-1) if entropy else None  # p log p is 0 where p is, for masked words too
 
 
-def _again(of: Callable[..., Any], *tensors: Tensor) -> Any:
+def _again(of: Callable[..., T], *tensors: Tensor) -> T:
     return checkpoint(of, *tensors, use_reentrant=False) if torch.is_grad_enabled() else of(*tensors)
 
 
 class _Given(nn.Module):
     """Stands in for the body of a model, or for the decoder in it, and answers with given hidden states."""
 
-    def __init__(self, body: nn.Module, outputs: Any) -> None:
+    def __init__(self, body: nn.Module, outputs: object) -> None:
         super().__init__()
         self.__dict__["body"], self.__dict__["outputs"] = body, outputs
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         return self if name == "decoder" else getattr(self.__dict__["body"], name)
 
-    def forward(self, *_: Any, **__: Any) -> Any:
+    def forward(self, *_: object, **__: object) -> object:
         return self.__dict__["outputs"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,7 +52,7 @@ def check_pretrained(pretrained: str, *, pipeline: str, policies: dict[str, str]
     return folder
 
 
-def check_index(index: dict[str, Any], pretrained: str, *, pipeline: str, policies: Mapping[str, str]) -> None:
+def check_index(index: dict[str, object], pretrained: str, *, pipeline: str, policies: Mapping[str, str]) -> None:
     """Raises ValueError when `model_index.json` is of another pipeline class than `pipeline`."""
     stored = str(index.get("_class_name"))
     if stored != pipeline:
@@ -60,14 +60,22 @@ def check_index(index: dict[str, Any], pretrained: str, *, pipeline: str, polici
         raise ConfigError(f"pretrained: {pretrained!r} holds a {stored}, not a {pipeline}{hint}")
 
 
-def component_config(folder: Path, name: str) -> dict[str, Any]:
+def component_config(folder: Path, name: str) -> dict[str, object]:
     """config.json of one component of a local pipeline."""
     return json.loads((folder / name / "config.json").read_text())
 
 
-def vae_factor(config: Mapping[str, Any]) -> int:
+def whole_numbers(config: Mapping[str, object]) -> dict[str, int]:
+    """The fields of a component's config.json that are whole numbers: sizes and counts."""
+    return {key: value for key, value in config.items() if isinstance(value, int)}
+
+
+def vae_factor(config: Mapping[str, object]) -> int:
     """Pixels per latent cell, as diffusers' pipelines count it: 2^(levels - 1)."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
+    levels = config["block_out_channels"]
+    if not isinstance(levels, Sequence):
+        raise ConfigError(f"pretrained: block_out_channels={levels!r} of the VAE's config.json must be a list, one entry for each level")
+    return 2 ** (len(levels) - 1)
 
 
 def check_resolution(resolution: int | tuple[int, int], *, cell: int | None) -> tuple[int, int]:

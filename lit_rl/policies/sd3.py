@@ -42,7 +42,7 @@ class SD3Policy(DiffusersFlowPolicy):
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         """The transformer blocks."""
-        return list(network.transformer_blocks)  # type: ignore[arg-type]
+        return list(network.get_submodule("transformer_blocks").children())
 
     def encode_one(self, prompt: str) -> Cond:
         """Embeddings of all text encoders side by side, and CLIP's pooled ones."""

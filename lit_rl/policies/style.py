@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from lit_rl.policies.ip_adapter import (
     StyleAttention,
     add_ip_adapter,
     load_ip_adapter,
+    projection_of,
     style_modules,
 )
 from lit_rl.policies.pretrained import Pipeline
@@ -59,7 +59,7 @@ class StyleOff(Reference):
     @contextmanager
     def active(self, policy: Referenced) -> Iterator[None]:
         """Inside it the network answers without style."""
-        projection: Any = policy.network.image_proj
+        projection = projection_of(policy.network)
         before, projection.is_off = projection.is_off, True
         try:
             yield
@@ -93,12 +93,13 @@ class FrozenStyle(Reference):
         """The copies <- the adapter as it is now; local shards when sharded."""
         reshard(policy.network)
         for module in style_modules(policy.network):
+            assert module.frozen is not None, "the constructor has made the copies"
             for name, parameter in module.frozen.named_parameters():
                 local(parameter).copy_(local(module.get_parameter(name)))
 
     def bytes(self, policy: Referenced) -> int:
         """The style adapter again, in float32."""
-        return sum(p.nbytes for module in style_modules(policy.network) for p in module.frozen.parameters())
+        return sum(p.nbytes for module in style_modules(policy.network) if module.frozen is not None for p in module.frozen.parameters())
 
 
 # ---------------------------------------------------------------------- the adapter
@@ -120,7 +121,7 @@ def add_style(pipe: Pipeline, style: StyleSettings, weights: Weights | None, *, 
         load_ip_adapter(pipe.transformer, weights)
 
 
-def count_new_adapter(style: StyleSettings, *, features: int, transformer: Mapping[str, Any]) -> int:
+def count_new_adapter(style: StyleSettings, *, features: int, transformer: Mapping[str, int]) -> int:
     """Weights of the adapter that `style` draws beside a transformer of this config. features: width of the encoder's."""
     context, width = transformer["joint_attention_dim"], transformer["num_attention_heads"] * transformer["attention_head_dim"]
     with torch.device("meta"):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
 
+from lit_rl.checkpoints.layout import Geometry
 from lit_rl.policies.base import Policy
 from lit_rl.policies.weights.adapters import geometry
 from lit_rl.policies.weights.lora import LoraSettings
@@ -32,7 +33,7 @@ class TrainedPolicy(Policy):
         self.reference_weights: Reference = reference_of(adapter=lora is not None, copied=self.keep_reference)
         self.reference_network: nn.Module | None = None
         self.called = "network"  # the name of the network that a forward calls, see `reference`
-        self.adapter: dict[str, Any] | None = None  # layers and strengths of the trained adapter, for checkpoints
+        self.adapter: Geometry | None = None  # layers and strengths of the trained adapter, for checkpoints
         self.drops = False
 
     @property

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol, final
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Literal, Protocol, final
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.ranks import gather_to_first
 from lit_rl.rewards.base import Scorer
-from lit_rl.rollouts.ahead import Ahead
+from lit_rl.rollouts.ahead import Ahead, SavedAhead
 from lit_rl.rollouts.base import EvalSampling, Request, RolloutEngine, Sample, Sampling
 from lit_rl.rollouts.hf import HFEngine
 from lit_rl.rollouts.native import NativeEngine
@@ -34,14 +35,14 @@ class Run(Protocol):
     scorer: Scorer | None
 
     @property
-    def data(self) -> Any: ...
+    def data(self) -> object: ...
 
     @property
     def device(self) -> torch.device: ...
 
     def all_ranks(self, x: Tensor) -> Tensor: ...
 
-    def notify(self, hook: str, *args: Any) -> None: ...
+    def notify(self, hook: str, *args: object) -> None: ...
 
 
 @final
@@ -105,7 +106,7 @@ class Answers:
         if self.engine.longest is not None and longest > self.engine.longest:
             raise ConfigError(f"{what} {longest} tokens, and the inference server takes {self.engine.longest} (--max-model-len): {remedy}")
 
-    def check_sampler(self, policy: TokenPolicy, *, world_size: int, autocast: Any) -> None:
+    def check_sampler(self, policy: TokenPolicy, *, world_size: int, autocast: AbstractContextManager[object] | None) -> None:
         """Raise ConfigError unless an engine of ours over the training weights samples with the log-probabilities that train."""
         if isinstance(policy, CausalLM) and isinstance(self.engine, NativeEngine | HFEngine):
             check_sampler(policy, self.engine, self.sampling, world_size=world_size, autocast=autocast)
@@ -113,10 +114,13 @@ class Answers:
     # ------------------------------------------------------------------ answers
     def ask(self, run: Run, prompts: Prompts) -> list[list[int]]:
         """The prompts' token ids."""
+        encode = getattr(run.data, "prompt_ids", None)
+        if not callable(encode):
+            raise ConfigError(f"data: {type(run.data).__name__} gives no token ids of prompts: use datamodules.prompts_text.TextPrompts")
         known: dict[int, list[int]] = {}
         for row in prompts.info:
             if id(row) not in known:
-                known[id(row)] = run.data.prompt_ids(row)
+                known[id(row)] = encode(row)
         return [known[id(row)] for row in prompts.info]
 
     def generate(
@@ -173,15 +177,15 @@ class Answers:
         requests = [Request(ids, key) for ids, key in zip(self.ask(run, prompts), keys)]
         self.ahead = Ahead(iteration, self.engine.begin(requests, self.sampling))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, SavedAhead]:
         """Answers under way, on all processes or on none: the weights that drew them will be gone. Collective."""
         if self.ahead is None:
             return {}
         return {"ahead": {"iteration": self.ahead.iteration, "ranks": gather_to_first(self.ahead.plain())}}
 
-    def load_state_dict(self, checkpoint: dict[str, Any], *, rank: int, world_size: int) -> None:
+    def load_state_dict(self, checkpoint: Mapping[str, SavedAhead], *, rank: int, world_size: int) -> None:
         saved = checkpoint.get("ahead")
         if self.asynchronous and saved is not None and None not in saved["ranks"].values():
-            answers = [row for name in sorted(saved["ranks"]) for row in saved["ranks"][name]]
+            answers = [row for _, rows in sorted(saved["ranks"].items()) for row in rows or ()]
             share = len(answers) // world_size
             self.ahead = Ahead.of_plain(saved["iteration"], answers[rank * share : (rank + 1) * share])

@@ -7,7 +7,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lit_rl.rollouts.base import Sampling
 
@@ -177,7 +176,7 @@ def _drawing(sampling: Sampling) -> dict[str, float]:
     return {**shape, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
-def _choice(body: object) -> Mapping[str, Any]:
+def _choice(body: object) -> Mapping[str, object]:
     choices = body.get("choices") if isinstance(body, Mapping) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], Mapping):
         raise Unreadable("it has no `choices` with one answer")
@@ -189,7 +188,7 @@ def _text(body: object, name: str) -> str | None:
     return None if value is None else str(value)
 
 
-def _meta(body: object) -> Mapping[str, Any]:
+def _meta(body: object) -> Mapping[str, object]:
     meta = body.get("meta_info") if isinstance(body, Mapping) else None
     if not isinstance(meta, Mapping):
         raise Unreadable("it has no `meta_info`")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +60,7 @@ class NativeEngine(RolloutEngine):
         if any(not request.prompt for request in requests):
             raise ConfigError("a prompt has no token, so there is nothing to continue: leave it out of the data")
         reshard(self.policy.network)
-        lm: Any = self.policy.network.lm
+        lm = self.policy.network.lm
         decoder = Decoder(lm)
         with torch.autocast(self.policy.device.type, enabled=False):
             return Answers(decoder, requests, sampling, self.policy.stop_ids).run(self.rows(requests, sampling))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -109,7 +108,9 @@ def typical(difference: Tensor) -> float:
 
 
 # ---------------------------------------------------------------------- the sampler
-def check_sampler(policy: CausalLM, engine: RolloutEngine, sampling: Sampling, *, world_size: int, autocast: object = None) -> None:
+def check_sampler(
+    policy: CausalLM, engine: RolloutEngine, sampling: Sampling, *, world_size: int, autocast: AbstractContextManager[object] | None = None
+) -> None:
     """Raise ConfigError unless an engine over the training weights reports the trainer's log-probabilities of its answers. Collective.
 
     Where padding on the left is what makes the difference, `HFEngine` is told to do without.
@@ -165,7 +166,7 @@ def token_ids(policy: CausalLM) -> list[int]:
 
 
 def vocabulary(policy: CausalLM) -> int:
-    lm: Any = policy.network.lm
+    lm = policy.network.lm
     return int(lm.config.get_text_config().vocab_size)
 
 
@@ -181,7 +182,7 @@ def tolerance(policy: CausalLM, coarsest: torch.dtype | None) -> float:
 
 
 @contextmanager
-def evaluating(policy: CausalLM, context: Any = None) -> Iterator[None]:
+def evaluating(policy: CausalLM, context: AbstractContextManager[object] | None = None) -> Iterator[None]:
     """Evaluation mode, without gradients; modes and random streams are afterwards what they were. context: instead of full precision."""
     modes = {module: module.training for module in policy.modules()}
     devices = [policy.device] if policy.device.type == "cuda" else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_rl.checkpoints.contents import check_contents
+from lit_rl.checkpoints.contents import Checkpoint, check_contents
 from lit_rl.checkpoints.files import refuse_damaged, what_is_wrong
 from lit_rl.checkpoints.layout import check_layout, checkpoint_keys, checkpoint_shapes, checkpointed
 from lit_rl.checkpoints.restricted import load_file, load_shards, stored_shapes
@@ -22,6 +22,9 @@ from lit_rl.strategies.folders import check_intact, check_moments, refuse_nan, r
 
 META = "meta.pt"
 """File beside the shards of a checkpoint, with everything in it that is no shard."""
+
+
+K, V = TypeVar("K"), TypeVar("V")
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -65,12 +68,12 @@ class FSDP2Strategy(ModelParallelStrategy):
             fully_shard(module, mesh=self.device_mesh["data_parallel"], mp_policy=precision)
 
     # ------------------------------------------------------------------ saving
-    def lightning_module_state_dict(self) -> dict[str, Any]:
+    def lightning_module_state_dict(self) -> dict[str, Tensor]:
         """Shards; or the whole tensors, on the first process only. Nothing but what goes into the file is gathered."""
         weights = self._kept_weights()
         if self.saves_shards:
             return weights
-        gathered_here: dict[str, Any] = {}
+        gathered_here: dict[str, Tensor] = {}
         for name, weight in weights.items():
             tensor = whole(weight)
             if self.is_global_zero:
@@ -89,7 +92,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             return state
         return _renamed(state, {name: i for i, name in enumerate(_names(self.model, plain))})
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object | None = None) -> None:
+    def save_checkpoint(self, checkpoint: Checkpoint, filepath: str | Path, storage_options: object | None = None) -> None:
         """Write a folder of shards that appears whole, or one file."""
         if not self.saves_shards:
             Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)  # the parent would remove a folder of shards first
@@ -98,7 +101,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, folder, storage_options)
 
     # ------------------------------------------------------------------ loading
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> Checkpoint:
         """Read a folder of shards, or a file of an unsharded run."""
         path = Path(self.broadcast(checkpoint_path))
         trusted = weights_only is False
@@ -109,11 +112,13 @@ class FSDP2Strategy(ModelParallelStrategy):
             raise ConfigError(f"--ckpt_path {path} is a folder of DeepSpeed's shards: continue with configs/base/deepspeed_*.yaml")
         return self._load_file(path, trusted)
 
-    def _load_shards(self, path: Path, trusted: bool) -> dict[str, Any]:
+    def _load_shards(self, path: Path, trusted: bool) -> Checkpoint:
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
         check_layout(stored_shapes(path), checkpoint_shapes(checkpointed(self.lightning_module)))
         checkpoint = load_file(path / META, trusted=trusted)
+        if not isinstance(checkpoint, dict):
+            raise ConfigError(f"--ckpt_path {path}: its {META} holds no dict; it is damaged, use an earlier one")
         check_moments(self, checkpoint.get("optimizer", {}))
         assert self.model is not None
         weights = self._kept_weights()
@@ -126,7 +131,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state[f"optimizer_{i}"])
         return checkpoint
 
-    def _load_file(self, path: Path, trusted: bool) -> dict[str, Any]:
+    def _load_file(self, path: Path, trusted: bool) -> Checkpoint:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
         refuse_damaged(path, what_is_wrong(path))
@@ -158,7 +163,7 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
     return [name[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
+def _renamed(state: Mapping[str, Any], names: Mapping[K, V]) -> dict[str, Any]:
     """An optimizer's state with its parameters under other names or numbers."""
     groups = [{**group, "params": [names[key] for key in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[key]: value for key, value in state["state"].items()}, "param_groups": groups}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_rl.checkpoints.contents import Checkpoint
 from lit_rl.checkpoints.layout import check_layout, checkpoint_keys, checkpoint_shapes, checkpointed
 from lit_rl.checkpoints.restricted import deepspeed_reads_plain_files
 from lit_rl.errors import ConfigError
@@ -39,7 +40,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         kwargs: See `lightning.pytorch.strategies.DeepSpeedStrategy` (offload_optimizer, offload_parameters, overlap_comm, ...).
     """
 
-    def __init__(self, *, stage: Literal[1, 2, 3] = 2, config: str | dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *, stage: Literal[1, 2, 3] = 2, config: str | dict[str, object] | None = None, **kwargs: Any) -> None:
         super().__init__(stage=stage, config=config, logging_batch_size_per_gpu=1, **kwargs)
         assert isinstance(self.config, dict)
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -50,7 +51,8 @@ class ZeroStrategy(DeepSpeedStrategy):
     def setup(self, trainer: L.Trainer) -> None:
         """Let `lit_rl.policies.weights.shards.reshard` in: in stage 3 weights that are used again soon stay gathered between forwards."""
         self._init_config_if_needed()
-        cast(dict[str, Any], self.config)["gradient_accumulation_steps"] = trainer.accumulate_grad_batches  # the method may have set it
+        assert isinstance(self.config, dict)
+        self.config["gradient_accumulation_steps"] = trainer.accumulate_grad_batches  # the method may have set it
         super().setup(trainer)
         if self.zero_stage_3:
             optimizer = self.deepspeed_engine.optimizer
@@ -62,7 +64,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         """Lightning has divided the loss by `accumulate_grad_batches`; DeepSpeed would again, and clip at a multiple of what was asked."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object | None = None) -> None:
+    def save_checkpoint(self, checkpoint: Checkpoint, filepath: str | Path, storage_options: object | None = None) -> None:
         """Write DeepSpeed's shards into a folder that appears whole."""
         module = self._module()
         keys = checkpoint_keys(checkpointed(self.lightning_module))
@@ -76,7 +78,7 @@ class ZeroStrategy(DeepSpeedStrategy):
                 (folder / LAYOUT_FILE).write_text(json.dumps(checkpoint_shapes(checkpointed(self.lightning_module))))
                 (folder / OPTIMIZER_FILE).write_text(json.dumps(checkpoint.get("optimizer", {}), default=str))
 
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> Checkpoint:
         """Read DeepSpeed's shards, after a look at their layout and contents."""
         path = Path(checkpoint_path)
         if not (path / LAYOUT_FILE).is_file():

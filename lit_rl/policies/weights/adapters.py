@@ -6,19 +6,29 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lit_rl.checkpoints.layout import Geometry
 from lit_rl.policies.weights.shards import local
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
 TRAINED = "default"
 
 
+def lora_config(network: nn.Module) -> LoraConfig:
+    """PEFT's configuration of the trained adapter."""
+    return getattr(network, "peft_config", {})[TRAINED]
+
+
 def add_frozen_copy(network: nn.Module, name: str) -> None:
     """Add adapter `name`, frozen and equal to the trained one, which stays the active one."""
-    config = copy.deepcopy(network.peft_config[TRAINED])  # type: ignore[index]
+    config = copy.deepcopy(lora_config(network))
     with using_adapter(network, TRAINED), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is what is wanted
         network.add_adapter(config, adapter_name=name)  # type: ignore[operator]
@@ -49,9 +59,9 @@ def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]
     return {key.replace(f".{name}.", "."): p for key, p in network.named_parameters() if f".{name}." in key and ".lora_" in key}
 
 
-def geometry(network: nn.Module) -> dict[str, Any]:
+def geometry(network: nn.Module) -> Geometry:
     """Facts about the trained adapter that a checkpoint keeps beside its weights: rank, alpha, and (rank, scaling) by layer."""
-    config: Any = network.peft_config[TRAINED]  # type: ignore[index]
+    config = lora_config(network)
     layers = {
         name: [int(layer.r[TRAINED]), float(layer.scaling[TRAINED])] for name, layer in named_tuner_layers(network) if TRAINED in layer.r
     }
@@ -98,7 +108,7 @@ def _switched(network: nn.Module, attribute: str, value: object) -> Iterator[Non
             setattr(layer, attribute, old)
 
 
-def adapted_name(name: str, layer: Any) -> str:
+def adapted_name(name: str, layer: LoraLayer) -> str:
     """The linear layer, or the parameter, that the adapter in a module of this name is for."""
     parameter = getattr(layer, "parameter_name", "weight")
     module = name.replace(".base_layer", "")  # wrappers of several parameters of a module lie in each other
@@ -110,13 +120,13 @@ def adapted_parameters(network: nn.Module) -> list[str]:
     return sorted({adapted_name(name, layer) for name, layer in named_tuner_layers(network) if hasattr(layer, "parameter_name")})
 
 
-def tuner_layers(network: nn.Module) -> list[Any]:
+def tuner_layers(network: nn.Module) -> list[LoraLayer]:
     """PEFT's layers."""
     return [layer for _, layer in named_tuner_layers(network)]
 
 
-def named_tuner_layers(network: nn.Module) -> list[tuple[str, Any]]:
+def named_tuner_layers(network: nn.Module) -> list[tuple[str, LoraLayer]]:
     """Names and modules of PEFT's layers."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.lora import LoraLayer
 
-    return [(name, module) for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)]
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, LoraLayer)]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
 from lit_rl.checkpoints.weights import read_tensors
 from lit_rl.errors import ConfigError, listed
-from lit_rl.policies.weights.adapters import TRAINED, adapted_name, named_tuner_layers
+from lit_rl.policies.weights.adapters import TRAINED, adapted_name, lora_config, named_tuner_layers
 from lit_rl.policies.weights.lora import LoraSettings, check_initial, check_plain, inject, started_from
 from lit_rl.policies.weights.lora_sites import adaptable, coverage, default_sites, named_sites, peft_targets
 
@@ -47,7 +47,7 @@ def split_adapter(pretrained: str, lora: LoraSettings | None) -> tuple[str, Lora
     if not (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file():
         return pretrained, lora, None
     base = adapter_fields(folder).get("base_model_name_or_path")
-    if not base:
+    if not isinstance(base, str) or not base:
         raise ConfigError(
             f"pretrained: {pretrained!r} is an adapter whose {CONFIG_FILE} names no base: give that here, and this as lora.initial"
         )
@@ -79,7 +79,14 @@ def load_initial(lm: PreTrainedModel, lora: LoraSettings, *, layers: set[str] | 
     check_initial(lm, lora, layers=layers)
 
 
-def check_loaded(result: Any, *, what: str) -> None:
+class LoadResult(Protocol):
+    """The answer of `load_state_dict`."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def check_loaded(result: LoadResult, *, what: str) -> None:
     """Raise ConfigError unless every adapter tensor of the model was in the file, and every tensor of the file has its place."""
     missing = [key for key in result.missing_keys if ".lora_" in key and f".{TRAINED}." in key]
     unknown = list(result.unexpected_keys)
@@ -96,14 +103,15 @@ def read_adapter_config(folder: Path) -> LoraConfig:
 
     stored = adapter_fields(folder)
     check_plain(stored, where=repr(str(folder / CONFIG_FILE)))
+    make: Callable[..., LoraConfig] = LoraConfig
     known = LoraConfig.__dataclass_fields__.keys() - {"peft_type", "auto_mapping"}
     try:
-        return LoraConfig(**{field: value for field, value in stored.items() if field in known})
+        return make(**{field: value for field, value in stored.items() if field in known})
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"lora.initial: {CONFIG_FILE} of {str(folder)!r} is not one of PEFT's: {error}") from error
 
 
-def adapter_fields(folder: Path) -> dict[str, Any]:
+def adapter_fields(folder: Path) -> dict[str, object]:
     """The fields of adapter_config.json."""
     file = folder / CONFIG_FILE
     try:
@@ -132,17 +140,21 @@ def merged(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from peft import PeftModel
 
     try:
-        model: Any = PeftModel.from_pretrained(lm, folder)
+        model = PeftModel.from_pretrained(lm, folder)
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         raise ConfigError(f"{str(folder)!r} cannot be added to this {type(lm).__name__}: {error}") from error
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
-    bare: list[Any] = [getattr(layer, "base_layer", layer) for layer in (head, embedding)]
+    bare = [getattr(layer, "base_layer", layer) for layer in (head, embedding)]
     if bare[0].weight is bare[1].weight and bare != [head, embedding]:
-        bare[0].weight = nn.Parameter(bare[0].weight.detach().clone(), requires_grad=False)
+        own = bare[0].weight
+        assert isinstance(own, Tensor)
+        bare[0].weight = nn.Parameter(own.detach().clone(), requires_grad=False)
         for config in (lm.config, lm.config.get_text_config()):
             config.tie_word_embeddings = False
         lm.all_tied_weights_keys = {}
-    whole = model.merge_and_unload(safe_merge=True)
+    merge = getattr(model, "merge_and_unload", None)
+    assert callable(merge), "LoRA can be merged"
+    whole = merge(safe_merge=True)
     if hasattr(whole, "peft_config"):
         del whole.peft_config
     return whole
@@ -152,8 +164,8 @@ def save_adapter(lm: PreTrainedModel, folder: Path, weights: Mapping[str, Tensor
     """adapter_model.safetensors and adapter_config.json, as PEFT names and reads them. base: the model that it belongs to."""
     from safetensors.torch import save_file
 
-    config: Any = copy.copy(lm.peft_config[TRAINED])
+    config = copy.copy(lora_config(lm))
     config.base_model_name_or_path, config.task_type, config.inference_mode = base, "CAUSAL_LM", True
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     named = {f"base_model.model.{key.replace(f'.{TRAINED}.', '.')}": tensor for key, tensor in weights.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -123,7 +123,7 @@ def coverage(lm: PreTrainedModel, sites: Sites) -> str:
 def bypassed(lm: PreTrainedModel, name: str) -> bool:
     """True where a state-space module reads the layer's weight itself, for a kernel of its own: an adapter there has no effect."""
     parent, _, leaf = name.rpartition(".")
-    cls: Any = type(lm.get_submodule(parent))
+    cls: type = type(lm.get_submodule(parent))
     return re.search("Mamba|Mixer|SSM", cls.__name__) is not None and leaf in _read_weights(cls)
 
 
@@ -170,7 +170,7 @@ def _ends(name: str, target: str) -> bool:
 @cache
 def _read_weights(cls: type) -> frozenset[str]:
     """Attributes whose `.weight` a class computes with outside of its constructor and weight initialization."""
-    methods: Iterable[Callable[..., Any]] = [
+    methods: Iterable[Callable[..., object]] = [
         value for key, value in vars(cls).items() if inspect.isfunction(value) and "init" not in key and "reset" not in key
     ]
     found: set[str] = set()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from lit_rl.checkpoints.weights import read_tensors
 from lit_rl.errors import ConfigError, listed
 from lit_rl.policies.pretrained import Pipeline
-from lit_rl.policies.weights.adapters import TRAINED, adapter_parameters, to_float32, tuner_layers
+from lit_rl.policies.weights.adapters import TRAINED, adapter_parameters, lora_config, to_float32, tuner_layers
 from lit_rl.policies.weights.lora import LoraSettings, check_initial, check_plain, linear_names, started_from
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -70,7 +69,7 @@ def linear_names_of(network: nn.Module, targets: list[str]) -> set[str]:
     return {name for name in names if any(name == t or name.endswith("." + t) for t in targets)}
 
 
-def _take_over(network: Any, lora: LoraSettings, metadata: Mapping[str, object]) -> None:
+def _take_over(network: nn.Module, lora: LoraSettings, metadata: Mapping[str, object]) -> None:
     """Train what diffusers has read, and nothing else, with the dropout of the settings."""
     network.requires_grad_(False)
     for parameter in adapter_parameters(network, TRAINED).values():
@@ -78,8 +77,8 @@ def _take_over(network: Any, lora: LoraSettings, metadata: Mapping[str, object])
     to_float32(network, TRAINED)
     for layer in tuner_layers(network):
         layer.lora_dropout[TRAINED] = nn.Dropout(lora.dropout) if lora.dropout else nn.Identity()
-    network.peft_config[TRAINED].lora_dropout = lora.dropout
-    network.peft_config[TRAINED].inference_mode = False
+    config = lora_config(network)
+    config.lora_dropout, config.inference_mode = lora.dropout, False
 
 
 def adapter_file(path: Path) -> Path:
@@ -134,5 +133,5 @@ def save_adapter(network: nn.Module, folder: Path, weights: Mapping[str, Tensor]
             f"save: the adapter has {len(expected)} tensors, got {len(named)}, {len(named.keys() & expected)} of them its own"
         )
     # Without it alpha would be read as the rank.
-    metadata = network.peft_config[TRAINED].to_dict() | {"base_model_name_or_path": base}  # type: ignore[union-attr, index]
+    metadata = lora_config(network).to_dict() | {"base_model_name_or_path": base}
     pipeline.save_lora_weights(folder, transformer_lora_layers=named, transformer_lora_adapter_metadata=metadata)  # type: ignore[attr-defined]

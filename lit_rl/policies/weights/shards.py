@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,16 @@ def readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor.detach().to(dtype, copy=True)
 
 
+@runtime_checkable
+class ZeroParameter(Protocol):
+    """A parameter under DeepSpeed ZeRO-3: this process's piece of it, and the size and shape of the whole."""
+
+    ds_tensor: Tensor
+    ds_numel: int
+    ds_shape: torch.Size
+    ds_process_group: torch.distributed.ProcessGroup
+
+
 def part(parameter: Tensor) -> Tensor:
     """The part of a parameter on this process, as a plain tensor (flat under ZeRO-3). An alias: writing to it changes the parameter."""
     from torch.distributed.tensor import DTensor
@@ -81,13 +92,13 @@ def gather_parts(piece: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         mesh, placements, shape, stride = parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride()
         return whole(DTensor.from_local(piece, mesh, placements, run_check=False, shape=shape, stride=stride))
-    if not hasattr(parameter, "ds_tensor"):
+    if not isinstance(parameter, ZeroParameter):
         return whole(piece)
-    group = parameter.ds_process_group  # type: ignore[attr-defined]
+    group = parameter.ds_process_group
     mine = sendable(piece, group)
     pieces = mine.new_empty(torch.distributed.get_world_size(group) * mine.numel())
     torch.distributed.all_gather_into_tensor(pieces, mine, group=group)
-    return whole(pieces[: parameter.ds_numel].view(parameter.ds_shape))  # type: ignore[attr-defined]
+    return whole(pieces[: parameter.ds_numel].view(parameter.ds_shape))
 
 
 def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -98,9 +109,9 @@ def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         placed = distribute_tensor(tensor.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None)
         return placed.to_local().clone()
-    if not hasattr(parameter, "ds_tensor"):
+    if not isinstance(parameter, ZeroParameter):
         return tensor.to(device, copy=True)
-    size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+    size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank(parameter.ds_process_group)
     piece = tensor.flatten()[rank * size : (rank + 1) * size].to(device)
     return torch.cat([piece, piece.new_zeros(size - piece.numel())])
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from aiohttp import web
@@ -85,7 +85,9 @@ class RewardApp:
             hold(1, 0)
             sample, info = await self._decode(partial(_decode_single, body, max_pixels=self.limits.max_pixels), deadline)
             self._check_medium("texts" if isinstance(sample, str) else "images")
-            hold(0, len(body) if isinstance(sample, str) else sample.nbytes + (info["mask"].nbytes if "mask" in info else 0))
+            mask = info.get("mask")
+            masked = mask.nbytes if isinstance(mask, np.ndarray) else 0
+            hold(0, len(body) if isinstance(sample, str) else sample.nbytes + masked)
             row = (await self.batcher.submit([sample], [info], deadline=deadline))[0]
         if isinstance(row, SampleError):
             raise ApiError(500, row.code, str(row))
@@ -176,8 +178,10 @@ class RewardApp:
 def make_runner(app: RewardApp) -> web.AppRunner:
     """Half-sent headers and idle connections are closed after 75 s; a caller who leaves cancels the work; bodies are never inflated."""
     server_logger.addFilter(in_one_line)
-    options: dict[str, Any] = {"access_log": None, "keepalive_timeout": 75.0, "lingering_time": 2.0, "auto_decompress": False}
-    return web.AppRunner(app.app, handler_cancellation=True, shutdown_timeout=5.0, **options)
+    return web.AppRunner(
+        app.app, handler_cancellation=True, shutdown_timeout=5.0, access_log=None, keepalive_timeout=75.0, lingering_time=2.0,
+        auto_decompress=False,
+    )  # fmt: skip
 
 
 def _deadline(request: web.Request) -> float | None:
@@ -195,7 +199,7 @@ def _check_count(announced: int | None, count: int, what: str) -> None:
         raise ApiError(422, "bad_batch", f"X-Batch-Size is {announced}, the body holds {count} {what}")
 
 
-def _decode_single(body: bytearray, *, max_pixels: int) -> tuple[np.ndarray | Answer, dict[str, Any]]:
+def _decode_single(body: bytearray, *, max_pixels: int) -> tuple[np.ndarray | Answer, dict[str, object]]:
     """The JSON of /score -> an image or a text, and its info. Unknown keys are ignored (older clients send `timestep`)."""
     try:
         request = parse_json(bytes(body), "the body")
@@ -211,21 +215,21 @@ def _decode_single(body: bytearray, *, max_pixels: int) -> tuple[np.ndarray | An
     return _decode_single_image(request, max_pixels=max_pixels)
 
 
-def _decode_single_image(request: Mapping[str, object], *, max_pixels: int) -> tuple[np.ndarray, dict[str, Any]]:
-    texts: dict[str, Any] = {key: request.get(key) for key in ("image", "prompt", "mask", "target")}
+def _decode_single_image(request: Mapping[str, object], *, max_pixels: int) -> tuple[np.ndarray, dict[str, object]]:
+    texts: dict[str, object] = {key: request.get(key) for key in ("image", "prompt", "mask", "target")}
     if type(texts["target"]) in (int, float):  # 42 asks for "42"
         texts["target"] = None if texts["target"] in (math.inf, -math.inf) or texts["target"] != texts["target"] else str(texts["target"])
     for key, value in texts.items():
         if not isinstance(value, str) and (value is not None or key in ("image", "prompt")):
             problem = "missing" if key not in request else f"{type(value).__name__}, expected a string"
             raise ApiError(422, "bad_request", f"`{key}` is {problem}", details=[{"field": key, "problem": problem}])
-    info: dict[str, Any] = {"prompt": texts["prompt"]} | ({"target": texts["target"]} if texts["target"] else {})
+    info: dict[str, object] = {"prompt": texts["prompt"]} | ({"target": texts["target"]} if texts["target"] else {})
     if not all(map(is_text, info.values())):
         raise ApiError(422, "bad_request", f"a prompt must be valid Unicode of at most {MAX_PROMPT} characters")
-    image = decode_image(decode_base64(texts["image"]), max_pixels=max_pixels)
+    image = decode_image(decode_base64(str(texts["image"])), max_pixels=max_pixels)
     if texts["mask"]:
-        info["mask"] = decode_mask(decode_base64(texts["mask"]), max_pixels=max_pixels)
-        if (wrong := _mask_error(info["mask"], image)) is not None:
+        info["mask"] = mask = decode_mask(decode_base64(str(texts["mask"])), max_pixels=max_pixels)
+        if (wrong := _mask_error(mask, image)) is not None:
             raise wrong
     return image, info
 
@@ -235,8 +239,8 @@ def _mask_error(mask: np.ndarray, image: np.ndarray) -> SampleError | None:
     return None if problem is None else SampleError("bad_mask", f"`mask` {problem}")
 
 
-def _info(batch: Batch, i: int) -> dict[str, Any]:
-    info: dict[str, Any] = {"prompt": batch.prompts[i]}
+def _info(batch: Batch, i: int) -> dict[str, object]:
+    info: dict[str, object] = {"prompt": batch.prompts[i]}
     if batch.targets is not None and batch.targets[i] is not None:
         info["target"] = batch.targets[i]
     if batch.masks is not None:
@@ -244,6 +248,6 @@ def _info(batch: Batch, i: int) -> dict[str, Any]:
     return info
 
 
-def _finite(row: Mapping[str, object]) -> dict[str, Any]:
+def _finite(row: Mapping[str, object]) -> dict[str, object]:
     """JSON has no NaN: what could not be computed is null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

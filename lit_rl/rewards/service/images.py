@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lit_rl.rewards.service.samples import SampleError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_ASPECT = 64
@@ -46,10 +49,10 @@ def decode_base64(text: str) -> bytes:
         raise SampleError("bad_image", f"`image` is not base64: {error}") from error
 
 
-def lossy(image: Any, data: bytes | None = None) -> bool:
+def lossy(image: Picture, data: bytes | None = None) -> bool:
     """True when an open Pillow image comes from a file in which black is not exactly black around an edge. data: the file's bytes."""
     if image.format == "WEBP":
-        head = Path(image.filename).read_bytes() if data is None else data
+        head = Path(getattr(image, "filename", "")).read_bytes() if data is None else data
         return b"VP8L" not in head[:64]  # behind VP8X and a profile it would be farther; such a file counts as lossy
     if image.format == "TIFF":
         return image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")

@@ -6,7 +6,7 @@ import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -40,7 +40,7 @@ _NEEDED = {
     "function": ("path", "FILE.py"),
 }
 """The option that a reward cannot do without, and the kind of its value."""
-Options: TypeAlias = Mapping[str, Mapping[str, Any]]
+Options: TypeAlias = Mapping[str, Mapping[str, object]]
 """Constructor options by name of the reward, as JSON has them."""
 
 
@@ -56,7 +56,7 @@ def check(names: Sequence[str], options: Options) -> None:
         if kind and not path:
             knob = "--vlm-model-path FOLDER" if name == "vlm" else f"""--scorer-args '{{"{name}": {{"{option}": "{kind}"}}}}'"""
             raise ValueError(f"scorer {name} needs a {'function' if name == 'function' else 'model'}; give {knob}")
-        if path and str(path).startswith(("/", ".", "~")) and not Path(path).expanduser().exists():
+        if path and str(path).startswith(("/", ".", "~")) and not Path(str(path)).expanduser().exists():
             raise ValueError(f"the {option} of scorer {name} does not exist: {path}")
     if unused := set(options) - set(names):
         raise ValueError(f"options were given for {', '.join(sorted(unused))}, which --scorers does not name")
@@ -73,11 +73,11 @@ def build(names: Sequence[str], options: Options, *, device: str | None) -> list
     return rewards
 
 
-def _made(value: object) -> Any:
+def _made(value: object) -> object:
     """An object that is described by `class_path` and `init_args`, as in a YAML; anything else as it is."""
     if not isinstance(value, Mapping) or "class_path" not in value or not value.keys() <= {"class_path", "init_args"}:
         return value
-    module, _, attribute = value["class_path"].rpartition(".")
+    module, _, attribute = str(value["class_path"]).rpartition(".")
     return getattr(importlib.import_module(module), attribute)(**{key: _made(v) for key, v in value.get("init_args", {}).items()})
 
 

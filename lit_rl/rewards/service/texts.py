@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import date, time
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -33,7 +33,7 @@ class TextBatch(NamedTuple):
     """N texts to score, and the row that each answers, its prompt in it."""
 
     texts: list[Answer]
-    infos: list[dict[str, Any]]
+    infos: list[dict[str, object]]
     request_id: str
 
 
@@ -58,24 +58,28 @@ def decode_texts(body: bytes | bytearray) -> TextBatch:
     if not isinstance(texts, list) or not texts:
         raise WireError("`texts` is no list of at least one text")
     rows = request.get("rows", [{}] * len(texts))
-    for name, values in {"prompts": prompts, "rows": rows}.items():
-        if not isinstance(values, list) or len(values) != len(texts):
-            count = f"{len(values)} entries" if isinstance(values, list) else "no list"
-            raise WireError(f"`{name}` has {count}; expected {len(texts)}, one for each text")
+    prompts, rows = (_one_each(values, len(texts), name) for name, values in {"prompts": prompts, "rows": rows}.items())
     request_id = request.get("request_id", "")
-    if not is_text(request_id):
+    if not isinstance(request_id, str) or not is_text(request_id):
         raise WireError("`request_id` is no text")
     answers = [_answer(text, f"text {i}") for i, text in enumerate(texts)]
     infos = [_info(prompt, row, f" {i}") for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
     return TextBatch(answers, infos, request_id)
 
 
-def decode_text(request: Mapping[str, object]) -> tuple[Answer, dict[str, Any]]:
+def _one_each(values: object, count: int, name: str) -> list[object]:
+    if not isinstance(values, list) or len(values) != count:
+        found = f"{len(values)} entries" if isinstance(values, list) else "no list"
+        raise WireError(f"`{name}` has {found}; expected {count}, one for each text")
+    return values
+
+
+def decode_text(request: Mapping[str, object]) -> tuple[Answer, dict[str, object]]:
     """The parsed body of the single route -> answer and row. Raises WireError."""
     return _answer(request["text"], "`text`"), _info(request.get("prompt"), request.get("row", {}), "")
 
 
-def _object(body: bytes | bytearray) -> dict[str, Any]:
+def _object(body: bytes | bytearray) -> dict[str, object]:
     parsed = parse_json(bytes(body), "the body")
     if not isinstance(parsed, dict):
         raise WireError('the body is no JSON object; expected {"texts": [...], "prompts": [...], "rows": [...]}')
@@ -83,17 +87,19 @@ def _object(body: bytes | bytearray) -> dict[str, Any]:
 
 
 def _answer(value: object, name: str) -> Answer:
-    fields: dict[str, Any] = {"text": value} if isinstance(value, str) else value if isinstance(value, dict) else {}
-    if not isinstance(fields.get("text"), str):
+    fields: dict[str, object] = {"text": value} if isinstance(value, str) else value if isinstance(value, dict) else {}
+    text, opened, written = (fields.get(key) for key in ("text", "opened", "written"))
+    if not isinstance(text, str):
         raise WireError(f'{name} is {type(value).__name__}; expected a text, or an object {{"text": ...}}')
     special = fields.get("special", [])
-    words = [fields[key] for key in ("text", "opened", "written") if fields.get(key) is not None]
-    if not isinstance(special, list) or not all(is_text(word, limit=MAX_TEXT) for word in [*words, *special]):
+    words = [word for word in (text, opened, written) if word is not None]
+    valid = isinstance(special, list) and all(is_text(word, limit=MAX_TEXT) for word in [*words, *special])
+    if not (valid and isinstance(special, list) and isinstance(opened, str | None) and isinstance(written, str | None)):
         raise WireError(f"{name} must hold valid Unicode of at most {MAX_TEXT} characters, `special` be a list of texts")
-    return Answer(fields["text"], opened=fields.get("opened") or "", written=fields.get("written"), special=frozenset(special))
+    return Answer(text, opened=opened or "", written=written, special=frozenset(special))
 
 
-def _info(prompt: object, row: object, number: str) -> dict[str, Any]:
+def _info(prompt: object, row: object, number: str) -> dict[str, object]:
     if not isinstance(row, dict):
         raise WireError(f"row{number} is {type(row).__name__}; expected an object with the columns of the prompt's data")
     messages = isinstance(prompt, list) and prompt and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in prompt)

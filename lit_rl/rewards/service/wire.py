@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -188,7 +188,7 @@ def _entry(name: str, entry: object) -> tuple[str, int, int, list[int]]:
     raise WireError(f"tensor `{name}` is {json.dumps(entry)[:120]}; expected dtype U8, a shape of whole numbers and two data_offsets")
 
 
-def parse_json(text: bytes | str, what: str) -> Any:
+def parse_json(text: bytes | str, what: str) -> object:
     """JSON without keys that appear twice. Raises WireError; what: the text's name in it."""
     try:
         return json.loads(text, object_pairs_hook=_unique)
@@ -196,13 +196,13 @@ def parse_json(text: bytes | str, what: str) -> Any:
         raise WireError(f"{what} is not JSON: {str(error)[:120]}") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> Mapping[str, object]:
     if len(keys := dict(pairs)) != len(pairs):
         raise ValueError("a key appears twice")
     return keys
 
 
-def _json_strings(metadata: Mapping[str, str], key: str, *, count: int | None = None, allow_null: bool = False) -> list[Any]:
+def _json_strings(metadata: Mapping[str, str], key: str, *, count: int | None = None, allow_null: bool = False) -> list[str | None]:
     if key not in metadata:
         raise WireError(f"metadata `{key}` is missing; expected a JSON list of strings, one per image")
     rows = parse_json(metadata[key], f"metadata `{key}`")

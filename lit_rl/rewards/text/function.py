@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class FunctionReward(TextReward):
         *,
         name: str = "function",
         extras: list[str] | None = None,
-        arguments: dict[str, Any] | None = None,
+        arguments: dict[str, object] | None = None,
         timeout_s: float = 60.0,
         concurrency: int = 16,
     ) -> None:
@@ -86,7 +86,7 @@ class FunctionReward(TextReward):
         self.outputs = (name, *self.extras)
         self.arguments = arguments or {}
         self.timeout_s, self.concurrency = timeout_s, concurrency
-        self._call: Callable[..., Any] | None = None
+        self._call: Callable[..., object] | None = None
         self._counts = Counter(timeouts=0, errors=0)
         self._told: set[str] = set()
 
@@ -144,7 +144,7 @@ class FunctionReward(TextReward):
         line = f":{code.co_firstlineno}" if code is not None and Path(code.co_filename) == self.path else ""
         return f"{self.path}{line}: {self.function}"
 
-    async def _answer(self, asked: Mapping[str, object]) -> Any:
+    async def _answer(self, asked: Mapping[str, object]) -> object:
         call = self._call = self._call or load_function(self.path, self.function)
         if inspect.iscoroutinefunction(call):
             return await call(**asked)
@@ -165,7 +165,7 @@ class FunctionReward(TextReward):
         return [score, *(math.nan if fields[name] is None else as_number(fields[name]) for name in self.extras)]
 
 
-def load_function(path: Path, name: str) -> Callable[..., Any]:
+def load_function(path: Path, name: str) -> Callable[..., object]:
     """A function from a Python file, which is run. Raises ConfigError where there is none of this name."""
     module = load_file(path)
     found = getattr(module, name, None)
@@ -177,7 +177,7 @@ def load_function(path: Path, name: str) -> Callable[..., Any]:
     return found
 
 
-def check_signature(call: Callable[..., Any], asked: Iterable[str], *, place: str) -> None:
+def check_signature(call: Callable[..., object], asked: Iterable[str], *, place: str) -> None:
     """Raise ConfigError where a function cannot be called with arguments of these names."""
     try:
         signature = inspect.signature(call)
@@ -191,7 +191,7 @@ def check_signature(call: Callable[..., Any], asked: Iterable[str], *, place: st
         ) from error
 
 
-def fields_of(result: object) -> Mapping[str, Any]:
+def fields_of(result: object) -> Mapping[str, object]:
     """The parts of a result by name: of a mapping, named tuple or dataclass its own, of a tuple or list the first, as verl takes it."""
     if isinstance(result, Mapping):
         return result
@@ -206,18 +206,21 @@ def fields_of(result: object) -> Mapping[str, Any]:
     return {"score": result}
 
 
-def as_number(value: Any) -> float:
+def as_number(value: object) -> float:
     """A number of Python, numpy, torch or an enumeration as float."""
     value = value.value if isinstance(value, Enum) else value
     if value is None:
         raise NoScoreError('returned None; expected a number or {"score": number}')
     try:
-        return float(value.item() if hasattr(value, "item") else value)
+        number = value.item() if hasattr(value, "item") else value
+        if not isinstance(number, str | bytes | SupportsFloat | SupportsIndex):
+            raise TypeError("not a number")
+        return float(number)
     except (TypeError, ValueError, RuntimeError) as error:
         raise NoScoreError(f"returned {value!r:.80}; expected a number") from error
 
 
-async def in_thread(call: Callable[[], Any]) -> Any:
+async def in_thread(call: Callable[[], object]) -> object:
     """Await `call()` in a thread of its own that ends with the process: an executor would wait for one that hangs."""
     loop, answer = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 

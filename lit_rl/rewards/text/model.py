@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import TextReward
 from lit_rl.types import Info
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class ModelReward(TextReward):
@@ -43,7 +46,7 @@ class ModelReward(TextReward):
         device: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         label: int | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, object] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         folder = Path(pretrained).expanduser()
@@ -57,7 +60,7 @@ class ModelReward(TextReward):
         self.batch_size, self.max_length, self.label = batch_size, max_length, label
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.trust_remote_code = trust_remote_code
-        self._model: Any = None
+        self._model: PreTrainedModel | None = None
         self._cut = 0
 
     def setup(self, *, rank: int, world_size: int, device: str) -> None:
@@ -86,7 +89,7 @@ class ModelReward(TextReward):
             raise ConfigError(f"label={self.label}: {self.pretrained} has outputs 0 ... {labels - 1}")
         self._model = model.eval().requires_grad_(False).to(self.device or device)
 
-    def _longest(self, config: Any) -> int:
+    def _longest(self, config: PreTrainedConfig) -> int:
         """Tokens of a conversation at most. Raises ConfigError where the model has no rows for its tokens, or no positions for them."""
         tokens, template = self._tokenizer.get_vocab(), str(self._tokenizer.chat_template or "")
         special = {token for token in self._tokenizer.all_special_tokens if token not in template}  # of images, perhaps
@@ -141,6 +144,7 @@ class ModelReward(TextReward):
         width = max(map(len, rows))
         ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        assert self._model is not None, "score sets it up"
         self._model.config.pad_token_id = padding
         device = self._model.device
         logits = self._model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float().cpu()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -191,7 +190,7 @@ class RuleReward(TextReward):
 
     def _apply(self, rule: str, text: str, truth: object) -> Verdict:
         """The verdict on the accepted answer that the text gives, else on the first. A number is also compared as one: 18.50 is 18.5."""
-        options: dict[str, Any] = {"format_score": self.format_score} if rule in WITH_FORMAT_SCORE else {}
+        options: dict[str, float] = {"format_score": self.format_score} if rule in WITH_FORMAT_SCORE else {}
         accepted = truths(rule, truth)
         best = max((RULES[rule](text, form, **options) for form in accepted), key=lambda verdict: verdict.right)
         if not best.right and best.read is not None and is_number(truth) and number(best.read) == number(accepted[0]):

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
@@ -55,7 +54,7 @@ def _texts(value: object, whole: object) -> list[str]:
     raise ConfigError(f"a text or number, found {whole!r}; a list may hold several accepted answers")
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     """A value of numpy, torch, pyarrow or pandas as one of Python."""
     if isinstance(value, np.floating):
         return Decimal(str(value)) if np.isfinite(value) else math.nan  # float() would write out the digits that a float32 does not have
