@@ -67,7 +67,7 @@ LIMITS: Mapping[str, Limit] = {
     "files in import circles": Limit(0),
     "files over 250 lines": Limit(10),
     "lines of the longest file": Limit(320),
-    "lines of the longest method file": Limit(250, held=336),
+    "lines of the longest method file": Limit(250, held=310),
     "lines of a function, p90": Limit(19),
     "lines of a function, max": Limit(50),
     UNTYPED: Limit(411),  # two thirds of 617, before the house was rebuilt

@@ -76,22 +76,15 @@ class DiffusionNFT(LitFlow):
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
-        if kl_coef < 0:
-            raise ConfigError(f"model.kl_coef={kl_coef} must not be negative; 0 turns the reference off")
         self.check_reference(kl_coef)
-        _check(solver=solver, eta=eta, beta=beta, timestep_fraction=timestep_fraction)
+        _check(kl_coef=kl_coef, solver=solver, eta=eta, beta=beta, timestep_fraction=timestep_fraction)
         if not 0 <= timestep_range[0] < timestep_range[1] <= 1 or timestep_shift <= 0:
             raise ConfigError(
                 f"model.timestep_range={list(timestep_range)} must rise within [0, 1], model.timestep_shift={timestep_shift} be above 0"
             )
-        self.solver, self.eta = solver, eta
-        self.beta = beta
-        self.adv_mode = adv_mode
-        self.timestep_fraction = timestep_fraction
-        self.timesteps = timesteps
-        self.timestep_range = timestep_range
-        self.timestep_shift = timestep_shift
-        self.kl_coef = kl_coef
+        self.solver, self.eta, self.beta, self.adv_mode = solver, eta, beta, adv_mode
+        self.timestep_fraction, self.timesteps = timestep_fraction, timesteps
+        self.timestep_range, self.timestep_shift, self.kl_coef = timestep_range, timestep_shift, kl_coef
         self.old_policy: OldPolicy | None = None  # set by the callback that keeps it
 
     def check_parts(self, stage: str) -> None:
@@ -246,7 +239,9 @@ class AWM(DiffusionNFT):
         return clipped_surrogate(logprob, before, batch.advantages, **clip)
 
 
-def _check(*, solver: Solver, eta: float, beta: float, timestep_fraction: float) -> None:
+def _check(*, kl_coef: float, solver: Solver, eta: float, beta: float, timestep_fraction: float) -> None:
+    if kl_coef < 0:
+        raise ConfigError(f"model.kl_coef={kl_coef} must not be negative; 0 turns the reference off")
     if not 0 <= eta <= 1 or (eta and solver != "ddim"):
         raise ConfigError(f"model.eta={eta} is the noise of model.solver=ddim, in [0, 1]; for solver {solver} set it to 0")
     if beta <= 0:

@@ -10,32 +10,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lit_rl.checkpoints.progress import minibatches_done
 from lit_rl.errors import ConfigError
 from lit_rl.losses.flow import FlowKL, gaussian_kl
-from lit_rl.losses.masked import harmless, weighted_means
+from lit_rl.losses.masked import weighted_means
 from lit_rl.losses.step_surrogates import Clip, Guard, StepSurrogate
 from lit_rl.losses.terms import Term, Terms
-from lit_rl.modules.flow import FlowBatch, LitFlow
-from lit_rl.modules.paths import Plan, collect_paths
+from lit_rl.modules.flow import LitFlow
+from lit_rl.modules.paths import PairBatch, Plan, collect_paths, pair_batch
 from lit_rl.policies.base import FlowPolicy
-from lit_rl.replay.partition import places
 from lit_rl.samplers.flow import CPS, SDE, DanceSDE, Step, sde_step
 from lit_rl.samplers.windows import MixStrategy, full_window, mix_window, random_subset, random_window
 from lit_rl.seeding import generator, seed_of
-from lit_rl.types import FlowRollout, Prompts, take_rows
-
-
-class PairBatch(FlowBatch):
-    """N (sample, step) pairs: the action that went from `x` at `sigma` to `x_next` at `sigma_next`."""
-
-    x: Tensor  # Float "N *D"
-    x_next: Tensor  # Float "N *D"
-    sigma: Tensor  # Float "N"
-    sigma_next: Tensor  # Float "N"
-    logprobs: Tensor  # Float "N"
-    advantages: Tensor  # Float "N"
-    means: Tensor | None  # Float "N *D", GRPO-Guard only
+from lit_rl.types import FlowRollout, Prompts
 
 
 class FlowGRPO(LitFlow):
@@ -65,10 +51,8 @@ class FlowGRPO(LitFlow):
         super().__init__(policy, **kwargs)
         if not 0 < timestep_fraction <= 1:
             raise ConfigError(f"model.timestep_fraction={timestep_fraction} must be in (0, 1]; 0.99 leaves out the last step")
-        self.sde = sde or SDE()
         self.timestep_fraction = timestep_fraction
-        self.surrogate = surrogate or Clip()
-        self.kl = kl or FlowKL()
+        self.sde, self.surrogate, self.kl = sde or SDE(), surrogate or Clip(), kl or FlowKL()
         self.check_reference(self.kl.coef)
 
     # ------------------------------------------------------------------ which steps are actions
@@ -100,18 +84,7 @@ class FlowGRPO(LitFlow):
 
     # ------------------------------------------------------------------ loss
     def minibatch(self, rollout: FlowRollout, rows: Tensor) -> PairBatch:
-        pairs, kept = places(rows.to(self.device))
-        b, s = pairs // rollout.logprobs.shape[1], pairs % rollout.logprobs.shape[1]
-        assert rollout.advantages is not None and rollout.weights is not None
-        weights = rollout.weights[b, s].where(kept, 0.0)
-        used, cond = weights != 0, take_rows(rollout.cond, rollout.cond_row[b])
-        return PairBatch(
-            x=harmless(rollout.latents[b, s].float(), used), x_next=harmless(rollout.latents[b, s + 1], used),
-            sigma=rollout.times[b, s], sigma_next=rollout.times[b, s + 1],
-            logprobs=harmless(rollout.logprobs[b, s], used), advantages=rollout.advantages[b, s], weights=weights,
-            cond={name: harmless(value, used) for name, value in cond.items()}, info=self.info_to_condition(rollout, b),
-            means=None if rollout.means is None else harmless(rollout.means[b, s], used),
-        )  # fmt: skip
+        return pair_batch(self, rollout, rows)
 
     def loss(self, minibatch: PairBatch) -> Terms:  # type: ignore[override]
         """The surrogate and the divergence from the reference, per pair."""
@@ -136,9 +109,8 @@ class FlowGRPO(LitFlow):
         """Means over the iteration; the largest deviation of the ratio from 1, and that of the first update, where it is an error."""
         deviation = metrics.pop("ratio_max_dev")
         self.meters.mean(metrics, weight=weights.sum())
-        self.meters.largest({"ratio_max_dev": deviation})
-        if minibatches_done(self.trainer) < self.trainer.accumulate_grad_batches:
-            self.meters.largest({"ratio_first_update_max_dev": deviation})
+        first = self.trainer.fit_loop.epoch_loop.batch_idx < self.trainer.accumulate_grad_batches
+        self.meters.largest({"ratio_max_dev": deviation} | ({"ratio_first_update_max_dev": deviation} if first else {}))
 
     def replay_step(self, v: Tensor, batch: PairBatch) -> Step:
         """The stored action under today's velocity. Every trained step was drawn at `noise_level`."""
@@ -242,14 +214,7 @@ class DanceGRPO(FlowGRPO):
 
     stored_with: Sequence[str] = ("trained_fraction",)
 
-    def __init__(
-        self,
-        policy: FlowPolicy,
-        *,
-        trained_fraction: float = 0.6,
-        sde: DanceSDE | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, policy: FlowPolicy, *, trained_fraction: float = 0.6, sde: DanceSDE | None = None, **kwargs: Any) -> None:
         super().__init__(policy, sde=sde or DanceSDE(), **kwargs)
         if not 0 < trained_fraction <= 1:
             raise ConfigError(f"model.trained_fraction={trained_fraction} must be in (0, 1]; DanceGRPO uses 0.6")
@@ -261,11 +226,10 @@ class DanceGRPO(FlowGRPO):
         return [self.sde.noise_level] * last + [self.sde.noise_level if last in window else 0.0]
 
     def trained_pairs(self, rollout: FlowRollout) -> Tensor:
-        steps = rollout.logprobs.shape[1]
+        count = max(1, int(rollout.mask.shape[1] * self.trained_fraction))
         mask = torch.zeros(rollout.mask.shape, dtype=torch.bool)
-        for i, key in enumerate(self.row_keys(rollout)):
-            draw = generator(*key, "trained")
-            mask[i, random_subset(range(steps), count=max(1, int(steps * self.trained_fraction)), generator=draw)] = True
+        for row, key in zip(mask, self.row_keys(rollout)):
+            row[random_subset(range(len(row)), count=count, generator=generator(*key, "trained"))] = True
         return mask.to(rollout.mask.device)
 
 

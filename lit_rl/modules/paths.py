@@ -8,12 +8,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_rl.losses.masked import finite_rows
-from lit_rl.modules.flow import LitFlow
+from lit_rl.losses.masked import finite_rows, harmless
+from lit_rl.modules.flow import FlowBatch, LitFlow
 from lit_rl.replay.pairs import first_siblings
+from lit_rl.replay.partition import places
 from lit_rl.samplers.flow import SDE, Step, sde_path
 from lit_rl.seeding import Key
 from lit_rl.types import Cond, FlowRollout, Prompts, take_rows
+
+
+class PairBatch(FlowBatch):
+    """N (sample, step) pairs: the action that went from `x` at `sigma` to `x_next` at `sigma_next`."""
+
+    x: Tensor  # Float "N *D"
+    x_next: Tensor  # Float "N *D"
+    sigma: Tensor  # Float "N"
+    sigma_next: Tensor  # Float "N"
+    logprobs: Tensor  # Float "N"
+    advantages: Tensor  # Float "N"
+    means: Tensor | None  # Float "N *D", GRPO-Guard only
 
 
 class Plan(NamedTuple):
@@ -44,6 +57,22 @@ def collect_paths(method: LitFlow, prompts: Prompts, plan: Plan) -> FlowRollout:
         prompts.group.to(method.device), prompts.info, logprobs=whole["logprobs"], latents=whole["latents"], means=whole.get("means"),
         mask=torch.ones_like(whole["logprobs"], dtype=torch.bool), cond=cond, cond_row=rows,
         times=plan.sigmas[plan.window.start : plan.window.stop + 1].expand(len(prompts), -1),
+    )  # fmt: skip
+
+
+def pair_batch(method: LitFlow, rollout: FlowRollout, rows: Tensor) -> PairBatch:
+    """The pairs of these rows, as `lit_rl.replay.pairs.split_pairs` names them; what has no weight is replaced by 0."""
+    pairs, kept = places(rows.to(method.device))
+    b, s = pairs // rollout.logprobs.shape[1], pairs % rollout.logprobs.shape[1]
+    assert rollout.advantages is not None and rollout.weights is not None
+    weights = rollout.weights[b, s].where(kept, 0.0)
+    used, cond = weights != 0, take_rows(rollout.cond, rollout.cond_row[b])
+    return PairBatch(
+        x=harmless(rollout.latents[b, s].float(), used), x_next=harmless(rollout.latents[b, s + 1], used),
+        sigma=rollout.times[b, s], sigma_next=rollout.times[b, s + 1],
+        logprobs=harmless(rollout.logprobs[b, s], used), advantages=rollout.advantages[b, s], weights=weights,
+        cond={name: harmless(value, used) for name, value in cond.items()}, info=method.info_to_condition(rollout, b),
+        means=None if rollout.means is None else harmless(rollout.means[b, s], used),
     )  # fmt: skip
 
 
