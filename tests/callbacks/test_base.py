@@ -38,8 +38,9 @@ def test_the_hooks_that_methods_call_are_those_of_the_class() -> None:
     called: dict[str, int] = {}
     for path in (ROOT / "lit_rl").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "notify":
-                called[ast.literal_eval(node.args[0])] = len(node.args) - 1
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "notify":
+                names = [i for i, argument in enumerate(node.args) if isinstance(argument, ast.Constant)]
+                called |= {ast.literal_eval(node.args[i]): len(node.args) - i - 1 for i in names}
     assert called == {name: len(inspect.signature(getattr(RLCallback, name)).parameters) - 3 for name in OWN}
 
 
