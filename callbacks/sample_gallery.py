@@ -155,9 +155,9 @@ def _wrap(text: str, width: float, length: Callable[[str], float]) -> list[str]:
     """Lines of at most `width`, broken between words, and within a word that is longer than a line."""
     lines = [""]
     for word in text.split():
-        joined = f"{lines[-1]} {word}".strip()
-        if length(joined) <= width:
-            lines[-1] = joined
+        longer = f"{lines[-1]} {word}".strip()
+        if length(longer) <= width:
+            lines[-1] = longer
             continue
         lines.append("")
         for letter in word:

@@ -69,16 +69,16 @@ def pair_ids(
     policy: CausalLM, info: Info, *, limit: int, how: PairTruncation, keys: tuple[str, str] = ("max_length", "truncation")
 ) -> tuple[list[int], AnswerIds, AnswerIds]:
     """Ids of the prompt and of two answers, at most `limit` together with either. Where the answers begin is the same for both."""
-    asked, chosen = answer_ids(policy, info, info["chosen"])
+    prompt_ids, chosen = answer_ids(policy, info, info["chosen"])
     other, rejected = answer_ids(policy, info, info["rejected"])
-    start = min(len(asked), len(other))
-    border = asked[:start] == other[:start]  # otherwise the two go on with different words of somebody else's
+    start = min(len(prompt_ids), len(other))
+    border = prompt_ids[:start] == other[:start]  # otherwise the two go on with different words of somebody else's
     if not border:
-        start = next(i for i, (a, b) in enumerate(zip(asked, other)) if a != b)
+        start = next(i for i, (a, b) in enumerate(zip(prompt_ids, other)) if a != b)
     if not start:  # only where the prompt's first token reaches into an answer
         raise InvalidRow("prompt: its first token changes with the answer, so the two share no beginning: set data.chat to true")
-    chosen, rejected = _longer(asked[start:], border, chosen), _longer(other[start:], border, rejected)
-    prompt, longest = asked[:start], max(len(chosen), len(rejected))
+    chosen, rejected = _longer(prompt_ids[start:], border, chosen), _longer(other[start:], border, rejected)
+    prompt, longest = prompt_ids[:start], max(len(chosen), len(rejected))
     if how == "error":
         truncated([*prompt, *range(longest)], limit=limit, how="error", keys=keys)
     if how == "left":

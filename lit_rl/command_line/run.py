@@ -101,12 +101,12 @@ class CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """From the options with the run's folder and usual callbacks in them; `config.yaml` holds them as they were asked for."""
-        self.asked = self.config
-        model = self.asked[self.subcommand].model
+        self.given = self.config
+        model = self.given[self.subcommand].model
         for sentence in replaced_components(imported_class(model.class_path) or LitRL, model.init_args):
             rank_zero_warn(sentence)
         try:
-            self.config = Namespace({**vars(self.asked), self.subcommand: filled_in(self.asked[self.subcommand])})
+            self.config = Namespace({**vars(self.given), self.subcommand: filled_in(self.given[self.subcommand])})
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
             self.parser.error(str(error))
@@ -130,7 +130,7 @@ class CLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, object], callbacks: list[L.Callback]) -> L.Trainer:
-        self.config = self.asked
+        self.config = self.given
         return super()._instantiate_trainer(config, callbacks)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, object]:

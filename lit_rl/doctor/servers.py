@@ -67,8 +67,8 @@ def of_reward(reward: HTTPReward, label: str, *, processes: int) -> list[Finding
         own = [servers_of_rank(urls, rank=rank, world_size=processes, mapping=reward.mapping) for rank in range(processes)]
     except ConfigError as error:
         return [problem(f"reward {label}", str(error))]
-    asked = list(dict.fromkeys(url for servers in own for url in servers))
-    line = f"{processes} process{'es ask' if processes > 1 else ' asks'} {len(asked)} server{'s' if len(asked) > 1 else ''}: " + ", ".join(
+    used = list(dict.fromkeys(url for servers in own for url in servers))
+    line = f"{processes} process{'es ask' if processes > 1 else ' asks'} {len(used)} server{'s' if len(used) > 1 else ''}: " + ", ".join(
         f"rank {rank} {' '.join(servers)}" for rank, servers in enumerate(own[:8])
     )
     if len(urls) < processes and reward.mapping != "round_robin":
@@ -87,7 +87,7 @@ def of_reward(reward: HTTPReward, label: str, *, processes: int) -> list[Finding
         except (ConfigError, RuntimeError) as error:  # RewardError too
             return problem(f"reward server {url}", str(error))
 
-    return [counts, *_all(check, asked)]
+    return [counts, *_all(check, used)]
 
 
 def ports(ids: Sequence[str], *, first: int) -> Iterator[Finding]:

@@ -160,13 +160,15 @@ class _Hidden:
 @lru_cache(maxsize=8)
 def _turn_ends(tokenizer: Tokenizer, text: str, key: str, hidden: _Hidden) -> Ends:
     kwargs = hidden.kwargs
-    asked: list[Message] = [{"role": "user", "content": OTHER}]
+    question: list[Message] = [{"role": "user", "content": OTHER}]
     answer: Message = {"role": "assistant", "content": MARK}
-    begin = next((b for b in ([], [{"role": "system", "content": "s"}]) if _tried(tokenizer, [*b, *asked, answer], kwargs) is not None), [])
-    last = _behind(_tried(tokenizer, [*begin, *asked, answer], kwargs))
-    inside = _behind(_tried(tokenizer, [*begin, *asked, answer, *asked], kwargs)).partition(OTHER)[0]
-    before = _tried(tokenizer, [*begin, *asked], kwargs) or ""
-    opened = _tried(tokenizer, [*begin, *asked], kwargs | {"add_generation_prompt": True}) or ""
+    begin = next(
+        (b for b in ([], [{"role": "system", "content": "s"}]) if _tried(tokenizer, [*b, *question, answer], kwargs) is not None), []
+    )
+    last = _behind(_tried(tokenizer, [*begin, *question, answer], kwargs))
+    inside = _behind(_tried(tokenizer, [*begin, *question, answer, *question], kwargs)).partition(OTHER)[0]
+    before = _tried(tokenizer, [*begin, *question], kwargs) or ""
+    opened = _tried(tokenizer, [*begin, *question], kwargs | {"add_generation_prompt": True}) or ""
     opening = opened[len(before) :] if opened.startswith(before) else ""
     header = before.partition(OTHER)[0].removeprefix(tokenizer.bos_token or "")
     headers = {*controls(tokenizer, opening), *controls(tokenizer, header)}
@@ -174,7 +176,7 @@ def _turn_ends(tokenizer: Tokenizer, text: str, key: str, hidden: _Hidden) -> En
     middle = [token for token in controls(tokenizer, inside)[:1] if token not in headers]
     stops = final or middle
     for options in [{}, {"builtin_tools": ["brave_search"]}] if "tool_calls" in text else []:
-        called = _behind(_tried(tokenizer, [*begin, *asked, {"role": "assistant", "tool_calls": [CALL]}], kwargs | options))
+        called = _behind(_tried(tokenizer, [*begin, *question, {"role": "assistant", "tool_calls": [CALL]}], kwargs | options))
         found = controls(tokenizer, called)
         stops = [*stops, *([] if set(found) & set(stops) else found[-1:])]
     if not stops:

@@ -153,12 +153,12 @@ def openings(tokenizer: Tokenizer, opening: str) -> list[str]:
 
 
 @lru_cache(maxsize=8)
-def warn_of_opening(asked: str, written: str) -> None:
+def warn_of_opening(begun: str, written: str) -> None:
     """Once for each template."""
     log.warning(
         "the chat template asks for an answer by %r but writes one behind %r: what is learned is not what will be asked for; "
         "set model.policy.chat_template to one that writes both alike",
-        asked,
+        begun,
         written,
     )
 

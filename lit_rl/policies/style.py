@@ -114,8 +114,8 @@ def add_style(pipe: Pipeline, style: StyleSettings, weights: Weights | None, *, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch.initial_seed())
         projection = ImageProjection.like(weights, heads=style.heads) if weights else _new_projection(style, features, width)
-    if (asked := projection.mlp.features) != features:
-        raise ConfigError(f"style.initial: {style.initial!r} projects {asked} features, the encoder {style.encoder!r} has {features}")
+    if (projected := projection.mlp.features) != features:
+        raise ConfigError(f"style.initial: {style.initial!r} projects {projected} features, the encoder {style.encoder!r} has {features}")
     add_ip_adapter(pipe.transformer, projection, scale=style.scale, seed=torch.initial_seed())
     if weights:
         load_ip_adapter(pipe.transformer, weights)

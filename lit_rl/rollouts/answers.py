@@ -29,7 +29,7 @@ Keys = Sequence[tuple[Key, ...]]
 
 
 class Run(Protocol):
-    """Parts of a method that answering needs."""
+    """Parts of a method that generation needs."""
 
     policy: TokenPolicy
     scorer: Scorer | None
@@ -127,20 +127,20 @@ class Answers:
         self, run: Run, prompts: Prompts, keys: Keys, sampling: Sampling, *, tell: bool = True
     ) -> tuple[list[list[int]], list[Sample]]:
         """Prompt ids and answers; each finished chunk is submitted for scoring and, if `tell`, told to the callbacks."""
-        asked, answers = self.ask(run, prompts), []
+        prompt_ids, answers = self.ask(run, prompts), []
         most = int(run.all_ranks(torch.tensor([len(prompts)], device=run.device)).max())  # as many calls on every process
         for first in range(0, most, self.chunk):
             chunk = slice(first, first + self.chunk)
-            samples = self.engine.generate([Request(ids, key) for ids, key in zip(asked[chunk], keys[chunk])], sampling)
-            self.submit(run, samples, asked[chunk], prompts.info[chunk], tell=tell, total=len(prompts))
+            samples = self.engine.generate([Request(ids, key) for ids, key in zip(prompt_ids[chunk], keys[chunk])], sampling)
+            self.submit(run, samples, prompt_ids[chunk], prompts.info[chunk], tell=tell, total=len(prompts))
             answers += samples
-        return asked, answers
+        return prompt_ids, answers
 
     def submit(
-        self, run: Run, samples: Sequence[Sample], asked: Sequence[Sequence[int]], info: Sequence[Info], *, tell: bool, total: int
+        self, run: Run, samples: Sequence[Sample], prompt_ids: Sequence[Sequence[int]], info: Sequence[Info], *, tell: bool, total: int
     ) -> None:
         """Have answers scored and, if `tell`, tell the callbacks; `total`: answers of the rollout."""
-        texts = [run.policy.reply(sample.ids, prompt_ids=ids, info=row) for sample, ids, row in zip(samples, asked, info, strict=True)]
+        texts = [run.policy.reply(sample.ids, prompt_ids=ids, info=row) for sample, ids, row in zip(samples, prompt_ids, info, strict=True)]
         if run.scorer is not None and texts:
             run.scorer.submit(texts, info)
         if tell and texts:
@@ -168,9 +168,9 @@ class Answers:
         self.engine.update_weights(iteration)
         if answers is None:
             return None
-        asked = self.ask(run, prompts)
-        self.submit(run, answers, asked, prompts.info, tell=True, total=len(prompts))
-        return asked, answers
+        prompt_ids = self.ask(run, prompts)
+        self.submit(run, answers, prompt_ids, prompts.info, tell=True, total=len(prompts))
+        return prompt_ids, answers
 
     def begin(self, run: Run, prompts: Prompts, keys: Keys, iteration: int) -> None:
         """Have the prompts of an iteration answered in the background."""

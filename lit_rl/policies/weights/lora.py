@@ -127,10 +127,10 @@ def check_initial(network: nn.Module, settings: LoraSettings, *, layers: Collect
     if same and (layers is None or there == set(layers)):
         return
     count = len(there)
-    asked = f"{'as many' if layers is None else len(layers)} of rank {settings.rank or 'any'} and alpha {settings.alpha or 'any'}"
+    wanted = f"{'as many' if layers is None else len(layers)} of rank {settings.rank or 'any'} and alpha {settings.alpha or 'any'}"
     raise ConfigError(
         f"lora.initial: {settings.initial!r} holds adapters of {count} layers of rank {found['rank']} and alpha {found['alpha']:g}, the "
-        f"settings ask for {asked}; set lora.rank, lora.alpha and lora.targets to those of the folder, or leave them out"
+        f"settings ask for {wanted}; set lora.rank, lora.alpha and lora.targets to those of the folder, or leave them out"
     )
 
 

@@ -115,12 +115,12 @@ class FunctionReward(TextReward):
         nothing = [math.nan] * len(self.outputs)
         truth = (row.get("reward_model") or {}).get("ground_truth")
         extra = copy.deepcopy(row.get("extra_info"))  # siblings share the row
-        asked = dict(zip(ASKED, (row.get("data_source"), str(text), truth, extra), strict=True))
+        keywords = dict(zip(ASKED, (row.get("data_source"), str(text), truth, extra), strict=True))
         async with gate:
             limit = asyncio.timeout(self.timeout_s)
             try:
                 async with limit:
-                    return self._numbers(await self._answer(asked | self.arguments))
+                    return self._numbers(await self._answer(keywords | self.arguments))
             except (Exception, SystemExit) as error:  # foreign code: the reason goes into the message that stops a run
                 self._note(error, row, late=limit.expired())
         return nothing
@@ -144,11 +144,11 @@ class FunctionReward(TextReward):
         line = f":{code.co_firstlineno}" if code is not None and Path(code.co_filename) == self.path else ""
         return f"{self.path}{line}: {self.function}"
 
-    async def _answer(self, asked: Mapping[str, object]) -> object:
+    async def _answer(self, keywords: Mapping[str, object]) -> object:
         call = self._call = self._call or load_function(self.path, self.function)
         if inspect.iscoroutinefunction(call):
-            return await call(**asked)
-        result = await in_thread(lambda: call(**asked))
+            return await call(**keywords)
+        result = await in_thread(lambda: call(**keywords))
         return await result if inspect.isawaitable(result) else result
 
     def _numbers(self, result: object) -> list[float]:
@@ -177,17 +177,17 @@ def load_function(path: Path, name: str) -> Callable[..., object]:
     return found
 
 
-def check_signature(call: Callable[..., object], asked: Iterable[str], *, place: str) -> None:
+def check_signature(call: Callable[..., object], keywords: Iterable[str], *, place: str) -> None:
     """Raise ConfigError where a function cannot be called with arguments of these names."""
     try:
         signature = inspect.signature(call)
     except (ValueError, TypeError):  # written in C
         return
     try:
-        signature.bind(**dict.fromkeys(asked))
+        signature.bind(**dict.fromkeys(keywords))
     except TypeError as error:
         raise ConfigError(
-            f"{place}{signature} cannot be called: {error}; it is called with {', '.join(f'{name}=...' for name in asked)}"
+            f"{place}{signature} cannot be called: {error}; it is called with {', '.join(f'{name}=...' for name in keywords)}"
         ) from error
 
 

@@ -125,8 +125,8 @@ class ModelReward(TextReward):
 
     def _ids(self, prompt: str | Sequence[Mapping[str, str]], answer: str) -> list[int]:
         if self._tokenizer.chat_template is None:
-            asked = prompt if isinstance(prompt, str) else "\n".join(message.get("content", "") for message in prompt)
-            ids = list(self._tokenizer(asked + answer).input_ids)
+            opening = prompt if isinstance(prompt, str) else "\n".join(message.get("content", "") for message in prompt)
+            ids = list(self._tokenizer(opening + answer).input_ids)
             if len(ids) > 1 and ids[0] == ids[1] == self._tokenizer.bos_token_id:  # the text holds the one that a tokenizer adds
                 ids = ids[1:]
         else:

@@ -105,9 +105,9 @@ class RuleReward(TextReward):
     # ------------------------------------------------------------------ which rule
     def route(self, row: Info) -> str:
         """Name of the rule that scores a row, or `model`. Raises ConfigError where there is none."""
-        source, asked = str(row.get("data_source")), row.get("reward_model") or {}
+        source, spec = str(row.get("data_source")), row.get("reward_model") or {}
         rule = self._rule_of(source)
-        style = asked.get("style")
+        style = spec.get("style")
         if rule is None and style == MODEL and self.model is not None:
             return MODEL
         rule = rule or (self.default if style == "rule" else None)
@@ -122,7 +122,7 @@ class RuleReward(TextReward):
                     "lit_rl.rewards.text.function.FunctionReward or lit_rl.rewards.text.model.ModelReward instead"
                 )
             )
-        truths(rule, asked.get("ground_truth"))
+        truths(rule, spec.get("ground_truth"))
         return rule
 
     def _rule_of(self, source: str) -> str | None:
@@ -181,10 +181,10 @@ class RuleReward(TextReward):
             if rule != MODEL:
                 verdict = self._apply(rule, text, row["reward_model"]["ground_truth"])
                 table[i] = torch.tensor([verdict.score, verdict.right, verdict.read is not None])
-        asked = [i for i, rule in enumerate(rules) if rule == MODEL]
-        if asked and self.model is not None:
-            scores = self.model.score([media[i] for i in asked], [info[i] for i in asked])
-            table[asked, 0] = next(iter(scores.values())).double()
+        by_model = [i for i, rule in enumerate(rules) if rule == MODEL]
+        if by_model and self.model is not None:
+            scores = self.model.score([media[i] for i in by_model], [info[i] for i in by_model])
+            table[by_model, 0] = next(iter(scores.values())).double()
             self.last_error = self.model.last_error
         return dict(zip(self.outputs, table.unbind(1), strict=True))
 
