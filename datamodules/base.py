@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL
@@ -57,19 +58,24 @@ class PromptDataModule(L.LightningDataModule, PromptSource):
         self.eval_batch_size = eval_batch_size
         self.shuffle = shuffle
         self.seed = seed
+        self._drawn: dict[tuple[int, int, int], Tensor] = {}
 
     def prompts(self, iteration: int, count: int) -> list[Info]:
         """Prompts number iteration * count ... of an endless sequence of permutations: every prompt once before any comes again."""
         if not self.train_prompts:
             raise ConfigError("No training prompts: set data.train")
         n, wanted = len(self.train_prompts), range(iteration * count, (iteration + 1) * count)
-        orders = {round_: self._order(round_) for round_ in {k // n for k in wanted}}  # drawn once: there may be millions of prompts
-        return [self.train_prompts[orders[k // n][k % n]] for k in wanted]
+        orders = {round_: self._order(round_) for round_ in {k // n for k in wanted}}
+        # Kept for the next call: a million numbers take 40 ms.
+        self._drawn = {(n, self.seed, round_): order for round_, order in orders.items() if isinstance(order, Tensor)}
+        return [self.train_prompts[int(orders[k // n][k % n])] for k in wanted]
 
-    def _order(self, round_: int) -> list[int]:
+    def _order(self, round_: int) -> Sequence[int] | Tensor:
+        n = len(self.train_prompts)
         if not self.shuffle:
-            return list(range(len(self.train_prompts)))
-        return torch.randperm(len(self.train_prompts), generator=generator(self.seed, "prompts", round_)).tolist()
+            return range(n)
+        known = self._drawn.get((n, self.seed, round_))
+        return torch.randperm(n, generator=generator(self.seed, "prompts", round_)) if known is None else known
 
     def rows_to_score(self, stage: str) -> Iterator[Info]:
         """The prompts of a stage whose answers will be scored, for rewards to look at before it starts.

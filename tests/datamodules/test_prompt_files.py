@@ -8,11 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datamodules.base import PromptDataModule
 from datamodules.prompts import PromptFiles, read_prompts
 from lit_rl.errors import ConfigError
+from lit_rl.seeding import generator
 
 
 def attached(data: PromptFiles, *, rank: int = 0, world: int = 1) -> PromptFiles:
@@ -96,6 +99,27 @@ def test_every_prompt_comes_once_before_any_comes_again(tmp_path_factory: Any, n
         assert len(set(stream[start : start + n])) == n
     again = PromptFiles(str(path), seed=seed)
     assert [row["prompt"] for row in again.prompts(2 * n, count)] == stream[2 * n * count : (2 * n + 1) * count]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@given(n=st.integers(1, 9), calls=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 12), st.integers(0, 1)), max_size=6))
+def test_the_order_is_that_of_the_seed_whatever_was_asked_before(shuffle: bool, n: int, calls: list[tuple[int, int, int]]) -> None:
+    data = PromptDataModule([{"prompt": str(i)} for i in range(n)], shuffle=shuffle)
+    for iteration, count, data.seed in calls:
+        expected = []
+        for k in range(iteration * count, (iteration + 1) * count):
+            order = torch.randperm(n, generator=generator(data.seed, "prompts", k // n)).tolist()
+            expected.append(str(order[k % n] if shuffle else k % n))
+        assert [row["prompt"] for row in data.prompts(iteration, count)] == expected
+
+
+def test_an_order_is_drawn_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr("datamodules.base.generator", lambda seed, name, round_: drawn.append(round_) or generator(seed, name, round_))
+    data = PromptDataModule([{"prompt": str(i)} for i in range(10)])
+    for iteration in range(5):
+        data.prompts(iteration, 3)
+    assert drawn == [0, 1]
 
 
 def test_seeds_and_rounds_differ(tmp_path: Path) -> None:
