@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, overload
 
+import numpy as np
+import xxhash
+
+from datamodules.lines import Lines, NotJSON, Numbers, Stored
 from datamodules.text_encoding import parse_json, read_text
 from lit_rl.errors import ConfigError, listed
 from lit_rl.types import Info
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from pyarrow import DataType
 
 SHOWN = 10
@@ -30,19 +37,23 @@ class InvalidRow(ConfigError):
 
 @dataclass(frozen=True)
 class TextFile:
-    """The rows of one file, unchecked, and where they stand in it."""
+    """The rows of one file, unchecked. digest: It differs where the content of the file does."""
 
     path: Path
     rows: Sequence[object]
-    lines: Sequence[int] | None  # None: rows are counted, from 1
+    digest: str
 
     def place(self, i: int) -> str:
         """File and line, or row, of row `i`."""
-        return f"{self.path}:{self.lines[i]}" if self.lines is not None else f"{self.path}: row {i + 1}"
+        return f"{self.path}:{self.rows.line(i)}" if isinstance(self.rows, Lines) else f"{self.path}: row {i + 1}"
+
+    def onward(self, start: int) -> Iterator[object]:
+        """The rows from number `start`."""
+        return self.rows.onward(start) if isinstance(self.rows, Stored) else islice(self.rows, start, None)
 
 
 class Rows(Sequence[Info]):
-    """Rows of several files as read-only mappings, made when asked for; those of Parquet stay on the disk until then.
+    """Rows of several files as read-only mappings, made when asked for; until then they stay on the disk, or in Arrow's memory.
 
     picked: Numbers of the rows over all files, rising.
     """
@@ -61,7 +72,7 @@ class Rows(Sequence[Info]):
     def __getitem__(self, i: int | slice) -> Info | Rows:
         if isinstance(i, slice):
             return Rows(self.files, self.make, self.picked[i])
-        file, row = self._find(self.picked[i])
+        file, row = self.find(self.picked[i])
         return MappingProxyType(self.make(present(file.rows[row]), file.path.stem, self.picked[i]))
 
     def __iter__(self) -> Iterator[Info]:
@@ -72,29 +83,34 @@ class Rows(Sequence[Info]):
         numbers = iter(self.picked)
         wanted = next(numbers, None)
         for file, end in zip(self.files, self.ends):
-            for number, fields in enumerate(file.rows, start=end - len(file.rows)):
-                if wanted is None:
-                    return
+            if wanted is None or wanted >= end:
+                continue
+            for number, fields in enumerate(file.onward(wanted - end + len(file.rows)), start=wanted):
                 if number == wanted:
                     yield fields, file.path.stem, number
                     wanted = next(numbers, None)
+                if wanted is None or wanted >= end:
+                    break
 
     def select(self, kept: Sequence[int]) -> Rows:
         """The rows number `kept` of these."""
-        return Rows(self.files, self.make, [self.picked[i] for i in kept])
+        return Rows(self.files, self.make, Numbers(np.array(self.picked, np.int64)[np.array(kept, np.int64)]))
 
     def place(self, i: int) -> str:
         """File and line, or file and row."""
-        file, row = self._find(self.picked[i])
+        file, row = self.find(self.picked[i])
         return file.place(row)
 
-    def _find(self, number: int) -> tuple[TextFile, int]:
+    def find(self, number: int) -> tuple[TextFile, int]:
+        """The file of a row, by its number over all files, and its number there."""
         at = bisect_right(self.ends, number)
         return self.files[at], number - (self.ends[at - 1] if at else 0)
 
 
 def present(fields: object) -> Fields:
     """The fields of a row that are not null. Raises InvalidRow for what is no row."""
+    if isinstance(fields, NotJSON):
+        raise InvalidRow(fields.reason)
     if not isinstance(fields, dict):
         raise InvalidRow(f'expected an object such as {{"prompt": ...}}, found {type(fields).__name__}')
     return {name: value for name, value in fields.items() if value is not None}
@@ -106,19 +122,28 @@ def read_rows(files: Sequence[Path], make: Callable[[Fields, str, int], Fields],
     make: (fields that are not null, the file's name without suffix, number of the row over all files) -> fields of the row, or InvalidRow.
     key: The option that names the files, for messages.
     """
-    problems: list[str] = []
-    opened = [open_file(path, problems) for path in files]
+    opened = [open_file(path) for path in files]
     total = sum(len(file.rows) for file in opened)
     rows = Rows(opened, make, range(total)[:limit])
-    for i, (fields, stem, number) in enumerate(rows.raw()):
-        try:
-            make(present(fields), stem, number)
-        except InvalidRow as error:
-            problems.append(f"{rows.place(i)}: {error}")
-    complain(problems, key=key)
+    complain(row_problems(rows), key=key)
     if not rows:
         raise ConfigError(f"{key}: {listed([str(file) for file in files])} hold no rows")
     return rows
+
+
+def row_problems(rows: Rows) -> list[str]:
+    """Sentences about the rows that `make` refuses, and about every line that is not JSON, those behind the limit too."""
+    problems: list[str] = []
+    of_lines = np.repeat([isinstance(file.rows, Lines) for file in rows.files], [len(file.rows) for file in rows.files])
+    looked_at = np.flatnonzero(of_lines | (np.arange(len(of_lines)) < len(rows)))
+    for fields, stem, number in Rows(rows.files, rows.make, Numbers(looked_at)).raw():
+        if number < len(rows) or isinstance(fields, NotJSON):
+            try:
+                rows.make(present(fields), stem, number)
+            except InvalidRow as error:
+                file, row = rows.find(number)
+                problems.append(f"{file.place(row)}: {error}")
+    return problems
 
 
 def complain(problems: Sequence[str], *, key: str) -> None:
@@ -129,12 +154,13 @@ def complain(problems: Sequence[str], *, key: str) -> None:
         raise ConfigError(f"{key}: {count}\n" + "\n".join(f"  {line}" for line in [*problems[:SHOWN], *more]))
 
 
-def open_file(path: Path, problems: list[str]) -> TextFile:
-    """The rows of a file; lines that are not JSON become problems."""
+def open_file(path: Path) -> TextFile:
+    """The rows of a file, those of lines not yet read. Raises ConfigError for what is no text, no JSON or no Parquet."""
     if path.suffix == ".parquet":
-        return TextFile(path, _Parquet(path), None)
-    text = read_text(path)
+        table = _Parquet(path)
+        return TextFile(path, table, table.digest)
     if path.suffix == ".json":
+        text = read_text(path)
         try:
             content = parse_json(text)
         except json.JSONDecodeError as error:
@@ -142,18 +168,9 @@ def open_file(path: Path, problems: list[str]) -> TextFile:
                 raise ConfigError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
         else:
             if isinstance(content, list):
-                return TextFile(path, content, None)
-    numbered = list(_lines(path, text, problems))
-    return TextFile(path, [row for _, row in numbered], [number for number, _ in numbered])
-
-
-def _lines(path: Path, text: str, problems: list[str]) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would cut texts at U+2028
-        if line.strip():
-            try:
-                yield number, parse_json(line)
-            except json.JSONDecodeError as error:
-                problems.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); each line must be one object")
+                return TextFile(path, content, xxhash.xxh3_128_hexdigest(text.encode()))
+    lines = Lines(path)
+    return TextFile(path, lines, lines.digest)
 
 
 CONVERSED = ("tools", "role")
@@ -186,37 +203,49 @@ def _conversed(name: str, kind: DataType) -> bool:
     return name == CONVERSED[0] or (types.is_struct(inner) and inner is not kind and inner.get_field_index(CONVERSED[1]) >= 0)
 
 
-class _Parquet(Sequence[object]):
-    """Rows of a table; in order they are read `CHUNK` at a time, which is many times as fast."""
+class _Parquet(Stored):
+    """Rows of a table; in order they are read `CHUNK` at a time, which is many times as fast. A pickled copy reads the file again."""
 
     CHUNK = 1000
 
     def __init__(self, path: Path) -> None:
+        self.path = path
+        with open(path, "rb") as file:
+            self.digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        self.size = len(self.table)
+
+    @cached_property
+    def table(self) -> Dataset:
+        """The rows, in Arrow's memory."""
         import pyarrow
         import pyarrow.parquet
         from datasets import Dataset
 
         try:
-            table = pyarrow.parquet.read_table(path, memory_map=True)
-            self.table = Dataset(table)
+            return Dataset(pyarrow.parquet.read_table(self.path, memory_map=True))
         except pyarrow.ArrowInvalid as error:
-            raise ConfigError(f"{path}: not a Parquet file: {error}") from error
-        self.unions = {field.name: field.type for field in table.schema if _conversed(field.name, field.type)}
+            raise ConfigError(f"{self.path}: not a Parquet file: {error}") from error
+
+    @cached_property
+    def unions(self) -> dict[str, DataType]:
+        """Types of the columns whose objects hold keys of other rows."""
+        return {field.name: field.type for field in self.table.data.schema if _conversed(field.name, field.type)}
 
     def __len__(self) -> int:
-        return len(self.table)
+        return self.size
 
-    @overload
-    def __getitem__(self, i: int) -> object: ...
-    @overload
-    def __getitem__(self, i: slice) -> Sequence[object]: ...
-    def __getitem__(self, i: int | slice) -> object:
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "table"}
+
+    def at(self, i: int) -> object:
+        """Row number `i`."""
         return self._own(self.table[i])
 
-    def _own(self, row: dict[str, object]) -> dict[str, object]:
-        return {name: without_union(value, self.unions[name]) if name in self.unions else value for name, value in row.items()}
-
-    def __iter__(self) -> Iterator[object]:
-        for first in range(0, len(self), self.CHUNK):
+    def onward(self, start: int) -> Iterator[object]:
+        """The rows from number `start`."""
+        for first in range(start, len(self), self.CHUNK):
             columns = self.table[first : first + self.CHUNK]
             yield from (self._own(dict(zip(columns, values))) for values in zip(*columns.values()))
+
+    def _own(self, row: Fields) -> Fields:
+        return {name: without_union(value, self.unions[name]) if name in self.unions else value for name, value in row.items()}
