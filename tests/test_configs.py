@@ -140,7 +140,7 @@ def test_flux_fill_runs_are_the_guides(method: str) -> None:
         model["policy"]["init_args"],
         {c["class_path"].rpartition(".")[2]: c.get("init_args", {}) for c in trainer["callbacks"]},
     )
-    assert (model["supervised"]["warmup_steps"], model["kl"]["coef"] if method == "flow_grpo" else model["kl_coef"], callbacks["EMA"]) == (
+    assert (model["supervised"]["warmup_steps"], model["kl"]["coef"], callbacks["EMA"]) == (
         warmup,
         kl,
         {"decay": decay, "update_interval": 1},

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from callbacks.reward_scoring import RewardScoring
 from datamodules.base import PromptDataModule
-from lit_rl.losses.flow import FlowKL
+from lit_rl.losses.flow import FlowKL, VelocityKL
 from lit_rl.losses.step_surrogates import Clip, Guard
 from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.flow_grpo import DanceGRPO, FlowGRPO, FlowGRPOFast, GRPOGuard
@@ -139,13 +139,14 @@ SAMPLERS: dict[type[Any], dict[str, Any]] = {
 
 def with_parts(cls: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` with components of `cls` in the place of those in PARTS that are arguments of components."""
-    named = {name: PARTS[name] for name in settings if name in PARTS and not (name == "kl_coef" and issubclass(cls, DiffusionNFT))}
+    named = {name: PARTS[name] for name in settings if name in PARTS}
     parts: dict[str, dict[str, Any]] = {}
     for name, (part, argument, _) in named.items():
         parts.setdefault(part, {})[argument] = settings[name]
     if "supervised" in parts and not parts["supervised"].get("warmup_steps"):
         del parts["supervised"]
     classes = {part: kind for part, _, kind in PARTS.values()} | ({"surrogate": Guard} if issubclass(cls, GRPOGuard) else {})
+    classes |= {"kl": VelocityKL} if issubclass(cls, DiffusionNFT) else {}
     own = next((sampler for relative, sampler in SAMPLERS.items() if issubclass(cls, relative)), {})
     if "sde" in parts:
         parts["sde"] = own | parts["sde"]

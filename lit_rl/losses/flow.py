@@ -71,3 +71,18 @@ class FlowKL:
     def of_velocities(self) -> bool:
         """The divergence compares velocities; else means of steps."""
         return self.kind in ("v", "v_diffusion")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VelocityKL:
+    """mean (v - v_ref)^2, the divergence from the reference as a term of the loss of DiffusionNFT and AWM.
+
+    Args:
+        coef: Its weight; 0 spends no forward on the reference.
+    """
+
+    coef: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.coef < 0:
+            raise ConfigError(f"model.kl.coef={self.coef} must not be negative; 0 turns the reference off")

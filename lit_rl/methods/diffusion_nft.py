@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
-from lit_rl.losses.flow import gaussian_kl
+from lit_rl.losses.flow import VelocityKL, gaussian_kl
 from lit_rl.losses.masked import harmless, weighted_means
 from lit_rl.losses.nft import AdvantageMode, MatchingWeight, matching_logprob, nft_loss, optimality
-from lit_rl.losses.policy_gradient import clipped_surrogate, policy_metrics
+from lit_rl.losses.step_surrogates import Clip
 from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.flow import FlowBatch, LitFlow
 from lit_rl.modules.pictures import denoise
@@ -54,7 +54,7 @@ class DiffusionNFT(LitFlow):
         timesteps: Where they are: points of the rollout's schedule, every sample in its own random order; or drawn from a distribution.
         timestep_range: Smallest and largest sigma that is trained. (0.5, 1) and `timestep_fraction` 0.3: a few points of the noisy half.
         timestep_shift: Of drawn sigmas, s u / (1 + (s - 1) u): above 1 towards noise. The schedule has its own.
-        kl_coef: Weight of mean (v - v_ref)^2; 0 spends no forward on the reference.
+        kl: Divergence from the reference.
         kwargs: See `LitFlow` and `LitRL`. The loss is in units of `advantage.clip`.
     """
 
@@ -72,19 +72,19 @@ class DiffusionNFT(LitFlow):
         timesteps: Distribution = "schedule",
         timestep_range: tuple[float, float] = (0.0, 1.0),
         timestep_shift: float = 1.0,
-        kl_coef: float = 1e-4,
+        kl: VelocityKL | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
-        self.check_reference(kl_coef)
-        _check(kl_coef=kl_coef, solver=solver, eta=eta, beta=beta, timestep_fraction=timestep_fraction)
+        self.kl = kl or VelocityKL()
+        self.check_reference(self.kl.coef)
+        _check(solver=solver, eta=eta, beta=beta, timestep_fraction=timestep_fraction)
         if not 0 <= timestep_range[0] < timestep_range[1] <= 1 or timestep_shift <= 0:
             raise ConfigError(
                 f"model.timestep_range={list(timestep_range)} must rise within [0, 1], model.timestep_shift={timestep_shift} be above 0"
             )
-        self.solver, self.eta, self.beta, self.adv_mode = solver, eta, beta, adv_mode
-        self.timestep_fraction, self.timesteps = timestep_fraction, timesteps
-        self.timestep_range, self.timestep_shift, self.kl_coef = timestep_range, timestep_shift, kl_coef
+        self.solver, self.eta, self.beta, self.adv_mode, self.timesteps = solver, eta, beta, adv_mode, timesteps
+        self.timestep_fraction, self.timestep_range, self.timestep_shift = timestep_fraction, timestep_range, timestep_shift
         self.old_policy: OldPolicy | None = None  # set by the callback that keeps it
 
     def check_parts(self, stage: str) -> None:
@@ -174,7 +174,7 @@ class DiffusionNFT(LitFlow):
         )  # fmt: skip
 
     def loss(self, minibatch: PointBatch) -> Terms:  # type: ignore[override]
-        """The surrogate + kl_coef mean (v - v_ref)^2, per pair."""
+        """The policy loss + kl.coef mean (v - v_ref)^2, per pair."""
         assert self.old_policy is not None
         batch, old = minibatch, None
         at = batch.sigma.view(-1, *[1] * (batch.x0.ndim - 1))
@@ -184,17 +184,17 @@ class DiffusionNFT(LitFlow):
                 old = self.policy.velocity(x, batch.sigma, self.conditions(batch))
         new = self.policy.velocity(x, batch.sigma, self.conditions(batch))
         old = new.detach() if old is None else old
-        terms = {"policy": Term(self.surrogate(new, old, x, batch), batch.weights)}
+        terms = {"policy": Term(self.policy_loss(new, old, x, batch), batch.weights)}
         metrics = {"old_deviation": gaussian_kl(new, old, kind="v")}
-        if self.kl_coef:
+        if self.kl.coef:
             with torch.no_grad(), self.policy.reference():
                 ref = self.policy.velocity(x, batch.sigma, self.conditions(batch))
             metrics["kl"] = gaussian_kl(new, ref, kind="v")
-            terms["kl"] = Term(metrics["kl"], batch.weights, self.kl_coef)
+            terms["kl"] = Term(metrics["kl"], batch.weights, self.kl.coef)
         self.meters.mean(weighted_means(metrics, batch.weights), weight=batch.weights.sum())
         return terms
 
-    def surrogate(self, new: Tensor, old: Tensor, x: Tensor, batch: PointBatch) -> Tensor:
+    def policy_loss(self, new: Tensor, old: Tensor, x: Tensor, batch: PointBatch) -> Tensor:
         """The policy loss of each pair."""
         clip = self.credit_rule.clip
         r = optimality(batch.advantages, clip=clip, mode=self.adv_mode)
@@ -207,10 +207,12 @@ class AWM(DiffusionNFT):
     Args:
         matching_weight: How the matching error of a time counts in that log-probability, see `lit_rl.losses.nft.matching_logprob`.
         power: Exponent of that weight, likewise.
-        clip_low: The ratio to the old policy is clipped from below at 1 - clip_low.
-        clip_high: The ratio to the old policy is clipped from above at 1 + clip_high.
+        surrogate: Clip range of the ratio to the old policy.
+        kl: Divergence from the reference; default: none.
         kwargs: See `DiffusionNFT`; `beta` and `adv_mode` have no part in it.
     """
+
+    presets: ClassVar = {"surrogate": Clip(low=1e-2, high=1e-2)}
 
     def __init__(
         self,
@@ -218,30 +220,29 @@ class AWM(DiffusionNFT):
         *,
         matching_weight: MatchingWeight = "ghuber",
         power: float = 0.25,
-        clip_low: float = 1e-2,
-        clip_high: float = 1e-2,
-        kl_coef: float = 0.0,
+        surrogate: Clip | None = None,
+        kl: VelocityKL | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(policy, kl_coef=kl_coef, **kwargs)
-        self.matching_weight: MatchingWeight = matching_weight
-        self.power = power
-        self.clip_low, self.clip_high = clip_low, clip_high
+        super().__init__(policy, kl=kl or VelocityKL(coef=0.0), **kwargs)
+        self.matching_weight, self.power = matching_weight, power
+        self.surrogate = surrogate or self.presets["surrogate"]
+        if self.surrogate.needs_means:
+            raise ConfigError("model.surrogate of AWM is lit_rl.losses.step_surrogates.Clip: its ratio is not that of a step with noise")
 
-    def surrogate(self, new: Tensor, old: Tensor, x: Tensor, batch: PointBatch) -> Tensor:
+    def policy_loss(self, new: Tensor, old: Tensor, x: Tensor, batch: PointBatch) -> Tensor:
         logprob, before = (
             matching_logprob(v, batch.x0, batch.noise, sigma=batch.sigma, weight=self.matching_weight, power=self.power) for v in (new, old)
         )
-        clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
-        metrics = policy_metrics(logprob, before, weights=batch.weights, **clip)
+        losses, metrics = self.surrogate(
+            logprob, before, batch.advantages, weights=batch.weights, mean=new, old_mean=None, noise_std=torch.ones_like(logprob)
+        )
         self.meters.largest({"ratio_max_dev": metrics.pop("ratio_max_dev")})
         self.meters.mean(metrics, weight=batch.weights.sum())
-        return clipped_surrogate(logprob, before, batch.advantages, **clip)
+        return losses
 
 
-def _check(*, kl_coef: float, solver: Solver, eta: float, beta: float, timestep_fraction: float) -> None:
-    if kl_coef < 0:
-        raise ConfigError(f"model.kl_coef={kl_coef} must not be negative; 0 turns the reference off")
+def _check(*, solver: Solver, eta: float, beta: float, timestep_fraction: float) -> None:
     if not 0 <= eta <= 1 or (eta and solver != "ddim"):
         raise ConfigError(f"model.eta={eta} is the noise of model.solver=ddim, in [0, 1]; for solver {solver} set it to 0")
     if beta <= 0:

@@ -28,7 +28,7 @@ def nft(policy: ToyPolicy | None = None, **kwargs: Any) -> DiffusionNFT:
     """16 images and 48 pairs an iteration."""
     adam = {"optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2)}
     sizes = {"prompts_per_iteration": 4, "group_size": 4, "num_steps": 4, "warmup_batch_size": 8}
-    return DiffusionNFT(policy or ToyPolicy(), kl_coef=0.0, **with_parts(DiffusionNFT, sizes | adam | kwargs))
+    return DiffusionNFT(policy or ToyPolicy(), **with_parts(DiffusionNFT, {"kl_coef": 0.0} | sizes | adam | kwargs))
 
 
 def weights(module: Any) -> dict[str, Tensor]:

@@ -206,6 +206,7 @@ def relative(folder: Path, method: str, *argv: str, **components: Any) -> Any:
 PARTIAL = [
     ("flow_grpo.FlowGRPOFast", "surrogate", f"{FLOW}.Clip", {"low": 2e-5}, {"low": 2e-5, "high": 1e-5}),
     ("grpo.DAPO", "surrogate", f"{TOKENS}.Clip", {"low": 0.1}, {"low": 0.1, "high": 0.28}),
+    ("diffusion_nft.AWM", "surrogate", f"{FLOW}.Clip", {"low": 0.02}, {"low": 0.02, "high": 0.01}),
     ("grpo.DrGRPO", "credit", f"{RULES}.Group", {}, {"std": False}),
     ("grpo.DrGRPO", "credit", f"{RULES}.Group", {"std": True}, {"std": True}),
     ("grpo.GRPO", "surrogate", f"{TOKENS}.Clip", {"low": 0.1}, {"low": 0.1, "high": 0.2}),

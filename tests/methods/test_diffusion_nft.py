@@ -71,9 +71,9 @@ def test_old_is_new_until_the_first_step_and_not_after_it(tmp_path: Path) -> Non
     deviations: list[float] = []
 
     class Watched(DiffusionNFT):
-        def surrogate(self, new: Tensor, old: Tensor, x: Tensor, batch: Any) -> Tensor:
+        def policy_loss(self, new: Tensor, old: Tensor, x: Tensor, batch: Any) -> Tensor:
             deviations.append(float((new - old).detach().abs().max()))
-            return super().surrogate(new, old, x, batch)
+            return super().policy_loss(new, old, x, batch)
 
     run(tmp_path, nft(Watched, updates_per_iteration=3))
     assert len(deviations) == 6 and deviations[0] == 0 and min(deviations[1:]) > 0
@@ -225,7 +225,7 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(tmp_path: Path, kind: str, s
         (dict(eta=0.5), "eta=0.5 is the noise of model.solver=ddim"),
         (dict(timestep_fraction=1.5), "timestep_fraction=1.5 must be in"),
         (dict(timestep_range=(0.9, 0.5)), r"timestep_range=\[0.9, 0.5\] must rise"),
-        (dict(kl_coef=-1.0), "kl_coef=-1.0 must not be negative"),
+        (dict(kl_coef=-1.0), "kl.coef=-1.0 must not be negative"),
         (dict(kl_coef=0.1, advantage=Advantage(drop_zero=True)), "the divergence still trains"),
     ],
 )

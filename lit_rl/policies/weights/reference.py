@@ -72,9 +72,7 @@ class NoReference(Reference):
 
     def check(self, *, after_warmup: bool) -> None:
         """Raise ConfigError: there is no reference."""
-        raise ConfigError(
-            "a full fine-tune has no reference weights: set model.policy.keep_reference to true, or model.kl_coef (model.kl.coef) to 0"
-        )
+        raise ConfigError("a full fine-tune has no reference weights: set model.policy.keep_reference to true, or model.kl.coef to 0")
 
 
 class AdapterOff(Reference):
@@ -88,8 +86,7 @@ class AdapterOff(Reference):
         """Raise ConfigError after a warm-up, which the base has not seen."""
         if after_warmup:
             raise ConfigError(
-                "LoRA's reference is the base from before the warm-up: set model.policy.keep_reference to true, or model.kl_coef "
-                "(model.kl.coef) to 0"
+                "LoRA's reference is the base from before the warm-up: set model.policy.keep_reference to true, or model.kl.coef to 0"
             )
 
 
