@@ -62,7 +62,7 @@ class TextData(PromptDataModule):
             if limit is not None and limit < 1:
                 raise ConfigError(f"data.max_{name}={limit} must be at least 1; leave it out to use all rows")
         self._checked: set[str] = set()
-        self.longest: dict[str, int] = {}
+        self.max_tokens: dict[str, int] = {}
         """Tokens of the longest "prompt" and of the longest "sequence" (with an answer of the data) among the rows that were looked at."""
 
     def read(self) -> None:
@@ -115,7 +115,7 @@ class TextData(PromptDataModule):
 
     def note(self, kind: Literal["prompt", "sequence"], tokens: int) -> None:
         """Remember the longest."""
-        self.longest[kind] = max(tokens, self.longest.get(kind, 0))
+        self.max_tokens[kind] = max(tokens, self.max_tokens.get(kind, 0))
 
     def use(self, split: str, rows: Rows) -> None:
         """Take the rows of a split that were checked."""

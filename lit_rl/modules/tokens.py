@@ -94,11 +94,11 @@ class LitTokens(LitRL[TokenRollout]):
 
     def longest_row(self) -> int:
         """Tokens of the longest sequence in the data, as far as the datamodule has looked at them."""
-        return max(getattr(self.data, "longest", {}).values(), default=0)
+        return max(getattr(self.data, "max_tokens", {}).values(), default=0)
 
     def longest_answered(self) -> int:
         """Tokens of the longest prompt with the longest answer, 0 where no prompt is known or nothing is generated."""
-        prompt = getattr(self.data, "longest", {}).get("prompt", 0)
+        prompt = getattr(self.data, "max_tokens", {}).get("prompt", 0)
         return prompt + self.longest_answer() if prompt and self.generates() else 0
 
     def longest_answer(self) -> int:
@@ -113,7 +113,7 @@ class LitTokens(LitRL[TokenRollout]):
 
     def lengths(self) -> tuple[str, str]:
         """For messages: the sequence that is too long, and what to do about it."""
-        shown = f"the longest prompt ({getattr(self.data, 'longest', {}).get('prompt', 0)} tokens) with its answer has"
+        shown = f"the longest prompt ({getattr(self.data, 'max_tokens', {}).get('prompt', 0)} tokens) with its answer has"
         return shown, f"set model.answers.sampling.max_new_tokens (now {self.longest_answer()}) or data.max_prompt_length to less"
 
     def on_fit_start(self) -> None:

@@ -103,8 +103,10 @@ class Answers:
 
     def check_room(self, longest: int, *, what: str, remedy: str) -> None:
         """Raise ConfigError where an engine that tells its limit cannot hold the longest prompt with its answer."""
-        if self.engine.longest is not None and longest > self.engine.longest:
-            raise ConfigError(f"{what} {longest} tokens, and the inference server takes {self.engine.longest} (--max-model-len): {remedy}")
+        if self.engine.max_model_len is not None and longest > self.engine.max_model_len:
+            raise ConfigError(
+                f"{what} {longest} tokens, and the inference server takes {self.engine.max_model_len} (--max-model-len): {remedy}"
+            )
 
     def check_sampler(self, policy: TokenPolicy, *, world_size: int, autocast: AbstractContextManager[object] | None) -> None:
         """Raise ConfigError unless an engine of ours over the training weights samples with the log-probabilities that train."""

@@ -100,7 +100,7 @@ class Sample:
 class RolloutEngine(ABC):
     """Answers requests with the policy's present weights."""
 
-    longest: int | None = None
+    max_model_len: int | None = None
     """Tokens of prompt and answer together that it takes at most, where that is known after `setup`."""
 
     has_copy = False

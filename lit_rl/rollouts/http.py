@@ -122,7 +122,7 @@ class HTTPEngine(RolloutEngine):
                 f"engine.model={self.given_model!r} is not served at {self.own[0]}, which has {', '.join(listed)}; name one of them"
             )
         name = self.given_model or listed[0]
-        self.longest = told[name] if isinstance(told[name], int) else None
+        self.max_model_len = told[name] if isinstance(told[name], int) else None
         return name
 
     # ------------------------------------------------------------------ weights
