@@ -204,6 +204,10 @@ class Numbers(Sequence[int]):
     def __getitem__(self, i: int | slice) -> int | Numbers:
         return Numbers(self.values[i]) if isinstance(i, slice) else int(self.values[i])
 
+    def __iter__(self) -> Iterator[int]:
+        for first in range(0, len(self), 1 << 16):
+            yield from self.values[first : first + (1 << 16)].tolist()
+
 
 def _text(line: bytes, number: int) -> str:
     """A line without its end, and without the mark of a file that was appended to others."""

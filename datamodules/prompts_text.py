@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
-from datamodules.text import TextData, Truncation, truncated
+from datamodules.text import TextData, Truncation, template_of, truncated
 from datamodules.text_files import Fields, InvalidRow
 from datamodules.text_rows import prompt_fields
 from lit_rl.errors import ConfigError
 from lit_rl.replay.sources import TextSource
 from lit_rl.types import Info
+
+log = logging.getLogger(__name__)
 
 
 class TextPrompts(TextData, TextSource):
@@ -42,16 +46,32 @@ class TextPrompts(TextData, TextSource):
         self.max_prompt_length = max_prompt_length
         self.filter_overlong_prompts = filter_overlong_prompts
         self.truncation: Truncation = truncation
+        self._ids: dict[int, list[int]] = {}
         self.read()
 
     def fields(self, row: Fields) -> Fields:
         """`prompt`, and what rewards need."""
         return prompt_fields(row, key=self.prompt_key, chat=self.chat)
 
+    def ahead(self, rows: Sequence[Info]) -> None:
+        """Tokenize many prompts at once. Where one of them is refused, all are tokenized one by one, which tells it."""
+        self._ids = {}
+        prompts = [info for info in rows if info.get("kind") != "pair"]
+        encode_many = getattr(self.policy, "encode_many", None)
+        if encode_many is None or not rows:
+            return
+        try:
+            ids = encode_many([info["prompt"] for info in prompts], [template_of(info) for info in prompts])
+        except Exception:  # templates are programs, as below
+            log.debug("prompts are tokenized one by one", exc_info=True)
+        else:
+            self._ids = {id(info): own for info, own in zip(prompts, ids, strict=True)}
+
     def unusable(self, info: Info) -> str | None:
         """The reason why a prompt is left out: it is too long, or its template refuses it."""
         try:
-            ids = super().prompt_ids(info)
+            ids = self._ids.pop(id(info), None)
+            ids = super().prompt_ids(info) if ids is None else ids
         except Exception as error:  # templates are programs: they refuse roles and orders of turns in their own ways
             if self.filter_overlong_prompts:
                 return "cannot be tokenized"

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from datamodules.base import PromptDataModule
 from datamodules.text_files import Fields, InvalidRow, Rows, complain, read_rows
 from datamodules.text_messages import Text, as_turn
 from datamodules.text_paths import Paths, find_files, split_files
+from datamodules.verdicts import WORTH, Verdict, keep, named, recall
 from lit_rl.errors import ConfigError
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.chat import AnswerIds, completion_ids
 from lit_rl.policies.chat import answer_ids as turns_ids
+from lit_rl.policies.tokenizer import fingerprint
+from lit_rl.ranks import distributed, gather_objects
 from lit_rl.types import Info
 
 Truncation = Literal["error", "left", "right", "middle"]
+TOGETHER = 1000
+"""Rows that are tokenized at a time."""
+
+STATE = {"paths", "limits", "max_tokens", "held_out_pairs"}
+"""Attributes that say nothing about what becomes of a row."""
+
 SPLITS = {"train": "train_prompts", "val": "held_out", "predict": "to_predict"}
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("val",), "predict": ("predict", "val")}
 
@@ -76,7 +88,7 @@ class TextData(PromptDataModule):
             else:
                 continue
             if files:
-                setattr(self, SPLITS[split], read_rows(files, self._row, limit=self.limits[split], key=key))
+                setattr(self, SPLITS[split], read_rows(files, self._row, limit=self.limits[split], key=key, depends=self._options()))
 
     def _beside(self, train: str) -> list[Path]:
         folder = Path(train).expanduser()
@@ -122,25 +134,66 @@ class TextData(PromptDataModule):
         setattr(self, SPLITS[split], rows)
 
     def _usable(self, rows: Rows, *, key: str) -> Rows:
-        kept: list[int] = []
-        reasons: Counter[str] = Counter()
-        problems: list[str] = []
-        for i, info in enumerate(rows):
-            try:
-                reason = self.unusable(info)
-            except ConfigError as error:
-                problems.append(f"{rows.place(i)}: {error}")
-                continue
-            if reason:
-                reasons[reason] += 1
-            else:
-                kept.append(i)
-        complain(problems, key=key)
-        for reason, count in reasons.items():
-            rank_zero_info(f"{key}: {count} of {len(rows)} rows left out: {reason}")
-        if not kept:
-            raise ConfigError(f"{key}: all {len(rows)} rows are left out: {', '.join(reasons)}")
-        return rows.select(kept) if reasons else rows
+        found = recall(name := self._name(rows))
+        kept_everywhere = all(gather_objects(found is not None))
+        if found is None or not kept_everywhere:
+            found = self._look(rows, key=key)
+            keep(name, found, rows=len(rows))
+        for kind, tokens in found.max_tokens.items():
+            self.max_tokens[kind] = max(tokens, self.max_tokens.get(kind, 0))
+        for reason, left_out in found.left_out.items():
+            rank_zero_info(f"{key}: {len(left_out)} of {len(rows)} rows left out: {reason}")
+        kept = np.delete(np.arange(len(rows)), sorted(i for left_out in found.left_out.values() for i in left_out))
+        if not len(kept):
+            raise ConfigError(f"{key}: all {len(rows)} rows are left out: {', '.join(found.left_out)}")
+        return rows.select(kept.tolist()) if found.left_out else rows
+
+    def _look(self, rows: Rows, *, key: str) -> Verdict:
+        """Look at each row, every process at a share of them. Raises one ConfigError for what stops the run, the same on all."""
+        rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed() else (0, 1)
+        found, problems = self._judge(rows, range(len(rows) * rank // world, len(rows) * (rank + 1) // world))
+        everywhere = gather_objects((found, problems))
+        complain([problem for _, theirs in everywhere for problem in theirs], key=key)
+        whole = Verdict()
+        for theirs, _ in everywhere:
+            whole.add(theirs)
+        return whole
+
+    def _judge(self, rows: Rows, share: range) -> tuple[Verdict, list[str]]:
+        """Findings about a share of the rows, and sentences about those that stop the run."""
+        found, problems = Verdict(), list[str]()
+        before, self.max_tokens = self.max_tokens, found.max_tokens
+        numbered = zip(share, rows[share.start : share.stop])
+        while some := list(islice(numbered, TOGETHER)):
+            self.ahead([info for _, info in some])
+            for i, info in some:
+                try:
+                    if reason := self.unusable(info):
+                        found.left_out.setdefault(reason, []).append(i)
+                except ConfigError as error:
+                    problems.append(f"{rows.place(i)}: {error}")
+        self.ahead([])
+        self.max_tokens = before
+        return found, problems
+
+    def ahead(self, rows: Sequence[Info]) -> None:
+        """Prepare for `unusable` of these rows, one after the other: what is faster for many is done here."""
+
+    def _options(self) -> str | None:
+        """All that a look at a row depends on beside the row itself; None in a class of somebody's own, whose code may be anywhere."""
+        if not type(self).__module__.startswith("datamodules."):
+            return None
+        own = vars(self).keys() - vars(PromptDataModule()).keys() - STATE
+        return repr((type(self).__qualname__, sorted((name, getattr(self, name)) for name in own if not name.startswith("_"))))
+
+    def _name(self, rows: Rows) -> str | None:
+        """The name of what is found with the policy's tokenizer."""
+        policy, options = self.policy, self._options()
+        if rows.name is None or options is None or not isinstance(policy, CausalLM) or not type(policy).__module__.startswith("lit_rl."):
+            return None
+        if len(rows) < WORTH or (tokenizer := fingerprint(policy.tokenizer)) is None:
+            return None
+        return named(["tokens", rows.name, options, type(policy).__qualname__, tokenizer, policy.chat_template_kwargs, policy.stop_ids])
 
     def prompt_ids(self, info: Info) -> list[int]:
         """Token ids of a prompt, ready for an answer."""

@@ -18,6 +18,7 @@ import xxhash
 
 from datamodules.lines import Lines, NotJSON, Numbers, Stored
 from datamodules.text_encoding import parse_json, read_text
+from datamodules.verdicts import Verdict, keep, named, recall
 from lit_rl.errors import ConfigError, listed
 from lit_rl.types import Info
 
@@ -58,6 +59,9 @@ class Rows(Sequence[Info]):
     picked: Numbers of the rows over all files, rising.
     """
 
+    name: str | None = None
+    """It differs where any row does; None where that is not known."""
+
     def __init__(self, files: Sequence[TextFile], make: Callable[[Fields, str, int], Fields], picked: Sequence[int]) -> None:
         self.files, self.make, self.picked = files, make, picked
         self.ends = list(accumulate(len(file.rows) for file in files))
@@ -85,9 +89,10 @@ class Rows(Sequence[Info]):
         for file, end in zip(self.files, self.ends):
             if wanted is None or wanted >= end:
                 continue
+            stem = file.path.stem
             for number, fields in enumerate(file.onward(wanted - end + len(file.rows)), start=wanted):
                 if number == wanted:
-                    yield fields, file.path.stem, number
+                    yield fields, stem, number
                     wanted = next(numbers, None)
                 if wanted is None or wanted >= end:
                     break
@@ -116,16 +121,28 @@ def present(fields: object) -> Fields:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def read_rows(files: Sequence[Path], make: Callable[[Fields, str, int], Fields], *, limit: int | None = None, key: str) -> Rows:
+def read_rows(
+    files: Sequence[Path],
+    make: Callable[[Fields, str, int], Fields],
+    *,
+    limit: int | None = None,
+    key: str,
+    depends: str | None = None,
+) -> Rows:
     """The first `limit` rows of the files, each looked at. Raises one ConfigError for all that `make` finds wrong with them.
 
     make: (fields that are not null, the file's name without suffix, number of the row over all files) -> fields of the row, or InvalidRow.
     key: The option that names the files, for messages.
+    depends: All that `make` depends on beside the row; rows that it has accepted once are then not looked at again. None: they are.
     """
     opened = [open_file(path) for path in files]
     total = sum(len(file.rows) for file in opened)
     rows = Rows(opened, make, range(total)[:limit])
-    complain(row_problems(rows), key=key)
+    if depends is not None:
+        rows.name = named(["rows", depends, limit, *((file.path.stem, file.path.suffix, file.digest) for file in opened)])
+    if recall(rows.name) is None:
+        complain(row_problems(rows), key=key)
+        keep(rows.name, Verdict(), rows=total)
     if not rows:
         raise ConfigError(f"{key}: {listed([str(file) for file in files])} hold no rows")
     return rows

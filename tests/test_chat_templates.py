@@ -16,7 +16,7 @@ from chat_templates import FAMILIES, model_of, tokenizer_of
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.causal_lm import CausalLM
-from lit_rl.policies.chat import answer_ids, completion_ids, conversation_ids, prompt_ids
+from lit_rl.policies.chat import answer_ids, completion_ids, conversation_ids, many_prompt_ids, prompt_ids
 from lit_rl.policies.chat_template import _turn_ends, turn_ends
 from lit_rl.policies.chat_turns import warn_of_opening, warn_of_what_is_left_out
 from lit_rl.policies.weights.lora import LoraSettings
@@ -255,6 +255,26 @@ def test_prompts_are_transformers(name: str) -> None:
     assert prompt == prompt_ids(tokenizer, begun) and tokenizer.decode(answer).startswith(" is 4") and all(answer.learned)
     with pytest.raises(ConfigError, match="without a text that could be continued"):
         prompt_ids(tokenizer, [user("a"), assistant("")])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("special", ["", "{bos} $A", "{bos} $A {eos}", "$A {eos}"])
+def test_many_prompts_are_tokenized_as_each_alone(name: str, special: str) -> None:
+    """Strings and conversations together, whatever the tokenizer adds to strings."""
+    from tokenizers import processors
+
+    tokenizer = tokenizer_of(name)
+    eos = tokenizer.eos_token
+    bos = tokenizer.bos_token or eos
+    known = [(token, tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys((bos, eos))]
+    if special:
+        single = special.format(bos=bos, eos=eos)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=known)
+    talks = [[user("a"), assistant("B"), user("c")], [user("a"), assistant("The answer")]]
+    prompts = ["", "hi", talks[0], f"{bos}hi", f"Q{eos}", talks[1], f"{bos}Q{eos}", "Größe 😀 ", " hi", bos, eos]
+    assert many_prompt_ids(tokenizer, prompts, [{}] * len(prompts)) == [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    assert many_prompt_ids(tokenizer, talks, [{}, {}]) == [prompt_ids(tokenizer, talk) for talk in talks]
+    assert many_prompt_ids(tokenizer, [], []) == []
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.bos])

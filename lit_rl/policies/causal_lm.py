@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Message, TokenPolicy
-from lit_rl.policies.chat import PLAIN_TEMPLATE, prompt_ids
+from lit_rl.policies.chat import PLAIN_TEMPLATE, many_prompt_ids, prompt_ids
 from lit_rl.policies.chat_template import check_template, stored_stop_ids, turn_ends
 from lit_rl.policies.language_model import TokenNetwork, check_folder, read_lm, recompute
 from lit_rl.policies.lm_head import recognized
@@ -150,6 +150,12 @@ class CausalLM(TrainedPolicy, TokenPolicy):
     def encode(self, prompt: str | Sequence[Message], **template: object) -> list[int]:
         """Token ids of a prompt through the chat template; `template` goes before `chat_template_kwargs`."""
         return prompt_ids(self.tokenizer, prompt, **{**self.chat_template_kwargs, **template})
+
+    def encode_many(self, prompts: Sequence[str | Sequence[Message]], templates: Sequence[Mapping[str, object]]) -> list[list[int]]:
+        """`encode` of each prompt with its arguments of the template."""
+        if getattr(self.encode, "__func__", None) is not CausalLM.encode:  # a policy of somebody's own
+            return [self.encode(prompt, **template) for prompt, template in zip(prompts, templates, strict=True)]
+        return many_prompt_ids(self.tokenizer, prompts, [{**self.chat_template_kwargs, **template} for template in templates])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text without special tokens and without the token that ends the turn."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import SupportsIndex, overload
 
 from lit_rl.errors import ConfigError
@@ -49,10 +49,31 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[Message], **template
     of the assistant's is continued there.
     """
     if isinstance(prompt, str):
-        own, whole = (list(tokenizer(prompt, add_special_tokens=special).input_ids) for special in (False, True))
-        before = next((n for n in range(len(whole) - len(own) + 1) if whole[n : n + len(own)] == own), 0) if own else 0
-        return own if own[:before] == whole[:before] else whole[:before] + own
+        return _begun(*(list(tokenizer(prompt, add_special_tokens=special).input_ids) for special in (False, True)))
     return list(tokenizer(prompt_text(tokenizer, prompt, **template), add_special_tokens=False).input_ids)
+
+
+def many_prompt_ids(
+    tokenizer: Tokenizer, prompts: Sequence[str | Sequence[Message]], templates: Sequence[Mapping[str, object]]
+) -> list[list[int]]:
+    """`prompt_ids` of each prompt, of which many take a fraction of the time. templates: The template's arguments, for each prompt."""
+    if not prompts:
+        return []
+    texts = [p if isinstance(p, str) else prompt_text(tokenizer, p, **template) for p, template in zip(prompts, templates, strict=True)]
+    bare = {"return_attention_mask": False, "return_token_type_ids": False}
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, **bare).input_ids
+    strings = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str)]
+    if strings and tokenizer.num_special_tokens_to_add():
+        whole = tokenizer([texts[i] for i in strings], add_special_tokens=True, **bare).input_ids
+        for i, with_special in zip(strings, whole, strict=True):
+            ids[i] = _begun(ids[i], with_special)
+    return ids
+
+
+def _begun(own: list[int], whole: list[int]) -> list[int]:
+    """A string's ids behind what the tokenizer puts before it, which the string may hold itself. whole: Those with all that it adds."""
+    before = next((n for n in range(len(whole) - len(own) + 1) if whole[n : n + len(own)] == own), 0) if own else 0
+    return own if own[:before] == whole[:before] else whole[:before] + own
 
 
 def prompt_text(tokenizer: Tokenizer, messages: Sequence[Message], **template: object) -> str:
