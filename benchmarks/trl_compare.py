@@ -1,14 +1,16 @@
-"""Our SFT, DPO and GRPO beside TRL's trainers: the same model, batches and settings, in turns on one core.
+"""Our SFT, DPO and GRPO beside TRL's trainers and `transformers.Trainer`: the same model, batches and settings, in turns on one core.
 
     python -m pip install --no-deps --target FOLDER trl==1.16.0
-    python -m benchmarks.trl_compare --trl FOLDER [--case sft-32k ...] [--turns 5] [--size 2]
+    python -m benchmarks.trl_compare --trl FOLDER [--case sft-32k ...] [--side ours trl transformers] [--turns 5] [--size 2]
 
-Each side is a process of its own with one thread; both are pinned to the same core, and while one makes a turn of steps the other waits.
-Ours is the shipped path: Lightning's Trainer, the method, the datamodule that reads text files, one optimizer step per iteration. TRL's
-trainers run with bf16 and gradient checkpointing off. AdamW, constant rate, gradients clipped at norm 1, float32. In GRPO no token ends an
-answer, rewards alternate, there is no reference. Prints per step medians of CPU seconds and of the clock, the growth of peak memory over
-what a process has when its model is loaded, and the ratios. It fails where the sides have not trained equally many tokens in every step,
-or, in SFT and DPO, where their losses differ in any step: after the first one, losses agree only if the updates do. Linux only.
+Each side is a process of its own with one thread; all are pinned to the same core, and while one makes a turn of steps the others wait.
+Ours is the shipped path: Lightning's Trainer, the method, the datamodule that reads text files, one optimizer step per iteration. Theirs
+run with bf16 and gradient checkpointing off. `transformers.Trainer` takes part in SFT alone, with rows that are tokenized before; TRL's
+own loss is a fallback for CPUs at 32768 words, so there `transformers` is the peer to look at. AdamW, constant rate, gradients clipped at
+norm 1, float32. In GRPO no token ends an answer, rewards alternate, there is no reference. Prints per step medians of CPU seconds and of
+the clock, the growth of peak memory over what a process has when its model is loaded, and the ratios. It fails where the sides have not
+trained equally many tokens in every step, or, in SFT and DPO, where their losses differ in any step: after the first one, losses agree
+only if the updates do. Linux only.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.trl_sides import Case, command
+from benchmarks.trl_sides import SIDES, Case, command
 from lit_rl.miniatures.lm import build_lm
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +48,7 @@ class Side:
 
     def __init__(self, name: str, case: Case, folder: Path, *, turns: int, size: int, core: int, packages: str | None) -> None:
         self.name = name
-        paths = [str(ROOT), *([packages] if packages and name == "theirs" else [])]
+        paths = [str(ROOT), *([packages] if packages and name == "trl" else [])]
         quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         self.log = (folder / f"{name}.log").open("w+")
         self.process = subprocess.Popen(
@@ -114,17 +116,17 @@ def report(name: str, case: Case, found: Mapping[str, Mapping[str, Any]]) -> str
         lines[0] += f"; losses, {losses[0]:.4f} in the first step and {losses[-1]:.4f} in the last, differ by at most {away:.0e}"
     for side, got in found.items():
         rate = case.tokens / got["cpu"]
-        lines.append(f"  {side:8}{got['cpu']:8.3f} s CPU{got['clock']:8.3f} s{got['growth'] / 2**20:8.0f} MiB{rate:8.0f} tokens/CPU s")
-    if len(found) == 2:
-        ratio = {what: found["ours"][what] / found["theirs"][what] for what in ("cpu", "clock", "growth")}
-        lines.append(f"  {'ratio':8}{ratio['cpu']:8.2f}      {ratio['clock']:8.2f}  {ratio['growth']:8.2f}")
+        lines.append(f"  {side:20}{got['cpu']:8.3f} s CPU{got['clock']:8.3f} s{got['growth'] / 2**20:8.0f} MiB{rate:8.0f} tokens/CPU s")
+    for peer in [side for side in found if side != "ours" and "ours" in found]:
+        ratio = {what: found["ours"][what] / found[peer][what] for what in ("cpu", "clock", "growth")}
+        lines.append(f"  ours / {peer:13}{ratio['cpu']:8.2f}      {ratio['clock']:8.2f}  {ratio['growth']:8.2f}")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None, cases: Mapping[str, Case] = CASES) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=cases, default=list(cases))
-    parser.add_argument("--side", nargs="+", choices=["ours", "theirs"], default=["ours", "theirs"])
+    parser.add_argument("--side", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--turns", type=int, default=5, help="timed turns of each side")
     parser.add_argument("--size", type=int, default=2, help="steps of a turn")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
@@ -132,7 +134,8 @@ def main(arguments: Sequence[str] | None = None, cases: Mapping[str, Case] = CAS
     args = parser.parse_args(arguments)
     tables = []
     for name in args.case:
-        found = measure(cases[name], args.side, turns=args.turns, size=args.size, core=args.core, packages=args.trl)
+        sides = [side for side in args.side if side != "transformers" or cases[name].method == "sft"]
+        found = measure(cases[name], sides, turns=args.turns, size=args.size, core=args.core, packages=args.trl)
         tables.append(report(name, cases[name], found))
         print(tables[-1], flush=True)
     return "\n".join(tables)

@@ -1,4 +1,4 @@
-"""The two sides of `trl_compare.py`: what one process trains, turn by turn. It is started by that script, not by hand."""
+"""The sides of `trl_compare.py`: what one process trains, turn by turn. It is started by that script, not by hand."""
 
 from __future__ import annotations
 
@@ -165,28 +165,25 @@ def _jsonl(rows: Sequence[Mapping[str, str]], file: Path) -> Path:
 
 
 # ---------------------------------------------------------------------- theirs
-def theirs(case: Case, folder: Path, steps: int, turns: Turns) -> None:
-    """TRL's trainer with the same settings; its own defaults that cost without a GPU (bf16, gradient checkpointing) are off."""
-    import trl
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-
-    class Told(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            turns.begin()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            turns.step(*seen)
-
-    settings: dict[str, Any] = {
-        "output_dir": str(folder / "trl"), "max_steps": steps, "per_device_train_batch_size": case.rows, "learning_rate": LR,
+def common_settings(case: Case, folder: Path, steps: int) -> dict[str, Any]:
+    """Arguments of `transformers.TrainingArguments` and of TRL's; defaults that cost without a GPU are off."""
+    return {
+        "output_dir": str(folder / "theirs"), "max_steps": steps, "per_device_train_batch_size": case.rows, "learning_rate": LR,
         "weight_decay": 0.0, "max_grad_norm": CLIP, "lr_scheduler_type": "constant", "use_cpu": True, "bf16": False,
         "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False,
     }  # fmt: skip
+
+
+def trl(case: Case, folder: Path, steps: int, turns: Turns) -> None:
+    """TRL's trainer with the same settings."""
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    settings = common_settings(case, folder, steps)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     common: dict[str, Any] = {
-        "model": model, "train_dataset": Dataset.from_list(case.data(steps)),
-        "processing_class": AutoTokenizer.from_pretrained(folder), "callbacks": [Told()],
+        "model": model, "train_dataset": Dataset.from_list(case.data(steps)), "processing_class": AutoTokenizer.from_pretrained(folder),
     }  # fmt: skip
     if case.method == "sft":
         trainer: Any = trl.SFTTrainer(args=trl.SFTConfig(**settings, train_sampling_strategy="sequential"), **common)
@@ -198,24 +195,57 @@ def theirs(case: Case, folder: Path, steps: int, turns: Turns) -> None:
         args = trl.GRPOConfig(**settings, **sampling, shuffle_dataset=False)
         trainer = trl.GRPOTrainer(args=args, reward_funcs=_every_other, **common)
         trainer.eos_token_ids = [-1]  # every answer has full length
+    told_of_steps(trainer, turns)
+    trainer.train()
+
+
+def transformers(case: Case, folder: Path, steps: int, turns: Turns) -> None:
+    """`transformers.Trainer` on rows that were tokenized before the time starts: the model's own cross-entropy, no metrics."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+    if case.method != "sft":
+        raise SystemExit(f"transformers.Trainer has no {case.method}: leave --side transformers out, or take an sft case")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = []
+    for row in case.data(steps):
+        prompt, answer = tokenizer(row["prompt"]).input_ids, [*tokenizer(row["completion"]).input_ids, tokenizer.eos_token_id]
+        rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    args = TrainingArguments(**common_settings(case, folder, steps), train_sampling_strategy="sequential")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    trainer = Trainer(model=model, args=args, train_dataset=rows)  # type: ignore[arg-type]  # a list is a sized data set
+    told_of_steps(trainer, turns)
+    trainer.train()
+
+
+def told_of_steps(trainer: Any, turns: Turns) -> None:
+    """Have a trainer of transformers, or of TRL, tell `turns` of each step, its loss, and its trained tokens."""
+    from transformers import TrainerCallback
+
     seen: list[Any] = [0.0, 0]
     compute: Callable[..., Any] = trainer.compute_loss
 
+    class Told(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            turns.begin()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            turns.step(*seen)
+
     def noted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = compute(model, inputs, *args, **kwargs)
         learned = inputs["labels"][:, 1:] != -100 if "labels" in inputs else inputs["completion_mask"]
+        loss = compute(model, inputs, *args, **kwargs)
         seen[:] = [loss.detach(), int(learned.sum())]
         return loss
 
     trainer.compute_loss = noted
-    trainer.train()
+    trainer.add_callback(Told())
 
 
 def _every_other(completions: Sequence[Any], **_: Any) -> list[float]:
     return [float(i % 2 == 0) for i in range(len(completions))]
 
 
-SIDES: dict[str, Callable[[Case, Path, int, Turns], None]] = {"ours": ours, "theirs": theirs}
+SIDES: dict[str, Callable[[Case, Path, int, Turns], None]] = {"ours": ours, "trl": trl, "transformers": transformers}
 
 
 def command(side: str, case: Case, folder: Path, *, turns: int, size: int, core: int) -> list[str]:

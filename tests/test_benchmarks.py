@@ -133,12 +133,12 @@ def cross_entropy(case: trl_sides.Case, folder: Path) -> float:
 def test_sides_that_do_different_work_are_told() -> None:
     case = TRL_CASES["sft-1k"]
     same = {"tokens": [24, 24], "losses": [2.0, 1.5], "cpu": 1.0, "clock": 2.0, "growth": 2**20}
-    table = trl_compare.report("sft", case, {"ours": same, "theirs": same | {"cpu": 4.0, "growth": 2**22}})
+    table = trl_compare.report("sft", case, {"ours": same, "trl": same | {"cpu": 4.0, "growth": 2**22}})
     assert "differ by at most 0e+00" in table and table.split()[-3:] == ["0.25", "1.00", "0.25"]
     with pytest.raises(SystemExit, match="not 24 in each"):
-        trl_compare.check(case, {"ours": same | {"tokens": [24, 23]}, "theirs": same})
+        trl_compare.check(case, {"ours": same | {"tokens": [24, 23]}, "trl": same})
     with pytest.raises(SystemExit, match="losses differ by up to 2.0e-04"):
-        trl_compare.check(case, {"ours": same, "theirs": same | {"losses": [2.0, 1.5002]}})
+        trl_compare.check(case, {"ours": same, "trl": same | {"losses": [2.0, 1.5002]}})
 
 
 @pytest.mark.slow  # a second process imports everything
