@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ def token_logprobs(
     scale: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    arriving: Float[Tensor, "N"] | None = None,
     chunk: int | None = None,
 ) -> TokenLogprobs:
     """log_softmax(z)[target], z = softcap tanh(scale (hidden W^T + bias + low up^T) / softcap) / temperature, with gradients.
@@ -42,6 +44,9 @@ def token_logprobs(
         low_rank: (low, up): an adapter of the head, hidden A^T and its B with the scaling in one of them; low in the precision of up.
         temperature: that of sampling; the trainer's log-probabilities must be of the distribution that was sampled from.
         entropy: also the entropy, with its gradient.
+        arriving: the gradient that backward will bring to `logprobs`, but for one factor that all tokens share: the weights of a loss that
+            is linear in them. Gradients are then made in forward, with the logits at hand, and scaled in backward, which raises
+            RuntimeError if another gradient arrives. Saves one of the four matrix products of a trained head (Liger, arXiv 2410.10989).
         chunk: tokens at a time; default by the vocabulary and the device, and if that covers all of them the plain way, which keeps logits.
     """
     head = _Head(scale=scale, softcap=softcap, temperature=temperature, entropy=entropy)
@@ -55,9 +60,12 @@ def token_logprobs(
         if chunk is None and len(targets) <= size:
             return _plain(hidden, weight, bias, low_rank, targets, head)
         learns = weight.requires_grad or (bias is not None and bias.requires_grad) or low_rank is not None
-        ahead = torch.is_grad_enabled() and hidden.requires_grad and not learns and not entropy and softcap is None
+        unit = torch.is_grad_enabled() and hidden.requires_grad and not learns and not entropy and softcap is None
         low, up = low_rank or (None, None)
-        return TokenLogprobs(*_Chunked.apply(hidden, weight, bias, low, up, targets, head, size, ahead))
+        exact = hidden.dtype != torch.float16  # whose small gradients vanish before a scaler's factor arrives
+        if arriving is not None and exact and torch.is_grad_enabled() and learns and not entropy:
+            return TokenLogprobs(_Linear.apply(hidden, weight, bias, low, up, targets, head, size, arriving.detach()))
+        return TokenLogprobs(*_Chunked.apply(hidden, weight, bias, low, up, targets, head, size, unit))
 
 
 class _Head(NamedTuple):
@@ -93,6 +101,89 @@ def _plain(
     picked = logp.gather(-1, targets[:, None])[:, 0]
     entropy = -(logp.exp() * logp).sum(-1) if head.entropy else None
     return TokenLogprobs(picked, entropy)
+
+
+class _Gradients:
+    """Gradients of hidden states and of a head, summed over chunks of tokens; None where none is needed."""
+
+    def __init__(self, needed: Sequence[bool], inputs: Sequence[Tensor | None], head: _Head, work: torch.dtype) -> None:
+        """needed, inputs: For hidden, weight, bias, low, up."""
+        self.inputs, self.head = inputs, head
+        rows = (True, False, False, True, False)  # hidden and low have a row per token, of the others all tokens' gradients are summed
+        self.sums = [
+            None if like is None or not asked else torch.empty_like(like) if own else torch.zeros_like(like, dtype=work)
+            for asked, like, own in zip(needed, inputs, rows, strict=True)
+        ]
+
+    def add(self, rows: slice, dz: Tensor, bent: Tensor | None) -> None:
+        """Take in d loss / d z "n V" of the tokens `rows`; bent: the tanh of the cap. Overwrites dz."""
+        hidden, weight, _, low, up = self.inputs
+        g_hidden, g_weight, g_bias, g_low, g_up = self.sums
+        if bent is not None:
+            dz.mul_(1 - bent**2)
+        if self.head.slope != 1:
+            dz.mul_(self.head.slope)
+        if g_bias is not None:
+            g_bias += dz.sum(0)
+        if g_low is not None and up is not None:
+            torch.mm(dz.to(up.dtype), up, out=g_low[rows])
+        if g_up is not None and low is not None:
+            g_up += dz.to(low.dtype).T @ low[rows]
+        assert hidden is not None and weight is not None
+        dz = dz.to(weight.dtype)
+        if g_hidden is not None:
+            torch.mm(dz, weight, out=g_hidden[rows])
+        if g_weight is not None and g_weight.dtype == dz.dtype:
+            g_weight.addmm_(dz.T, hidden[rows])
+        elif g_weight is not None:
+            g_weight += dz.T @ hidden[rows]
+
+    def cast(self) -> list[Tensor | None]:
+        """In the dtypes of the inputs."""
+        return [None if g is None or like is None else g.to(like) for g, like in zip(self.sums, self.inputs, strict=True)]
+
+
+class _Linear(torch.autograd.Function):
+    """Makes the gradients of sum_i arriving_i logprob_i in forward; backward brings a multiple of `arriving`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low: Tensor | None,
+        up: Tensor | None,
+        targets: Tensor,
+        head: _Head,
+        size: int,
+        arriving: Tensor,
+    ) -> Tensor:
+        work = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = torch.empty(len(targets), dtype=work, device=hidden.device)
+        gradients = _Gradients(ctx.needs_input_grad[:5], (hidden, weight, bias, low, up), head, work)
+        for start in range(0, len(targets), size):
+            rows = slice(start, start + size)
+            target, g = targets[rows, None], arriving[rows, None].to(work)
+            z, bent = head.logits(hidden[rows], weight, bias, None if low is None else low[rows], up)
+            picked, highest = z.gather(1, target), z.amax(1, keepdim=True)
+            e = z.sub_(highest).exp_()
+            total = e.sum(1, keepdim=True)
+            logprobs[rows] = (picked - highest - total.log())[:, 0]
+            gradients.add(rows, e.mul_(-g / total).scatter_add_(1, target, g), bent)
+        ctx.save_for_backward(arriving)
+        ctx.made = [(g, None if like is None else like.dtype) for g, like in zip(gradients.sums, gradients.inputs, strict=True)]
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, g_logprobs: Tensor) -> tuple[Tensor | None, ...]:
+        (arriving,) = ctx.saved_tensors
+        largest = arriving.abs().argmax() if len(arriving) else slice(0)
+        factor = torch.where(arriving[largest] == 0, 0.0, g_logprobs[largest] / arriving[largest])
+        if not torch.allclose(g_logprobs, factor * arriving, rtol=1e-3, atol=1e-6 * float(g_logprobs.abs().max()), equal_nan=True):
+            raise RuntimeError("token_logprobs: the gradient that arrives is no multiple of `arriving`; leave `arriving` out for this loss")
+        made, ctx.made = ctx.made, None
+        return (*[None if g is None else (g * factor).to(dtype) for g, dtype in made], *[None] * 4)
 
 
 class _Chunked(torch.autograd.Function):
@@ -150,12 +241,7 @@ class _Chunked(torch.autograd.Function):
             (unit,) = ctx.saved_tensors
             return (unit * (g_logprobs * head.slope)[:, None].to(unit.dtype), *[None] * 8)
         hidden, weight, targets, normalisers, bias, low, up, entropy = ctx.saved_tensors
-        work = normalisers.dtype
-        g_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        g_weight = torch.zeros_like(weight, dtype=work) if ctx.needs_input_grad[1] else None
-        g_bias = torch.zeros_like(bias, dtype=work) if bias is not None and ctx.needs_input_grad[2] else None
-        g_low = torch.empty_like(low) if low is not None and ctx.needs_input_grad[3] else None
-        g_up = torch.zeros_like(up, dtype=work) if up is not None and ctx.needs_input_grad[4] else None
+        gradients = _Gradients(ctx.needs_input_grad[:5], (hidden, weight, bias, low, up), head, normalisers.dtype)
         for start in range(0, len(targets), ctx.size):
             rows = slice(start, start + ctx.size)
             z, bent = head.logits(hidden[rows], weight, bias, None if low is None else low[rows], up)
@@ -166,23 +252,5 @@ class _Chunked(torch.autograd.Function):
             else:  # dH/dz = -p (log p + H)
                 p, weigh = z.exp(), g_entropy[rows, None]
                 dz = z.add_(entropy[rows, None]).mul_(-weigh).sub_(g).mul_(p)
-            dz.scatter_add_(1, targets[rows, None], g)
-            if bent is not None:
-                dz.mul_(1 - bent**2)
-            if head.slope != 1:
-                dz.mul_(head.slope)
-            if g_bias is not None:
-                g_bias += dz.sum(0)
-            if g_low is not None:
-                torch.mm(dz.to(up.dtype), up, out=g_low[rows])
-            if g_up is not None:
-                g_up += dz.to(low.dtype).T @ low[rows]
-            dz = dz.to(weight.dtype)
-            if g_hidden is not None:
-                torch.mm(dz, weight, out=g_hidden[rows])
-            if g_weight is not None and g_weight.dtype == dz.dtype:
-                g_weight.addmm_(dz.T, hidden[rows])
-            elif g_weight is not None:
-                g_weight += dz.T @ hidden[rows]
-        cast = [None if g is None else g.to(like) for g, like in ((g_weight, weight), (g_bias, bias), (g_low, low), (g_up, up))]
-        return (g_hidden, *cast, *[None] * 4)
+            gradients.add(rows, dz.scatter_add_(1, targets[rows, None], g), bent)
+        return (*gradients.cast(), *[None] * 4)

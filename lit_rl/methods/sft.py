@@ -40,6 +40,7 @@ class SFT(LitTokens):
         self, policy: TokenPolicy, *, loss_kind: Literal["nll", "dft"] = "nll", answers: Answers | None = None, **kwargs: Any
     ) -> None:
         super().__init__(policy, group_size=1, answers=answers or Answers(), **kwargs)
+        self.loss_kind = loss_kind
         self.token_loss = {"nll": nll_loss, "dft": dft_loss}[loss_kind]
         self._held_out = torch.zeros(2, dtype=torch.float64)  # summed loss and number of tokens of the evaluation under way
 
@@ -71,7 +72,8 @@ class SFT(LitTokens):
 
     # ------------------------------------------------------------------ loss
     def loss(self, batch: Minibatch) -> Terms:
-        new, _ = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask)
+        linear = -batch.weights if self.loss_kind == "nll" else None
+        new, _ = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, arriving=linear)
         return {"sft": Term(self.token_loss(new), batch.weights)}
 
     # ------------------------------------------------------------------ evaluation

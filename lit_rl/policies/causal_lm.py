@@ -179,7 +179,14 @@ class CausalLM(TrainedPolicy, TokenPolicy):
 
     # ------------------------------------------------------------------ the network
     def logprobs(
-        self, tokens: Tensor, lengths: Tensor, mask: Tensor, *, temperature: float = 1.0, entropy: bool = False
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        mask: Tensor,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        arriving: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One forward over the micro-batch; without padding where `padding_free` is set."""
         width = max(int(lengths.max()), 2)
@@ -193,7 +200,8 @@ class CausalLM(TrainedPolicy, TokenPolicy):
             at = (real.flatten().cumsum(0) - 1)[places]
             inputs, positions = inputs[real][None], column[real][None]
         network = getattr(self, self.called)
-        new, entropies = network(inputs, at, targets, positions=positions, temperature=temperature, entropy=entropy)
+        weights = None if arriving is None else arriving[:, : width - 1].flatten()[places]
+        new, entropies = network(inputs, at, targets, positions=positions, temperature=temperature, entropy=entropy, arriving=weights)
 
         def spread(values: Tensor) -> Tensor:
             flat = values.new_zeros(chosen.numel()).index_put((places,), values)

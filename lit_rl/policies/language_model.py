@@ -45,11 +45,13 @@ class TokenNetwork(nn.Module):
         positions: Tensor | None,
         temperature: float,
         entropy: bool,
+        arriving: Tensor | None = None,
         plain: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """log p Float32 "N" of `targets`, and the entropies. tokens: Int "B T"; places: Int "N", flat indices of the tokens before them.
 
         positions: Int "1 T" of sequences side by side in one row: where they start again at 0, attention does not look back further.
+        arriving: The gradient "N" that will come back to log p, but for one factor: see `token_logprobs`.
         plain: Of the logits that the model's forward gives, all of them at once.
         """
         # No attention mask: padding is on the right, where causal attention never looks from a real token. A mask of ones would let the
@@ -62,16 +64,18 @@ class TokenNetwork(nn.Module):
         hidden = outputs.last_hidden_state.flatten(0, 1)[places]
         if self.head.kind == "own":
             return own_logprobs(self.lm, hidden, targets, temperature=temperature, entropy=entropy)
-        return self._affine(hidden, targets, temperature=temperature, entropy=entropy)
+        return self._affine(hidden, targets, temperature=temperature, entropy=entropy, arriving=arriving)
 
-    def _affine(self, hidden: Tensor, targets: Tensor, *, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    def _affine(
+        self, hidden: Tensor, targets: Tensor, *, temperature: float, entropy: bool, arriving: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         head = self.lm.get_output_embeddings()
         expect(self, head)
         low_rank = active_factors(head, hidden) if hasattr(head, "base_layer") else None  # PEFT's layers have one
         scale, softcap = self.head.scale, self.head.softcap
         found = token_logprobs(
             hidden, head.weight, targets, bias=head.bias, low_rank=low_rank, scale=scale, softcap=softcap, temperature=temperature,
-            entropy=entropy,
+            entropy=entropy, arriving=arriving,
         )  # fmt: skip
         return found.logprobs, found.entropy
 

@@ -164,3 +164,54 @@ def test_verl_golden(golden_dir):
         for name in ("logprobs_v2", "logprobs_naive"):
             assert_close(got.logprobs, data[name].flatten())
         assert_close(got.entropy, data["entropy_from_logits"].flatten())
+
+
+LINEAR = [{}, {"temperature": 0.7}, {"scale": 0.5, "softcap": 3.0}]
+
+
+@pytest.mark.parametrize("options", LINEAR, ids=str)
+@pytest.mark.parametrize("factor", [1.0, -3.5])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_gradients_of_a_linear_loss_are_made_in_forward(options, factor, adapter):
+    """Weights of both signs, one of 0: sum_i w_i logprob_i times a factor that is known only later."""
+    hidden, weight, bias, targets = inputs()
+    g = torch.Generator().manual_seed(1)
+    weights = torch.randn(len(targets), generator=g, dtype=torch.float64).index_fill(0, torch.tensor([2]), 0.0)
+    low, up = (torch.randn(n, 3, generator=g, dtype=torch.float64).requires_grad_() for n in (len(hidden), len(weight)))
+    given = {"bias": bias, "low_rank": (low, up) if adapter else None, **options}
+    leaves = [hidden, weight, bias, *([low, up] if adapter else [])]
+    plain = token_logprobs(hidden, weight, targets, **given, chunk=100).logprobs
+    ahead = token_logprobs(hidden, weight, targets, **given, chunk=4, arriving=weights).logprobs
+    assert torch.allclose(ahead, plain, rtol=1e-12)
+    for got, expected in zip(grad((ahead * weights).sum() * factor, leaves), grad((plain * weights).sum() * factor, leaves), strict=True):
+        assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_another_gradient_than_the_one_that_was_named_is_refused():
+    hidden, weight, _, targets = inputs()
+    ahead = token_logprobs(hidden, weight, targets, chunk=4, arriving=torch.ones(len(targets), dtype=torch.float64)).logprobs
+    with pytest.raises(RuntimeError, match="no multiple of `arriving`"):
+        (ahead**2).sum().backward()
+
+
+def test_no_logits_are_made_again_for_a_linear_loss():
+    """Products with the vocabulary: logits, hidden's gradient and the head's in each of three chunks, and none in backward."""
+    hidden, weight, _, targets = inputs()
+    weights = torch.ones(len(targets), dtype=torch.float64)
+
+    def products(arriving: torch.Tensor | None) -> int:
+        with Products() as seen:
+            token_logprobs(hidden, weight, targets, chunk=4, arriving=arriving).logprobs.sum().backward()
+        return seen.count
+
+    assert (products(weights), products(None)) == (9, 12)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_")
+        return func(*args, **(kwargs or {}))
