@@ -148,17 +148,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        low: Tensor | None,
-        up: Tensor | None,
-        targets: Tensor,
-        head: _Head,
-        size: int,
-        arriving: Tensor,
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None,
+        targets: Tensor, head: _Head, size: int, arriving: Tensor,
+    ) -> Tensor:  # fmt: skip
         work = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = torch.empty(len(targets), dtype=work, device=hidden.device)
         gradients = _Gradients(ctx.needs_input_grad[:5], (hidden, weight, bias, low, up), head, work)
@@ -195,17 +187,9 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        low: Tensor | None,
-        up: Tensor | None,
-        targets: Tensor,
-        head: _Head,
-        size: int,
-        ahead: bool,
-    ) -> tuple[Tensor | None, ...]:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None,
+        targets: Tensor, head: _Head, size: int, ahead: bool,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         work = torch.promote_types(hidden.dtype, torch.float32)
         count = len(targets)
         logprobs, normalisers = (torch.empty(count, dtype=work, device=hidden.device) for _ in range(2))

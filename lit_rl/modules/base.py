@@ -23,7 +23,7 @@ from lit_rl.modules.meters import Meters
 from lit_rl.modules.method import Method, R
 from lit_rl.modules.models import load_policy, shard_models
 from lit_rl.modules.optimization import check_length, check_optimizer, configured, forget_moments, leave_out_not_finite
-from lit_rl.modules.reporting import report, report_step
+from lit_rl.modules.reporting import Report, name_iteration, report_step
 from lit_rl.modules.resume import Resume, check_prompts
 from lit_rl.modules.supervised import Supervised
 from lit_rl.policies.base import Policy
@@ -38,9 +38,9 @@ from lit_rl.types import Examples, Minibatch, Prompts
 class LitRL(L.LightningModule, Method[R]):
     """Base of all methods, see `Method`. One epoch is one iteration is one rollout; epoch 0 is the supervised warm-up if there is one.
 
-    Optimization is Lightning's automatic one, so that its options keep their documented meaning. `training_step` returns the sum of the
-    terms of `loss`, scaled so that after Lightning's division by `accumulate_grad_batches` and the strategy's mean over ranks the gradient
-    is that of the global weighted sum.
+    Optimization is Lightning's automatic one, whose options keep their meaning. `training_step` returns the sum of the terms of `loss`,
+    scaled so that Lightning's division by `accumulate_grad_batches` and the strategy's mean over ranks give the gradient of the global
+    weighted sum.
 
     Args:
         policy: The model that is trained.
@@ -79,7 +79,7 @@ class LitRL(L.LightningModule, Method[R]):
         self.rollout: R | None = None
         self.rollout_iteration, self.non_finite = -1, 0  # non_finite: samples of the last rollout, over all processes
         self.rollout_metrics: dict[str, float] = {}
-        self.meters, self.step_meters = Meters(), Meters()  # of an epoch, and of an optimizer step
+        self.meters, self.step_meters, self.reported = Meters(), Meters(), Report()  # of an epoch; of an optimizer step; what is logged
         self.evaluated: list[Prompts] = []
         self.resume = Resume()
 
@@ -186,17 +186,18 @@ class LitRL(L.LightningModule, Method[R]):
 
     # ------------------------------------------------------------------ logging and optimization
     def report(self, values: Mapping[str, float], *, bar: Collection[str] = ()) -> None:
-        """Log numbers of an epoch that are equal on all processes, see `lit_rl.modules.reporting.report`."""
-        report(self, values, bar=bar)
+        """Log numbers of an epoch that are equal on all processes, see `Report`."""
+        self.reported.add(self, values, bar=bar)
 
     def report_epoch(self) -> None:
-        """Log the numbers of this epoch. Collective."""
-        report(self, self.meters.read(gather_objects) | self.rollout_metrics, bar=("reward_mean",))
+        """Log the numbers of this epoch, which is over but for its last step. Collective."""
+        self.report(self.meters.read(gather_objects) | self.rollout_metrics, bar=("reward_mean",))
 
     def on_train_epoch_end(self) -> None:
         self.trainer.fit_loop.restarting = False  # else Lightning leaves out what a plateau's schedule does after this
         if self.meters:  # the iteration was cut short
             self.report_epoch()
+        self.reported.log(self.trainer)
 
     def parameter_groups(self) -> list[Any]:
         """The trained parameters, or groups of them with settings of their own, for the optimizer."""
@@ -214,10 +215,10 @@ class LitRL(L.LightningModule, Method[R]):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Leave out the step if its gradient is not finite, and log its numbers; after the last one, those of the epoch. Collective."""
         leave_out_not_finite(self, self.meters)
-        last = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        report_step(self, self.step_meters, iteration=self.iteration + 1 if last else None)
-        if last:  # before any callback looks
+        report_step(self, self.step_meters)
+        if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # before any callback looks
             self.report_epoch()
+            name_iteration(self.trainer, self.iteration + 1)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
@@ -305,9 +306,7 @@ class LitRL(L.LightningModule, Method[R]):
 
     def all_ranks(self, x: Tensor) -> Tensor:
         """Rows of every process, in order of rank: "B ..." -> "W*B ..."."""
-        if self.trainer.world_size == 1:
-            return x
-        rows = self.all_gather(x)
+        rows = x[None] if self.trainer.world_size == 1 else self.all_gather(x)
         assert isinstance(rows, Tensor)
         return rows.flatten(0, 1)
 

@@ -19,6 +19,7 @@ from lit_rl.checkpoints.options import REMEDY, check_options
 from lit_rl.checkpoints.progress import Place, continue_at, log_again, logged, place_of, remember_saved, saved_at, set_counters
 from lit_rl.errors import ConfigError
 from lit_rl.modules.meters import Meters
+from lit_rl.modules.reporting import Report
 from lit_rl.ranks import gather_objects, gather_to_first
 from lit_rl.types import Rollout
 
@@ -28,6 +29,7 @@ class Resumable(Weights, Protocol):
 
     trainer: L.Trainer
     meters: Meters
+    reported: Report
     rollout: Any
     rollout_iteration: int
     rollout_metrics: dict[str, float]
@@ -146,6 +148,7 @@ class Resume:
             log_again(trainer, mine, inside=place.minibatches > 0)
             if place.minibatches:
                 method.meters.load_state_dict(mine.get("meters", {}), device=method.device)
+                method.reported.unlogged = dict(mine.get("reported", {}))
 
 
 def _load_rollout(method: Resumable, saved: Mapping[str, Any]) -> None:
@@ -180,7 +183,7 @@ def _place_in(method: Resumable, checkpoint: Mapping[str, Any]) -> Place:
 
 def _everything_logged(method: Resumable) -> dict[str, Any]:
     """All metrics that were logged, and those that are still summed up, on this process."""
-    return logged(method.trainer) | {"meters": method.meters.state_dict()}
+    return logged(method.trainer) | {"meters": method.meters.state_dict(), "reported": dict(method.reported.unlogged)}
 
 
 def _on_cpu(value: Any) -> Any:
