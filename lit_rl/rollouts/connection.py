@@ -27,6 +27,10 @@ MAX_WAIT = 10.0
 """Seconds of the longest back-off."""
 
 
+class Forgotten(RolloutError):
+    """The server does not hold the weights that the request names: it was restarted, or something else unloaded them."""
+
+
 class Again(Exception):
     """Raised by `Call.read`: the answer is proper, and the request has to be made again, such as after an abort."""
 
@@ -36,6 +40,7 @@ class Call(Generic[T]):
     """One request. body: None is a GET. read: the parsed JSON (None where the body is none) to what the caller wants.
 
     urls: servers that may answer, in order of tries. done: answers of status 4xx with this pattern in them count as success.
+    forgotten: those with this pattern raise Forgotten.
     """
 
     urls: Sequence[str]
@@ -43,17 +48,20 @@ class Call(Generic[T]):
     body: Mapping[str, object] | None
     read: Callable[[object], T]
     done: str | None = None
+    forgotten: str | None = None
 
 
 class Connection:
     """Runs calls in an asyncio loop of its own.
 
     Retried until the deadline: connection errors, timeouts, 408, 429 (waiting as Retry-After says), 502-504, aborts; each try asks the
-    next of the call's servers. A body that is no answer is retried twice, 500 once, other statuses never.
+    next of the call's servers. A body that is no answer is retried twice, 500 once, other statuses never. Servers at whose addresses
+    nothing has listened for `down_s` are dead: their requests fail then, long before the deadline.
     """
 
-    def __init__(self, *, concurrency: int, timeout_s: float, deadline_s: float, token_env: str) -> None:
+    def __init__(self, *, concurrency: int, timeout_s: float, deadline_s: float, down_s: float, token_env: str) -> None:
         self.concurrency, self.timeout_s, self.deadline_s, self.token_env = concurrency, timeout_s, deadline_s, token_env
+        self.down_s = down_s
         self.retries = 0
 
     def run(self, calls: Sequence[Call[T]]) -> list[T]:
@@ -83,17 +91,24 @@ class Connection:
         """The answer after all tries. Raises RolloutError."""
         async with gate:
             began = time.monotonic()
-            until, made = began + self.deadline_s, 0
+            until, made, seen = began + self.deadline_s, 0, began
 
             async def attempt(number: int) -> T:
-                nonlocal made
+                nonlocal made, seen
                 made = number
                 self.retries += number > 1
                 url = call.urls[(number - 1) % len(call.urls)]
-                return await _send(session, url, call, min(self.timeout_s, until - time.monotonic()))
+                try:
+                    return await _send(session, url, call, min(self.timeout_s, until - time.monotonic()))
+                except NoAnswer as error:
+                    if not error.absent:
+                        seen = time.monotonic()
+                    elif time.monotonic() - seen >= self.down_s and number >= len(call.urls):
+                        raise NoAnswer(f"{error}: {_gone(call.urls, self.down_s)}", tries=1) from error
+                    raise
 
             try:
-                return await retried(attempt, until=until, max_wait_s=MAX_WAIT)
+                return await retried(attempt, until=until, max_wait_s=min(MAX_WAIT, self.down_s / 4))
             except NoAnswer as error:
                 spent = f"{made} {'try' if made == 1 else 'tries'} in {time.monotonic() - began:.1f} s"
                 late = f", engine.deadline_s={self.deadline_s:g}" if error.tries == math.inf else ""
@@ -117,6 +132,13 @@ class Connection:
                 )
 
 
+def _gone(urls: Sequence[str], seconds: float) -> str:
+    return (
+        f"the server is gone (nothing has listened at {', '.join(urls)} for engine.down_s={seconds:g} s). Read its log, start it again and "
+        "continue the run with --ckpt_path; raise engine.down_s where something restarts it by itself and its start takes longer"
+    )
+
+
 async def _send(session: aiohttp.ClientSession, url: str, call: Call[T], seconds: float) -> T:
     """One try. Raises NoAnswer."""
     where = f"inference server {url}{call.route}"
@@ -135,6 +157,8 @@ async def _send(session: aiohttp.ClientSession, url: str, call: Call[T], seconds
     said = text[:500].decode(errors="replace")
     if 400 <= status < 500 and call.done is not None and re.search(call.done, said, re.IGNORECASE):
         return call.read(None)
+    if 400 <= status < 500 and call.forgotten is not None and re.search(call.forgotten, said):
+        raise Forgotten(f"{where}: status {status} {said}")
     if status != 200:
         raise refusal(f"{where}: status {status} {said}", status=status, wait=wait)
     try:

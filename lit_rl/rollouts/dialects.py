@@ -37,6 +37,9 @@ class Dialect(ABC):
     tells_models = False
     """True when requests name a model, out of those that `GET /v1/models` lists."""
 
+    version_route: str | None = None
+    """Where a server tells the version of its whole weights, if their answers do not."""
+
     @abstractmethod
     def ask(self, prompt: Sequence[int], sampling: Sampling, *, seed: int, stops: Sequence[int], model: str) -> tuple[str, Body]:
         """One answer. model: the name it is served under; of the adapter where one answers."""
@@ -62,8 +65,12 @@ class Dialect(ABC):
         """Forget one."""
 
     @abstractmethod
-    def load_weights(self, name: str, folder: str) -> tuple[str, Body]:
-        """Exchange all weights for those of a folder in transformers format."""
+    def load_weights(self, name: str, folder: str) -> list[tuple[str, Body]]:
+        """Exchange all weights for those of a folder in transformers format: requests to be made one after the other."""
+
+    def forgotten(self, name: str) -> str:
+        """Pattern in a refusal (status 4xx) of a server that does not hold the adapter of that name."""
+        return rf"{re.escape(name)}.*(does not exist|not loaded|never loaded|not found)"
 
     def read_load(self, body: object) -> None:
         """Check the answer to one of the three requests above, where the server says more than a status. Raises Unusable."""
@@ -72,9 +79,10 @@ class Dialect(ABC):
 
 
 class OpenAI(Dialect):
-    """vLLM: POST /v1/completions with token ids as prompt. All weights are exchanged by AReaL's extension of its server."""
+    """vLLM: POST /v1/completions with token ids as prompt. All weights are exchanged by its routes of development."""
 
     tells_models = True
+    version_route = "/weight_info"
 
     def ask(self, prompt: Sequence[int], sampling: Sampling, *, seed: int, stops: Sequence[int], model: str) -> tuple[str, Body]:
         settings = {"max_tokens": sampling.max_new_tokens, "seed": seed, "stop_token_ids": list(stops), **_drawing(sampling)}
@@ -112,8 +120,11 @@ class OpenAI(Dialect):
     def unload_adapter(self, name: str) -> tuple[str, Body]:
         return "/v1/unload_lora_adapter", {"lora_name": name}
 
-    def load_weights(self, name: str, folder: str) -> tuple[str, Body]:
-        return "/areal_update_weights", {"model_path": folder}
+    def load_weights(self, name: str, folder: str) -> list[tuple[str, Body]]:
+        """The prefix cache holds keys and values of the old weights until it is reset, and answers long prompts from them."""
+        reload: Body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+        named: Body = {"new_version": name}
+        return [("/collective_rpc", reload), ("/reset_prefix_cache", {}), ("/update_weight_version", named)]
 
     def _completions(self, prompt: Sequence[int], model: str, **settings: object) -> tuple[str, Body]:
         fixed = {"n": 1, "stream": False, "return_tokens_as_token_ids": True, "skip_special_tokens": False}
@@ -150,8 +161,8 @@ class SGLang(Dialect):
     def unload_adapter(self, name: str) -> tuple[str, Body]:
         return "/unload_lora_adapter", {"lora_name": name}
 
-    def load_weights(self, name: str, folder: str) -> tuple[str, Body]:
-        return "/update_weights_from_disk", {"model_path": folder, "weight_version": name, "abort_all_requests": True}
+    def load_weights(self, name: str, folder: str) -> list[tuple[str, Body]]:
+        return [("/update_weights_from_disk", {"model_path": folder, "weight_version": name, "abort_all_requests": True})]
 
     def _generate(self, prompt: Sequence[int], model: str, sampling: Body, **settings: object) -> tuple[str, Body]:
         adapter = {"lora_path": model} if model else {}
@@ -163,11 +174,22 @@ DIALECTS: Mapping[str, Dialect] = {"openai": OpenAI(), "sglang": SGLang()}
 
 
 def served_models(body: object) -> dict[str, int | None]:
-    """Models by name in the answer to `GET /v1/models`, and the tokens of prompt and answer that each takes, where the server tells."""
+    """Base models by name in the answer to `GET /v1/models`, and the tokens of prompt and answer that each takes, where the server tells.
+
+    Adapters, which name the model that they are of as `parent`, are left out.
+    """
     rows = body.get("data") if isinstance(body, Mapping) else None
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) and "id" in row for row in rows):
         raise Unreadable("it lists no models")
-    return {row["id"]: row.get("max_model_len") for row in rows}
+    return {row["id"]: row.get("max_model_len") for row in rows if row.get("parent") is None}
+
+
+def weight_version(body: object) -> str:
+    """The answer to `GET /weight_info`. Raises Unreadable."""
+    told = _text(body, "weight_version")
+    if told is None:
+        raise Unreadable("it tells no `weight_version`")
+    return told
 
 
 def _drawing(sampling: Sampling) -> dict[str, float]:

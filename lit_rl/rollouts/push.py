@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,13 +34,9 @@ def gather(policy: TokenPolicy, *, keep: bool) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in gathered(policy, names) if keep}
 
 
-def digest(weights: dict[str, Tensor]) -> str:
-    """8 hex digits of the contents."""
-    total = hashlib.blake2b(digest_size=4)
-    for name, tensor in sorted(weights.items()):
-        total.update(name.encode())
-        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return total.hexdigest()
+def digest(fingerprints: Sequence[tuple[int, ...]]) -> str:
+    """8 hex digits of the contents, from the fingerprints of all processes: no byte of the weights is read for it."""
+    return hashlib.blake2b(repr(list(fingerprints)).encode(), digest_size=4).hexdigest()
 
 
 def write(policy: TokenPolicy, weights: dict[str, Tensor], folder: Path) -> None:

@@ -20,6 +20,10 @@ BASE = "miniature"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
+def _error(status: int, message: str, kind: str, param: str | None = None) -> web.Response:
+    return web.json_response({"error": {"message": message, "type": kind, "param": param, "code": status}}, status=status)
+
+
 class FakeServer(LocalServer):
     """Each question for an answer takes the next of `faults`: those of `Fault`'s kinds status, drop, hang, slow, garbage, and abort, nan.
 
@@ -34,6 +38,9 @@ class FakeServer(LocalServer):
         self.stale = False
         self.weights_version = "default"
         self.adapters: list[str] = []
+        self.bases = [BASE]  # names of the base model: answers say the first, whichever was asked for
+        self.folder, self.resets = folder, 0
+        self.restarts_before = 0  # the question before which it is restarted
         self.max_model_len: int | None = None
         self.loads: list[str] = []  # names or folders, in order
         self.asked: list[Mapping[str, Any]] = []  # bodies of questions for answers
@@ -47,11 +54,18 @@ class FakeServer(LocalServer):
             "/load_lora_adapter": self._load_adapter,
             "/v1/unload_lora_adapter": self._unload_adapter,
             "/unload_lora_adapter": self._unload_adapter,
-            "/areal_update_weights": self._load_weights,
+            "/collective_rpc": self._reload_weights,
+            "/reset_prefix_cache": self._reset_prefix_cache,
+            "/update_weight_version": self._name_weights,
             "/update_weights_from_disk": self._load_weights,
             "/generate": self._generate,
         }
-        return [web.get("/health", self._health), web.get("/v1/models", self._models), *(web.post(r, h) for r, h in posts.items())]
+        return [
+            web.get("/health", self._health),
+            web.get("/v1/models", self._models),
+            web.get("/weight_info", self._info),
+            *(web.post(r, h) for r, h in posts.items()),
+        ]
 
     # ------------------------------------------------------------------ what it holds
     async def _health(self, _: web.Request) -> web.Response:
@@ -61,7 +75,8 @@ class FakeServer(LocalServer):
         if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
             return web.json_response({"error": "Unauthorized"}, status=401)
         told = {} if self.max_model_len is None else {"max_model_len": self.max_model_len}
-        return web.json_response({"data": [{"id": name} | told for name in [BASE, *self.adapters]]})
+        bases = [{"id": name, "parent": None} | told for name in self.bases]
+        return web.json_response({"data": [*bases, *({"id": name, "parent": self.bases[0]} for name in self.adapters)]})
 
     async def _load_adapter(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -69,8 +84,10 @@ class FakeServer(LocalServer):
         if self.refuses_loads:
             return web.json_response({"detail": "Not Found"}, status=404)
         if name in self.adapters:
-            return web.json_response({"message": f"The lora adapter '{name}' has already been loaded."}, status=400)
+            return _error(400, f"The lora adapter '{name}' has already been loaded.", "InvalidUserInput")
         self.loads.append(name)
+        if not Path(folder).is_dir():
+            return _error(404, f"No adapter found for {folder}", "NotFoundError")
         if self.stale and self.adapters:
             folder = self.last
         self.last = folder
@@ -84,7 +101,7 @@ class FakeServer(LocalServer):
     async def _unload_adapter(self, request: web.Request) -> web.Response:
         name = (await request.json())["lora_name"]
         if name not in self.adapters:
-            return web.json_response({"message": f"The lora adapter '{name}' cannot be found."}, status=404)
+            return _error(404, f"The lora adapter '{name}' cannot be found.", "NotFoundError")
         self.adapters.remove(name)
         self.model.delete_adapter(name)
         return web.Response(text=f"Success: LoRA adapter '{name}' removed successfully.")
@@ -99,24 +116,52 @@ class FakeServer(LocalServer):
         self.weights_version = body.get("weight_version", self.weights_version)
         return web.json_response({"success": True, "message": "Succeeded to update model weights."})
 
+    async def _reload_weights(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if self.refuses_loads:
+            return _error(500, "Call to collective_rpc method failed: no such layer", "InternalServerError")
+        assert body["method"] == "reload_weights"
+        folder = body["kwargs"]["weights_path"]
+        self.loads.append(folder)
+        if not self.stale:
+            self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        return web.json_response({"results": [None]})
+
+    async def _reset_prefix_cache(self, _: web.Request) -> web.Response:
+        self.resets += 1
+        return web.Response()
+
+    async def _name_weights(self, request: web.Request) -> web.Response:
+        self.weights_version = (await request.json())["new_version"]
+        return web.json_response({"success": True, "new_version": self.weights_version})
+
+    async def _info(self, _: web.Request) -> web.Response:
+        return web.json_response({"weight_version": self.weights_version})
+
     def forget(self) -> None:
-        """Drop the adapters, as a restart does."""
-        self.model, self.adapters = self.model.unload(), []
+        """Load what it was started on, as a restart does."""
+        self.model, self.adapters, self.weights_version = AutoModelForCausalLM.from_pretrained(self.folder).eval(), [], "default"
 
     # ------------------------------------------------------------------ what it says
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        if body["model"] not in [BASE, *self.adapters]:
-            return web.json_response({"error": {"message": f"The model `{body['model']}` does not exist."}}, status=404)
-        self._choose("" if body["model"] == BASE else body["model"])
+        if len(self.asked) + 1 == self.restarts_before:
+            self.forget()
+            self.restarts_before = 0
+        if body["model"] not in [*self.bases, *self.adapters]:
+            return _error(404, f"The model `{body['model']}` does not exist.", "NotFoundError", param="model")
+        assert body.get("seed", 0) < 2**63
+        adapter = body["model"] in self.adapters
+        echo = body["model"] if adapter else self.bases[0]
+        self._choose(body["model"] if adapter else "")
         choice: dict[str, Any] = {"index": 0, "text": "not looked at"}
         if "prompt_logprobs" in body:
             rows = [None, *({str(i): {"logprob": v}} for i, v in self.score(body["prompt"]))]
-            return web.json_response({"model": body["model"], "choices": [choice | {"prompt_logprobs": rows, "finish_reason": "length"}]})
+            return web.json_response({"model": echo, "choices": [choice | {"prompt_logprobs": rows, "finish_reason": "length"}]})
 
         def say(ids: list[int], logprobs: list[float], finish: str) -> Any:
-            told = {"tokens": [f"token:{i}" for i in ids], "token_logprobs": logprobs}
-            return {"model": body["model"], "choices": [choice | {"logprobs": told, "finish_reason": finish}]}
+            told = {"tokens": [f"token_id:{i}" for i in ids], "token_logprobs": logprobs}
+            return {"model": echo, "choices": [choice | {"logprobs": told, "finish_reason": finish}]}
 
         assert body["ignore_eos"] and body["return_tokens_as_token_ids"]
         return await self._answer(request, body, body["prompt"], body, body["max_tokens"], body["seed"], say)

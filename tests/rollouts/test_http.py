@@ -32,7 +32,7 @@ from lit_rl.rewards.base import TextReward
 from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Request, RolloutEngine, RolloutError, Sample, Sampling
 from lit_rl.rollouts.hf import HFEngine
-from lit_rl.rollouts.http import HTTPEngine
+from lit_rl.rollouts.http import HTTPEngine, distinct
 from lit_rl.rollouts.push import gather, write
 from lit_rl.types import Info
 
@@ -268,17 +268,72 @@ def test_log_probabilities_of_another_temperature_are_found_out(temperature: flo
                 made.generate(requests(answering), sampling)
 
 
-def test_a_server_that_was_restarted_is_found_out(base: Path, server: FakeServer, tmp_path: Path) -> None:
-    answering = loaded(base, LORA)
-    made = pushed(server, tmp_path, answering)
+@ways
+def test_a_server_that_was_restarted_is_given_its_weights_again(
+    dialect: str, lora: LoraSettings | None, base: Path, server: FakeServer, tmp_path: Path
+) -> None:
+    """Between iterations."""
+    answering = loaded(base, lora, shift=0.05)
+    made = pushed(server, tmp_path, answering, dialect=dialect)
+    expected = in_process(answering, requests(answering))
     server.forget()
-    with pytest.raises(RolloutError, match="status 404 .*policy-v0-.* does not exist"):
+    if dialect == "sglang" and lora:
+        server.weights_version = "default"
+    with pytest.warns(UserWarning, match="has lost the weights"):
+        assert_same(made.generate(requests(answering), SHORT), expected)
+    assert len(server.loads) == 2
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_a_restart_among_the_answers_of_a_rollout_changes_none(
+    lora: LoraSettings | None, base: Path, server: FakeServer, tmp_path: Path
+) -> None:
+    """The last answers were drawn by the weights that the server was started on: all are asked for again."""
+    answering = loaded(base, lora, shift=0.05)
+    made = pushed(server, tmp_path, answering, concurrency=1)
+    made.unseen = False
+    server.restarts_before = 5
+    assert_same(made.generate(requests(answering), SHORT), in_process(answering, requests(answering)))
+    assert len(server.loads) == 2
+
+
+def test_whole_weights_take_the_prefix_cache_with_them(base: Path, server: FakeServer, tmp_path: Path) -> None:
+    answering = loaded(base, None)
+    made = pushed(server, tmp_path, answering)
+    move(answering, 0.05)
+    made.update_weights(1)
+    assert server.resets == 2 and server.weights_version.startswith("policy-v1-")
+
+
+def test_answers_that_are_looked_at_are_of_different_prompts_the_longest_first() -> None:
+    asked = [Request(prompt, (i,)) for i, prompt in enumerate([[1], [1], [2, 3], [2, 3], [4] * 9, [5], [6], [6, 6, 6]])]
+    assert distinct(asked, 4) == [4, 7, 2, 0]
+
+
+def test_a_server_of_several_names_answers_under_the_first(base: Path, server: FakeServer, tmp_path: Path) -> None:
+    server.bases = ["first", "second"]
+    answering = loaded(base, None, shift=0.05)
+    made = pushed(server, tmp_path, answering, model="second")
+    assert_same(made.generate(requests(answering), SHORT), in_process(answering, requests(answering)))
+
+
+def test_a_prompt_without_room_for_its_answer_is_refused(base: Path, server: FakeServer, tmp_path: Path) -> None:
+    answering = loaded(base, LORA)
+    server.max_model_len = 5 + SHORT.max_new_tokens - 1
+    made = pushed(server, tmp_path, answering)
+    made.generate(requests(answering)[:3], SHORT)
+    with pytest.raises(ConfigError, match=r"a prompt of 5 tokens and max_new_tokens=6 are more than the 10 .*--max-model-len"):
         made.generate(requests(answering), SHORT)
-    whole = loaded(base, None)
-    made = pushed(server, tmp_path, whole, dialect="sglang")
-    server.weights_version = "default"
-    with pytest.raises(RolloutError, match="'default' answered where 'policy-v0-.*--ckpt_path"):
-        made.generate(requests(whole), SHORT)
+
+
+def test_a_dead_server_ends_the_run_long_before_the_deadline(base: Path, server: FakeServer, tmp_path: Path) -> None:
+    answering = loaded(base, LORA)
+    made = pushed(server, tmp_path, answering, deadline_s=60.0, down_s=0.5)
+    server.stop()
+    began = time.monotonic()
+    with pytest.raises(RolloutError, match=r"the server is gone .*engine.down_s=0.5 s.*--ckpt_path"):
+        made.generate(requests(answering), SHORT)
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
@@ -286,8 +341,8 @@ def test_a_push_that_is_refused_says_what_the_server_needs(
     lora: LoraSettings | None, base: Path, server: FakeServer, tmp_path: Path
 ) -> None:
     server.refuses_loads = True
-    reason = "status 404" if lora else "could not load the weights: no such layer"
-    with pytest.raises(RolloutError, match=rf"{reason}.*VLLM_ALLOW_RUNTIME_LORA_UPDATING.*AReaL"):
+    reason = "status 404" if lora else "status 500 .*no such layer"
+    with pytest.raises(RolloutError, match=rf"{reason}.*VLLM_ALLOW_RUNTIME_LORA_UPDATING.*VLLM_SERVER_DEV_MODE=1"):
         pushed(server, tmp_path, loaded(base, lora))
 
 

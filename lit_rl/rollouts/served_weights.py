@@ -1,0 +1,127 @@
+"""The trainer's weights on inference servers: written, loaded by all of them, and compared by the log-probabilities of a probe."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from lit_rl.errors import ConfigError
+from lit_rl.ranks import gather_objects
+from lit_rl.rollouts.base import RolloutEngine, RolloutError
+from lit_rl.rollouts.connection import Call, Connection, Forgotten
+from lit_rl.rollouts.dialects import Dialect, weight_version
+from lit_rl.rollouts.probe import ProbeHistory, trainer_logprobs
+from lit_rl.rollouts.push import digest, fingerprint, gather, write
+
+SAME_WEIGHTS = (
+    "Check that the server was started on model.policy.pretrained itself (base model, revision, dtype), that nothing else loads weights "
+    "into it, and that engine.sync_dir is one folder for both (engine.server_sync_dir, where the server sees it under another path)"
+)
+
+
+class ServedWeights(RolloutEngine):
+    """An engine whose servers take over the weights. What they hold after a push is named in `model`."""
+
+    urls: list[str]
+    own: list[str]  # those that this process asks
+    connection: Connection
+    dialect: Dialect
+    adapter: bool
+    rank: int
+    base: str
+    sync_dir: Path
+    server_sync_dir: str
+    keep: int
+    probe_ids: list[int]
+    probe_tolerance: float
+
+    def _forget(self) -> None:
+        """The state before the first push."""
+        self.pushed: tuple[int, ...] | None = None  # fingerprint of what the servers hold
+        self.names: list[str] = []  # of the pushes that are kept, the newest last
+        self.model = ""  # that requests name
+        self.expected: Sequence[float] = ()  # the trainer's log-probabilities of the probe at the last push
+        self.aliases: frozenset[str] = frozenset()  # names of the base model: the server answers under any of them
+        self.history = {url: ProbeHistory() for url in self.urls}
+        self.unseen = False  # whether no answer was looked at since `update_weights`
+
+    def update_weights(self, version: int) -> None:
+        """Push the weights where they changed, and compare log-probabilities of the probe. Collective."""
+        self.version, self.unseen = version, True
+        mine = fingerprint(self.policy)
+        told_by_all = gather_objects((mine, mine != self.pushed))
+        if not any(changed for _, changed in told_by_all):
+            return
+        contents = digest([found for found, _ in told_by_all])
+        weights = gather(self.policy, keep=self.rank == 0)
+        expected = trainer_logprobs(self.policy, [(self.probe_ids[:1], self.probe_ids[1:])], temperature=1.0)[0]
+        told: tuple[str, str] = ("", "")
+        if self.rank == 0:
+            try:
+                told = self._push(weights, f"policy-v{version}-{contents}", expected), ""
+            except (ConfigError, RolloutError) as error:  # the others are waiting, and end with the same sentence
+                told = "", str(error)
+        name, wrong = gather_objects(told)[0]
+        if wrong:
+            raise RolloutError(wrong)
+        self.pushed, self.model, self.expected = mine, name, expected
+
+    def _push(self, weights: dict[str, Tensor], name: str, expected: Sequence[float]) -> str:
+        """Write, have it loaded by all servers, and compare. name: the contents too, for a resumed run may have others of that version."""
+        if name not in self.names:
+            self._forget_pushes(down_to=self.keep - 1)
+            write(self.policy, weights, self.sync_dir / name)
+        self.names = [n for n in self.names if n != name] + [name]
+        self._load(name, self.urls, expected)
+        return name
+
+    def _load(self, name: str, urls: Sequence[str], expected: Sequence[float]) -> None:
+        """Have servers load the push of that name, and compare."""
+        seen = f"{self.server_sync_dir.rstrip('/')}/{name}"
+        steps = [self.dialect.load_adapter(name, seen)] if self.adapter else self.dialect.load_weights(name, seen)
+        for route, body in steps:
+            self._everywhere_load(route, body, urls, done="already" if self.adapter else None)
+        self._compare(self._asked_for(name), name, urls, expected)
+
+    def _forget_pushes(self, *, down_to: int) -> None:
+        """Unload the oldest ones, before the next is loaded: servers have a limit."""
+        while len(self.names) > down_to:
+            oldest = self.names.pop(0)
+            if self.adapter:
+                self._everywhere_load(*self.dialect.unload_adapter(oldest), self.urls, done="")  # a server that has forgotten it may say so
+            shutil.rmtree(self.sync_dir / oldest)
+
+    def _everywhere_load(self, route: str, body: Mapping[str, object], urls: Sequence[str], *, done: str | None) -> None:
+        try:
+            self.connection.run([Call([url], route, body, self.dialect.read_load, done=done) for url in urls])
+        except RolloutError as error:
+            raise RolloutError(
+                f"pushing weights failed: {error}. Loading adapters needs vLLM with --enable-lora, a --max-lora-rank of at least "
+                "model.policy.lora.rank and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, or SGLang with --enable-lora; exchanging all weights "
+                "needs SGLang, or vLLM with VLLM_SERVER_DEV_MODE=1"
+            ) from error
+
+    def _asked_for(self, name: str) -> str:
+        """The model name in a request that the weights of that push answer."""
+        return name if self.adapter else self.base
+
+    def _compare(self, model: str, name: str, urls: Sequence[str], expected: Sequence[float]) -> None:
+        read = partial(self.dialect.read_logprobs, ids=self.probe_ids)
+        route, body = self.dialect.logprobs(self.probe_ids, model=model)
+        found = self.connection.run([Call([url], route, body, read) for url in urls])
+        for url, theirs in zip(urls, found):
+            if wrong := self.history[url].compare(theirs, expected, tolerance=self.probe_tolerance):
+                raise RolloutError(f"inference server {url}, after it loaded {name}, answers with {wrong}. {SAME_WEIGHTS}")
+
+    def _check_held(self) -> None:
+        """Raise Forgotten where a server says that its whole weights are of another version. Where answers tell, `_sample` looks."""
+        route = self.dialect.version_route
+        if self.adapter or route is None or not self.model:
+            return
+        for url, told in zip(self.own, self.connection.run([Call([url], route, None, weight_version) for url in self.own])):
+            if told != self.model:
+                raise Forgotten(f"inference server {url} holds the weights {told!r} in place of {self.model!r}")
