@@ -57,14 +57,14 @@ def token_logprobs(
         low_rank = None if low_rank is None else (low_rank[0].to(dtype), low_rank[1].to(dtype))
     with torch.autocast(device, enabled=False):
         size = chunk or max(CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["other"]) // weight.shape[0], 1)
-        if chunk is None and len(targets) <= size:
-            return _plain(hidden, weight, bias, low_rank, targets, head)
         learns = weight.requires_grad or (bias is not None and bias.requires_grad) or low_rank is not None
-        unit = torch.is_grad_enabled() and hidden.requires_grad and not learns and not entropy and softcap is None
         low, up = low_rank or (None, None)
         exact = hidden.dtype != torch.float16  # whose small gradients vanish before a scaler's factor arrives
         if arriving is not None and exact and torch.is_grad_enabled() and learns and not entropy:
             return TokenLogprobs(_Linear.apply(hidden, weight, bias, low, up, targets, head, size, arriving.detach()))
+        if chunk is None and len(targets) <= size:
+            return _plain(hidden, weight, bias, low_rank, targets, head)
+        unit = torch.is_grad_enabled() and hidden.requires_grad and not learns and not entropy and softcap is None
         return TokenLogprobs(*_Chunked.apply(hidden, weight, bias, low, up, targets, head, size, unit))
 
 
