@@ -1,9 +1,11 @@
 """One Flow-GRPO iteration of ours beside the plain loop of the public trainers, on the same weights, draws and reward latency.
 
-    python benchmarks/flow_grpo_iteration.py [--size mini|sd35m|flux] [--repeats 3] [--latency SECONDS_PER_IMAGE] [--plain-batch 8 1]
+    python benchmarks/flow_grpo_iteration.py [--size mini|sd35m|flux] [--repeats 3] [--plain-batch 8 1] [--pairs 8]
 
-The plain loop encodes every copy of every prompt, starts scoring when the rollout is over, trains on one micro-batch of images at one
-timestep per forward and backward, and reads its metrics off the device each time. Ours is `FlowGRPO` under Lightning's Trainer with
+The plain loops are Flow-GRPO as its public trainers write it: every copy of every prompt is encoded, and a forward and backward takes one
+micro-batch of images at one timestep. With several images at once (Flow-GRPO's own trainer) each batch is handed to a thread that scores
+it while the next one is sampled, and metrics are stacked and read once per iteration; with one image (DanceGRPO, MixGRPO) scoring starts
+when the rollout is over, and metrics are read off the device each time. Ours is `FlowGRPO` under Lightning's Trainer with
 `RewardScoring`. Both compute the same update, which is checked: after all iterations the weights must agree. Arms take turns within one
 process, on new prompts every iteration; the first iteration is skipped. Prints median seconds per phase, images/s, and the ratio of the
 medians, by the clock and `undisturbed` (see `Stopwatch`).
@@ -17,9 +19,11 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +147,7 @@ class Trajectories:
 
 
 class PlainLoop:
-    """Flow-GRPO as its public trainers write it, `batch` images at a time."""
+    """Flow-GRPO as its public trainers write it, `batch` images at a time; several are scored beside the sampling of the next."""
 
     def __init__(self, method: FlowGRPO, reward: Brightness, batch: int) -> None:
         self.method, self.policy, self.reward, self.batch = method, method.policy, reward, batch
@@ -155,12 +159,17 @@ class PlainLoop:
         self.sigmas = self.policy.sigmas(self.method.num_steps).float().to(self.method.device)
         watch = Stopwatch()
         chunks = torch.arange(len(prompts)).split(self.batch)
-        with torch.no_grad():
-            rollout = [self.sample(prompts, chunk) for chunk in chunks]
-        watch.lap("rollout")
-        scores = [self.reward.score(part.images, [prompts.info[i] for i in chunk])["brightness"] for part, chunk in zip(rollout, chunks)]
+        with torch.no_grad(), ThreadPoolExecutor(1) as scoring:
+            rollout: list[Trajectories] = []
+            scores: list[Callable[[], Mapping[str, Tensor]]] = []
+            for chunk in chunks:
+                rollout.append(self.sample(prompts, chunk))
+                score = partial(self.reward.score, rollout[-1].images, [prompts.info[i] for i in chunk])
+                scores.append(scoring.submit(score).result if self.batch > 1 else score)
+            watch.lap("rollout")
+            brightness = torch.cat([score()["brightness"] for score in scores])
         watch.lap("score")
-        advantages = group_advantages(torch.cat(scores), prompts.group).clamp(-5, 5).float().to(self.method.device)
+        advantages = group_advantages(brightness, prompts.group).clamp(-5, 5).float().to(self.method.device)
         self.train(rollout, advantages.split(self.batch))
         watch.lap("train")
         self.watches.append(watch)
@@ -199,14 +208,25 @@ class PlainLoop:
         clip = {"clip_low": self.method.surrogate.low, "clip_high": self.method.surrogate.high}
         window = self.method.window(self.method.iteration)
         pairs = sum(len(advantage) for advantage in advantages) * len(window)
+        metrics: list[dict[str, Tensor]] = []
         for part, advantage in zip(rollout, advantages):
             for i in window:
                 step = self.step(part.path[i], i, part.cond, sample=part.path[i + 1])
                 loss = clipped_surrogate(step.logprob, part.logprobs[i], advantage, **clip).sum() / pairs
                 loss.backward()
-                _ = loss.item(), {name: value.item() for name, value in policy_metrics(step.logprob, part.logprobs[i], **clip).items()}
+                metrics.append({"loss": loss.detach()} | policy_metrics(step.logprob, part.logprobs[i], **clip))
+                if self.batch == 1:
+                    read(metrics)
         optimizer.step()
         optimizer.zero_grad()
+        read(metrics)
+
+
+def read(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Means by name, off the device; `metrics` starts anew."""
+    means = {name: torch.stack([row[name] for row in metrics]).mean().item() for name in (metrics[0] if metrics else ())}
+    metrics.clear()
+    return means
 
 
 class Turns(RLCallback):
@@ -319,13 +339,16 @@ def main(arguments: Sequence[str] | None = None, sizes: Mapping[str, Size] = SIZ
     parser.add_argument("--repeats", type=int, default=3, help="timed iterations of each arm")
     parser.add_argument("--latency", type=float, help="seconds per image of the reward; default: all images take half of the plain rollout")
     parser.add_argument("--plain-batch", type=int, nargs="+", help="images per forward of the plain loop, one arm each")
+    parser.add_argument("--pairs", type=int, help="(image, step) pairs per training forward of ours")
     args = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     torch.set_num_threads(1)
     size = sizes[args.size]
     if args.plain_batch:
-        size = Size(**vars(size) | {"plain_batches": tuple(args.plain_batch)})
+        size = replace(size, plain_batches=tuple(args.plain_batch))
+    if args.pairs:
+        size = replace(size, pairs=args.pairs)
     with tempfile.TemporaryDirectory() as folder:
         policy = build_policy(args.size, size, Path(folder) / "pipeline")
         turns, apart = measure(policy, size, repeats=args.repeats, latency=args.latency, logs=Path(folder) / "logs")
