@@ -59,6 +59,11 @@ def main() -> None:
     from lit_rl.own_code import use_working_folder
 
     use_working_folder()
+    from lit_rl.command_line.early import early_mistake
+
+    if mistake := early_mistake(sys.argv):  # before the seconds of the imports that follow
+        sys.stderr.write(f"error: {mistake}\n")
+        raise SystemExit(2)
     from lit_rl.command_line.components import asked_class, components_page
     from lit_rl.command_line.options import with_help_classes
     from lit_rl.command_line.run import CLI

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import flow_grpo_iteration, generation, overhead, overlap, token_logprobs, trl_compare, trl_sides
+from benchmarks import flow_grpo_iteration, generation, overhead, overlap, startup, token_logprobs, trl_compare, trl_sides
 from lit_rl.miniatures.lm import build_lm
 
 SIZES = {
@@ -145,3 +145,10 @@ def test_sides_that_do_different_work_are_told() -> None:
 def test_the_comparison_with_trl_runs_our_side_alone_in_turns() -> None:
     table = trl_compare.main(["--case", "sft-1k", "--side", "ours", "--turns", "1", "--size", "2"], TRL_CASES)
     assert "sft-1k: 4 steps, each of 24 trained tokens; losses" in table and "MiB" in table and "ratio" not in table
+
+
+@pytest.mark.slow  # processes that import everything
+def test_startup_tells_mistakes_sooner_than_it_imports() -> None:
+    rows = {line[:20].strip(): float(line[20:28]) for line in startup.main(["--repeats", "1"]).splitlines()[1:]}
+    assert list(rows) == ["import torch", "import lightning", "a missing file", "a wrong key", "one step"]
+    assert rows["a missing file"] < rows["import torch"] and rows["a wrong key"] < rows["import torch"]

@@ -155,10 +155,10 @@ def unknown_option(message: str, argv: Sequence[str]) -> str | None:
         return f"{name} is not an option; options begin with --, see python cli.py fit --help"
     known = options(argv)
     given, paths = settings(argv), {short(option.path) for option in known}
-    unknown = [setting.path for setting in given if setting.path not in paths and f".{setting.path}".endswith(f".{short(name)}")]
+    same = [setting.path for setting in given if f".{setting.path}".endswith(f".{short(name)}")]
+    unknown = [path for path in same if path not in paths] or [path for path in same if not paths.issuperset(_beginnings(path))]
     whole = unknown[0] if unknown else name
-    parts = [".".join(whole.split(".")[: i + 1]) for i in range(whole.count(".") + 1)]
-    path = next((part for part in parts if part not in paths), whole)
+    path = next((part for part in _beginnings(whole) if part not in paths), whole)
     if (new := renamed(whole)) is not None:
         return at(whole, f"{whole} of earlier releases is now {new}", argv)
     if place := next((setting.place for setting in given if setting.path == path and setting.place), None):
@@ -170,17 +170,27 @@ def unknown_option(message: str, argv: Sequence[str]) -> str | None:
     return f"there is no option {word}; " + (f"did you mean --{meant}?" if meant else "see python cli.py fit --help")
 
 
+def _beginnings(path: str) -> list[str]:
+    """`a`, `a.b`, `a.b.c` of `a.b.c`."""
+    return [".".join(path.split(".")[: i + 1]) for i in range(path.count(".") + 1)]
+
+
 def _unknown(path: str, known: Sequence[Option]) -> str:
     """The sentence for a key that its class does not have: the nearest of the class's own options, the option of that name elsewhere in the
     run, or a list of what the class has."""
     parent, _, wrong = path.rpartition(".")
     siblings = [option for option in known if short(option.path).rpartition(".")[0] == parent]
     names = sorted({short(option.path).split(".")[-1] for option in siblings})
+    return no_option(siblings[0].owner.__name__ if parent and siblings else "", wrong, names)
+
+
+def no_option(owner: str, wrong: str, names: Sequence[str]) -> str:
+    """The sentence for a key that a class does not have. owner: its name, "" at the top of a run. names: what it has, sorted."""
     near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
-    owner = f"{siblings[0].owner.__name__} has no option '{wrong}'" if parent and siblings else f"there is no option '{wrong}'"
+    said = f"{owner} has no option '{wrong}'" if owner else f"there is no option '{wrong}'"
     if near:
-        return f"{owner}; did you mean '{near[0]}'?"
-    return f"{owner}; it has {', '.join(names)}" if parent and names else f"{owner}; see python cli.py fit --help"
+        return f"{said}; did you mean '{near[0]}'?"
+    return f"{said}; it has {', '.join(names)}" if owner and names else f"{said}; see python cli.py fit --help"
 
 
 def help_wanted(message: str, argv: Sequence[str]) -> str | None:

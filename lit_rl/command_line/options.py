@@ -38,9 +38,13 @@ class Option(NamedTuple):
 
 def config_files(argv: Sequence[str]) -> list[Path]:
     """The files given by --config."""
+    return [Path(value) for value in config_values(argv) if Path(value).is_file()]
+
+
+def config_values(argv: Sequence[str]) -> list[str]:
+    """What stands after each --config."""
     values = [value for flag, value in pairwise(argv) if flag in ("--config", "-c")]
-    values += [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
-    return [Path(value) for value in values if Path(value).is_file()]
+    return values + [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
 
 
 def short(path: str) -> str:
@@ -50,8 +54,8 @@ def short(path: str) -> str:
 
 def settings(argv: Sequence[str]) -> list[Setting]:
     """Everything that the run's files and command line set, in the order in which later ones win. Files must be YAML."""
-    found = [Setting(path, value, f"{file}:{line}") for file in config_files(argv) for path, value, line in _keys(file)]
-    return found + [Setting(path, value, "") for path, value in _options(argv)]
+    found = [Setting(path, value, f"{file}:{line}") for file in config_files(argv) for path, value, line in keys_of(file)]
+    return found + [Setting(path, value, "") for path, value in options_of(argv)]
 
 
 def options(argv: Sequence[str]) -> list[Option]:
@@ -63,9 +67,9 @@ def options(argv: Sequence[str]) -> list[Option]:
     found = [
         Option(name, L.Trainer, False) for name in ("model", "data", "trainer", "run", "config_version", "seed_everything", "ckpt_path")
     ]
-    found += _parameters(L.Trainer, "trainer") + _parameters(RunFolder, "run")
+    found += constructor_options(L.Trainer, "trainer") + constructor_options(RunFolder, "run")
     for path, class_path in named_classes(argv).items():
-        found += _parameters(imported_class(class_path), f"{path}.init_args")
+        found += constructor_options(imported_class(class_path), f"{path}.init_args")
     return found
 
 
@@ -73,8 +77,8 @@ def named_classes(argv: Sequence[str]) -> dict[str, str]:
     """Class path by the full dotted path of the key that names it."""
     found: dict[str, str] = {}
     for file in config_files(argv):
-        found |= {path.removesuffix(".class_path"): value for path, value, _ in _keys(file, full=True) if path.endswith(".class_path")}
-    for path, value in _options(argv, full=True):
+        found |= {path.removesuffix(".class_path"): value for path, value, _ in keys_of(file, full=True) if path.endswith(".class_path")}
+    for path, value in options_of(argv, full=True):
         if path.endswith(".class_path") or (inspect.isclass(imported(value)) and "." in value):
             found[_with_init_args(path.removesuffix(".class_path"), found)] = value
     return found
@@ -108,7 +112,7 @@ def _shared(words: Sequence[str], others: Sequence[str]) -> int:
     return sum(2 if word in others else bool(difflib.get_close_matches(word, others, n=1)) for word in words)
 
 
-def _keys(file: Path, *, full: bool = False) -> Iterator[tuple[str, str, int]]:
+def keys_of(file: Path, *, full: bool = False) -> Iterator[tuple[str, str, int]]:
     """Dotted path, single value and line of every key of a YAML file."""
 
     def walk(node: object, path: tuple[str, ...]) -> Iterator[tuple[str, str, int]]:
@@ -126,7 +130,7 @@ def _keys(file: Path, *, full: bool = False) -> Iterator[tuple[str, str, int]]:
     yield from walk(yaml.compose(file.read_text(encoding="utf-8")), ())
 
 
-def _options(argv: Sequence[str], *, full: bool = False) -> Iterator[tuple[str, str]]:
+def options_of(argv: Sequence[str], *, full: bool = False) -> Iterator[tuple[str, str]]:
     """Path and value of every option of a command line but --config."""
     for word, following in pairwise([*argv, ""]):
         if word.startswith("--") and word not in ("--config", "--"):
@@ -142,7 +146,7 @@ def _with_init_args(path: str, classes: dict[str, str]) -> str:
     return first
 
 
-def _parameters(cls: type | None, prefix: str) -> list[Option]:
+def constructor_options(cls: type | None, prefix: str) -> list[Option]:
     """The parameters of a class's constructor and of those that it hands `**kwargs` on to."""
     found: dict[str, Option] = {}
     if cls is None:
@@ -162,10 +166,12 @@ def _parameters(cls: type | None, prefix: str) -> list[Option]:
 
 
 def _fields(cls: type, parameter: str) -> list[str]:
-    """Fields of a parameter that is a dataclass, or may be one."""
+    """Options of a parameter that is, or may be, a dataclass or a class that nothing can stand in for."""
     try:
         hint = typing.get_type_hints(cls.__init__)[parameter]
     except (NameError, KeyError, TypeError):  # an annotation that only a type checker understands
         return []
     kinds = [hint, *typing.get_args(hint)]
-    return [field.name for kind in kinds if dataclasses.is_dataclass(kind) for field in dataclasses.fields(kind)]
+    fields = [field.name for kind in kinds if dataclasses.is_dataclass(kind) for field in dataclasses.fields(kind)]
+    whole = [kind for kind in kinds if getattr(kind, "__final__", False) and not dataclasses.is_dataclass(kind)]
+    return fields + [name for kind in whole for name in inspect.signature(kind).parameters]

@@ -36,7 +36,7 @@ from lit_rl.command_line.failures import go_on, what_ended
 from lit_rl.command_line.renamed import CONFIG_VERSION, other_version
 from lit_rl.command_line.saved_config import SavedConfig
 from lit_rl.command_line.usual import RunFolder, filled_in
-from lit_rl.command_line.yaml_files import broken_yaml
+from lit_rl.command_line.yaml_files import broken_yaml, missing_file
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL
 from lit_rl.rewards.base import RewardError
@@ -94,7 +94,7 @@ class CLI(LightningCLI):
         """Lightning would replace the hyper-parameters of the YAML and the command line by the checkpoint's; a run means what it says."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        if broken := broken_yaml(sys.argv) or other_version(sys.argv):
+        if broken := missing_file(sys.argv) or broken_yaml(sys.argv) or other_version(sys.argv):
             self.parser.error(broken)
         super().parse_arguments(parser, args)
         expand_home(self.config)

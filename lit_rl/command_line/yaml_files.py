@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 
-from lit_rl.command_line.options import config_files
+from lit_rl.command_line.options import config_files, config_values
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+
+
+def missing_file(argv: Sequence[str]) -> str | None:
+    """The sentence for the first --config that names no file. A mapping may stand in a file's place: `--config '{trainer: {...}}'`."""
+    for value in config_values(argv):
+        path = Path(value).expanduser()
+        if value != "-" and not path.exists() and not any(sign in value for sign in "{[:\n"):
+            near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
+            return f"--config {value}: there is no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+    return None
 
 
 def broken_yaml(argv: Sequence[str]) -> str | None:
