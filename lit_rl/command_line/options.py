@@ -42,7 +42,7 @@ def config_files(argv: Sequence[str]) -> list[Path]:
 
 
 def config_values(argv: Sequence[str]) -> list[str]:
-    """What stands after each --config."""
+    """The words that follow each --config."""
     values = [value for flag, value in pairwise(argv) if flag in ("--config", "-c")]
     return values + [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
 

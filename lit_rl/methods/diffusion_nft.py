@@ -225,8 +225,7 @@ class AWM(DiffusionNFT):
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, kl=kl or VelocityKL(coef=0.0), **kwargs)
-        self.matching_weight, self.power = matching_weight, power
-        self.surrogate = surrogate or self.presets["surrogate"]
+        self.matching_weight, self.power, self.surrogate = matching_weight, power, surrogate or self.presets["surrogate"]
         if self.surrogate.needs_means:
             raise ConfigError("model.surrogate of AWM is lit_rl.losses.step_surrogates.Clip: its ratio is not that of a step with noise")
 
