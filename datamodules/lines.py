@@ -7,15 +7,18 @@ import json
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, overload
+from typing import BinaryIO, TypeVar, overload
 
 import numpy as np
 import xxhash
 
 from datamodules.text_encoding import MARKS, parse_json, read_text
 from lit_rl.errors import ConfigError
+
+T = TypeVar("T")
 
 BLOCK = 4 << 20
 """Bytes that are read at a time."""
@@ -36,33 +39,33 @@ def json_row(line: str) -> object:
         return NotJSON(f"not JSON ({error.msg} at column {error.colno}); each line must be one object")
 
 
-class Stored(Sequence[object]):
+class Stored(Sequence[T]):
     """Rows on the disk that are read in order many at a time, and one by one when asked for."""
 
     digest: str
     """It differs where the content of the file does."""
 
     @abstractmethod
-    def onward(self, start: int) -> Iterator[object]:
+    def onward(self, start: int) -> Iterator[T]:
         """The rows from number `start`."""
 
     @abstractmethod
-    def at(self, i: int) -> object:
+    def at(self, i: int) -> T:
         """Row number `i`."""
 
     @overload
-    def __getitem__(self, i: int) -> object: ...
+    def __getitem__(self, i: int) -> T: ...
     @overload
-    def __getitem__(self, i: slice) -> Sequence[object]: ...
-    def __getitem__(self, i: int | slice) -> object:
+    def __getitem__(self, i: slice) -> Sequence[T]: ...
+    def __getitem__(self, i: int | slice) -> T | Sequence[T]:
         numbers = range(len(self))
         return [self.at(k) for k in numbers[i]] if isinstance(i, slice) else self.at(numbers[i])
 
-    def __iter__(self) -> Iterator[object]:
+    def __iter__(self) -> Iterator[T]:
         return self.onward(0)
 
 
-class Lines(Stored):
+class Lines(Stored[T]):
     """The lines of a text file that are not blank, each as `parse` reads it.
 
     Opening reads the file once, for its encoding, the places of its lines and its `digest`; rows are read from the file afterwards, so a
@@ -70,7 +73,7 @@ class Lines(Stored):
     UTF-8 (UTF-16, UTF-32) stays in memory as UTF-8. Raises ConfigError as `read_text` does.
     """
 
-    def __init__(self, path: Path, parse: Callable[[str], object] = json_row) -> None:
+    def __init__(self, path: Path, parse: Callable[[str], T]) -> None:
         self.path, self.parse = path, parse
         self._file: BinaryIO | None = None
         scan = _Scan()
@@ -84,12 +87,12 @@ class Lines(Stored):
     def __len__(self) -> int:
         return len(self.lines)
 
-    def at(self, i: int) -> object:
+    def at(self, i: int) -> T:
         """Row number `i`."""
         first, last = self.bounds[line := self.lines[i]], self.bounds[line + 1]
         return self.parse(_text(self._read(int(first), int(last)), line))
 
-    def onward(self, start: int) -> Iterator[object]:
+    def onward(self, start: int) -> Iterator[T]:
         """The rows from number `start`, read many lines at a time."""
         bounds, at = self.bounds, start
         while at < len(self.lines):
@@ -105,6 +108,12 @@ class Lines(Stored):
     def line(self, i: int) -> int:
         """The number, from 1, of row `i`'s line."""
         return int(self.lines[i]) + 1
+
+    def first(self, count: int | None) -> Lines[T]:
+        """The first rows, or all."""
+        some = copy(self)
+        some.lines = self.lines[:count]
+        return some
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_file": None}

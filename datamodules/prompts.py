@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 from datamodules.base import PromptDataModule
-from datamodules.text_encoding import parse_json, read_text
+from datamodules.lines import Lines, NotJSON, json_row
+from datamodules.text_files import InvalidRow
+from datamodules.verdicts import Verdict, keep, named, recall
 from lit_rl.errors import ConfigError
 from lit_rl.types import Info
 
@@ -45,48 +47,55 @@ class PromptFiles(PromptDataModule):
             folder = Path(train).expanduser()
             train = str(_split_file(folder, "train"))
             val = val or str(_split_file(folder, "test", "val"))
-        splits = [_placed_prompts(Path(p), prompt_key=prompt_key) if p else {} for p in (train, val, predict)]
-        rows = [list(split.values()) for split in splits]
-        super().__init__(rows[0][:max_train], rows[1][:max_val], rows[2], eval_batch_size=eval_batch_size, shuffle=shuffle, seed=seed)
-        self._places = [list(split) for split in splits[:2]]
+        limits = ((train, max_train), (val, max_val), (predict, None))
+        rows = [_prompts(Path(path), prompt_key=prompt_key).first(limit) if path else () for path, limit in limits]
+        super().__init__(rows[0], rows[1], rows[2], eval_batch_size=eval_batch_size, shuffle=shuffle, seed=seed)
 
     def rows_to_score(self, stage: str) -> Iterator[Info]:
         """As of the parent, each row with its file and line as `where`."""
-        for places, rows in zip(self._places, (self.train_prompts if stage == "fit" else (), self.held_out), strict=True):
-            yield from ({**row, "where": place} for place, row in zip(places, rows, strict=False))  # max_train cuts the rows
+        for rows in (self.train_prompts if stage == "fit" else (), self.held_out):
+            if isinstance(rows, Lines):
+                yield from ({**row, "where": f"{rows.path}:{rows.line(i)}"} for i, row in enumerate(rows))
 
 
 def read_prompts(path: Path, *, prompt_key: str = "prompt") -> list[Info]:
     """The prompts of a .txt or .jsonl file, in order; raises ValueError with file and line for the first row that is not one."""
-    return list(_placed_prompts(path, prompt_key=prompt_key).values())
+    return list(_prompts(path, prompt_key=prompt_key))
 
 
-def _placed_prompts(path: Path, *, prompt_key: str) -> dict[str, Info]:
-    """The same by file and line."""
+def _prompts(path: Path, *, prompt_key: str) -> Lines[Info]:
+    """The same, left on the disk."""
     path = path.expanduser()
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder")
     if path.suffix not in SUFFIXES or path.is_dir():
         raise ConfigError(f"{path}: prompts are read from {' or '.join(SUFFIXES)} files")
-    rows: dict[str, Info] = {}
-    for number, line in enumerate(read_text(path).split("\n"), start=1):  # splitlines() would cut at U+2028
-        if line.strip():
-            where = f"{path}:{number}"
-            rows[where] = _row(line, where, prompt_key) if path.suffix == ".jsonl" else MappingProxyType({"prompt": line.strip()})
+    rows = Lines(path, partial(_row, prompt_key=prompt_key) if path.suffix == ".jsonl" else _text)
     if not rows:
         raise ConfigError(f"{path}: holds no prompts")
+    if recall(name := named(["prompts", rows.digest, path.suffix, prompt_key])) is None:
+        seen = 0
+        try:
+            for _ in rows:
+                seen += 1
+        except InvalidRow as error:
+            raise ConfigError(f"{path}:{rows.line(seen)}: {error}") from error
+        keep(name, Verdict(), rows=len(rows))
     return rows
 
 
-def _row(line: str, where: str, prompt_key: str) -> Info:
-    try:
-        row = parse_json(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON ({error.msg} at column {error.colno}); each line must be one object") from error
+def _text(line: str) -> Info:
+    return MappingProxyType({"prompt": line.strip()})
+
+
+def _row(line: str, *, prompt_key: str) -> Info:
+    row = json_row(line)
+    if isinstance(row, NotJSON):
+        raise InvalidRow(row.reason)
     if not isinstance(row, dict):
-        raise ConfigError(f'{where}: expected an object such as {{"{prompt_key}": ...}}, found {type(row).__name__}')
+        raise InvalidRow(f'expected an object such as {{"{prompt_key}": ...}}, found {type(row).__name__}')
     if not isinstance(row.get(prompt_key), str) or not row[prompt_key].strip():
-        raise ConfigError(f"{where}: key {prompt_key!r} must be a non-empty string; found {sorted(row)}; see data.prompt_key")
+        raise InvalidRow(f"key {prompt_key!r} must be a non-empty string; found {sorted(row)}; see data.prompt_key")
     return MappingProxyType(row | {"prompt": row[prompt_key]})
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 import xxhash
 
-from datamodules.lines import Lines, NotJSON, Numbers, Stored
+from datamodules.lines import Lines, NotJSON, Numbers, Stored, json_row
 from datamodules.text_encoding import parse_json, read_text
 from datamodules.verdicts import Verdict, keep, named, recall
 from lit_rl.errors import ConfigError, listed
@@ -186,7 +186,7 @@ def open_file(path: Path) -> TextFile:
         else:
             if isinstance(content, list):
                 return TextFile(path, content, xxhash.xxh3_128_hexdigest(text.encode()))
-    lines = Lines(path)
+    lines = Lines(path, json_row)
     return TextFile(path, lines, lines.digest)
 
 
@@ -220,7 +220,7 @@ def _conversed(name: str, kind: DataType) -> bool:
     return name == CONVERSED[0] or (types.is_struct(inner) and inner is not kind and inner.get_field_index(CONVERSED[1]) >= 0)
 
 
-class _Parquet(Stored):
+class _Parquet(Stored[object]):
     """Rows of a table; in order they are read `CHUNK` at a time, which is many times as fast. A pickled copy reads the file again."""
 
     CHUNK = 1000

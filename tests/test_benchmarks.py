@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import data as data_sets
 from benchmarks import flow_grpo_iteration, generation, overhead, overlap, startup, token_logprobs, trl_compare, trl_sides
 from lit_rl.miniatures.lm import build_lm
 
@@ -36,6 +37,18 @@ def test_a_plain_loop_that_trains_something_else_is_told(monkeypatch: pytest.Mon
     monkeypatch.setattr(flow_grpo_iteration, "group_advantages", lambda *given: 0.9 * right(*given))
     with pytest.raises(SystemExit, match="did not compute the same update"):
         flow_grpo_iteration.main(["--repeats", "1", "--latency", "0", "--plain-batch", "3"], SIZES)
+
+
+def test_a_data_set_is_opened_and_tokenized_by_both_arms(tmp_path: Path) -> None:
+    """Both read the rows of the file; ours keeps what it found and sees the changed row. In one process, where nothing is measured."""
+    model, path = build_lm(tmp_path / "lm", hidden=32), tmp_path / "rows.jsonl"
+    data_sets.write_rows(path, 30)
+    assert all(arm(path, model, 20)["last"] == 1 for arm in (data_sets.ours, data_sets.datasets))
+    stamp, before = path.stat(), path.read_bytes()
+    data_sets.changed(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stamp.st_size, stamp.st_mtime_ns)
+    assert [a == b for a, b in zip(before, path.read_bytes(), strict=True)].count(False) == 1
+    assert data_sets.ours(path, model, 20)["last"] == 0
 
 
 def test_overhead_prints_ratios_of_all_arms() -> None:

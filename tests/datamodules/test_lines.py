@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from text_rows import jsonl, parquet
 
 from datamodules import lines
-from datamodules.lines import Lines, NotJSON
+from datamodules.lines import Lines, NotJSON, json_row
 from datamodules.prompts_text import TextPrompts
 from datamodules.text_encoding import read_text
 from lit_rl.errors import ConfigError
@@ -46,9 +46,10 @@ def test_rows_are_those_of_the_whole_text(tmp_path_factory: pytest.TempPathFacto
     expected = [(number, line) for number, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines, "BLOCK", block)
-        rows, texts = Lines(path), Lines(path, str)
+        rows, texts = Lines(path, json_row), Lines(path, str)
         for seen in (list(texts), [texts[i] for i in range(len(texts))], [*texts[:2], *texts.onward(min(2, len(texts)))]):
             assert seen == [line for _, line in expected]
+        assert list(texts.first(2)) == list(texts)[:2] and len(texts.first(None)) == len(texts)
         assert [rows.line(i) for i in range(len(rows))] == [number for number, _ in expected]
         for value, again, (_, line) in zip(rows, pickle.loads(pickle.dumps(rows)), expected, strict=True):
             assert known(value) == known(again)

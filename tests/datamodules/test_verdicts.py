@@ -192,6 +192,8 @@ def judge(rank: int, world: int, path: str, model: str, address: str, out: str) 
     except ConfigError as error:
         result = [result, str(error)]
     Path(out, str(rank)).write_text(json.dumps([result, seen]))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # its threads must not outlive the process
 
 
 def test_processes_share_the_rows_and_find_the_same(model: Path, tmp_path: Path) -> None:
