@@ -67,9 +67,12 @@ RENAMED: Mapping[str, str] = {
     "model.critic_lr": "model.init_args.critic_training.lr",
     "model.critic_warmup": "model.init_args.critic_training.warmup",
     "model.value_clip": "model.init_args.critic_training.value_clip",
+    "model.pref_coef": "model.init_args.preference.coef",
+    "model.pref_loss_kind": "model.init_args.preference.kind",
+    "images_per_request": "samples_per_request",
 }
-"""Option of an earlier release, as `short` writes it -> its path now. Options that only some methods lost are listed too: what is there is
-never looked up."""
+"""Option of an earlier release, as `short` writes it -> its path now; a name without dots is an option of a class that stands in no
+fixed place. Options that only some methods lost are listed too: what is there is never looked up."""
 
 
 def moved(path: str) -> str | None:
@@ -83,7 +86,10 @@ def moved(path: str) -> str | None:
 
 def renamed(path: str) -> str | None:
     """Name the place where an option of an earlier release stands now. path: as `lit_rl.command_line.options.short` writes it."""
-    return next((new for old, new in RENAMED.items() if path == old or path.startswith(f"{old}.")), None)
+    for old, new in RENAMED.items():
+        if path == old or path.startswith(f"{old}.") or ("." not in old and path.endswith(f".{old}")):
+            return new
+    return None
 
 
 def other_version(argv: Sequence[str]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from toy import toy_config
 from lit_rl.command_line.renamed import CONFIG_VERSION, MOVED, RENAMED, moved, other_version
 from lit_rl.doctor.runs import parse
 from lit_rl.errors import ConfigError
+from lit_rl.rewards.client import HTTPReward
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,12 +49,16 @@ def runs() -> dict[str, Namespace]:
     """Shipped runs, with the components that they leave out."""
     nothing = ["--model.kl_in_reward.coef", "0.1", "--model.length_penalty.buffer", "1", "--model.credit", "lit_rl.credit.rules.Group"]
     dynamic = ["--model.dynamic_sampling.max_generations", "3"]
-    more = {"grpo/qwen25_7b_gsm8k": [*nothing, *dynamic], "ppo/qwen25_7b_gsm8k": [], "demo/flow_grpo_ocr": []}
+    others = ("ppo/qwen25_7b_gsm8k", "demo/flow_grpo_ocr", "gspo/qwen25_7b_self_play")
+    more = {"grpo/qwen25_7b_gsm8k": [*nothing, *dynamic], **{name: [] for name in others}}
     return {name: parse(["--config", str(ROOT / f"configs/{name}.yaml"), *options]) for name, options in more.items()}
 
 
 @pytest.mark.parametrize("old", RENAMED)
 def test_an_old_option_is_where_the_sentence_says(runs: dict[str, Namespace], old: str) -> None:
+    if "." not in old:  # an option of a class, wherever that stands in a run
+        assert RENAMED[old] in signature(HTTPReward).parameters and old not in signature(HTTPReward).parameters
+        return
     assert any(RENAMED[old] in run for run in runs.values()) and not all(old in run for run in runs.values())
 
 
@@ -109,3 +115,21 @@ def test_what_a_run_saves_is_read_again(tmp_path: Path, monkeypatch: pytest.Monk
     saved.write_text(saved.read_text().replace(f"config_version: {CONFIG_VERSION}", ""))
     with pytest.raises(ConfigError, match=r"was saved by a run of an earlier release"):
         parse(["--config", str(saved)])
+
+
+@pytest.mark.parametrize(
+    ("config", "now", "then", "said"),
+    [
+        ("gspo/qwen25_7b_self_play", "    group_size: ", "    pref_coef: 0.5\n    group_size: ", "model.init_args.preference.coef"),
+        ("demo/flow_grpo_ocr", "outputs: [ocr_similarity]", "outputs: [ocr_similarity], images_per_request: 4", "samples_per_request"),
+    ],
+)
+def test_an_old_option_of_a_part_is_named_where_it_stands(tmp_path: Path, config: str, now: str, then: str, said: str) -> None:
+    """The name that a user gives to a reward is part of the old path."""
+    text = (ROOT / f"configs/{config}.yaml").read_text()
+    assert text.count(now) == 1
+    (tmp_path / "run.yaml").write_text(text.replace(now, then))
+    line = next(i for i, row in enumerate(text.replace(now, then).splitlines(), start=1) if "pref_coef" in row or "images_per" in row)
+    with pytest.raises(ConfigError) as raised:
+        parse(["--config", str(tmp_path / "run.yaml")])
+    assert f"run.yaml:{line}: " in str(raised.value) and f"of earlier releases is now {said}" in str(raised.value)
