@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from datamodules.base import PromptDataModule
@@ -22,7 +21,7 @@ from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.chat import AnswerIds, completion_ids
 from lit_rl.policies.chat import answer_ids as turns_ids
 from lit_rl.policies.tokenizer import fingerprint
-from lit_rl.ranks import distributed, gather_objects
+from lit_rl.ranks import gather_objects, place
 from lit_rl.types import Info
 
 Truncation = Literal["error", "left", "right", "middle"]
@@ -150,7 +149,7 @@ class TextData(PromptDataModule):
 
     def _look(self, rows: Rows, *, key: str) -> Verdict:
         """Look at each row, every process at a share of them. Raises one ConfigError for what stops the run, the same on all."""
-        rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed() else (0, 1)
+        rank, world = place()
         found, problems = self._judge(rows, range(len(rows) * rank // world, len(rows) * (rank + 1) // world))
         everywhere = gather_objects((found, problems))
         complain([problem for _, theirs in everywhere for problem in theirs], key=key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from benchmarks.house import FORMULAS, ROOT, circles, imports, sources
@@ -90,3 +91,17 @@ def test_formulas_know_neither_lightning_nor_models() -> None:
     for name, source in sources().items():
         if name.startswith(FORMULAS):
             assert not [word for word in heavy if word in source], name
+
+
+def collectives(files: Mapping[str, str]) -> set[str]:
+    """Files that call a collective of torch.distributed, or Lightning's of tensors, themselves."""
+    call = re.compile(
+        r"(torch\.distributed|dist)\.(all_|broadcast|gather|scatter|reduce|barrier|send|recv|i?send|new_group)|self\.all_gather\("
+    )
+    return {name for name, source in files.items() if call.search(source)}
+
+
+def test_collectives_are_in_one_file() -> None:
+    """But for `LitRL.all_ranks`, which is Lightning's gather of rows that are equally many, and what strategies do by themselves."""
+    assert collectives(sources()) == {"lit_rl.ranks", "lit_rl.modules.base"}
+    assert collectives({"a": "import torch\ntorch.distributed.all_reduce(x)", "b": "strategy.broadcast(x)"}) == {"a"}

@@ -153,7 +153,7 @@ class DPO(LitTokens):
         step, weights = self.step_of(rollout), torch.zeros(rollout.mask.shape, device=self.device)
         for update in range(self.updates):
             rows = usable & (step == update)
-            weights[rows] = 1 / max(int(self.all_ranks(rows.sum()[None]).sum()) // 2, 1)
+            weights[rows] = 1 / max(int(self.sum_of_ranks(rows.sum())) // 2, 1)
         self.rollout_metrics = {"pairs": float(self.prompts_per_iteration), "non_finite": float(self.non_finite)}
         return replace(rollout, weights=weights)
 
@@ -208,7 +208,7 @@ class DPO(LitTokens):
         rows = [torch.stack([row[name] * row["pairs"] for name in names] + [row["pairs"]]).double() for row in self._held_out]
         self._held_out = []
         summed = torch.stack(rows).sum(0) if rows else torch.zeros(len(names) + 1, dtype=torch.float64, device=self.device)
-        summed = self.all_ranks(summed[None]).sum(0)
+        summed = self.sum_of_ranks(summed)
         means = (summed[:-1] / summed[-1].clamp(min=1)).tolist()
         self.report({f"val/{name}": value for name, value in zip(names, means)}, bar=("val/accuracy",))
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lit_rl.credit.rules import Credit, Group
 from lit_rl.credit.tokens import win_rates
@@ -95,14 +94,6 @@ class MixedGSPO(LitPolicyGradient):
         kinds = rollout.preference[rows.to(rollout.preference.device)].tolist()
         return [rows[i : i + 1 + (kind == 1)] for i, kind in enumerate(kinds) if kind != -1]
 
-    def all_ranks(self, x: Tensor) -> Tensor:
-        """Also where processes have different numbers of rows: those of their answers depend on which prompts are theirs."""
-        if self.trainer.world_size == 1:
-            return x
-        counts = super().all_ranks(torch.tensor([len(x)], device=x.device)).tolist()
-        rows = super().all_ranks(pad(x, (0, 0) * (x.ndim - 1) + (0, max(counts) - len(x))))
-        return torch.cat([part[:count] for part, count in zip(rows.split(max(counts)), counts)]) if max(counts) else x
-
     # ------------------------------------------------------------------ rows for a rollout
     def micro_batches_within(self, tokens: int) -> int:
         raise ConfigError(
@@ -172,8 +163,8 @@ class MixedGSPO(LitPolicyGradient):
             self.rollout_metrics = self.describe(own if self.needs_reference() else replace(own, reference=None), total[answers])
         rollout = self.with_advantages(replace(rollout, mask=rollout.mask & (given | total.isfinite())[:, None]), total)
         rollout = replace(rollout, weights=self.token_weights(rollout))
-        rows = torch.tensor([[rollout.group[which].unique().numel() for which in (~given, given)]], dtype=torch.float64)
-        summed = self.all_ranks(rows.to(self.device)).sum(0).tolist()
+        rows = torch.tensor([rollout.group[which].unique().numel() for which in (~given, given)], dtype=torch.float64)
+        summed = self.sum_of_ranks(rows.to(self.device)).tolist()
         self.rollout_metrics["non_finite"] = float(self.non_finite)
         self.rollout_metrics |= dict(zip(("gspo/self_play_rows", "gspo/pref_rows"), summed))
         self.rollout_metrics["gspo/answers_that_teach"] = float(self.all_ranks(_rows(self.teaches(rollout))).numel())

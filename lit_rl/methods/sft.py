@@ -66,7 +66,7 @@ class SFT(LitTokens):
         return rollout
 
     def credit(self, rollout: TokenRollout) -> TokenRollout:
-        tokens = self.all_ranks(rollout.mask.sum()[None]).sum()
+        tokens = self.sum_of_ranks(rollout.mask.sum())
         self.rollout_metrics = {"tokens": float(tokens)}
         return replace(rollout, weights=self.token_weights(rollout))
 
@@ -87,7 +87,7 @@ class SFT(LitTokens):
         return super().validation_step(batch, batch_idx) if self.scorer is not None else {"prompts": batch}
 
     def on_validation_epoch_end(self) -> None:
-        total, tokens = self.all_ranks(self._held_out[None].to(self.device)).sum(0).tolist()
+        total, tokens = self.sum_of_ranks(self._held_out.to(self.device)).tolist()
         self._held_out = torch.zeros_like(self._held_out)
         self.report({"val/loss": total / max(tokens, 1)}, bar=("val/loss",))
         if self.scorer is not None:

@@ -184,10 +184,6 @@ class LitPolicyGradient(LitTokens):
         self.rollout_metrics |= {"kl_in_reward": mean, "kl_in_reward_coef": self.kl_in_reward.coef}
         self.kl_in_reward.update(mean, sequences=int(count))
 
-    def sum_of_ranks(self, x: Tensor) -> Tensor:
-        """The sum of a tensor over all processes, element by element. Collective."""
-        return self.all_ranks(x[None]).sum(0)
-
     # ------------------------------------------------------------------ metrics of a rollout
     def describe(self, rollout: TokenRollout, total: Tensor) -> dict[str, float]:
         """Numbers of a rollout over all processes.

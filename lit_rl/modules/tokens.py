@@ -18,6 +18,7 @@ from lit_rl.modules.base import LitRL
 from lit_rl.modules.evaluation import count_not_finite
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.causal_lm import CausalLM
+from lit_rl.ranks import gather_rows, sum_over_ranks
 from lit_rl.replay.batches import TokenBatch, finite_rows, token_batch, without_rows
 from lit_rl.replay.partition import balanced_parts
 from lit_rl.rollouts.answers import Answers
@@ -193,6 +194,14 @@ class LitTokens(LitRL[TokenRollout]):
         """Int "B": the optimizer step of a pass that a sequence belongs to, whatever the number of processes."""
         return rollout.group % self.updates
 
+    def all_ranks(self, x: Tensor) -> Tensor:
+        """Rows of every process, in order of rank, which may have different numbers of them. Collective."""
+        return gather_rows(x.to(self.device)) if self.trainer.world_size > 1 else x
+
+    def sum_of_ranks(self, x: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, element by element. Collective."""
+        return sum_over_ranks(x.to(self.device)) if self.trainer.world_size > 1 else x
+
     # ------------------------------------------------------------------ weights
     def constant_length(self) -> float | None:
         """The constant length that the aggregation `dr-grpo` divides by."""
@@ -206,7 +215,7 @@ class LitTokens(LitRL[TokenRollout]):
             rows = step == update
             mask = rollout.mask[rows]
             counts = torch.stack([mask.sum(), mask.any(1).sum()]).double()
-            tokens, sequences = map(int, self.all_ranks(counts[None]).sum(0).clamp(min=1).tolist())
+            tokens, sequences = map(int, self.sum_of_ranks(counts).clamp(min=1).tolist())
             result[rows] = token_weights(mask, self.aggregation, tokens=tokens, sequences=sequences, scale=self.constant_length())
         return result
 

@@ -13,6 +13,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Policy
 from lit_rl.policies.weights.decay import ema_update
 from lit_rl.policies.weights.shards import gather_parts, part, part_of, reshard, sendable
+from lit_rl.ranks import receive_from_first
 
 
 class OldPolicy(Protocol):
@@ -56,7 +57,7 @@ class WeightCopy:
             tensor = saved[name] if saved else torch.empty(parameter.ds_shape)  # type: ignore[attr-defined]
             if hasattr(parameter, "ds_shape"):
                 tensor = sendable(tensor)
-                torch.distributed.broadcast(tensor, 0)
+                receive_from_first(tensor)
             copy.parts[name] = part_of(tensor, parameter)
         return copy
 

@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from lit_rl.ranks import gather_pieces
+
 
 def local(parameter: Tensor) -> Tensor:
     """The storage an in-place edit must reach: the partition under DeepSpeed ZeRO-3, the tensor itself elsewhere."""
@@ -95,9 +97,7 @@ def gather_parts(piece: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, ZeroParameter):
         return whole(piece)
     group = parameter.ds_process_group
-    mine = sendable(piece, group)
-    pieces = mine.new_empty(torch.distributed.get_world_size(group) * mine.numel())
-    torch.distributed.all_gather_into_tensor(pieces, mine, group=group)
+    pieces = gather_pieces(sendable(piece, group), group)
     return whole(pieces[: parameter.ds_numel].view(parameter.ds_shape))
 
 

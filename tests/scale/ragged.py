@@ -1,0 +1,47 @@
+"""What processes with different numbers of rows exchange, as functions that each of them calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_rl.ranks import exchange_objects, gather_objects, gather_rows, gather_to_first, on_all_rows, place, sum_over_ranks
+
+
+def rank_and_size() -> tuple[int, int]:
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    return place()
+
+
+def rows_of(counts: list[int], dtype: str) -> Tensor:
+    """Rows "B 2" that name their rank and number."""
+    rank, _ = rank_and_size()
+    return torch.tensor([[10 * rank, i] for i in range(counts[rank])]).view(-1, 2).to(getattr(torch, dtype))
+
+
+def gathered_rows(counts: list[int], dtype: str) -> list[list[float]]:
+    found = gather_rows(rows_of(counts, dtype))
+    assert found.dtype == getattr(torch, dtype)
+    return found.tolist()
+
+
+def centred_in_groups(groups: list[list[int]], values: list[list[float]]) -> list[float]:
+    """Each value here less the mean of its group, wherever its siblings are."""
+    rank, _ = rank_and_size()
+
+    def centred(x: Tensor, group: Tensor) -> Tensor:
+        return torch.stack([value - x[group == g].mean() for value, g in zip(x, group)])
+
+    mine = torch.tensor(values[rank], dtype=torch.float64), torch.tensor(groups[rank], dtype=torch.long)
+    return on_all_rows(centred, *mine).tolist()
+
+
+def other_collectives(values: list[list[float]]) -> dict[str, object]:
+    rank, world = rank_and_size()
+    return {
+        "sum": sum_over_ranks(torch.tensor(values[rank])).tolist(),
+        "objects": gather_objects({"rank": rank}),
+        "first": sorted(gather_to_first(f"of {rank}").items()),
+        "exchanged": exchange_objects([f"from {rank} to {r}" * (1 + 100 * r) for r in range(world)]),
+    }
