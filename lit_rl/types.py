@@ -1,5 +1,8 @@
 """The data of an iteration: dataclasses of tensors, nothing else.
 
+A rollout has the few fields that every method needs, and beside them whatever a method adds under names of its own: `streams` "B S",
+`columns` "B" and `media`. What cuts, joins, exchanges and stores rollouts treats them by their kind, never by their names.
+
 Axes, named once: **B** trajectories (prompts x G siblings), **S** actions per trajectory (denoising steps or tokens),
 **\\*D** latent shape, **K** kept points of a denoising path (S + 1), **U** unique prompts. Time **t** is in [0, 1], 1 = noise, 0 = data.
 """
@@ -7,6 +10,7 @@ Axes, named once: **B** trajectories (prompts x G siblings), **S** actions per t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import Any, Self
@@ -37,6 +41,9 @@ class Answer(str):
         return self
 
 
+Media = Sequence[Sequence[Tensor]]
+"""For each of B rows its pictures or other tensors, of any number and shape, such as uint8 "3 H W"; empty where no row has any."""
+
 Cond = dict[str, Tensor]
 """Encoded prompts, one row per unique prompt ("U ..."), or one row for all ("1 ...", e.g. the empty negative prompt)."""
 
@@ -55,9 +62,13 @@ class Prompts:
     def text(self) -> list[str]:
         return [str(row["prompt"]) for row in self.info]
 
-    def to(self, device: torch.device | str, **_: Any) -> Self:
-        """Every tensor on `device`."""
-        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
+    def to(self, device: torch.device | str, **_: object) -> Self:
+        """Every tensor on `device`, but those that `info` may hold."""
+        result = copy(self)
+        for f in fields(self):
+            if f.name != "info":
+                setattr(result, f.name, _moved(getattr(self, f.name), device))
+        return result
 
 
 @dataclass
@@ -69,6 +80,17 @@ class Rollout(Prompts):
     rewards: dict[str, Tensor] = field(default_factory=dict)  # name -> Float "B"; NaN = could not be scored
     advantages: Tensor | None = None  # Float "B S"
     weights: Tensor | None = None  # Float "B S"; the loss of an optimizer step is the sum of loss * weights over all ranks
+    streams: dict[str, Tensor] = field(default_factory=dict)  # name -> "B S ...", something about each action; 0 where it has no meaning
+    columns: dict[str, Tensor] = field(default_factory=dict)  # name -> "B ...", something about each row
+    media: Media = ()
+
+    def with_streams(self, **streams: Tensor) -> Self:
+        """The rollout with these streams "B S" beside, or in place of, those that it has."""
+        return replace(self, streams=self.streams | streams)
+
+    def with_columns(self, **columns: Tensor) -> Self:
+        """The rollout with these columns "B" beside, or in place of, those that it has."""
+        return replace(self, columns=self.columns | columns)
 
 
 @dataclass
@@ -91,16 +113,21 @@ class TokenRollout(Rollout):
 
     `mask` is True for the tokens that the policy sampled, the one that ends an answer included; False for prompts, for what others said
     and for padding. Padding is on the right, and only `lengths` tells where it starts: the padding token may be a token of the text.
+
+    | stream       | contents                                                                                         | set by         |
+    | `behaviour`  | log-probabilities as the sampler reported them, where they are not `logprobs`                    | all that act   |
+    | `reference`  | log-probabilities of the reference, where a method needs them                                    | all            |
+    | `values`     | of the critic                                                                                    | PPO            |
+    | `returns`    | what the critic learns                                                                           | PPO            |
+
+    | column       | contents                                                                                         | set by         |
+    | `preference` | 1 chosen, -1 rejected, of the pair that has the same `group`; 0 for an answer of the policy      | DPO, MixedGSPO |
+    | `trajectory` | equal for rows of one group that are turns of the same episode, see `lit_rl.credit.trajectories` | agents         |
     """
 
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # Int "B S+1"
     lengths: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # Int "B", tokens of prompt and answer
     stopped: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))  # Bool "B", False: cut off at the length limit
-    behaviour: Tensor | None = None  # Float "B S", log-probabilities as the sampler reported them, where they are not `logprobs`
-    reference: Tensor | None = None  # Float "B S", log-probabilities of the reference, where a method needs them
-    values: Tensor | None = None  # Float "B S", of the critic, where there is one
-    returns: Tensor | None = None  # Float "B S", what the critic learns
-    preference: Tensor | None = None  # Int "B", 1 chosen and -1 rejected, neighbours; 0 for what the policy said itself
 
 
 class Minibatch(SimpleNamespace):
@@ -109,8 +136,8 @@ class Minibatch(SimpleNamespace):
     Not a dataclass, dict or tuple on purpose: Lightning casts the floats of those to the training precision and copies them field by field.
     """
 
-    def to(self, device: torch.device | str, **_: Any) -> Self:
-        return type(self)(**{k: _move(v, device) for k, v in vars(self).items()})
+    def to(self, device: torch.device | str, **_: object) -> Self:
+        return type(self)(**{name: value if name == "info" else _moved(value, device) for name, value in vars(self).items()})
 
 
 class Examples(Minibatch):
@@ -128,9 +155,11 @@ def take_rows(cond: Cond, rows: Tensor) -> Cond:
     return {k: v[rows] if v.shape[0] > 1 else v.expand(len(rows), *v.shape[1:]) for k, v in cond.items()}
 
 
-def _move(value: Any, device: torch.device | str) -> Any:
+def _moved(value: object, device: torch.device | str) -> object:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
-        return {k: _move(v, device) for k, v in value.items()}
+        return {name: _moved(part, device) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_moved(part, device) for part in value]
     return value

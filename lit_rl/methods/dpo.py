@@ -16,6 +16,7 @@ from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.ranks import gather_objects
+from lit_rl.replay.preferences import of_both, pair_rows, pair_units, preferences
 from lit_rl.replay.sequences import pair_sequences
 from lit_rl.replay.sources import PairSource
 from lit_rl.seeding import seed_of
@@ -91,9 +92,9 @@ class DPO(LitTokens):
         """Chosen, rejected, chosen, rejected, ...: each row of the data stands twice in `prompts`."""
         rollout = self.sequences(prompts)
         if self.precomputes:
-            return replace(rollout, reference=self.remembered(rollout))
+            return rollout.with_streams(reference=self.remembered(rollout))
         with self.policy.reference():
-            return replace(rollout, reference=self.all_logprobs(rollout))
+            return rollout.with_streams(reference=self.all_logprobs(rollout))
 
     def sequences(self, prompts: Prompts) -> TokenRollout:
         return pair_sequences(prompts, self.source(PairSource).pair_ids).to(self.device)
@@ -104,14 +105,16 @@ class DPO(LitTokens):
         if self.known is None:
             self.known = self.precompute()
         try:
-            sums = torch.tensor([self.known[key] for key in pair_keys(rollout)], dtype=torch.float64).flatten()
+            sums = torch.tensor([self.known[key] for key in pair_keys(rollout)], dtype=torch.float64, device=self.device)
         except KeyError as error:
             raise ConfigError(
                 "the data hold a pair that they did not when the reference was computed, before the first iteration: go on with the files "
                 "and lengths of that time, or set model.reference to live"
             ) from error
+        chosen, rejected = pairs_of(rollout)
+        of_row = sums.new_zeros(len(rollout)).index_put((chosen,), sums[:, 0]).index_put((rejected,), sums[:, 1])
         first = rollout.mask & (rollout.mask.cumsum(1) == 1)
-        return torch.where(first, sums.to(self.device)[:, None], 0.0)
+        return torch.where(first, of_row[:, None], 0.0)
 
     @torch.no_grad()
     def precompute(self) -> dict[int, tuple[float, float]]:
@@ -125,11 +128,12 @@ class DPO(LitTokens):
         known: dict[int, tuple[float, float]] = {}
         for first in range(self.global_rank * share, (self.global_rank + 1) * share, size):
             chunk = [rows[min(i, len(rows) - 1)] for i in range(first, first + size) for _ in range(2)]
-            rollout = self.sequences(Prompts(group=torch.zeros(len(chunk), dtype=torch.long), info=chunk))
+            rollout = self.sequences(Prompts(group=torch.arange(size).repeat_interleave(2), info=chunk))
             with self.policy.reference() if self.policy.has_reference else nullcontext():
                 values = self.all_logprobs(rollout)
-            sums = ld_sequence_logprobs(values, rollout.mask, shorter(rollout.mask), alpha=self.ld_alpha).view(-1, 2).tolist()
-            known |= {key: (chosen, rejected) for key, (chosen, rejected) in zip(pair_keys(rollout), sums)}
+            sums = ld_sequence_logprobs(values, rollout.mask, shorter(rollout), alpha=self.ld_alpha)
+            chosen, rejected = (sums[rows].tolist() for rows in pairs_of(rollout))
+            known |= dict(zip(pair_keys(rollout), zip(chosen, rejected)))
         return {key: pair for rank in gather_objects(known) for key, pair in rank.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -159,11 +163,20 @@ class DPO(LitTokens):
 
     def finite(self, rollout: TokenRollout) -> Tensor:
         """Both answers of a pair are finite, or neither counts."""
-        return super().finite(rollout).view(-1, 2).all(1).repeat_interleave(2)
+        finite, pairs = super().finite(rollout), pairs_of(rollout)
+        return of_both(pairs, finite[pairs[0]] & finite[pairs[1]], finite)
+
+    def units(self, rollout: TokenRollout, rows: Tensor) -> list[Tensor]:
+        return pair_units(rows, rollout.group.cpu(), rollout.columns["preference"].cpu())
+
+    def restore_rollout(self, fields: dict[str, Any]) -> TokenRollout:
+        """Earlier checkpoints do not say which answer was chosen: the first of each pair."""
+        rollout = super().restore_rollout(fields)
+        return rollout if "preference" in rollout.columns else rollout.with_columns(preference=preferences(rollout.group))
 
     # ------------------------------------------------------------------ loss
     def loss(self, batch: Minibatch) -> Terms:
-        weights = batch.weights[::2, 0]
+        weights = batch.weights[pairs_of(batch)[0], 0]
         terms, metrics = self.of_pairs(batch, weights)
         self.meters.mean(metrics, weight=(weights != 0).sum())
         return terms
@@ -171,22 +184,21 @@ class DPO(LitTokens):
     def of_pairs(self, batch: Minibatch, weights: Tensor) -> tuple[dict[str, Term], dict[str, Tensor]]:
         """Terms with these weights Float "N/2", and metrics of the pairs of a batch."""
         new, _ = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask)
-        assert batch.reference is not None
-        count = batch.mask.sum(1)
-        mine, theirs = (ld_sequence_logprobs(x, batch.mask, shorter(batch.mask), alpha=self.ld_alpha) for x in (new, batch.reference))
-        four = mine[::2], mine[1::2], theirs[::2], theirs[1::2]
+        (chosen, rejected), count, shared = pairs_of(batch), batch.mask.sum(1), shorter(batch)
+        mine, theirs = (ld_sequence_logprobs(x, batch.mask, shared, alpha=self.ld_alpha) for x in (new, batch.streams["reference"]))
+        four = mine[chosen], mine[rejected], theirs[chosen], theirs[rejected]
         losses = preference_loss(
             *four,
             kind=self.loss_kind,
             beta=self.beta,
             label_smoothing=self.label_smoothing,
-            lengths=(count[::2], count[1::2]),
+            lengths=(count[chosen], count[rejected]),
             f_divergence=self.f_divergence,
             alpha=self.divergence_alpha,
         )
         terms = {"preference": Term(losses.float(), weights)}
         if self.sft_coef:
-            terms["sft"] = Term((-mine[::2] / count[::2].clamp(min=1)).float(), weights, self.sft_coef)
+            terms["sft"] = Term((-mine[chosen] / count[chosen].clamp(min=1)).float(), weights, self.sft_coef)
         return terms, {name: value.float() for name, value in preference_metrics(*four, beta=self.beta).items()}
 
     # ------------------------------------------------------------------ evaluation
@@ -216,13 +228,20 @@ class DPO(LitTokens):
     on_test_epoch_end = on_validation_epoch_end
 
 
-def shorter(mask: Tensor) -> Tensor:
-    """Int "B": for both answers of a pair the tokens of the shorter one. mask: Bool "B S", chosen and rejected in turns."""
-    return mask.sum(1).view(-1, 2).amin(1).repeat_interleave(2)
+def pairs_of(rows: TokenRollout | Minibatch) -> tuple[Tensor, Tensor]:
+    """Rows of the chosen and of the rejected answers, Int "P" each."""
+    return pair_rows(rows.group, rows.columns["preference"])
+
+
+def shorter(rows: TokenRollout | Minibatch) -> Tensor:
+    """Int "B": for both answers of a pair the tokens of the shorter one."""
+    (chosen, rejected), count = pairs_of(rows), rows.mask.sum(1)
+    return of_both((chosen, rejected), torch.minimum(count[chosen], count[rejected]), count)
 
 
 def pair_keys(rollout: TokenRollout) -> list[int]:
     """A number for each pair that only its tokens, and where its answers begin, decide."""
     rows = [row[:n] for row, n in zip(rollout.tokens.tolist(), rollout.lengths.tolist())]
     begin = [n - answered for n, answered in zip(rollout.lengths.tolist(), rollout.mask.sum(1).tolist())]
-    return [seed_of(begin[i], *rows[i], "rejected", begin[i + 1], *rows[i + 1]) for i in range(0, len(rows), 2)]
+    chosen, rejected = (part.tolist() for part in pairs_of(rollout))
+    return [seed_of(begin[i], *rows[i], "rejected", begin[j], *rows[j]) for i, j in zip(chosen, rejected)]

@@ -66,18 +66,19 @@ class GRPO(LitPolicyGradient):
     def loss(self, batch: Minibatch) -> Terms:
         temperature, look = self.answers.sampling.temperature, self.entropy_coef != 0
         new, entropy = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature, entropy=look)
-        stored = batch.behaviour is not None or self.answers.old_logprobs == "rollout"
+        behaviour = batch.streams.get("behaviour")
+        stored = behaviour is not None or self.answers.old_logprobs == "rollout"
         old = batch.logprobs if stored else new.detach()  # one optimizer step per rollout: the ratio is 1
-        losses, metrics = self.surrogate(new, old, batch.advantages, batch.mask, behaviour=batch.behaviour)
+        losses, metrics = self.surrogate(new, old, batch.advantages, batch.mask, behaviour=behaviour)
         if self.correction is not None:
-            losses = losses * self.correction(batch.logprobs, batch.behaviour, batch.mask)
+            losses = losses * self.correction(batch.logprobs, behaviour, batch.mask)
         terms = {"policy": Term(losses, batch.weights)}
         if self.kl.coef:
-            terms["kl"] = Term(self.kl(new, batch.reference), batch.weights, self.kl.coef)
+            terms["kl"] = Term(self.kl(new, batch.streams["reference"]), batch.weights, self.kl.coef)
         if entropy is not None:
             terms["entropy"] = Term(-entropy, batch.weights, self.entropy_coef)
-        if batch.behaviour is not None:
-            metrics["rollout_kl"] = sampler_kl(batch.logprobs, batch.behaviour, batch.mask)
+        if behaviour is not None:
+            metrics["rollout_kl"] = sampler_kl(batch.logprobs, behaviour, batch.mask)
         counted = batch.mask & (batch.weights != 0)  # a minibatch without weight only fills up
         self.meters.mean(metrics | token_means(terms, batch.mask), weight=counted.sum())
         return terms

@@ -21,7 +21,9 @@ from lit_rl.losses.terms import Term, Terms, token_means
 from lit_rl.modules.gradient import LitPolicyGradient
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.replay.batches import TokenBatch
-from lit_rl.replay.sequences import assemble, concatenated, pair_sequences, select
+from lit_rl.replay.preferences import of_both, pair_rows, pair_units
+from lit_rl.replay.rows import concatenated, select
+from lit_rl.replay.sequences import assemble, pair_sequences
 from lit_rl.replay.sources import PairSource, TextSource
 from lit_rl.types import Info, Minibatch, Prompts, TokenRollout
 
@@ -90,9 +92,7 @@ class MixedGSPO(LitPolicyGradient):
         return 1  # a pair stays together
 
     def units(self, rollout: TokenRollout, rows: Tensor) -> list[Tensor]:
-        assert rollout.preference is not None
-        kinds = rollout.preference[rows.to(rollout.preference.device)].tolist()
-        return [rows[i : i + 1 + (kind == 1)] for i, kind in enumerate(kinds) if kind != -1]
+        return pair_units(rows, rollout.group.cpu(), rollout.columns["preference"].cpu())
 
     # ------------------------------------------------------------------ rows for a rollout
     def micro_batches_within(self, tokens: int) -> int:
@@ -118,27 +118,25 @@ class MixedGSPO(LitPolicyGradient):
         asked, answers = self.answers.generate(self, answered, self.keys(answered), self.answers.sampling)
         parts: list[TokenRollout] = []
         if answers:
-            parts.append(replace(assemble(answered, asked, answers), preference=torch.zeros(len(answers), dtype=torch.long)))
+            parts.append(assemble(answered, asked, answers).with_columns(preference=torch.zeros(len(answers), dtype=torch.long)))
         if len(given):
             parts.append(self.pairs(given))
         return concatenated(parts).to(self.device)
 
     def pairs(self, prompts: Prompts) -> TokenRollout:
         """Chosen, rejected, chosen, rejected, ...: each row of the data stands twice in `prompts`."""
-        which = torch.tensor([1, -1]).repeat(len(prompts) // 2)
-        stopped = torch.ones(len(prompts), dtype=torch.bool)
-        return replace(pair_sequences(prompts, self.source(PairSource).pair_ids), stopped=stopped, preference=which)
+        return pair_sequences(prompts, self.source(PairSource).pair_ids)
 
     def annotate(self, rollout: TokenRollout) -> TokenRollout:
         """Log-probabilities where they are needed: the trainer's of answers, the reference's of pairs."""
         temperature, pairs = self.answers.sampling.temperature, _rows(is_given(rollout))
         if self.needs_logprobs():
             mine = self.all_logprobs(rollout, temperature=temperature, rows=_rows(~is_given(rollout)))
-            rollout = replace(rollout, behaviour=rollout.logprobs, logprobs=mine)
+            rollout = replace(rollout.with_streams(behaviour=rollout.logprobs), logprobs=mine)
         if self.needs_reference() or self.all_ranks(pairs).numel():
             with self.policy.reference():
                 theirs = self.all_logprobs(rollout, temperature=temperature, rows=None if self.needs_reference() else pairs)
-            rollout = replace(rollout, reference=theirs)
+            rollout = rollout.with_streams(reference=theirs)
         return rollout
 
     # ------------------------------------------------------------------ credit
@@ -160,7 +158,8 @@ class MixedGSPO(LitPolicyGradient):
         if rollout.rewards:
             total = self.total(rollout)
             own = select(rollout, answers)
-            self.rollout_metrics = self.describe(own if self.needs_reference() else replace(own, reference=None), total[answers])
+            seen = own.streams if self.needs_reference() else {name: x for name, x in own.streams.items() if name != "reference"}
+            self.rollout_metrics = self.describe(replace(own, streams=seen), total[answers])
         rollout = self.with_advantages(replace(rollout, mask=rollout.mask & (given | total.isfinite())[:, None]), total)
         rollout = replace(rollout, weights=self.token_weights(rollout))
         rows = torch.tensor([rollout.group[which].unique().numel() for which in (~given, given)], dtype=torch.float64)
@@ -192,9 +191,8 @@ class MixedGSPO(LitPolicyGradient):
 
     def finite(self, rollout: TokenRollout) -> Tensor:
         """Both answers of a pair are finite, or neither counts."""
-        finite, given = super().finite(rollout), is_given(rollout)
-        pairs = finite[given].view(-1, 2).all(1).repeat_interleave(2)
-        return finite.index_put((_rows(given),), pairs)
+        finite, pairs = super().finite(rollout), pair_rows(rollout.group, rollout.columns["preference"])
+        return of_both(pairs, finite[pairs[0]] & finite[pairs[1]], finite)
 
     def useful(self, rollout: TokenRollout) -> Tensor:
         some = super().useful(rollout)
@@ -207,19 +205,20 @@ class MixedGSPO(LitPolicyGradient):
         new, entropy = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature, entropy=look)
         given = is_given(batch)
         own = TokenBatch(**vars(batch) | {"mask": batch.mask & ~given[:, None], "weights": batch.weights.where(~given[:, None], 0.0)})
-        stored = own.behaviour is not None or self.answers.old_logprobs == "rollout"
+        behaviour = own.streams.get("behaviour")
+        stored = behaviour is not None or self.answers.old_logprobs == "rollout"
         old = own.logprobs if stored else new.detach()  # one optimizer step per rollout: the ratio is 1
-        losses, metrics = self.surrogate(new, old, own.advantages, own.mask, behaviour=own.behaviour)
+        losses, metrics = self.surrogate(new, old, own.advantages, own.mask, behaviour=behaviour)
         if self.correction is not None:
-            losses = losses * self.correction(own.logprobs, own.behaviour, own.mask)
+            losses = losses * self.correction(own.logprobs, behaviour, own.mask)
         of_pairs, pair_weights, seen = self.of_pairs(new, batch)
         terms = {"policy": Term(losses, own.weights), "preference": Term(of_pairs, pair_weights)}
         if self.kl.coef:
-            terms["kl"] = Term(self.kl(new, own.reference), own.weights, self.kl.coef)
+            terms["kl"] = Term(self.kl(new, own.streams["reference"]), own.weights, self.kl.coef)
         if entropy is not None:
             terms["entropy"] = Term(-entropy, own.weights, self.entropy_coef)
-        if own.behaviour is not None:
-            metrics["rollout_kl"] = sampler_kl(own.logprobs, own.behaviour, own.mask)
+        if behaviour is not None:
+            metrics["rollout_kl"] = sampler_kl(own.logprobs, behaviour, own.mask)
         counted = own.mask & (own.weights != 0)  # a minibatch without weight only fills up
         self.meters.mean(metrics | token_means(terms, own.mask), weight=counted.sum())
         self.meters.mean(seen | self.of_ratios(new.detach(), old, own))
@@ -227,8 +226,8 @@ class MixedGSPO(LitPolicyGradient):
 
     def of_pairs(self, new: Tensor, batch: Minibatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """DPO's losses, their weights, and what to log; of no pairs three times nothing."""
-        chosen, rejected = batch.preference == 1, batch.preference == -1
-        reference = torch.zeros_like(new) if batch.reference is None else batch.reference
+        chosen, rejected = pair_rows(batch.group, batch.columns["preference"])
+        reference = batch.streams.get("reference", torch.zeros_like(new))
         mine, theirs = sequence_logprobs(new, batch.mask), sequence_logprobs(reference, batch.mask)
         four = mine[chosen], mine[rejected], theirs[chosen], theirs[rejected]
         losses = preference_loss(
@@ -255,13 +254,14 @@ class MixedGSPO(LitPolicyGradient):
         """Answers to self-play rows, or margins of pairs: a batch is of one kind."""
         if not is_pair(batch.info[0]):
             return super().validation_step(batch, batch_idx)
-        twice = Prompts(group=batch.group.cpu().repeat_interleave(2), info=[row for row in batch.info for _ in range(2)])
+        twice = Prompts(group=torch.arange(len(batch)).repeat_interleave(2), info=[row for row in batch.info for _ in range(2)])
         rollout = self.pairs(twice).to(self.device)
+        chosen, rejected = pair_rows(rollout.group, rollout.columns["preference"])
         new = self.all_logprobs(rollout, temperature=self.answers.sampling.temperature)
         with self.policy.reference():
             theirs = self.all_logprobs(rollout, temperature=self.answers.sampling.temperature)
         gain = self.preference.beta * sequence_logprobs(new - theirs, rollout.mask)
-        self._margins.append((gain[::2] - gain[1::2])[batch.group.to(self.device) >= 0])  # the rest fills up the last batches
+        self._margins.append((gain[chosen] - gain[rejected])[batch.group.to(self.device) >= 0])  # the rest fills up the last batches
         return {"prompts": batch}
 
     def on_validation_epoch_end(self) -> None:
@@ -288,8 +288,7 @@ def is_pair(info: Info) -> bool:
 
 def is_given(rollout: TokenRollout | Minibatch) -> Tensor:
     """Bool "B": answers from the data."""
-    assert rollout.preference is not None
-    return rollout.preference != 0
+    return rollout.columns["preference"] != 0
 
 
 def _rows(which: Tensor) -> Tensor:

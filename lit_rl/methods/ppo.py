@@ -116,17 +116,16 @@ class PPO(LitPolicyGradient):
 
     # ------------------------------------------------------------------ values and returns
     def annotate(self, rollout: TokenRollout) -> TokenRollout:
-        return replace(super().annotate(rollout), values=self.each_action(rollout, self.values))
+        return super().annotate(rollout).with_streams(values=self.each_action(rollout, self.values))
 
     def values(self, batch: Minibatch) -> Tensor:
         return self.critic.values(batch.tokens, batch.lengths, batch.mask)
 
     def with_advantages(self, rollout: TokenRollout, total: Tensor) -> TokenRollout:
-        assert rollout.values is not None
-        mask, values = rollout.mask, rollout.values.double()
+        mask, values = rollout.mask, rollout.streams["values"].double()
         advantages, returns = self.rule(self.token_rewards(rollout, total), values, mask, total=self.sum_of_ranks)
         self.rollout_metrics |= self.explain(values, returns, mask)
-        return replace(rollout, advantages=advantages.float().where(mask, 0.0), returns=returns.float())
+        return replace(rollout.with_streams(returns=returns.float()), advantages=advantages.float().where(mask, 0.0))
 
     def explain(self, values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, float]:
         """How well the critic knew the returns, over the tokens of all processes."""
@@ -140,28 +139,29 @@ class PPO(LitPolicyGradient):
     # ------------------------------------------------------------------ loss
     def loss(self, batch: Minibatch) -> Terms:
         """The critic's loss beside the policy's: they share no weight, so their sum has the gradients of both."""
-        assert batch.values is not None and batch.returns is not None
         clip, values = self.critic_training.value_clip, self.values(batch)
-        value = Term(value_loss(values, batch.values, batch.returns, clip=clip), batch.weights)
-        metrics = {} if clip is None else {"value_clip_fraction": clipped_share(values, batch.values, batch.returns, batch.mask, clip=clip)}
+        old_values, returns = batch.streams["values"], batch.streams["returns"]
+        value = Term(value_loss(values, old_values, returns, clip=clip), batch.weights)
+        metrics = {} if clip is None else {"value_clip_fraction": clipped_share(values, old_values, returns, batch.mask, clip=clip)}
         counted = batch.mask & (batch.weights != 0)  # a minibatch without weight only fills up
         if self.critic_alone:
             self.meters.mean(metrics, weight=counted.sum())
             return {"value": replace(value, losses=value.losses + self.untouched())}
         temperature, look = self.answers.sampling.temperature, self.entropy_coef != 0
         new, entropy = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature, entropy=look)
-        stored = batch.behaviour is not None or self.answers.old_logprobs == "rollout"
+        behaviour = batch.streams.get("behaviour")
+        stored = behaviour is not None or self.answers.old_logprobs == "rollout"
         old = batch.logprobs if stored else new.detach()  # one optimizer step per rollout: the ratio is 1
-        losses, found = self.surrogate(new, old, batch.advantages, batch.mask, behaviour=batch.behaviour)
+        losses, found = self.surrogate(new, old, batch.advantages, batch.mask, behaviour=behaviour)
         if self.correction is not None:
-            losses = losses * self.correction(batch.logprobs, batch.behaviour, batch.mask)
+            losses = losses * self.correction(batch.logprobs, behaviour, batch.mask)
         terms = {"policy": Term(losses, batch.weights), "value": value}
         if self.kl.coef:
-            terms["kl"] = Term(self.kl(new, batch.reference), batch.weights, self.kl.coef)
+            terms["kl"] = Term(self.kl(new, batch.streams["reference"]), batch.weights, self.kl.coef)
         if entropy is not None:
             terms["entropy"] = Term(-entropy, batch.weights, self.entropy_coef)
-        if batch.behaviour is not None:
-            metrics["rollout_kl"] = sampler_kl(batch.logprobs, batch.behaviour, batch.mask)
+        if behaviour is not None:
+            metrics["rollout_kl"] = sampler_kl(batch.logprobs, behaviour, batch.mask)
         self.meters.mean(metrics | found | token_means(terms, batch.mask), weight=counted.sum())
         return terms
 

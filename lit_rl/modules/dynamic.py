@@ -13,7 +13,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.modules.gradient import LitPolicyGradient
 from lit_rl.replay.exchange import handed_over
 from lit_rl.replay.partition import fair_owners
-from lit_rl.replay.sequences import concatenated
+from lit_rl.replay.rows import concatenated
 from lit_rl.types import TokenRollout
 
 

@@ -126,10 +126,11 @@ class LitPolicyGradient(LitTokens):
         """Log-probabilities of the trainer and of the reference, where the method needs them."""
         temperature = self.answers.sampling.temperature
         if self.needs_logprobs():
-            rollout = replace(rollout, behaviour=rollout.logprobs, logprobs=self.all_logprobs(rollout, temperature=temperature))
+            mine = self.all_logprobs(rollout, temperature=temperature)
+            rollout = replace(rollout.with_streams(behaviour=rollout.logprobs), logprobs=mine)
         if self.needs_reference():
             with self.policy.reference():
-                rollout = replace(rollout, reference=self.all_logprobs(rollout, temperature=temperature))
+                rollout = rollout.with_streams(reference=self.all_logprobs(rollout, temperature=temperature))
         return rollout
 
     def needs_reference(self) -> bool:
@@ -170,8 +171,7 @@ class LitPolicyGradient(LitTokens):
         scores = total.nan_to_num() + self.length_penalty(rollout.mask.sum(1), limit=self.answers.sampling.max_new_tokens)
         if not self.kl_in_reward.coef:
             return token_rewards(scores, rollout.mask)
-        assert rollout.reference is not None
-        kl = kl_estimate(rollout.logprobs, rollout.reference, kind=self.reward_kl.kind)
+        kl = kl_estimate(rollout.logprobs, rollout.streams["reference"], kind=self.reward_kl.kind)
         rewards = token_rewards(scores, rollout.mask, kl=kl, kl_coef=self.kl_in_reward.coef)
         self.adapt_kl(kl, rollout.mask)
         return rewards
@@ -203,8 +203,8 @@ class LitPolicyGradient(LitTokens):
 
     def sampled_means(self, rollout: TokenRollout) -> dict[str, float]:
         streams = {} if self.entropy_coef else {"entropy": -rollout.logprobs}
-        if not self.kl.coef and rollout.reference is not None:
-            streams["kl_divergence"] = kl_estimate(rollout.logprobs, rollout.reference, kind=self.kl.kind)
+        if not self.kl.coef and "reference" in rollout.streams:
+            streams["kl_divergence"] = kl_estimate(rollout.logprobs, rollout.streams["reference"], kind=self.kl.kind)
         sums = [*(stream.double().where(rollout.mask, 0.0).sum() for stream in streams.values()), rollout.mask.sum().double()]
         *values, count = self.sum_of_ranks(torch.stack(sums)).tolist()
         return {name: value / max(count, 1) for name, value in zip(streams, values)}
@@ -231,9 +231,9 @@ class LitPolicyGradient(LitTokens):
     def check_rollout(self, rollout: TokenRollout) -> None:
         super().check_rollout(rollout)
         lacks = {
-            "the reference, which model.kl or kl_in_reward needs": self.needs_reference() and rollout.reference is None,
+            "the reference, which model.kl or kl_in_reward needs": self.needs_reference() and "reference" not in rollout.streams,
             "the sampler beside the trainer's, which model.answers.old_logprobs or correction needs": self.needs_logprobs()
-            and rollout.behaviour is None,
+            and "behaviour" not in rollout.streams,
         }
         if missing := [name for name, lacking in lacks.items() if lacking]:
             raise ConfigError(

@@ -21,6 +21,7 @@ from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.ranks import gather_rows, sum_over_ranks
 from lit_rl.replay.batches import TokenBatch, finite_rows, token_batch, without_rows
 from lit_rl.replay.partition import balanced_parts
+from lit_rl.replay.rows import restored
 from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.start_check import check_logprobs
 from lit_rl.types import Minibatch, Prompts, TokenRollout
@@ -290,7 +291,7 @@ class LitTokens(LitRL[TokenRollout]):
         return result
 
     def restore_rollout(self, fields: dict[str, Any]) -> TokenRollout:
-        return TokenRollout(**fields)
+        return restored(fields)
 
     # ------------------------------------------------------------------ evaluation and prediction
     def on_validation_start(self) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_rl.replay.partition import places
-from lit_rl.types import Minibatch, TokenRollout
-
-STREAMS = ("mask", "advantages", "weights", "logprobs", "behaviour", "reference", "values", "returns")
+from lit_rl.types import Media, Minibatch, TokenRollout
 
 
 class TokenBatch(Minibatch):
@@ -19,46 +16,73 @@ class TokenBatch(Minibatch):
 
     tokens: Tensor  # Int "N S+1"
     lengths: Tensor  # Int "N"
+    group: Tensor  # Int "N"
     mask: Tensor  # Bool "N S"
+    logprobs: Tensor  # Float "N S"
     advantages: Tensor  # Float "N S"
     weights: Tensor  # Float "N S"
-    logprobs: Tensor  # Float "N S"
-    behaviour: Tensor | None  # Float "N S"
-    reference: Tensor | None  # Float "N S"
-    values: Tensor | None  # Float "N S"
-    returns: Tensor | None  # Float "N S"
-    preference: Tensor | None  # Int "N"
+    streams: dict[str, Tensor]  # "N S ..."
+    columns: dict[str, Tensor]  # "N ..."
+    media: Media
 
 
 def token_batch(rollout: TokenRollout, rows: Tensor) -> TokenBatch:
     """The rows of a rollout, as wide as the longest of them. What has no weight is replaced, so that nothing in it can matter."""
     rows, kept = places(rows.to(rollout.lengths.device))
-    preference = None if rollout.preference is None else rollout.preference[rows]
+    shown, lengths, used = _stand_ins(rollout, rows)
+    width = int(lengths.max())
+
+    def stream(x: Tensor) -> Tensor:
+        part = x[shown, : width - 1]
+        return torch.where(used.view(-1, *[1] * (part.ndim - 1)), part, torch.zeros_like(part))
+
+    return TokenBatch(
+        tokens=rollout.tokens[shown, :width],
+        lengths=lengths,
+        group=rollout.group[rows],
+        mask=stream(rollout.mask),
+        logprobs=stream(rollout.logprobs),
+        advantages=None if rollout.advantages is None else stream(rollout.advantages),
+        weights=None if rollout.weights is None else stream(rollout.weights).where(kept[:, None], 0.0),
+        streams={name: stream(x) for name, x in rollout.streams.items()},
+        columns={name: x[rows] for name, x in rollout.columns.items()},
+        media=[rollout.media[i] for i in shown.tolist()] if rollout.media else (),
+    )
+
+
+def _stand_ins(rollout: TokenRollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows to show in the place of `rows`, tokens of each, and Bool "N": those that are shown themselves.
+
+    A row that trains, cut to two tokens, is shown for each that does not: 0 x NaN is NaN. One with media is shown whole: its tokens hold
+    places for them.
+    """
     lengths = rollout.lengths[rows]
     weighed = torch.ones_like(rollout.lengths, dtype=torch.bool) if rollout.weights is None else (rollout.weights != 0).any(1)
     used = weighed[rows]
-    if not used.all():  # the beginning of a sequence that trains, in the place of each that does not: 0 x NaN is NaN
-        instead = weighed.nonzero()[:1, 0]
-        rows = torch.where(used, rows, instead if len(instead) else rows)
-        lengths = torch.where(used, lengths, lengths.clamp(max=2))
-    width = int(lengths.max())
-    streams = {name: None if (v := getattr(rollout, name)) is None else v[rows, : width - 1] for name in STREAMS}
-    streams = {name: None if v is None else torch.where(used[:, None], v, torch.zeros_like(v)) for name, v in streams.items()}
-    if streams["weights"] is not None:
-        streams["weights"] = streams["weights"].where(kept[:, None], 0.0)
-    return TokenBatch(tokens=rollout.tokens[rows, :width], lengths=lengths, preference=preference, **streams)
+    if used.all():
+        return rows, lengths, used
+    instead = weighed.nonzero()[:1, 0]
+    shown = torch.where(used, rows, instead if len(instead) else rows)
+    return shown, rollout.lengths[shown] if rollout.media else torch.where(used, lengths, lengths.clamp(max=2)), used
 
 
 def finite_rows(rollout: TokenRollout) -> Tensor:
     """Bool "B": sequences of which all that was computed of their chosen tokens is finite."""
-    streams = (rollout.logprobs, rollout.behaviour, rollout.reference, rollout.values)
-    known = [(stream.isfinite() | ~rollout.mask).all(1) for stream in streams if stream is not None]
+    known = [_whole_rows(x.isfinite().flatten(2).all(2) if x.ndim > 2 else x.isfinite(), rollout.mask) for x in _streams(rollout).values()]
     return torch.stack(known).all(0)
 
 
 def without_rows(rollout: TokenRollout, kept: Tensor) -> TokenRollout:
-    """The rollout in which the rows that are not kept (Bool "B") have no score and no chosen token."""
-    streams = {name: getattr(rollout, name) for name in ("logprobs", "behaviour", "reference", "values")}
-    clean: dict[str, Any] = {name: v if v is None else torch.where(kept[:, None], v, torch.zeros_like(v)) for name, v in streams.items()}
+    """The rollout in which the rows that are not kept (Bool "B") have no score and no chosen token, and 0 in all streams."""
+    clean = {name: x.where(kept.view(-1, *[1] * (x.ndim - 1)), torch.zeros_like(x)) for name, x in _streams(rollout).items()}
     rewards = {name: values.where(kept.to(values.device), torch.nan) for name, values in rollout.rewards.items()}
-    return replace(rollout, mask=rollout.mask & kept[:, None], rewards=rewards, **clean)
+    logprobs = clean.pop("logprobs")
+    return replace(rollout, mask=rollout.mask & kept[:, None], rewards=rewards, logprobs=logprobs, streams=clean)
+
+
+def _streams(rollout: TokenRollout) -> dict[str, Tensor]:
+    return {"logprobs": rollout.logprobs} | rollout.streams
+
+
+def _whole_rows(good: Tensor, mask: Tensor) -> Tensor:
+    return (good | ~mask).all(1)

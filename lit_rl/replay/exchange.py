@@ -8,7 +8,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from lit_rl.ranks import exchange_objects, place
-from lit_rl.replay.sequences import concatenated, select
+from lit_rl.replay.rows import concatenated, select
 from lit_rl.types import TokenRollout
 
 

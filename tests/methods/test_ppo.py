@@ -123,11 +123,11 @@ def test_returns_are_worked_by_hand(folder: Path) -> None:
     trainer(max_epochs=0).fit(method, datamodule=Digits())
     mask = torch.tensor([[True, True, False, True]])
     values = torch.tensor([[1.0, 2.0, 9.0, 3.0]])
-    rollout = TokenRollout(group=torch.zeros(1), info=[{}], logprobs=torch.zeros(1, 4), mask=mask, values=values)
+    rollout = TokenRollout(group=torch.zeros(1), info=[{}], logprobs=torch.zeros(1, 4), mask=mask, streams={"values": values})
     found = method.with_advantages(rollout, torch.tensor([4.0], dtype=torch.float64))
-    assert found.advantages is not None and found.returns is not None
+    assert found.advantages is not None
     torch.testing.assert_close(found.advantages, torch.tensor([[1.75, 1.5, 0, 1.0]]))
-    torch.testing.assert_close(found.returns, torch.tensor([[2.75, 3.5, 0, 4.0]]))
+    torch.testing.assert_close(found.streams["returns"], torch.tensor([[2.75, 3.5, 0, 4.0]]))
     assert method.rollout_metrics["explained_variance"] == pytest.approx(0.6316, abs=1e-4)
     assert method.rollout_metrics["return_mean"] == pytest.approx(10.25 / 3)
 
@@ -140,10 +140,10 @@ def test_the_divergence_is_paid_for_and_its_weight_adapts(folder: Path) -> None:
     assert used == pytest.approx(0.05 * (1 - 0.2 * 16 / 50))
     assert method.kl_in_reward.coef == pytest.approx(used * (1 + max(-0.2, min(0.2, kl / 0.01 - 1)) * 16 / 50))
     rollout = method.rollout
-    assert rollout is not None and rollout.reference is not None
+    assert rollout is not None
     method.kl_in_reward.coef = 2.0
     rewards = method.token_rewards(rollout, torch.zeros(16, dtype=torch.float64))
-    torch.testing.assert_close(rewards, (2.0 * (rollout.reference - rollout.logprobs)).where(rollout.mask, 0.0).double())
+    torch.testing.assert_close(rewards, (2.0 * (rollout.streams["reference"] - rollout.logprobs)).where(rollout.mask, 0.0).double())
     assert rewards.abs().max() > 1e-3
 
 
