@@ -126,7 +126,10 @@ def informative(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> Bool[Te
 
 
 def group_metrics(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> dict[str, float]:
-    """Metrics of an iteration: the rewards' mean, std and share of NaN; the groups' mean std and size, and share without a signal."""
+    """Metrics of an iteration: the rewards' mean, std and share of NaN; the groups' mean std and size, and share without a signal.
+
+    Of trajectories with several rows give one of each, see `lit_rl.credit.trajectories.voters`.
+    """
     valid, index = ~rewards.isnan(), _index(group)
     stats = group_statistics(rewards, group)
     one_per_group = _first(torch.ones_like(valid), index)

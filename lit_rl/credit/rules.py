@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -22,6 +23,7 @@ from lit_rl.credit.tokens import (
     spread,
     whiten,
 )
+from lit_rl.credit.trajectories import Everywhere, here, one_vote
 from lit_rl.errors import ConfigError
 
 
@@ -94,7 +96,11 @@ class Advantage:
 
 # ---------------------------------------------------------------------- language models
 class Credit(ABC):
-    """Advantages of tokens from their rewards. All answers to a prompt are on the same process; `total` sums a tensor over all of them."""
+    """Advantages of tokens from their rewards.
+
+    What has to be known of other processes comes from two functions: `total` sums a tensor over them, and `everywhere` gives the rows
+    here of a function of all rows, as the answers to a prompt may be on several processes.
+    """
 
     siblings: ClassVar[bool] = True
     """An answer is compared with others to the same prompt."""
@@ -108,20 +114,37 @@ class Credit(ABC):
         *,
         scored: Bool[Tensor, "B"],
         total: Reduce,
+        trajectory: Int[Tensor, "B"] | None = None,
+        everywhere: Everywhere = here,
     ) -> Float[Tensor, "B S"]:
-        """Advantages, 0 where the mask is False. rewards: float64, of each token; scored: answers that have a reward."""
+        """Advantages, 0 where the mask is False.
+
+        rewards: float64, of each token; a trajectory of several rows has its score once, in `lit_rl.credit.trajectories.closing_rows`.
+        scored: rows that have a reward. trajectory: ids of the trajectories that rows belong to; None: each is one.
+        """
 
 
 class GroupCredit(Credit):
-    """The same advantage on all tokens of an answer."""
+    """The same advantage on all tokens of an answer or, where it has several, on those of all rows of a trajectory."""
 
-    def __call__(self, rewards: Tensor, group: Tensor, mask: Tensor, *, scored: Tensor, total: Reduce) -> Tensor:
+    def __call__(
+        self,
+        rewards: Tensor,
+        group: Tensor,
+        mask: Tensor,
+        *,
+        scored: Tensor,
+        total: Reduce,
+        trajectory: Tensor | None = None,
+        everywhere: Everywhere = here,
+    ) -> Tensor:
         scores = torch.where(scored, rewards.sum(1), torch.nan)
-        return spread(self.relative(scores, group, mask.sum(1)), mask)
+        columns = (scores, group, mask.sum(1)) if trajectory is None else (scores, group, mask.sum(1), trajectory)
+        return spread(everywhere(partial(one_vote, self.relative), *columns), mask)
 
     @abstractmethod
     def relative(self, scores: Float[Tensor, "B"], group: Int[Tensor, "B"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """An answer's advantage relative to its group; 0 for scores that are NaN."""
+        """The advantage relative to its group of an answer, or of a trajectory; 0 for scores that are NaN. Of all processes."""
 
 
 @dataclass(kw_only=True)
@@ -182,7 +205,18 @@ class Returns(Credit):
     def __post_init__(self) -> None:
         _check_shares(gamma=self.gamma)
 
-    def __call__(self, rewards: Tensor, group: Tensor, mask: Tensor, *, scored: Tensor, total: Reduce) -> Tensor:
+    def __call__(
+        self,
+        rewards: Tensor,
+        group: Tensor,
+        mask: Tensor,
+        *,
+        scored: Tensor,
+        total: Reduce,
+        trajectory: Tensor | None = None,
+        everywhere: Everywhere = here,
+    ) -> Tensor:
+        refuse_trajectories(trajectory, type(self).__name__)
         return whiten(rewards_to_go(rewards, mask, gamma=self.gamma), mask, total=total)
 
 
@@ -190,8 +224,19 @@ class Returns(Credit):
 class ReturnsBaseline(GroupCredit):
     """Reward - mean of the group, whitened over all tokens of the iteration: REINFORCE++ with a baseline (arXiv 2501.03262)."""
 
-    def __call__(self, rewards: Tensor, group: Tensor, mask: Tensor, *, scored: Tensor, total: Reduce) -> Tensor:
-        return whiten(super().__call__(rewards, group, mask, scored=scored, total=total), mask, total=total)
+    def __call__(
+        self,
+        rewards: Tensor,
+        group: Tensor,
+        mask: Tensor,
+        *,
+        scored: Tensor,
+        total: Reduce,
+        trajectory: Tensor | None = None,
+        everywhere: Everywhere = here,
+    ) -> Tensor:
+        lead = super().__call__(rewards, group, mask, scored=scored, total=total, trajectory=trajectory, everywhere=everywhere)
+        return whiten(lead, mask, total=total)
 
     def relative(self, scores: Tensor, group: Tensor, lengths: Tensor) -> Tensor:
         return group_advantages(scores, group, std="none")
@@ -242,6 +287,15 @@ class LengthPenalty:
     def __call__(self, lengths: Int[Tensor, "B"], *, limit: int) -> Float[Tensor, "B"] | float:
         """The penalty, at most 0, of answers of these lengths."""
         return overlong_penalty(lengths, max_length=limit, buffer=self.buffer, factor=self.factor) if self.buffer else 0.0
+
+
+def refuse_trajectories(trajectory: Tensor | None, rule: str) -> None:
+    """Raise ConfigError for rules that follow rewards from token to token within a row, where rows are turns of longer trajectories."""
+    if trajectory is not None:
+        raise ConfigError(
+            f"model.credit={rule} follows rewards from token to token of one row, and the rows of this run are turns of episodes: use a "
+            "rule that compares whole episodes, such as lit_rl.credit.rules.Group"
+        )
 
 
 def _check_shares(**shares: float) -> None:

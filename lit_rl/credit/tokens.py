@@ -139,5 +139,8 @@ def overlong_penalty(lengths: Int[Tensor, "B"], *, max_length: int, buffer: int,
 
 
 def groups_that_teach(metric: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> Bool[Tensor, "B"]:
-    """Rows whose group has different values of the metric, or is a group of one: DAPO's dynamic sampling keeps these."""
+    """Rows whose group has different values of the metric, or is a group of one: DAPO's dynamic sampling keeps these.
+
+    Of trajectories with several rows give one of each, see `lit_rl.credit.trajectories.voters`.
+    """
     return informative(metric, group) | (~metric.isnan() & (group_statistics(metric, group).size == 1))

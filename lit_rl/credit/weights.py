@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "dr-grpo"]
+Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "dr-grpo", "traj-mean"]
 """How losses "B S" become one number, see `token_weights`."""
 
 
@@ -19,6 +19,7 @@ def token_weights(
     tokens: int | None = None,
     sequences: int | None = None,
     scale: int | float | None = None,
+    lengths: Int[Tensor, "B"] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "B S"]:
     """Weights w with sum(loss * w) = the mean that `mode` names; 0 where the mask is False.
@@ -29,13 +30,15 @@ def token_weights(
     | seq-mean-token-mean     | 1 / (S n_i)                | the GRPO paper, GSPO                                 |
     | seq-mean-token-sum-norm | 1 / scale                  | verl's Dr. GRPO, which does not divide by the rows   |
     | dr-grpo                 | 1 / (S scale)              | Dr. GRPO (arXiv 2503.20783), scale a constant length |
+    | traj-mean               | 1 / (S L_i)                | agents: S trajectories, L_i tokens of all rows of it |
 
     Call it once per optimizer step on everything, gathered or with the totals, *before* splitting: then micro-batches, accumulation,
     packing and the number of ranks cannot change the gradient. Rows without a token do not count.
 
     Args:
         tokens: N, True entries of the whole step; default: of this mask.
-        sequences: S, rows of the whole step; default: the rows of this mask that have a token.
+        sequences: S, rows (or trajectories, for traj-mean) of the whole step; default: the rows of this mask that have a token.
+        lengths: L, tokens of each row's trajectory, see `lit_rl.credit.trajectories.trajectory_sums`; default: of the row alone.
         scale: default for seq-mean-token-sum-norm: S of the mask, the padded length, as upstream. dr-grpo needs it.
     """
     weights = mask.to(dtype)
@@ -46,7 +49,9 @@ def token_weights(
         return weights / max(int(mask.sum()) if tokens is None else tokens, 1)
     if mode == "seq-mean-token-sum":
         return weights / sequences
-    if mode == "seq-mean-token-mean":
+    if mode == "traj-mean" and lengths is not None:
+        return weights / (sequences * lengths[:, None].clamp(min=1))
+    if mode in ("seq-mean-token-mean", "traj-mean"):
         return weights / (sequences * length.clamp(min=1))
     if mode == "seq-mean-token-sum-norm":
         return weights / (mask.shape[1] if scale is None else scale)

@@ -53,7 +53,15 @@ class GRPO(LitPolicyGradient):
             self.rollout_metrics |= self.dynamic_sampling.metrics
             rollout = self.dynamic_sampling.trained(rollout)
         rewards = self.token_rewards(rollout, total)
-        advantages = self.rule(rewards, rollout.group, rollout.mask, scored=total.isfinite(), total=self.sum_of_ranks)
+        advantages = self.rule(
+            rewards,
+            rollout.group,
+            rollout.mask,
+            scored=total.isfinite(),
+            total=self.sum_of_ranks,
+            trajectory=rollout.columns.get("trajectory"),
+            everywhere=self.everywhere,
+        )
         return replace(rollout, advantages=advantages.float().where(rollout.mask, 0.0))
 
     def useful(self, rollout: TokenRollout) -> Tensor:

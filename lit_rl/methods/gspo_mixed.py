@@ -171,16 +171,16 @@ class MixedGSPO(LitPolicyGradient):
 
     def with_advantages(self, rollout: TokenRollout, total: Tensor) -> TokenRollout:
         answers = replace(rollout, mask=rollout.mask & ~is_given(rollout)[:, None])
-        earned = win_rates(total, rollout.group) if self.self_play == "winrate" else total
+        earned = self.everywhere(win_rates, total, rollout.group) if self.self_play == "winrate" else total
         rewards, scored = self.token_rewards(answers, earned), total.isfinite()
-        advantages = self.rule(rewards, rollout.group, answers.mask, scored=scored, total=self.sum_of_ranks)
+        advantages = self.rule(rewards, rollout.group, answers.mask, scored=scored, total=self.sum_of_ranks, everywhere=self.everywhere)
         return replace(rollout, advantages=advantages.float().where(rollout.mask, 0.0))
 
     def token_weights(self, rollout: TokenRollout) -> Tensor:
         """1 / (N n L) for each of the L tokens of an answer that is one of n to its row, preference.coef / N for a pair."""
         given, mask = is_given(rollout), rollout.mask
         counts = torch.zeros(self.prompts_per_iteration, device=mask.device)
-        siblings = counts.index_add(0, rollout.group, (mask.any(1) & ~given).float())[rollout.group]
+        siblings = self.sum_of_ranks(counts.index_add(0, rollout.group, (mask.any(1) & ~given).float()))[rollout.group]
         each = torch.where(given, self.preference.coef, 1 / (siblings * mask.sum(1)).clamp(min=1))
         return mask * (each / self.prompts_per_update)[:, None]
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
-from lit_rl.credit.rules import GAE
+from lit_rl.credit.rules import GAE, refuse_trajectories
 from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import COUNT_EPS
 from lit_rl.losses.off_policy import sampler_kl
@@ -122,6 +122,7 @@ class PPO(LitPolicyGradient):
         return self.critic.values(batch.tokens, batch.lengths, batch.mask)
 
     def with_advantages(self, rollout: TokenRollout, total: Tensor) -> TokenRollout:
+        refuse_trajectories(rollout.columns.get("trajectory"), type(self.rule).__name__)
         mask, values = rollout.mask, rollout.streams["values"].double()
         advantages, returns = self.rule(self.token_rewards(rollout, total), values, mask, total=self.sum_of_ranks)
         self.rollout_metrics |= self.explain(values, returns, mask)

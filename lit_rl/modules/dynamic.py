@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.credit.tokens import groups_that_teach
+from lit_rl.credit.trajectories import voters
 from lit_rl.errors import ConfigError
 from lit_rl.modules.gradient import LitPolicyGradient
 from lit_rl.replay.exchange import handed_over
@@ -77,33 +78,37 @@ class DynamicSampling:
                 answers = run.sample(replace(prompts, group=prompts.group + len(teaches)))
             self.generations += 1
             drawn.append(run.score(answers))
-            teaches += run.all_ranks(self.teaching(run, drawn[-1])).tolist()
-        self._count(run, drawn, teaches)
+            teaches += self.teaching(run, drawn[-1], range(len(teaches), len(teaches) + self.prompts_per_generation))
+        everything = concatenated(drawn)
+        self._count(run, everything, teaches, generations=len(drawn))
         with run.rolling_out():
-            rollout = self.select(run, concatenated(drawn), teaches)
+            rollout = self.select(run, everything, teaches)
             run.notify("on_rollout_chosen", rollout)
             return run.annotate(rollout)
 
-    def teaching(self, run: LitPolicyGradient, rollout: TokenRollout) -> Tensor:
-        """Bool for each group here: its answers are told apart."""
+    def teaching(self, run: LitPolicyGradient, rollout: TokenRollout, groups: range) -> list[bool]:
+        """For each group of a generation on all processes: its answers are told apart. Collective."""
         if self.filter_metric is not None and self.filter_metric not in rollout.rewards:
             known = ", ".join(sorted(rollout.rewards))
             raise ConfigError(f"model.dynamic_sampling.filter_metric={self.filter_metric} is no score; there are {known}")
         metric = run.total(rollout) if self.filter_metric is None else rollout.rewards[self.filter_metric].to(run.device)
-        return groups_that_teach(metric, rollout.group).view(-1, run.group_size).any(1)
+        values, group = told_apart(run, rollout, metric)
+        teaching = set(group[groups_that_teach(values, group)].tolist())
+        return [g in teaching for g in groups]
 
     def select(self, run: LitPolicyGradient, drawn: TokenRollout, teaches: list[bool]) -> TokenRollout:
         """The first groups that teach, numbered anew and dealt evenly; others fill up where they are few, without a part in the loss."""
         first = [g for g, good in enumerate(teaches) if good] + [g for g, good in enumerate(teaches) if not good]
         first = first[: run.prompts_per_iteration]
-        world, share = run.trainer.world_size, self.prompts_per_generation // run.trainer.world_size
-        owners = fair_owners([g % self.prompts_per_generation // share for g in first], parts=run.updates, world=world)
+        here = torch.full_like(drawn.group, run.global_rank)
+        home = dict(run.all_ranks(torch.stack([drawn.group, here], 1)).tolist())  # the process that drew a group
+        owners = fair_owners([home[g] for g in first], parts=run.updates, world=run.trainer.world_size)
         number = torch.full((len(teaches),), -1)
         number[first] = torch.arange(len(first))
         group = number[drawn.group.cpu()]
         return handed_over(replace(drawn, group=group.to(drawn.group.device)), torch.tensor([*owners, -1])[group])
 
-    def _count(self, run: LitPolicyGradient, drawn: list[TokenRollout], teaches: list[bool]) -> None:
+    def _count(self, run: LitPolicyGradient, drawn: TokenRollout, teaches: list[bool], *, generations: int) -> None:
         """Metrics of sampling. Raises ConfigError where too few groups teach and that is an error."""
         kept, wanted = sum(teaches), run.prompts_per_iteration
         if kept < wanted and self.on_limit == "error":
@@ -114,9 +119,9 @@ class DynamicSampling:
                 "model.dynamic_sampling.on_limit to train_partial or skip_step; continue with --ckpt_path last"
             )
         trained = min(kept, wanted) if self.on_limit == "train_partial" else wanted * (kept >= wanted)
-        rewards = run.all_ranks(torch.cat([run.total(rollout) for rollout in drawn]))
+        rewards, _ = told_apart(run, drawn, run.total(drawn))
         self.metrics = {
-            "dapo/generations": float(len(drawn)),
+            "dapo/generations": float(generations),
             "dapo/kept_share": kept / len(teaches),
             "dapo/groups": float(trained),
             "dapo/reward_mean_of_all": float(rewards.nanmean()),
@@ -131,3 +136,11 @@ class DynamicSampling:
 
     def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
         self.generations = checkpoint.get("generations", 0)  # other methods draw none
+
+
+def told_apart(run: LitPolicyGradient, rollout: TokenRollout, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and group of each trajectory of all processes, one row of each. values: Float "B". Collective."""
+    group, trajectory = run.all_ranks(rollout.group), rollout.columns.get("trajectory")
+    everyones = run.all_ranks(values)
+    rows = voters(group, None if trajectory is None else run.all_ranks(trajectory), ~everyones.isnan())
+    return everyones[rows], group[rows]

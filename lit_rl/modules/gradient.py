@@ -12,16 +12,19 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from lit_rl.checkpoints.options import REMEDY
-from lit_rl.credit.groups import group_metrics, total_reward
+from lit_rl.credit.groups import total_reward
 from lit_rl.credit.rules import LengthPenalty
 from lit_rl.credit.tokens import token_rewards
+from lit_rl.credit.trajectories import closing_rows
 from lit_rl.errors import ConfigError
 from lit_rl.losses.kl import KL, AdaptiveKL, RewardKL, kl_estimate
 from lit_rl.losses.masked import row_mean
 from lit_rl.losses.off_policy import Correction
 from lit_rl.losses.surrogates import Clip, Surrogate
+from lit_rl.modules.rollout_metrics import masked_means, row_metrics, row_table
 from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.base import TokenPolicy
+from lit_rl.replay.pairs import sibling_numbers
 from lit_rl.replay.sequences import assemble
 from lit_rl.replay.sources import PromptSource, TextSource
 from lit_rl.rollouts.answers import Answers, Keys
@@ -120,7 +123,7 @@ class LitPolicyGradient(LitTokens):
     def keys(self, prompts: Prompts, iteration: int | None = None) -> Keys:
         """Keys of the randomness of each answer of a rollout; default: of the present iteration."""
         iteration = self.iteration if iteration is None else iteration
-        return [(self.seed, "rollout", iteration, int(group), i % self.group_size) for i, group in enumerate(prompts.group)]
+        return [(self.seed, "rollout", iteration, g, n) for g, n in zip(prompts.group.tolist(), sibling_numbers(prompts.group))]
 
     def annotate(self, rollout: TokenRollout) -> TokenRollout:
         """Log-probabilities of the trainer and of the reference, where the method needs them."""
@@ -167,8 +170,15 @@ class LitPolicyGradient(LitTokens):
         return total_reward({name: rollout.rewards[name] for name in weights}, weights).to(self.device)
 
     def token_rewards(self, rollout: TokenRollout, total: Tensor) -> Tensor:
-        """Float64 "B S": the reward, less what its length costs, at an answer's last token; minus the divergence at each."""
-        scores = total.nan_to_num() + self.length_penalty(rollout.mask.sum(1), limit=self.answers.sampling.max_new_tokens)
+        """Float64 "B S": the reward, less what its length costs, at an answer's last token; minus the divergence at each.
+
+        A trajectory of several rows has its reward once, at the end of its last row that is scored.
+        """
+        scores = total.nan_to_num()
+        if (trajectory := rollout.columns.get("trajectory")) is not None:
+            payable = total.isfinite() & rollout.mask.any(1)  # a row without a token has no place for a reward
+            scores = scores.where(self.everywhere(closing_rows, rollout.group, trajectory, payable), 0.0)
+        scores = scores + self.length_penalty(rollout.mask.sum(1), limit=self.answers.sampling.max_new_tokens)
         if not self.kl_in_reward.coef:
             return token_rewards(scores, rollout.mask)
         kl = kl_estimate(rollout.logprobs, rollout.streams["reference"], kind=self.reward_kl.kind)
@@ -186,28 +196,16 @@ class LitPolicyGradient(LitTokens):
 
     # ------------------------------------------------------------------ metrics of a rollout
     def describe(self, rollout: TokenRollout, total: Tensor) -> dict[str, float]:
-        """Numbers of a rollout over all processes.
+        """Numbers of a rollout over all processes; a trajectory of several rows counts once among rewards.
 
         Among them `entropy` and `kl_divergence`, estimated from the sampled tokens, where the loss does not look at them itself: the mean
         of -log p over a policy's own tokens is its entropy, where sampling.top_p and top_k leave none out.
         """
-        names = list(rollout.rewards)
-        columns = [total, rollout.group, rollout.mask.sum(1), rollout.stopped, *(rollout.rewards[n].to(self.device) for n in names)]
-        table = self.all_ranks(torch.stack([column.double() for column in columns], dim=1)).cpu()
-        lengths = table[:, 2]
-        metrics = group_metrics(table[:, 0], table[:, 1].long())
-        metrics |= {f"reward/{name}": float(table[:, 4 + i].nanmean()) for i, name in enumerate(names)}
-        metrics |= {"response_length/mean": float(lengths.mean()), "response_length/max": float(lengths.max())}
-        metrics |= {"response_length/cut_off_fraction": 1 - float(table[:, 3].mean()), "samples": float(len(table))}
-        return metrics | {"tokens": float(lengths.sum())} | self.answers.metrics | self.sampled_means(rollout)
-
-    def sampled_means(self, rollout: TokenRollout) -> dict[str, float]:
+        metrics = row_metrics(self.all_ranks(row_table(rollout, total)).cpu(), list(rollout.rewards)) | self.answers.metrics
         streams = {} if self.entropy_coef else {"entropy": -rollout.logprobs}
         if not self.kl.coef and "reference" in rollout.streams:
             streams["kl_divergence"] = kl_estimate(rollout.logprobs, rollout.streams["reference"], kind=self.kl.kind)
-        sums = [*(stream.double().where(rollout.mask, 0.0).sum() for stream in streams.values()), rollout.mask.sum().double()]
-        *values, count = self.sum_of_ranks(torch.stack(sums)).tolist()
-        return {name: value / max(count, 1) for name, value in zip(streams, values)}
+        return metrics | masked_means(streams, rollout.mask, total=self.sum_of_ranks)
 
     # ------------------------------------------------------------------ weights that wait
     def frozen_now(self) -> Iterable[nn.Parameter]:

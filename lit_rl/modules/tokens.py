@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,15 +13,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lit_rl.checkpoints.options import options_of
+from lit_rl.credit.trajectories import closing_rows, trajectory_sums
 from lit_rl.credit.weights import Aggregation, token_weights
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL
 from lit_rl.modules.evaluation import count_not_finite
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.causal_lm import CausalLM
-from lit_rl.ranks import gather_rows, sum_over_ranks
+from lit_rl.ranks import gather_rows, on_all_rows, sum_over_ranks
 from lit_rl.replay.batches import TokenBatch, finite_rows, token_batch, without_rows
-from lit_rl.replay.partition import balanced_parts
+from lit_rl.replay.micro_batches import cut_evenly, split_rows
 from lit_rl.replay.rows import restored
 from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.start_check import check_logprobs
@@ -203,34 +205,36 @@ class LitTokens(LitRL[TokenRollout]):
         """The sum of a tensor over all processes, element by element. Collective."""
         return sum_over_ranks(x.to(self.device)) if self.trainer.world_size > 1 else x
 
+    def everywhere(self, of: Callable[..., Tensor], *columns: Tensor) -> Tensor:
+        """The rows here of a function of the rows of all processes, see `lit_rl.ranks.on_all_rows`. Collective."""
+        return on_all_rows(of, *columns) if self.trainer.world_size > 1 else of(*columns)
+
     # ------------------------------------------------------------------ weights
     def constant_length(self) -> float | None:
         """The constant length that the aggregation `dr-grpo` divides by."""
         return None if self.answers is None else float(self.answers.sampling.max_new_tokens)
 
     def token_weights(self, rollout: TokenRollout) -> Tensor:
-        """Float "B S": each optimizer step aggregates over the tokens and sequences of all processes."""
-        step = self.step_of(rollout)
+        """Float "B S": each optimizer step aggregates over the tokens, and sequences or trajectories, of all processes."""
+        step, answered, lengths = self.step_of(rollout), rollout.mask.any(1), rollout.mask.sum(1)
+        if self.aggregation == "traj-mean" and (trajectory := rollout.columns.get("trajectory")) is not None:
+            answered = self.everywhere(closing_rows, rollout.group, trajectory, answered)  # one row of each trajectory
+            lengths = self.everywhere(trajectory_sums, lengths, rollout.group, trajectory)
         result = torch.zeros(rollout.mask.shape, device=rollout.mask.device)
         for update in range(self.updates):
             rows = step == update
-            mask = rollout.mask[rows]
-            counts = torch.stack([mask.sum(), mask.any(1).sum()]).double()
-            tokens, sequences = map(int, self.sum_of_ranks(counts).clamp(min=1).tolist())
-            result[rows] = token_weights(mask, self.aggregation, tokens=tokens, sequences=sequences, scale=self.constant_length())
+            counts = self.sum_of_ranks(torch.stack([rollout.mask[rows].sum(), answered[rows].sum()]).double())
+            tokens, sequences = map(int, counts.clamp(min=1).tolist())
+            mask, scale = rollout.mask[rows], self.constant_length()
+            result[rows] = token_weights(mask, self.aggregation, tokens=tokens, sequences=sequences, scale=scale, lengths=lengths[rows])
         return result
 
     # ------------------------------------------------------------------ micro-batches
     def split(self, rollout: TokenRollout, inner_epoch: int) -> list[Tensor]:
         """Micro-batches of one pass in order of optimizer steps, without the sequences that have no gradient."""
-        step, useful, parts = self.step_of(rollout).cpu(), self.useful(rollout).cpu(), self.micro_batches_per_update
-        minibatches: list[Tensor] = []
-        for update in range(self.updates):
-            rows = (step == update).nonzero()[:, 0]
-            units, filler = self.units(rollout, rows[useful[rows]]), self.units(rollout, rows[~useful[rows]])
-            # Every process needs a forward for each micro-batch, even of weight 0.
-            minibatches += self.micro_batches(rollout, units + filler[: max(0, parts - len(units))], parts)
-        return [torch.where(useful[rows], rows, ~rows) for rows in minibatches]  # fillers keep no weight, see `places`
+        step, useful, lengths = self.step_of(rollout).cpu(), self.useful(rollout).cpu(), rollout.lengths.cpu()
+        units, parts = partial(self.units, rollout), self.micro_batches_per_update
+        return split_rows(step, useful, lengths, units=units, updates=self.updates, parts=parts)
 
     def useful(self, rollout: TokenRollout) -> Tensor:
         """Bool "B": sequences whose loss has a gradient."""
@@ -239,13 +243,7 @@ class LitTokens(LitRL[TokenRollout]):
 
     def units(self, rollout: TokenRollout, rows: Tensor) -> list[Tensor]:
         """`rows` in pieces that stay whole."""
-        return list(rows.view(-1, self.unit_size))
-
-    def micro_batches(self, rollout: TokenRollout, units: Sequence[Tensor], parts: int) -> list[Tensor]:
-        """`units` in `parts` of about equal cost, each of similar lengths."""
-        lengths = rollout.lengths.tolist()
-        costs = [len(unit) * max(lengths[row] for row in unit.tolist()) for unit in units]
-        return [torch.cat([units[i] for i in part]) for part in balanced_parts(costs, parts=parts)]
+        return list(rows[:, None])
 
     def minibatch(self, rollout: TokenRollout, rows: Tensor) -> TokenBatch:
         return token_batch(rollout, rows)
@@ -283,7 +281,8 @@ class LitTokens(LitRL[TokenRollout]):
         if not counts.any():
             return result
         asked = units or self.units(rollout, everything)[:1]  # sharded weights want as many forwards on every process
-        for here in self.micro_batches(rollout, asked, min(self.updates * self.micro_batches_per_update, max(1, int(counts.min())))):
+        parts = min(self.updates * self.micro_batches_per_update, max(1, int(counts.min())))
+        for here in cut_evenly(asked, rollout.lengths.cpu(), parts=parts):
             batch = self.minibatch(rollout, here)
             values = of(batch).float()
             if units:

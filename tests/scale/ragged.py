@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_rl.credit import rules
+from lit_rl.credit.rules import GroupCredit
+from lit_rl.credit.tokens import place_scores
+from lit_rl.credit.trajectories import closing_rows, trajectory_sums
+from lit_rl.credit.weights import token_weights
 from lit_rl.ranks import exchange_objects, gather_objects, gather_rows, gather_to_first, on_all_rows, place, sum_over_ranks
 
 
@@ -45,3 +50,21 @@ def other_collectives(values: list[list[float]]) -> dict[str, object]:
         "first": sorted(gather_to_first(f"of {rank}").items()),
         "exchanged": exchange_objects([f"from {rank} to {r}" * (1 + 100 * r) for r in range(world)]),
     }
+
+
+def credited(rows: list[list[int]], rule: str, columns: dict[str, list[float]]) -> tuple[list[float], list[float]]:
+    """Advantages and `traj-mean` weights of the rows of this process, of episodes that are split over several. rows: of each process."""
+    rank, _ = rank_and_size()
+    mine = torch.tensor(rows[rank], dtype=torch.long)
+    scores, group, trajectory, lengths = (torch.tensor(columns[name])[mine] for name in ("scores", "group", "trajectory", "lengths"))
+    mask, scored = torch.arange(4) < lengths[:, None], scores.isfinite()
+    paid = on_all_rows(closing_rows, group, trajectory, scored & mask.any(1))
+    rewards = place_scores(scores.double().nan_to_num().where(paid, 0.0), mask)
+    made: GroupCredit = getattr(rules, rule)()
+    advantages = made(
+        rewards, group, mask, scored=scored, total=sum_over_ranks, trajectory=trajectory, everywhere=on_all_rows
+    )  # fmt: skip
+    spent = on_all_rows(trajectory_sums, mask.sum(1), group, trajectory)
+    sequences = int(sum_over_ranks(on_all_rows(closing_rows, group, trajectory, mask.any(1)).sum()))
+    weights = token_weights(mask, "traj-mean", sequences=sequences, lengths=spent, dtype=torch.float64)
+    return advantages.sum(1).tolist(), weights.sum(1).tolist()

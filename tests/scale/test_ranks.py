@@ -35,6 +35,27 @@ def test_a_group_may_be_split_over_processes(three: Pair) -> None:
     assert found == [[], [-2.0], [-2.0, -1.0, -1.0, 3.0, 3.0]]
 
 
+EPISODES: dict[str, list[float]] = {
+    "scores": [1.0, 1.0, 0.0, 0.5, 0.5, 0.5, 0.25, 0.0],
+    "group": [4, 4, 4, 4, 4, 4, 9, 9],
+    "trajectory": [0, 0, 1, 2, 2, 2, 0, 1],
+    "lengths": [1, 4, 2, 3, 0, 1, 2, 4],
+}
+"""Two groups: one of episodes of two, one and three rows, the other of two rows."""
+
+
+@pytest.mark.parametrize("rule", ["Group", "LeaveOneOut", "LengthWeighted", "PassAtK", "ReturnsBaseline"])
+def test_groups_and_episodes_that_are_split_are_credited_as_whole_ones(three: Pair, rule: str) -> None:
+    """Whole on one process, and with rows of an episode on three of them in another order."""
+    whole, _, _ = three.run("ragged.credited", rows=[list(range(8)), [], []], rule=rule, columns=EPISODES)
+    assert any(whole[0]) and sum(whole[1]) == pytest.approx(1.0)
+    for rows in ([[7, 3], [0, 2, 5, 6], [4, 1]], [[], [1, 0, 4, 6, 5], [3, 2, 7]]):
+        split = three.run("ragged.credited", rows=rows, rule=rule, columns=EPISODES)
+        for mine, (advantages, weights) in zip(rows, split):
+            assert advantages == pytest.approx([whole[0][row] for row in mine], abs=1e-9)
+            assert weights == pytest.approx([whole[1][row] for row in mine], abs=1e-9)
+
+
 def test_all_have_the_sum_and_the_objects(three: Pair) -> None:
     found = three.run("ragged.other_collectives", values=[[0.1, 1.0], [0.2, 2.0], [0.3, 3.0]])
     expected = torch.stack([torch.tensor([0.1, 1.0]), torch.tensor([0.2, 2.0]), torch.tensor([0.3, 3.0])]).sum(0).tolist()
