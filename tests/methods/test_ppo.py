@@ -263,11 +263,17 @@ def test_rewards_rise_on_held_out_prompts(folder: Path) -> None:
     )  # fmt: skip
     data = Digits(prompts=600, held_out=200)
     before = trainer().validate(learner, datamodule=data, verbose=False)[0]["val/exact"]
-    run = trainer(max_epochs=40, check_val_every_n_epoch=40)
+    known: list[float] = []
+
+    class Explained(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            known.append(float(trainer.callback_metrics["explained_variance"]))
+
+    run = trainer(max_epochs=40, check_val_every_n_epoch=40, callbacks=[RewardScoring({"sorted": Sorted()}), Explained()])
     run.fit(learner, datamodule=data)
-    print(before, {k: round(float(v), 3) for k, v in run.callback_metrics.items()})
+    print(before, {k: round(float(v), 3) for k, v in run.callback_metrics.items()}, known)
     assert run.callback_metrics["val/exact"] > before + 0.15
-    assert run.callback_metrics["explained_variance"] > 0.1
+    assert sum(known[-10:]) / 10 > 0.05 > sum(known[:5]) / 5  # a single iteration of 128 answers scatters by 0.05
 
 
 # ---------------------------------------------------------------------- what cannot work is refused
