@@ -136,7 +136,7 @@ class DPO(LitTokens):
             known |= dict(zip(pair_keys(rollout), zip(chosen, rejected)))
         return {key: pair for rank in gather_objects(known) for key, pair in rank.items()}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         super().on_save_checkpoint(checkpoint)
         if self.known is not None:
             values = torch.tensor(list(self.known.values()), dtype=torch.float64)
@@ -202,7 +202,7 @@ class DPO(LitTokens):
         return terms, {name: value.float() for name, value in preference_metrics(*four, beta=self.beta).items()}
 
     # ------------------------------------------------------------------ evaluation
-    def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:
+    def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, object]:
         real = [i for i, group in enumerate(batch.group.tolist()) if group >= 0 for _ in range(2)]  # the rest fills up the last batches
         rows = real or [0, 0]  # the other processes wait for this one's forwards
         held_out = self.pairs(Prompts(group=batch.group[rows], info=[batch.info[i] for i in rows]))

@@ -97,7 +97,7 @@ class GRPO(LitPolicyGradient):
         if self.dynamic_sampling is not None:
             self.dynamic_sampling.check_geometry(self)
 
-    def stored_options(self) -> dict[str, Any]:
+    def stored_options(self) -> dict[str, object]:
         parts = {} if self.dynamic_sampling is None else options_of(self.dynamic_sampling, "model.dynamic_sampling")
         return super().stored_options() | parts
 
@@ -107,7 +107,7 @@ class GRPO(LitPolicyGradient):
     def frozen_now(self) -> Iterable[nn.Parameter]:
         return self.parameters() if self.rollout_metrics.get("dapo/groups") == 0 else ()
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         super().on_save_checkpoint(checkpoint)
         if self.dynamic_sampling is not None:
             checkpoint |= self.dynamic_sampling.state_dict()

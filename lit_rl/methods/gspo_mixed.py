@@ -250,7 +250,7 @@ class MixedGSPO(LitPolicyGradient):
         return {name: self.share(value, "gspo/answers_that_teach") for name, value in ratios.items()}
 
     # ------------------------------------------------------------------ evaluation
-    def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:
+    def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, object]:
         """Answers to self-play rows, or margins of pairs: a batch is of one kind."""
         if not is_pair(batch.info[0]):
             return super().validation_step(batch, batch_idx)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lit_rl.credit.rules import GAE, refuse_trajectories
 from lit_rl.errors import ConfigError
@@ -90,12 +91,12 @@ class PPO(LitPolicyGradient):
     def models(self) -> Sequence[Shardable]:
         return [self.policy, self.critic]
 
-    def parameter_groups(self) -> list[Any]:
+    def parameter_groups(self) -> list[dict[str, object]]:
         groups = [[p for p in model.parameters() if p.requires_grad] for model in (self.policy, self.critic)]
         return [{"params": groups[0]}, {"params": groups[1], "lr": self.critic_training.lr}]
 
     def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Each has its own norm: errors of a young critic must not shorten the policy's steps. DeepSpeed clips both together."""
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):

@@ -77,7 +77,7 @@ class SFT(LitTokens):
         return {"sft": Term(self.token_loss(new), batch.weights)}
 
     # ------------------------------------------------------------------ evaluation
-    def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:
+    def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, object]:
         here = Prompts(group=batch.group, info=batch.info)
         held_out = self.demonstrations(here)
         real = (held_out.group >= 0)[:, None]  # the rest fills up the last batch

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -131,10 +132,10 @@ class DynamicSampling:
         """The rollout without chosen tokens in the groups that only fill up."""
         return replace(rollout, mask=rollout.mask & (rollout.group < self.metrics["dapo/groups"])[:, None])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, int]:
         return {"generations": self.generations}
 
-    def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
+    def load_state_dict(self, checkpoint: Mapping[str, int]) -> None:
         self.generations = checkpoint.get("generations", 0)  # other methods draw none
 
 

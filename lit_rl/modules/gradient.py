@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lit_rl.checkpoints.options import REMEDY
 from lit_rl.credit.groups import total_reward
@@ -69,8 +70,7 @@ class LitPolicyGradient(LitTokens):
         self.surrogate = surrogate or Clip()
         self.kl, self.reward_kl = kl or KL(), kl_in_reward or RewardKL()
         self.kl_in_reward = self.reward_kl.controller()
-        self.entropy_coef = entropy_coef
-        self.correction = correction
+        self.entropy_coef, self.correction = entropy_coef, correction
         self.length_penalty = length_penalty or LengthPenalty()
         self.length_penalty.check(self.answers.sampling.max_new_tokens)
         if self.needs_reference():
@@ -212,7 +212,7 @@ class LitPolicyGradient(LitTokens):
         """Parameters that the optimizer must not touch in this iteration, by weight decay neither."""
         return ()
 
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
         for parameter in self.frozen_now():
             parameter.grad = None
@@ -239,7 +239,7 @@ class LitPolicyGradient(LitTokens):
                 f"the options it was written with, {REMEDY}"
             )
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint |= self.answers.state_dict() | {"kl_in_reward": self.kl_in_reward.state_dict()}
 

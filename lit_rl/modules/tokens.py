@@ -85,7 +85,7 @@ class LitTokens(LitRL[TokenRollout]):
         if self.answers is not None:
             self.answers.close()
 
-    def stored_options(self) -> dict[str, Any]:
+    def stored_options(self) -> dict[str, object]:
         return super().stored_options() | (options_of(self.answers, "model.answers") if self.answers is not None else {})
 
     def check_sizes(self) -> None:
@@ -299,14 +299,14 @@ class LitTokens(LitRL[TokenRollout]):
                 self.check_sampler()
             self.answers.refresh(self.iteration)
 
-    def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:
+    def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, object]:
         self.evaluated.append(batch)
         return self.predict_step(batch, batch_idx)
 
     on_test_start = on_predict_start = on_validation_start
     test_step = validation_step
 
-    def predict_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, Any]:
+    def predict_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, object]:
         if self.answers is None:
             raise ConfigError(
                 f"{type(self).__name__} has no engine that answers: predict with the run of a method that has one, such as "
