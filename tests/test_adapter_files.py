@@ -14,6 +14,7 @@ import torch
 import yaml
 from fill import RELEASED, build_fill, settings
 
+import cli
 from lit_rl.checkpoints.ip_adapter import convert, read_ip_adapter
 
 ROOT = Path(__file__).parent.parent
@@ -53,17 +54,23 @@ def config(folder: Path, policy: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Run = Callable[..., None]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """run("fit", *options) is `python cli.py fit --config run.yaml *options`, a process of its own."""
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """run("fit", *options) is `python cli.py fit --config run.yaml *options`, in a process of its own where fresh is set."""
 
-    def start(command: str, *options: str) -> subprocess.CompletedProcess[str]:
-        path = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        words = [sys.executable, str(ROOT / "cli.py"), command, "--config", str(tmp_path / "run.yaml"), *options]
-        return subprocess.run(words, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True)
+    def start(command: str, *options: str, fresh: bool = False) -> None:
+        words = [str(ROOT / "cli.py"), command, "--config", str(tmp_path / "run.yaml"), *options]
+        if fresh:
+            path = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=os.environ | path, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            return
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", words)
+        cli.main()
 
     return start
 
@@ -72,10 +79,9 @@ def run(tmp_path: Path) -> Run:
 def predicted(run: Run, tmp_path: Path) -> Callable[..., Pictures]:
     """Bytes of the pictures of the held-out images by file name."""
 
-    def predict(*options: str) -> Pictures:
+    def predict(*options: str, fresh: bool = False) -> Pictures:
         folder = tmp_path / "pictures" / str(len(list((tmp_path / "pictures").glob("*"))))
-        done = run("predict", "--images.output_dir", str(folder), *options)
-        assert done.returncode == 0, done.stderr
+        run("predict", "--images.output_dir", str(folder), *options, fresh=fresh)
         return {file.name: file.read_bytes() for file in folder.glob("*.png")}
 
     return predict
@@ -85,14 +91,13 @@ def predicted(run: Run, tmp_path: Path) -> Callable[..., Pictures]:
 def test_an_exported_adapter_draws_what_was_trained(places: Path, tmp_path: Path, run: Run, predicted: Callable[..., Pictures]) -> None:
     """As it is and averaged; as a legacy and as a released file too, and from those back."""
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config(tmp_path, settings(places))))
-    done = run("fit")
-    assert done.returncode == 0, done.stderr
+    run("fit")
     for kind in ("live", "ema"):
         assert sorted(file.parent.name for file in (tmp_path / kind).glob("*/ip-adapter.bin")) == ["checkpoint-2", "checkpoint-4"]
     adapters = {kind: str(tmp_path / kind / "checkpoint-4" / "ip-adapter.bin") for kind in ("live", "ema")}
     untrained, averaged = predicted(), predicted("--ckpt_path", "last")
     assert len(averaged) == 2 and all(averaged[name] != untrained[name] for name in averaged)
-    assert predicted(f"{STYLE}.initial", adapters["ema"]) == averaged
+    assert predicted(f"{STYLE}.initial", adapters["ema"], fresh=True) == averaged
     live = predicted(f"{STYLE}.initial", adapters["live"])
     assert live != averaged
     for i, word in enumerate(words := yaml.safe_load((tmp_path / "run.yaml").read_text())["trainer"]["callbacks"]):
@@ -122,14 +127,13 @@ def test_an_export_with_more_than_the_adapter(
         if callback["class_path"].endswith("Export"):
             callback["init_args"]["format"] = "released"
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(whole))
-    done = run("fit")
-    assert done.returncode == 0, done.stderr
+    run("fit")
     folder = tmp_path / "ema" / "checkpoint-4"
     file = str(folder / "ip-adapter.bin")
     assert torch.load(file, weights_only=True).keys() == {"image_proj_mlp", "image_proj_qformer", "attn_adapter"}
     policy = "--model.init_args.policy.init_args"
     rest = [f"{policy}.lora.initial", str(folder)] if kind == "adapter and LoRA" else [f"{policy}.pretrained", str(folder)]
-    assert predicted(f"{STYLE}.initial", file, *rest) == predicted("--ckpt_path", "last")
+    assert predicted(f"{STYLE}.initial", file, *rest, fresh=True) == predicted("--ckpt_path", "last")
 
 
 # ---------------------------------------------------------------------- what is said of other files
