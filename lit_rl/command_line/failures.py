@@ -60,8 +60,10 @@ def go_on(folders: Sequence[str | os.PathLike]) -> str:
 
 
 def _is_of_the_group(error: BaseException) -> bool:
-    """Gloo reports all that happens to other processes as a RuntimeError of the same kind."""
-    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    """Gloo reports all that happens to other processes as a RuntimeError, most often with its own file, sometimes without."""
+    said = str(error).lower()
+    told = isinstance(error, RuntimeError) and ("gloo" in said or "caused pair closure" in said)
+    return isinstance(error, torch.distributed.DistError) or told
 
 
 def _while_restoring(error: BaseException) -> bool:

@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[2]
         (PermissionError(13, "Permission denied", b"/a"), "^/a: Permission denied; set run.dir"),
         (OSError(5, "Input/output error"), "^a file: Input/output error; the disk"),
         (RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer"), r"another process of this run has ended.*timeout"),
+        (RuntimeError("Application timeout caused pair closure"), r"another process of this run has ended.*timeout"),
         (torch.distributed.DistStoreError("Timed out"), r"another process .*DistStoreError: Timed out$"),
     ],
 )
