@@ -1,4 +1,4 @@
-"""Reading the authors' numbers and holding ours against them."""
+"""Reading the authors' numbers and holding ours against them; tensors of numbers written by hand."""
 
 import json
 import re
@@ -11,6 +11,11 @@ from torch import Tensor
 
 LOGPROB_F32 = 2e-4
 """A log-probability divides by the noise twice; float32 leaves four digits."""
+
+
+def f64(*values: float | list[float]) -> Tensor:
+    """A tensor of these numbers, or rows of numbers, in float64."""
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def load(folder: Path, name: str) -> dict[str, Tensor | str]:

@@ -66,6 +66,18 @@ def policy(folder: Path, **settings: Any) -> CausalLM:
     return CausalLM(str(folder), **settings)
 
 
+def weights(method: L.LightningModule) -> Tensor:
+    """All trained weights of a method's policy in one vector."""
+    return torch.cat([p.detach().flatten() for _, p in method.policy.trainable()])
+
+
+def weights_of(folder: Path) -> Tensor:
+    """Those of a policy that is loaded from `folder`."""
+    loaded = policy(folder)
+    loaded.load()
+    return torch.cat([p.detach().flatten() for _, p in loaded.trainable()])
+
+
 def trainer(**kwargs: Any) -> L.Trainer:
     quiet = {"devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     callbacks = kwargs.pop("callbacks", [RewardScoring({"sorted": Sorted()})])

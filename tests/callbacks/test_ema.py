@@ -8,8 +8,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from copies import OneFrozen, equal, keep_all, weights
 from golden_numbers import assert_close, load
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import Tensor
 from toy import Brightness, ToyData, ToyPolicy, toy_method, toy_trainer
 
@@ -18,14 +19,6 @@ from callbacks.old_policy import EMAOldPolicy, OldPolicySync
 from callbacks.reward_scoring import RewardScoring
 from lit_rl.errors import ConfigError
 from lit_rl.methods.diffusion_nft import DiffusionNFT
-
-
-def weights(module: Any) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in module.policy.trainable()}
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 class Watch(L.Callback):
@@ -187,10 +180,6 @@ def test_an_error_in_evaluation_gives_the_weights_back(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- checkpoints
-def keep_all(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Any:
     """A finished run of 3 epochs: (folder, average, weights)."""
@@ -238,13 +227,8 @@ def test_a_checkpoint_without_an_average_starts_one(tmp_path: Path) -> None:
 
 
 def test_the_average_of_another_model_is_refused(run: Any) -> None:
-    class Other(ToyPolicy):
-        def load(self) -> None:
-            super().load()
-            next(self.parameters()).requires_grad = False
-
     module = toy_method()
-    module.policy = Other()
+    module.policy = OneFrozen()
     with pytest.raises(ConfigError, match=r"average is of other weights.*network\.0\.0\.weight"):
         trainer = toy_trainer(run.folder / "again", callbacks=[EMA()], limit_val_batches=1.0)
         trainer.validate(module, ToyData(), ckpt_path=run.folder / "epoch=2.ckpt")

@@ -10,8 +10,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from copies import OneFrozen, equal, keep_all, weights
 from golden_numbers import assert_close, load
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from toy import ToyData, ToyPolicy, toy_method, toy_trainer, with_parts
 
@@ -29,14 +29,6 @@ def nft(policy: ToyPolicy | None = None, **kwargs: Any) -> DiffusionNFT:
     adam = {"optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2)}
     sizes = {"prompts_per_iteration": 4, "group_size": 4, "num_steps": 4, "warmup_batch_size": 8}
     return DiffusionNFT(policy or ToyPolicy(), **with_parts(DiffusionNFT, {"kl_coef": 0.0} | sizes | adam | kwargs))
-
-
-def weights(module: Any) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in module.policy.trainable()}
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 class Watch(L.Callback):
@@ -204,10 +196,6 @@ def test_the_flux_fill_trainers_updates(golden_dir: Path) -> None:
 
 
 # ---------------------------------------------------------------------- checkpoints
-def keep_all(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
-
-
 def test_a_checkpoint_without_an_old_policy_starts_one(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, callbacks=[keep_all(tmp_path)], max_epochs=1, enable_checkpointing=True)
     trainer.fit(toy_method(), ToyData())
@@ -217,18 +205,13 @@ def test_a_checkpoint_without_an_old_policy_starts_one(tmp_path: Path) -> None:
 
 
 def test_the_old_policy_of_another_model_is_refused(tmp_path: Path) -> None:
-    class Other(ToyPolicy):
-        def load(self) -> None:
-            super().load()
-            next(self.parameters()).requires_grad = False
-
     trainer = toy_trainer(tmp_path, callbacks=[OldPolicySync(), keep_all(tmp_path)], max_epochs=1, enable_checkpointing=True)
     trainer.fit(nft(), ToyData())
     saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
     del saved["optimizer"]
     torch.save(saved | {"lr_schedulers": [], "optimizer_states": [nothing()]}, tmp_path / "fresh.ckpt")
     with pytest.raises(ConfigError, match=r"old policy is of other weights.*network\.0\.0\.weight"):
-        toy_trainer(tmp_path, callbacks=[OldPolicySync()]).fit(nft(Other()), ToyData(), ckpt_path=tmp_path / "fresh.ckpt")
+        toy_trainer(tmp_path, callbacks=[OldPolicySync()]).fit(nft(OneFrozen()), ToyData(), ckpt_path=tmp_path / "fresh.ckpt")
 
 
 def nothing() -> dict:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from golden_numbers import assert_close, load
+from golden_numbers import assert_close, f64, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,10 +21,6 @@ from lit_rl.credit.groups import (
 
 NAN = float("nan")
 SCALES = ("group", "batch", "max_group", "none")
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 @st.composite

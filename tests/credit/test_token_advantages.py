@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden_numbers import assert_close, load_llm
+from golden_numbers import assert_close, f64, load_llm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,10 +24,6 @@ from lit_rl.losses.kl import kl_estimate
 from lit_rl.losses.masked import masked, masked_mean
 
 NAN = float("nan")
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 HOLED = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1], [0, 0, 0, 0]]).bool()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden_numbers import assert_close, load_llm
+from golden_numbers import assert_close, f64, load_llm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import grad
@@ -13,10 +13,6 @@ from lit_rl.losses.masked import masked, masked_mean, row_mean
 
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "dr-grpo")
 NAN = float("nan")
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def test_statistics_by_hand():

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from golden_numbers import assert_close, cases, load
+from golden_numbers import assert_close, cases, f64, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import grad
@@ -16,10 +16,6 @@ from lit_rl.losses.nft import matching_logprob, nft_loss, optimality
 from lit_rl.losses.policy_gradient import clipped_surrogate
 
 MODES = ("normal", "positive_only", "negative_only", "one_only", "binary")
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(

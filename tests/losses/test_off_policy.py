@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from golden_numbers import assert_close, load_llm
+from golden_numbers import assert_close, f64, load_llm
 
 from lit_rl.losses.masked import masked
 from lit_rl.losses.off_policy import Correction, Rejection, importance_weights, sampler_kl, within_bounds
@@ -12,13 +12,9 @@ from lit_rl.losses.off_policy import Correction, Rejection, importance_weights, 
 NAN = float("nan")
 
 
-def rows(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def test_weights_by_hand():
     """Ratios 4, .25, 1 in a row (the last masked), bounds .5 and 2."""
-    gap, mask = rows([math.log(4), math.log(0.25), 0.0]), torch.tensor([[True, True, False]])
+    gap, mask = f64([math.log(4), math.log(0.25), 0.0]), torch.tensor([[True, True, False]])
     zero = torch.zeros_like(gap)
     weights = {
         ("token", None, 2.0, "clamp"): [2, 0.25, 0],
@@ -30,7 +26,7 @@ def test_weights_by_hand():
     }
     for (level, low, high, outside), expected in weights.items():
         got = importance_weights(gap, zero, mask, level=level, low=low, high=high, outside=outside)
-        torch.testing.assert_close(got, rows(expected), msg=str((level, outside)))
+        torch.testing.assert_close(got, f64(expected), msg=str((level, outside)))
 
 
 def test_a_long_row_is_outside_any_bound_of_the_product():
@@ -43,13 +39,13 @@ def test_a_long_row_is_outside_any_bound_of_the_product():
 
 def test_bounds_are_those_of_the_ratio():
     """Trap 22: a ratio of 1.4 is inside [.5, 1.5] and one of .6 too; upstream's k1 would keep .67 ... 2."""
-    gap, mask = rows([1.4, 0.6, 1.9, 0.45]).log(), torch.ones(1, 4, dtype=torch.bool)
+    gap, mask = f64([1.4, 0.6, 1.9, 0.45]).log(), torch.ones(1, 4, dtype=torch.bool)
     kept = within_bounds(gap, torch.zeros_like(gap), mask, metric="ratio", lower=0.5, upper=1.5)
     assert kept.tolist() == [[True, True, False, False]]
 
 
 def test_what_the_sampler_did_not_say_counts_as_on_policy():
-    gap, mask = rows([NAN, -math.inf, 0.5]), torch.tensor([[True, True, True]])
+    gap, mask = f64([NAN, -math.inf, 0.5]), torch.tensor([[True, True, True]])
     assert importance_weights(gap, torch.zeros_like(gap), mask, high=1.0).tolist() == [[1, 1, 1]]
 
 
@@ -77,11 +73,11 @@ def test_sampler_kl_golden(golden_dir):
 
 def test_a_correction_may_reject_by_another_measure():
     """Ratios 4 and 1.1: truncated to 2 and 1.1; of their k3, 4 - 1 - log 4 = 1.6 and 0.005, the first is too large."""
-    gap, mask = rows([math.log(4), math.log(1.1)]), torch.tensor([[True, True]])
+    gap, mask = f64([math.log(4), math.log(1.1)]), torch.tensor([[True, True]])
     zero = torch.zeros_like(gap)
-    torch.testing.assert_close(Correction()(gap, zero, mask), rows([2.0, 1.1]))
+    torch.testing.assert_close(Correction()(gap, zero, mask), f64([2.0, 1.1]))
     kept = Correction(reject=Rejection(metric="k3", upper=0.5))(gap, zero, mask)
-    torch.testing.assert_close(kept, rows([0.0, 1.1]))
+    torch.testing.assert_close(kept, f64([0.0, 1.1]))
     assert Correction()(gap, None, mask) == 1.0  # the sampler is the trainer
 
 

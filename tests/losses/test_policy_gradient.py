@@ -5,16 +5,12 @@ import math
 
 import pytest
 import torch
-from golden_numbers import assert_close, cases, load
+from golden_numbers import assert_close, cases, f64, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import grad, gradcheck
 
 from lit_rl.losses.policy_gradient import clipped_ratio_loss, clipped_surrogate, guard_logratio, policy_metrics
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def test_surrogate_by_hand():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from golden_numbers import assert_close, load_llm
+from golden_numbers import assert_close, f64, load_llm
 from torch.autograd import grad, gradcheck
 
 from lit_rl.credit.weights import token_weights
@@ -19,10 +19,6 @@ from lit_rl.losses.preference import (
 from lit_rl.losses.supervised import nll_loss
 
 NAN = float("nan")
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def test_dpo_by_hand():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from golden_numbers import assert_close, load_llm
+from golden_numbers import assert_close, f64, load_llm
 from torch.autograd import grad
 
 from lit_rl.credit.weights import token_weights
@@ -26,10 +26,6 @@ from lit_rl.losses.surrogates import (
     sequence_log_ratio,
     surrogate_metrics,
 )
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def random_rows(seed=0, rows=5, length=7, dtype=torch.float64):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from toy_text import Digits, model_folder, policy, trainer
+from toy_text import Digits, model_folder, policy, trainer, weights
 
 from callbacks.reward_scoring import RewardScoring
 from callbacks.sample_texts import SampleTexts
@@ -74,10 +74,6 @@ def fit(method: DAPO, data: Known | None = None, *, callbacks: Sequence[L.Callba
     run = trainer(**dict(max_epochs=1, check_val_every_n_epoch=100, callbacks=[rewards, *callbacks]) | kw)
     run.fit(method, datamodule=data, ckpt_path=ckpt_path)
     return data
-
-
-def weights(method: DAPO) -> Tensor:
-    return torch.cat([p.detach().flatten() for _, p in method.policy.trainable()])
 
 
 def drawn(method: DAPO) -> int:

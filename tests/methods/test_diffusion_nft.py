@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from toy import ToyData, ToyPolicy, toy_trainer, with_parts
+from toy import ToyData, ToyPolicy, toy_trainer, weights, with_parts
 
 from callbacks.old_policy import EMAOldPolicy, OldPolicySync
 from lit_rl.credit.rules import Advantage
@@ -36,10 +36,6 @@ def run(
     trainer = toy_trainer(folder, callbacks=[old or OldPolicySync("slow"), *callbacks], **kwargs)
     trainer.fit(method, ToyData(), ckpt_path=ckpt_path)
     return method
-
-
-def weights(method: DiffusionNFT) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in method.policy.network.parameters()])
 
 
 # ---------------------------------------------------------------------- it learns

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from toy_text import model_folder, policy, trainer
+from toy_text import model_folder, policy, trainer, weights, weights_of
 
 from callbacks.reward_scoring import RewardScoring
 from datamodules.mixed import PromptsAndPairs
@@ -67,7 +67,7 @@ def fit(method: Any, data: Any, *, callbacks: Sequence[L.Callback] = (), ckpt_pa
     run = trainer(**dict(max_epochs=1, limit_val_batches=0, callbacks=[RewardScoring({"noise": Noise()}), *callbacks]) | settings)
     run.fit(method, datamodule=data, ckpt_path=ckpt_path)
     method.seen = dict(run.callback_metrics)
-    return torch.cat([p.detach().flatten() for _, p in method.policy.trainable()])
+    return weights(method)
 
 
 def mixed(folder: Path, rows: int, **settings: Any) -> MixedGSPO:
@@ -79,13 +79,7 @@ def step(folder: Path, tmp_path: Path, kinds: str, *, parts: int = 1, **settings
     """How the weights change in an iteration over rows of these kinds."""
     data = PromptsAndPairs(train=write(tmp_path / "rows.jsonl", rows_of(kinds)), shuffle=False)
     method = mixed(folder, len(kinds), **settings)
-    return fit(method, data, accumulate_grad_batches=parts) - start(folder)
-
-
-def start(folder: Path) -> Tensor:
-    loaded = policy(folder)
-    loaded.load()
-    return torch.cat([p.detach().flatten() for _, p in loaded.trainable()])
+    return fit(method, data, accumulate_grad_batches=parts) - weights_of(folder)
 
 
 close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
@@ -94,7 +88,7 @@ close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
 def test_self_play_rows_alone_are_gspo(folder: Path, tmp_path: Path) -> None:
     data = PromptsAndPairs(train=write(tmp_path / "prompts.jsonl", rows_of("ssss")), shuffle=False)
     gspo = GSPO(policy(folder), prompts_per_iteration=4, group_size=3, answers=Answers(sampling=WARM), optimizer=SGD)
-    expected = fit(gspo, data) - start(folder)
+    expected = fit(gspo, data) - weights_of(folder)
     assert expected.abs().max() > 1e-3
     close(step(folder, tmp_path, "ssss"), expected)
 
@@ -102,7 +96,7 @@ def test_self_play_rows_alone_are_gspo(folder: Path, tmp_path: Path) -> None:
 def test_pairs_alone_are_dpo(folder: Path, tmp_path: Path) -> None:
     data = PreferencePairs(train=write(tmp_path / "pairs.jsonl", rows_of("pppp")), shuffle=False)
     dpo = DPO(policy(folder, keep_reference=True), prompts_per_iteration=4, beta=0.5, optimizer=SGD)
-    expected = fit(dpo, data) - start(folder)
+    expected = fit(dpo, data) - weights_of(folder)
     assert expected.abs().max() > 1e-3
     close(step(folder, tmp_path, "pppp", answers=Answers(sampling=COLD), preference=Preference(beta=0.5)), expected)
 

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from learners import rewards_rise
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from toy_text import Digits, policy, trainer
+from toy_text import Digits, policy, trainer, weights, weights_of
 
 from datamodules.supervised import SupervisedText
 from lit_rl.credit.rules import LengthPenalty, LengthWeighted, PassAtK, ReturnsBaseline
@@ -34,16 +34,6 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 @pytest.fixture
 def folder(sorting_lm: Path) -> Path:
     return sorting_lm
-
-
-def weights(method: Any) -> Tensor:
-    return torch.cat([p.detach().flatten() for _, p in method.policy.trainable()])
-
-
-def weights_of(folder: Path) -> Tensor:
-    loaded = policy(folder)
-    loaded.load()
-    return torch.cat([p.detach().flatten() for _, p in loaded.trainable()])
 
 
 def after_one_iteration(make: Callable[[], Any], **settings: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""A pair of processes for the whole session, and a miniature pipeline on disk."""
+"""Two and three processes for the whole session, and a miniature pipeline on disk."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     two = Pair(tmp_path_factory.mktemp("pair"))
     yield two
     two.stop()
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    processes = Pair(tmp_path_factory.mktemp("three"), size=3)
+    yield processes
+    processes.stop()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,6 @@ import toy_text
 from pair import Pair
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    processes = Pair(tmp_path_factory.mktemp("three"), size=3)
-    yield processes
-    processes.stop()
 
 
 def alike(one: dict[str, Any], many: list[dict[str, Any]]) -> None:

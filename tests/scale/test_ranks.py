@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from pair import Pair
 
 from lit_rl.ranks import exchange_objects, gather_objects, gather_rows, gather_to_first, on_all_rows, place, sum_over_ranks
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    processes = Pair(tmp_path_factory.mktemp("three"), size=3)
-    yield processes
-    processes.stop()
 
 
 @pytest.mark.parametrize("counts", [[0, 1, 5], [5, 0, 1], [2, 2, 2], [0, 0, 0], [0, 3, 0]])
