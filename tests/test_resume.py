@@ -372,7 +372,7 @@ def test_weights_alone_are_not_continued(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- options that a stored rollout was made with
-def begun(at: Path, fit: Callable[[Path, list[L.Callback], str | None], None]) -> str:
+def begun(at: Path, fit: Callable[[Path, list[L.Callback], str | None], object]) -> str:
     """A checkpoint inside of iteration 0, after its first optimizer step."""
     fit(at, checkpoints(at, [EVERY_STEP]), None)
     path = next((at / "0").glob("epoch=0-step=1.ckpt"))
@@ -381,9 +381,12 @@ def begun(at: Path, fit: Callable[[Path, list[L.Callback], str | None], None]) -
 
 
 def flow_run(cls: Any = FlowGRPO, data: dict[str, Any] | None = None, **model: Any) -> Any:
-    def fit(at: Path, after: list[L.Callback], path: str | None) -> None:
-        method = toy_method(cls, **{"updates_per_iteration": 4} | model)
-        toy_trainer(at, callbacks=after, max_epochs=2, enable_checkpointing=True).fit(method, ToyData(**data or {}), ckpt_path=path)
+    """A function that trains two iterations and returns the number of optimizer steps."""
+
+    def fit(at: Path, after: list[L.Callback], path: str | None) -> int:
+        method, run = toy_method(cls, **{"updates_per_iteration": 4} | model), toy_trainer(at, callbacks=after, enable_checkpointing=True)
+        run.fit(method, ToyData(**data or {}), ckpt_path=path)
+        return run.global_step
 
     return fit
 
@@ -426,7 +429,7 @@ def test_options_that_contradict_a_stored_rollout_are_refused(
 def test_other_options_may_change_inside_an_iteration(tmp_path: Path) -> None:
     path = begun(tmp_path / "a", flow_run())
     free = dict(lr=1e-3, clip_low=0.2, rollout_micro_batch=3, train_micro_batch=3, eval_num_steps=2, advantage=Advantage(clip=1.0))
-    flow_run(**free)(tmp_path / "b", [], path)
+    assert flow_run(**free)(tmp_path / "b", [], path) == 2 * 4
 
 
 def test_the_warm_up_stays_as_long_as_it_was(tmp_path: Path) -> None:

@@ -52,8 +52,11 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_rl.policies.critic.read_lm", read)
 
 
-def fit(method: Any, data: Any) -> None:
-    trainer(max_epochs=1, check_val_every_n_epoch=100).fit(method, datamodule=data)
+def fit(method: Any, data: Any) -> int:
+    """The number of optimizer steps of one iteration."""
+    run = trainer(max_epochs=1, check_val_every_n_epoch=100)
+    run.fit(method, datamodule=data)
+    return run.global_step
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])
@@ -73,11 +76,8 @@ def test_longer_rows_than_the_model_has_positions_for(family: str, rows: str, tm
 
 def test_rows_that_just_fit_are_trained_on(rows: str, tmp_path: Path) -> None:
     folder = save_lm(tmp_path / "lm", "GPT2", "GPT2LMHeadModel", max_position_embeddings=19)
-    fit(DPO(policy(folder, keep_reference=True), prompts_per_iteration=4), PreferencePairs(train=rows))
-    fit(
-        GRPO(policy(folder), prompts_per_iteration=4, group_size=2, answers=short(13)),
-        TextPrompts(train=rows),
-    )
+    assert fit(DPO(policy(folder, keep_reference=True), prompts_per_iteration=4), PreferencePairs(train=rows)) == 1
+    assert fit(GRPO(policy(folder), prompts_per_iteration=4, group_size=2, answers=short(13)), TextPrompts(train=rows)) == 1
 
 
 def test_a_tokenizer_larger_than_the_embedding_or_an_end_outside_of_it(rows: str, tmp_path: Path, unread: None) -> None:
@@ -97,7 +97,7 @@ def test_a_special_token_that_no_text_has_may_lie_outside(rows: str, tmp_path: P
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.save_pretrained(folder)
     assert len(tokenizer) == 17
-    fit(SFT(policy(folder), prompts_per_iteration=4), SupervisedText(train=rows))
+    assert fit(SFT(policy(folder), prompts_per_iteration=4), SupervisedText(train=rows)) == 1
 
 
 def test_a_critic_of_another_vocabulary_or_shorter_sequences(rows: str, tmp_path: Path, unread: None) -> None:

@@ -30,7 +30,8 @@ def test_a_misspelt_hook_is_an_error_when_the_class_is_defined(name: str, meant:
 def test_hooks_of_lightning_of_methods_and_of_relatives_are_known() -> None:
     hooks = dict.fromkeys(["on_rollout_end", "on_train_batch_end", "on_exception", "_on_signal", "once"], lambda self, *_: None)
     mine = type("Mine", (RLCallback,), hooks)
-    type("Younger", (mine, EMA), hooks)
+    younger = type("Younger", (mine, EMA), hooks)
+    assert all(getattr(kind, name) is hook for kind in (mine, younger) for name, hook in hooks.items())
 
 
 def test_the_hooks_that_methods_call_are_those_of_the_class() -> None:

@@ -12,6 +12,8 @@ from lit_rl.errors import ConfigError
 
 def test_more_may_be_stored_than_is_wanted() -> None:
     check_layout({"a": [2, 3], "base": [5]}, {"a": [2, 3]})
+    with pytest.raises(ConfigError, match="lacks 1 of the 2 weights of this run: base"):
+        check_layout({"a": [2, 3]}, {"a": [2, 3], "base": [5]})
 
 
 def test_what_is_missing_is_named() -> None:

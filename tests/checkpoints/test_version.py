@@ -50,6 +50,8 @@ def test_the_version_is_read_from_every_kind_of_checkpoint(tmp_path: Path, kind:
 def test_what_cannot_be_read_is_told_of_when_it_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").write_bytes(b"no archive")
     check_file(tmp_path / "a.ckpt")
+    with pytest.raises(ConfigError, match="a.ckpt"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
 
 
 def test_a_run_of_an_earlier_release_is_not_continued(

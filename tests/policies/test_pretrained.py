@@ -91,7 +91,8 @@ def test_constructing_reads_no_weights_and_imports_no_model_library(folders: dic
         f"SD3Policy({str(folders['sd3'])!r}, resolution=16); FluxPolicy({str(folders['flux'])!r}, resolution=16); "
         "assert not {'diffusers', 'transformers', 'peft'} & sys.modules.keys()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_both_policies_are_configured_from_a_mapping(folders: dict[str, Path]) -> None:

@@ -200,6 +200,8 @@ def test_what_is_no_web_server_is_told_so() -> None:
 @pytest.mark.parametrize("health", [{}, {"outputs": None}, {"outputs": ["ocr_similarity", "vlm_score"]}])
 def test_servers_that_do_not_say_their_scores_pass(health: dict[str, list[str] | None]) -> None:
     check_outputs("http://a", ["vlm_score"], health)
+    with pytest.raises(ConfigError, match="not vlm_score"):
+        check_outputs("http://a", ["vlm_score"], health | {"outputs": ["ocr_similarity"]})
 
 
 # -- scores

@@ -183,4 +183,6 @@ def test_default_scorers(options: list[str], scorers: list[str]) -> None:
 
 def test_beyond_loopback_with_a_token_or_on_purpose() -> None:
     for options in (["--token", "x"], ["--no-auth"]):
-        check_arguments(parser().parse_args(["--host", "0.0.0.0", *options]))
+        args = parser().parse_args(["--host", "0.0.0.0", *options])
+        check_arguments(args)
+        assert (args.token, args.no_auth) == (("x", False) if "--token" in options else (None, True))

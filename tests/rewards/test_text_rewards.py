@@ -412,6 +412,8 @@ def test_rewards_look_at_all_rows_before_training(scoring: RewardScoring, tmp_pa
 
 def test_preferences_need_no_score(scoring: RewardScoring, tmp_path: Path) -> None:
     set_up(scoring, PromptsAndPairs(train=jsonl(tmp_path / "x.jsonl", GOOD, {"prompt": "p", "chosen": "a", "rejected": "b"})))
+    with pytest.raises(ConfigError, match=r"y.jsonl:2: data_source 'y' has no rule"):
+        set_up(scoring, PromptsAndPairs(train=jsonl(tmp_path / "y.jsonl", GOOD, {"prompt": "p"})))
 
 
 def test_scores_come_through_the_callback(scoring: RewardScoring) -> None:

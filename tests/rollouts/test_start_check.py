@@ -52,7 +52,10 @@ def loaded(folder: Path, **settings: Any) -> CausalLM:
 @pytest.mark.parametrize("family", APART)
 def test_rows_side_by_side_are_accepted_where_the_model_tells_them_apart(family: str, tmp_path: Path) -> None:
     lora = None if family == "GPT2" else LoraSettings(rank=2)
-    check_logprobs(loaded(save_lm(tmp_path, family, **APART[family]), padding_free=True, lora=lora), world_size=1)
+    made = loaded(save_lm(tmp_path, family, **APART[family]), padding_free=True, lora=lora)
+    check_logprobs(made, world_size=1)
+    with pytest.raises(ConfigError, match="Penalized"):  # the check has seen the logits of this family
+        check_logprobs(penalized(made), world_size=1)
 
 
 @pytest.mark.parametrize("family", ["Qwen3Next", "Bloom", "Jamba"])
