@@ -22,7 +22,7 @@ from lit_rl.modules.hooks import notify, phase
 from lit_rl.modules.meters import Meters
 from lit_rl.modules.method import Method, R
 from lit_rl.modules.models import load_policy, shard_models
-from lit_rl.modules.optimization import check_length, check_optimizer, configured, forget_moments, leave_out_not_finite
+from lit_rl.modules.optimization import check_length, check_optimizer, configured, forget_moments, leave_out_not_finite, parameter_groups
 from lit_rl.modules.reporting import Report, name_iteration, report_step
 from lit_rl.modules.resume import Resume, check_prompts
 from lit_rl.modules.supervised import Supervised
@@ -201,7 +201,7 @@ class LitRL(L.LightningModule, Method[R]):
 
     def parameter_groups(self) -> list[Any]:
         """The trained parameters, or groups of them with settings of their own, for the optimizer."""
-        return [p for p in self.parameters() if p.requires_grad]
+        return parameter_groups(self.policy)
 
     def configured_optimizer(self) -> Optimizer:
         """A new optimizer of the trained parameters."""

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLR
 from lit_rl.errors import ConfigError
 from lit_rl.modules.meters import Meters
 from lit_rl.modules.supervised import Supervised, warmup_factor
+from lit_rl.policies.base import Policy
 
 
 def configured(optimizer: Optimizer, lr_scheduler: LRSchedulerCallable | None, supervised: Supervised | None) -> dict[str, Any]:
@@ -27,6 +28,17 @@ def configured(optimizer: Optimizer, lr_scheduler: LRSchedulerCallable | None, s
     if isinstance(schedule, ReduceLROnPlateau):
         return {"optimizer": optimizer, "lr_scheduler": plateau(schedule, supervised)}
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def parameter_groups(policy: Policy) -> list[nn.Parameter] | list[dict[str, object]]:
+    """The trained parameters of a policy, in groups where some have a learning rate of their own."""
+    rates, trained = policy.learning_rates(), list(policy.trainable())
+    if not rates:
+        return [p for _, p in trained]
+    own = {start: [p for name, p in trained if name.startswith(start)] for start in rates}
+    rest = [p for name, p in trained if not name.startswith(tuple(rates))]
+    groups: list[dict[str, object]] = [{"params": rest}] if rest else []
+    return groups + [{"params": own[start], "lr": rate} for start, rate in rates.items() if own[start]]
 
 
 def build_schedule(

@@ -70,6 +70,10 @@ class Policy(nn.Module, ABC):
         """Names in `state_dict()` of what a checkpoint must hold: all but the frozen weights that `load` reads again."""
         return set(self.state_dict())
 
+    def learning_rates(self) -> Mapping[str, float]:
+        """Learning rates other than the optimizer's own, by the beginning of the names of the parameters that have them."""
+        return {}
+
     @property
     def device(self) -> torch.device:
         """The device of the first parameter."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import FlowPolicy
@@ -90,7 +90,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
             raise ConfigError(f"vae_slice: must be at least 1, got {vae_slice}")
         if cache_prompts < 0:
             raise ConfigError(f"cache_prompts: must not be negative, got {cache_prompts}; 0 remembers nothing")
-        self.folder = check_pretrained(pretrained, pipeline=self.pipeline, policies=POLICIES)
+        self.folder = self.checked_folder(pretrained)
         self.resolution = check_resolution(resolution, cell=self._cell_of_folder(self.folder) if self.folder else None)
         self.pretrained = pretrained
         self.guidance_scale = guidance_scale
@@ -103,6 +103,11 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         self.vae_slice = vae_slice
         self.cache_prompts = cache_prompts
         self.source = {"revision": revision, "variant": variant}
+
+    @classmethod
+    def checked_folder(cls, pretrained: str) -> Path | None:
+        """The folder of the pipeline, None for a hub id. Raises ConfigError where it holds something else."""
+        return check_pretrained(pretrained, pipeline=cls.pipeline, policies=POLICIES)
 
     # ------------------------------------------------------------------ what a family says
     @staticmethod
@@ -135,10 +140,14 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         self.set_network(pipe.transformer, add=self._add_adapter, dtype=self.dtype)
         for network in self.networks():
             if self.gradient_checkpointing:
-                network.enable_gradient_checkpointing()  # type: ignore[operator]
+                self.recompute(network)
             if self.compile_blocks:
                 for block in self.blocks(network):
                     block.compile()
+
+    def recompute(self, network: nn.Module) -> None:
+        """Have each block of a network keep no activations for the backward pass."""
+        network.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def _add_adapter(self, lora: LoraSettings) -> None:
         if lora.initial:

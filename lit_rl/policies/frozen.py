@@ -14,7 +14,7 @@ from lit_rl.losses.masked import finite_rows
 from lit_rl.policies.pretrained import Pipeline, check_index, without_bars
 from lit_rl.types import Cond
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "conditioner")
 
 
 def read_pipeline(
@@ -87,7 +87,8 @@ class FrozenParts:
     ) -> Cond:
         """U prompts -> conditioning with U rows, and one row "negative_..." where there is a negative prompt.
 
-        One prompt at a time: the result depends on nothing else in the batch, so a cache hit equals a miss.
+        One prompt at a time: the result depends on nothing else in the batch, so a cache hit equals a miss. Where prompts have different
+        lengths, 0 fills them up behind.
         """
         wanted = dict.fromkeys(prompts if negative is None else (*prompts, negative))
         missing = [text for text in wanted if text not in self._cache]
@@ -100,7 +101,7 @@ class FrozenParts:
         rows = {text: self._cache[text] for text in wanted}
         while len(self._cache) > self.cache_prompts:
             self._cache.popitem(last=False)
-        cond = {key: torch.cat([rows[text][key] for text in prompts]).to(device) for key in rows[prompts[0]]}
+        cond = {key: rows_of([rows[text][key] for text in prompts]).to(device) for key in rows[prompts[0]]}
         empty = {} if negative is None else {f"negative_{key}": value.to(device) for key, value in rows[negative].items()}
         return cond | empty
 
@@ -120,3 +121,14 @@ class FrozenParts:
             found = [vae.decode(part, return_dict=False)[0] for part in z.to(device, vae.dtype).split(self.vae_slice)]
         pixels = [((image.float().nan_to_num() * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8) for image in found]
         return torch.cat(pixels), torch.cat([finite_rows(image) for image in found])
+
+
+def rows_of(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors "1 L ..." of different L one below the other, filled up with 0 behind."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([part if part.shape[1] == longest else filled_up(part, longest) for part in parts])
+
+
+def filled_up(x: Tensor, length: int) -> Tensor:
+    """Float "B L ..." -> "B length ...", 0 behind."""
+    return torch.cat([x, x.new_zeros(len(x), length - x.shape[1], *x.shape[2:])], 1)

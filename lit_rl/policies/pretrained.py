@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,14 @@ def without_bars() -> None:
         disable_progress_bar()
 
 
+def given_or_set(value: str | None, *, option: str, variable: str) -> str:
+    """An option's value, or that of its environment variable. Raises ConfigError where neither is there."""
+    found = value or os.environ.get(variable)
+    if not found:
+        raise ConfigError(f"{option}: give it, or set the environment variable {variable}")
+    return found
+
+
 def check_pretrained(pretrained: str, *, pipeline: str, policies: dict[str, str]) -> Path | None:
     """The pipeline's folder, or None for a hub id (owner/name, found to exist or not when it is loaded).
 
@@ -49,6 +58,16 @@ def check_pretrained(pretrained: str, *, pipeline: str, policies: dict[str, str]
         found = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing" if folder.is_dir() else "a file"
         raise ConfigError(f"pretrained: {pretrained!r} is not a diffusers pipeline: no model_index.json there, found {found}")
     check_index(json.loads(index.read_text()), pretrained, pipeline=pipeline, policies=policies)
+    return folder
+
+
+def check_components(pretrained: str, names: Sequence[str]) -> Path | None:
+    """The folder of a pipeline of any class, or None for a hub id. Raises ConfigError where one of its components is missing."""
+    folder = Path(pretrained).expanduser()
+    if not folder.exists() and _is_hub_id(pretrained):
+        return None
+    if missing := [name for name in names if not any((folder / name).glob("*.json"))]:
+        raise ConfigError(f"pretrained: {pretrained!r} has no {', '.join(missing)}; give a folder in diffusers format or a hub id")
     return folder
 
 

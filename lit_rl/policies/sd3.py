@@ -58,19 +58,26 @@ class SD3Policy(DiffusersFlowPolicy):
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """One forward of prompt and empty prompt together where guidance is on."""
-        embeds, pooled = cond["prompt_embeds"], cond["pooled"]
+        embeds, pooled, real = self.text(cond)
         if self.guided:
             x, t = torch.cat([x, x]), torch.cat([t, t])
-            embeds = torch.cat([cond["negative_prompt_embeds"].expand_as(embeds), embeds])
-            pooled = torch.cat([cond["negative_pooled"].expand_as(pooled), pooled])
         x, embeds, pooled = self.compute_dtype(x, embeds, pooled)
         v = self.active_network(
-            hidden_states=x, timestep=t.float() * 1000, encoder_hidden_states=embeds, pooled_projections=pooled, return_dict=False
-        )[0].float()
+            hidden_states=x, timestep=t.float() * 1000, encoder_hidden_states=embeds, pooled_projections=pooled,
+            joint_attention_kwargs=None if real is None else {"attention_mask": real}, return_dict=False,
+        )[0].float()  # fmt: skip
         if self.guided:
             negative, positive = v.chunk(2)
             v = negative + self.guidance_scale * (positive - negative)
         return v
+
+    def text(self, cond: Cond) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Embeddings, pooled ones and Bool mask of the real tokens (None: all are), the empty prompt's rows first where guidance is on."""
+        embeds, pooled = cond["prompt_embeds"], cond["pooled"]
+        if self.guided:
+            embeds = torch.cat([cond["negative_prompt_embeds"].expand_as(embeds), embeds])
+            pooled = torch.cat([cond["negative_pooled"].expand_as(pooled), pooled])
+        return embeds, pooled, None
 
     def sigmas(self, num_steps: int) -> Tensor:
         """The pipeline's schedule with its fixed shift."""
