@@ -165,7 +165,7 @@ def logged(trainer: L.Trainer) -> Logged:
             state = {name: getattr(metric, name, None) for name in ("value", "cumulated_batch_size", "_forward_cache")}
             sums.append({"about": about, "state": {k: v.detach().clone() for k, v in state.items() if isinstance(v, Tensor)}})
     values = trainer._logger_connector._callback_metrics
-    return {"sums": sums, "callback_metrics": {k: torch.as_tensor(v).detach().clone() for k, v in values.items()}}
+    return {"sums": sums, "callback_metrics": {k: torch.as_tensor(v) for k, v in values.items()}}
 
 
 def log_again(trainer: L.Trainer, saved: Logged, *, inside: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import isfinite
 from typing import Any
 
 import lightning as L
@@ -110,9 +111,11 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
 def leave_out_not_finite(module: L.LightningModule, meters: Meters) -> None:
     """Meter the norm of an optimizer step's gradient, or take the gradient away if it is not finite: it would end in every weight."""
     norm = gradient_norm(module.parameters())
-    if norm is not None and norm.isfinite():
-        meters.mean({"grad_norm": norm})
-    elif norm is not None:
+    if norm is None:
+        return
+    if isfinite(value := float(norm)):
+        meters.mean({"grad_norm": value})
+    else:
         module.zero_grad()
         meters.count("skipped_steps")
         rank_zero_warn(

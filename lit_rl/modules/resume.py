@@ -80,6 +80,7 @@ class Resume:
         checkpoint["optimizer"] = self._optimizer(trainer, checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"])
         step, before = self.logged
         now = before if step == trainer.global_step else _everything_logged(method)
+        now |= {"meters": now["meters"].state_dict()}
         checkpoint["logged"] = {"ranks": gather_objects(_on_cpu(now)), "saved_at": saved_at(trainer)}
         if method.rollout is not None and not place.ended and method.rollout_iteration == place.epochs - method.warmup_epochs:
             checkpoint["rollout"] = {
@@ -147,7 +148,7 @@ class Resume:
             mine = before["ranks"][method.global_rank]
             log_again(trainer, mine, inside=place.minibatches > 0)
             if place.minibatches:
-                method.meters.load_state_dict(mine.get("meters", {}), device=method.device)
+                method.meters.load_state_dict(mine.get("meters", {}))
                 method.reported.unlogged = dict(mine.get("reported", {}))
 
 
@@ -183,7 +184,7 @@ def _place_in(method: Resumable, checkpoint: Mapping[str, Any]) -> Place:
 
 def _everything_logged(method: Resumable) -> dict[str, Any]:
     """All metrics that were logged, and those that are still summed up, on this process."""
-    return logged(method.trainer) | {"meters": method.meters.state_dict(), "reported": dict(method.reported.unlogged)}
+    return logged(method.trainer) | {"meters": method.meters.copy(), "reported": dict(method.reported.unlogged)}
 
 
 def _on_cpu(value: Any) -> Any:
