@@ -24,7 +24,10 @@ def generator(*key: Key) -> torch.Generator:
 
 def normal(keys: Sequence[tuple[Key, ...]], shape: Sequence[int]) -> Tensor:
     """Standard normal Float32 "B *shape" on the CPU; row i depends on `keys[i]` alone."""
-    return torch.stack([torch.randn(tuple(shape), generator=generator(*key)) for key in keys])
+    drawn, source = torch.empty(len(keys), *shape), torch.Generator()
+    for row, key in zip(drawn, keys, strict=True):
+        row.normal_(generator=source.manual_seed(seed_of(*key)))
+    return drawn
 
 
 def uniforms(keys: Sequence[tuple[Key, ...]], count: int) -> Tensor:

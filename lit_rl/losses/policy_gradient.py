@@ -91,10 +91,11 @@ def policy_metrics(
     clip_fraction_high: r > 1 + clip_high; clip_fraction_low: r < 1 - clip_low; clip_fraction: their sum.
     """
     weights = torch.ones_like(new) if weights is None else weights.to(new.dtype)
-    ratio = _ratios(new, logprobs, weights)
-    high, low = _average((ratio - 1 > clip_high).to(new.dtype), weights), _average((1 - ratio > clip_low).to(new.dtype), weights)
+    seen, total = _log_ratios(new, logprobs, weights), _total(weights)
+    ratio = _ratios(seen)
+    high, low = (((out > clip).to(new.dtype) * weights).sum() / total for out, clip in ((ratio - 1, clip_high), (1 - ratio, clip_low)))
     shares = {"clip_fraction": high + low, "clip_fraction_high": high, "clip_fraction_low": low}
-    return shares | ratio_metrics(new, logprobs, weights=weights)
+    return shares | _distances(seen, ratio, weights, total)
 
 
 def ratio_metrics(new: Float[Tensor, "*S"], logprobs: Float[Tensor, "*S"], *, weights: Float[Tensor, "*S"]) -> dict[str, Float[Tensor, ""]]:
@@ -103,20 +104,28 @@ def ratio_metrics(new: Float[Tensor, "*S"], logprobs: Float[Tensor, "*S"], *, we
     approx_kl = 0.5 mean (new - logprobs)^2; ratio_mean = mean r.
     ratio_max_dev = max |r - 1| over elements of non-zero weight: at the first update it is the rollout/training mismatch, ideally 0.
     """
-    log_ratio = torch.where(weights != 0, new.detach() - logprobs.detach(), 0.0)
-    ratio = _ratios(new, logprobs, weights)
+    log_ratio = _log_ratios(new, logprobs, weights)
+    return _distances(log_ratio, _ratios(log_ratio), weights, _total(weights))
+
+
+def _distances(
+    log_ratio: Float[Tensor, "*S"], ratio: Float[Tensor, "*S"], weights: Float[Tensor, "*S"], total: Float[Tensor, ""]
+) -> dict[str, Float[Tensor, ""]]:
     return {
-        "approx_kl": 0.5 * _average(log_ratio**2, weights),
-        "ratio_mean": _average(ratio, weights),
-        "ratio_max_dev": ((ratio - 1).abs() * (weights != 0)).amax(),
+        "approx_kl": 0.5 * ((log_ratio**2 * weights).sum() / total),
+        "ratio_mean": (ratio * weights).sum() / total,
+        "ratio_max_dev": (ratio - 1).abs().amax(),
     }
 
 
-def _ratios(new: Float[Tensor, "*S"], logprobs: Float[Tensor, "*S"], weights: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-    """exp(new - logprobs) without a gradient; 1 where the weight is 0."""
-    log_ratio = torch.where(weights != 0, new.detach() - logprobs.detach(), 0.0)
+def _log_ratios(new: Float[Tensor, "*S"], logprobs: Float[Tensor, "*S"], weights: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """new - logprobs without a gradient; 0 where the weight is 0."""
+    return torch.where(weights != 0, new.detach() - logprobs.detach(), 0.0)
+
+
+def _ratios(log_ratio: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
-def _average(value: Float[Tensor, "*S"], weights: Float[Tensor, "*S"]) -> Float[Tensor, ""]:
-    return (value * weights).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+def _total(weights: Float[Tensor, "*S"]) -> Float[Tensor, ""]:
+    return weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
