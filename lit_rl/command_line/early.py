@@ -1,14 +1,15 @@
 """Mistakes in a run's files that can be told before torch and Lightning are imported, which takes seconds.
 
 Classes of this project are read from their sources, without running them. What is not certain from there is left to the full parse: other
-people's classes, keys of lists, a class that a later file or option of the run replaces, constructors that do anything with `**kwargs` but
-hand them on to their base.
+people's classes, a class or a list that a later file or option of the run replaces, constructors that do anything with `**kwargs` but hand
+them on to their base.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from typing import NamedTuple
 from lit_rl.command_line.errors import no_option
 from lit_rl.command_line.options import config_files, config_values, keys_of, options_of, short
 from lit_rl.command_line.renamed import other_version, renamed
+from lit_rl.command_line.usual_classes import USUAL_CLASSES
 from lit_rl.command_line.yaml_files import CLASS_KEYS, broken_yaml, missing_file
 
 ROOT = Path(__file__).parents[2]
@@ -43,10 +45,12 @@ def unknown_key(argv: Sequence[str]) -> str | None:
     """The sentence for the first key of a YAML file that a class of this project certainly does not have."""
     if len(config_files(argv)) != len(config_values(argv)):
         return None  # a mapping in the place of a file
-    given = [(path, value, f"{file}:{line}") for file in config_files(argv) for path, value, line in keys_of(file, full=True)]
+    files = config_files(argv)
+    given = [(path, value, f"{file}:{line}") for file in files for path, value, line in keys_of(file, full=True)]
     if any("<<" in path.split(".") or path.split(".")[0] in COMMANDS for path, _, _ in given):
         return None
     replaced = {short(path).removesuffix(".class_path") for path, value in options_of(argv, full=True)}
+    replaced |= {path for path, count in Counter(_lists_of(files)).items() if count > 1}
     values: dict[str, set[str]] = {}
     for path, value, _ in given:
         if value:
@@ -54,15 +58,36 @@ def unknown_key(argv: Sequence[str]) -> str | None:
     for path, _, place in given:
         parts = path.split(".")
         above = [".".join(parts[:n]) for n in range(1, len(parts))]
-        if any(part.isdigit() for part in parts) or any(len(values.get(one, ())) > 1 or short(one) in replaced for one in above):
+        if any(len(values.get(one, ())) > 1 or short(one).removesuffix("+") in replaced for one in above):
             continue
-        holder, _, key = path.rpartition(".init_args.")
-        class_path = next(iter(values.get(holder, ())), "") if holder else ""
-        if class_path and (sentence := _checked(class_path, key)):
+        if sentence := _usual(parts) if parts[:2] == ["run", "callbacks"] else _of_class(path, values):
             whole = short(path)
             new = renamed(whole)
             return f"{place}: {whole} of earlier releases is now {new}" if new else f"{place}: {sentence}"
     return None
+
+
+def _lists_of(files: Sequence[Path]) -> Iterator[str]:
+    """The short path of every list of a file that holds classes, once for each file: a list takes the place of an earlier file's."""
+    for file in files:
+        parts = [path.split(".") for path, _, _ in keys_of(file, full=True)]
+        yield from {short(".".join(p[:i])).removesuffix("+") for p in parts for i, part in enumerate(p) if part.isdigit()}
+
+
+def _of_class(path: str, values: Mapping[str, set[str]]) -> str | None:
+    """The sentence for a key in the `init_args` of a class that the files name, if the class certainly does not have it."""
+    holder, _, key = path.rpartition(".init_args.")
+    class_path = next(iter(values.get(holder, ())), "") if holder else ""
+    return _checked(class_path, key) if class_path else None
+
+
+def _usual(parts: Sequence[str]) -> str | None:
+    """The sentence for a key `run.callbacks.NAME.KEY` that no class of the callback NAME has, or for a NAME that no run has."""
+    name, key = [*parts[2:4], "", ""][:2]
+    if name and name not in USUAL_CLASSES:
+        return no_option("run.callbacks", name, sorted(USUAL_CLASSES))
+    sentences = [_checked(class_path, key) for class_path in USUAL_CLASSES[name]] if key and len(parts) == 4 else [None]
+    return f"run.callbacks.{name}: {sentences[0]}" if all(sentences) else None
 
 
 def _checked(class_path: str, key: str) -> str | None:

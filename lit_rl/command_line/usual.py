@@ -19,6 +19,7 @@ from callbacks.sample_gallery import SampleGallery
 from callbacks.sample_texts import SampleTexts
 from callbacks.throughput import Throughput
 from lit_rl.command_line.dotted import imported, imported_class
+from lit_rl.command_line.usual_classes import USUAL_CLASSES
 from lit_rl.errors import ConfigError
 
 Options = dict[str, object]
@@ -63,9 +64,8 @@ class RunFolder:
 
 
 class Usual(NamedTuple):
-    """One of `UsualCallbacks`: its class, the classes that take its place, and its options where the run sets none."""
+    """One of `UsualCallbacks`: the classes that take its place, and its options where the run sets none."""
 
-    class_path: str
     kind: type | tuple[type, ...]
     options: Mapping[str, object] = MappingProxyType({})
     before: bool = False
@@ -73,17 +73,14 @@ class Usual(NamedTuple):
 
 
 NEWEST: Options = {"every_n_epochs": 1, "save_on_train_epoch_end": True, "save_top_k": 1, "save_last": True}
-SAMPLES = {"images": "callbacks.sample_gallery.SampleGallery"}
-"""By `LitRL.samples`; of all other kinds texts are shown."""
-
 USUAL = {
-    "progress": Usual("callbacks.progress.Progress", ProgressBar, before=True),
-    "learning_rate": Usual("callbacks.learning_rate.LearningRate", LearningRateMonitor, before=True),
-    "throughput": Usual("callbacks.throughput.Throughput", Throughput, before=True),
-    "samples": Usual("callbacks.sample_texts.SampleTexts", (SampleGallery, SampleTexts), before=True),
-    "newest": Usual("lightning.pytorch.callbacks.ModelCheckpoint", ModelCheckpoint, NEWEST),
-    "rng_state": Usual("callbacks.rng_state.RngState", RngState),
-    "graceful_stop": Usual("callbacks.graceful_stop.GracefulStop", GracefulStop),
+    "progress": Usual(ProgressBar, before=True),
+    "learning_rate": Usual(LearningRateMonitor, before=True),
+    "throughput": Usual(Throughput, before=True),
+    "samples": Usual((SampleGallery, SampleTexts), before=True),
+    "newest": Usual(ModelCheckpoint, NEWEST),
+    "rng_state": Usual(RngState),
+    "graceful_stop": Usual(GracefulStop),
 }
 
 
@@ -134,10 +131,8 @@ def _usual(run: Namespace, own: list[Namespace]) -> Iterator[tuple[str, Namespac
             if said:
                 raise ConfigError(f"run.callbacks.{name}={said} has no part in a run whose trainer.callbacks names its own: set them there")
             continue
-        path = (
-            SAMPLES.get(getattr(imported(run.model.class_path), "samples", ""), usual.class_path) if name == "samples" else usual.class_path
-        )
-        yield name, _checked(name, path, {**usual.options, **said})
+        of_images = getattr(imported(run.model.class_path), "samples", "") == "images"
+        yield name, _checked(name, USUAL_CLASSES[name][-1 if of_images else 0], {**usual.options, **said})
 
 
 def _replaces(spec: Namespace, kind: type | tuple[type, ...]) -> bool:

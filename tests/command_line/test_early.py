@@ -102,6 +102,54 @@ def test_misspelt_keys_of_shipped_files_get_the_sentence_of_the_full_parse(
     assert told >= 3
 
 
+TRAINER = """
+trainer:
+  callbacks:
+  - {class_path: callbacks.export.Export, init_args: {at: checkpoint}}
+  - class_path: callbacks.reward_scoring.RewardScoring
+    init_args: {rewards: {right: {class_path: lit_rl.rewards.text.rules.Gsm8k}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "sentence"),
+    [
+        ("at: ", "att: ", "0.yaml:12: Export has no option 'att'; did you mean 'at'?"),
+        ("rewards: ", "reward: ", "0.yaml:14: RewardScoring has no option 'reward'; did you mean 'rewards'?"),
+        ("{rewards", "{wait: 1, rewards", "0.yaml:14: RewardScoring has no option 'wait'"),
+    ],
+)
+def test_a_key_of_a_callback_in_a_list(
+    fully: Callable[[list[str]], str | None], tmp_path: Path, right: str, wrong: str, sentence: str
+) -> None:
+    words = words_of(tmp_path, RUN + TRAINER.replace(right, wrong))
+    said, later = early.early_mistake(["cli.py", *words]), fully(words)
+    assert said is not None and sentence in said
+    assert later is not None and later.split(": ")[0] == said.split(": ")[0]  # the full parse refuses the same line
+
+
+@pytest.mark.parametrize("options", [["--trainer.callbacks", "[]"], ["--trainer.callbacks=null"]])
+def test_a_list_that_is_replaced_is_left_to_the_full_parse(tmp_path: Path, options: list[str]) -> None:
+    wrong = RUN + TRAINER.replace("at: ", "att: ")
+    assert early.early_mistake(["cli.py", *words_of(tmp_path, wrong), *options]) is None
+    assert early.early_mistake(["cli.py", *words_of(tmp_path, wrong, "trainer: {callbacks: [{class_path: callbacks.ema.EMA}]}")]) is None
+
+
+@pytest.mark.parametrize(
+    ("usual", "said"),
+    [
+        ("{sampels: null}", "run.callbacks has no option 'sampels'; did you mean 'samples'?"),
+        ("{graceful_stop: {stop_fil: X}}", "run.callbacks.graceful_stop: GracefulStop has no option 'stop_fil'; did you mean 'stop_file'?"),
+        ("{samples: {max_images: 2, max_texts: 1}}", None),  # which of the two is not certain
+        ("{samples: {max_imagess: 2}}", "run.callbacks.samples: SampleTexts has no option 'max_imagess'"),
+        ("{newest: {anything: 1}, progress: null, rng_state: {}}", None),
+    ],
+)
+def test_a_key_of_a_callback_that_every_run_has(tmp_path: Path, usual: str, said: str | None) -> None:
+    found = early.early_mistake(["cli.py", *words_of(tmp_path, RUN + f"run: {{callbacks: {usual}}}")])
+    assert found is None if said is None else found is not None and said in found
+
+
 def test_an_option_of_an_earlier_release(fully: Callable[[list[str]], str | None], tmp_path: Path) -> None:
     words = words_of(tmp_path, RUN.replace("answers: {chunk: 8}", "rollout_chunk: 8"))
     said = early.early_mistake(["cli.py", *words])
