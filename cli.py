@@ -64,9 +64,12 @@ def main() -> None:
     if mistake := early_mistake(sys.argv):  # before the seconds of the imports that follow
         sys.stderr.write(f"error: {mistake}\n")
         raise SystemExit(2)
-    from lit_rl.command_line.components import asked_class, components_page
-    from lit_rl.command_line.options import with_help_classes
-    from lit_rl.command_line.run import CLI
+    from lit_rl.command_line.imports import quick_imports
+
+    with quick_imports():
+        from lit_rl.command_line.components import asked_class, components_page
+        from lit_rl.command_line.options import with_help_classes
+        from lit_rl.command_line.run import CLI
 
     sys.argv[1:] = with_help_classes(sys.argv[1:])
 

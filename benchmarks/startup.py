@@ -3,8 +3,10 @@
     python -m benchmarks.startup [--repeats 5]
 
 Each row is a process of its own with one thread; rows take turns. `import torch` and `import lightning` are what no run can do without;
-`one step` is `python cli.py fit` of SFT on a miniature language model with one optimizer step. Prints the least CPU seconds (user and
-system) of all repeats, which other work on the machine lengthens least, and the ratio to `import lightning`.
+`first forward` and `one step` are `python cli.py fit` of SFT on a miniature language model until the process has its first forward, and
+with one optimizer step. The peer of the former is a plain script that imports torch, transformers and diffusers and does the same forward,
+as published trainers do before they train. Prints the least CPU seconds (user and system) of all repeats, which other work on the machine
+lengthens least, and the ratio to the plain script.
 """
 
 from __future__ import annotations
@@ -32,12 +34,32 @@ data: {{class_path: datamodules.supervised.SupervisedText, init_args: {{train: {
 trainer: {{accelerator: cpu, devices: 1, max_epochs: 1, limit_val_batches: 0}}
 run: {{dir: {folder}/runs}}
 """
+LEAVE = """
+import os
+
+import lightning as L
+
+
+class LeaveAfterForward(L.Callback):
+    def on_train_start(self, trainer, pl_module):
+        pl_module.policy.network.register_forward_hook(lambda *_: os._exit(0))
+"""
+PLAIN = """
+import diffusers, os, torch, transformers
+
+model = transformers.AutoModelForCausalLM.from_pretrained("{folder}/lm")
+tokenizer = transformers.AutoTokenizer.from_pretrained("{folder}/lm")
+model(torch.tensor([tokenizer("a b")["input_ids"]] * 4))
+os._exit(0)
+"""
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
     """What is measured, by name."""
     build_lm(folder / "lm", vocab_size=128, hidden=32, layers=1, chat=False)
     (folder / "rows.jsonl").write_text("".join(json.dumps({"p": "a", "r": "b"}) + "\n" for _ in range(4)))
+    (folder / "leave.py").write_text(LEAVE)
+    (folder / "plain.py").write_text(PLAIN.format(folder=folder))
     right, wrong = folder / "right.yaml", folder / "wrong.yaml"
     right.write_text(RUN.format(folder=folder))
     wrong.write_text(RUN.format(folder=folder).replace("prompts_per_iteration", "prompts_per_iterations"))
@@ -47,6 +69,8 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "import lightning": [sys.executable, "-c", "import lightning"],
         "a missing file": [*fit, str(folder / "rigth.yaml")],
         "a wrong key": [*fit, str(wrong)],
+        "plain script": [sys.executable, str(folder / "plain.py")],
+        "first forward": [*fit, str(right), "--trainer.callbacks+=leave.LeaveAfterForward"],
         "one step": [*fit, str(right)],
     }
 
@@ -64,8 +88,8 @@ def cpu_seconds(command: Sequence[str], folder: Path, *, fails: bool) -> float:
 
 
 def report(found: Mapping[str, float]) -> str:
-    lines = [f"{'':20}{'CPU s':>8}{'/ import lightning':>20}"]
-    return "\n".join(lines + [f"{name:20}{seconds:8.2f}{seconds / found['import lightning']:20.2f}" for name, seconds in found.items()])
+    lines = [f"{'':20}{'CPU s':>8}{'/ plain script':>20}"]
+    return "\n".join(lines + [f"{name:20}{seconds:8.2f}{seconds / found['plain script']:20.2f}" for name, seconds in found.items()])
 
 
 def main(arguments: Sequence[str] | None = None) -> str:

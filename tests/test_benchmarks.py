@@ -163,5 +163,5 @@ def test_the_comparison_with_trl_runs_our_side_alone_in_turns() -> None:
 @pytest.mark.slow  # processes that import everything
 def test_startup_tells_mistakes_sooner_than_it_imports() -> None:
     rows = {line[:20].strip(): float(line[20:28]) for line in startup.main(["--repeats", "1"]).splitlines()[1:]}
-    assert list(rows) == ["import torch", "import lightning", "a missing file", "a wrong key", "one step"]
+    assert list(rows) == ["import torch", "import lightning", "a missing file", "a wrong key", "plain script", "first forward", "one step"]
     assert rows["a missing file"] < rows["import torch"] and rows["a wrong key"] < rows["import torch"]
