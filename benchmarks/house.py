@@ -3,8 +3,8 @@
     python -m benchmarks.house
 
 Prints a table of figures with the value of each and its limit, which `tests/test_house.py` holds. A figure that is not yet what is wanted
-is held at its present value and marked. All but the inheritance depths and the constructor arguments are read from the source without
-importing it. Functions are measured without their docstrings; FORMULAS are exempt.
+is held at its present value and marked. All but the inheritance depths, the constructor arguments and the files of a training step, see
+`benchmarks.steps`, are read from the source without importing it. Functions are measured without their docstrings; FORMULAS are exempt.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Limit:
 
 
 LIMITS: Mapping[str, Limit] = {
+    **dict.fromkeys(("files that a step of GRPO enters", "files that a step of Flow-GRPO enters"), Limit(6)),
     **dict.fromkeys(("depth of GRPO", "depth of DAPO", "depth of PPO"), Limit(4)),
     **dict.fromkeys(("depth of FlowGRPO", "depth of DiffusionNFT"), Limit(3)),
     **dict.fromkeys(("arguments of GRPO", "arguments of PPO", "arguments of FlowGRPO", "arguments of FluxFillPolicy"), Limit(20)),
@@ -67,7 +68,7 @@ LIMITS: Mapping[str, Limit] = {
     "files in import circles": Limit(0),
     "files over 250 lines": Limit(10),
     "lines of the longest file": Limit(320),
-    "lines of the longest method file": Limit(250, held=310),
+    "lines of the longest method file": Limit(250, held=255),
     "lines of a function, p90": Limit(19),
     "lines of a function, max": Limit(50),
     UNTYPED: Limit(411),  # two thirds of 617, before the house was rebuilt
@@ -230,7 +231,15 @@ def figures() -> dict[str, Figure]:
 
     depths = {f"depth of {cls.__name__}": Figure(depth(cls)) for cls in (GRPO, DAPO, PPO, FlowGRPO, DiffusionNFT)}
     options = {f"arguments of {cls.__name__}": Figure(len(arguments(cls))) for cls in (GRPO, PPO, FlowGRPO, FluxFillPolicy)}
-    return depths | options | file_figures(sources())
+    return step_figures() | depths | options | file_figures(sources())
+
+
+def step_figures() -> dict[str, Figure]:
+    """Of each shipped recipe in `benchmarks.steps`, which trains a miniature for an iteration."""
+    from benchmarks.steps import RECIPES, step_files
+
+    entered = {recipe: sorted(step_files(recipe)) for recipe in RECIPES}
+    return {f"files that a step of {recipe} enters": Figure(len(files), " ".join(files)) for recipe, files in entered.items()}
 
 
 def table(found: Mapping[str, Figure], limits: Mapping[str, Limit] = LIMITS) -> str:

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import torch
+
 from benchmarks import house
 from benchmarks.house import LIMITS, UNTYPED, Figure, Limit
+from benchmarks.steps import entered
+from lit_rl.modules.meters import Meters
 
 
 def test_the_figures_keep_their_limits() -> None:
+    """And the loss of a method is in its own file."""
     found = house.figures()
     assert found.keys() == LIMITS.keys()
     assert "BROKEN" not in (told := house.table(found)), told
+    assert "lit_rl.methods.grpo" in found["files that a step of GRPO enters"].detail.split()
+    assert "lit_rl.methods.flow_grpo" in found["files that a step of Flow-GRPO enters"].detail.split()
+
+
+def test_files_are_entered_by_calls_of_their_functions_also_deep_down() -> None:
+    def call() -> Meters:
+        from lit_rl.credit.groups import group_advantages
+
+        group_advantages(torch.ones(2), torch.zeros(2, dtype=torch.long))  # a formula
+        meters = Meters()
+        next(map(meters.mean, [{"a": 1.0}]))
+        return meters
+
+    meters, files = entered(call)
+    assert bool(meters) and files == {"lit_rl.modules.meters"}
+    assert entered(lambda: None) == (None, set())
 
 
 def test_only_known_files_and_commands_are_loose() -> None:

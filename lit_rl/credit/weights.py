@@ -58,3 +58,14 @@ def token_weights(
     if scale is None:
         raise ValueError("loss aggregation dr-grpo divides by a constant length: set scale to the longest response allowed")
     return weights / (sequences * scale)
+
+
+def mixed_weights(
+    mask: Bool[Tensor, "B S"], paired: Bool[Tensor, "B"], siblings: Float[Tensor, "B"], *, rows: int, pair: float
+) -> Float[Tensor, "B S"]:
+    """1 / (N n L) for each of the L tokens of one of n answers to a row, pair / N for each token of a pair's answers.
+
+    rows: N, rows of the data in an optimizer step. siblings: n. pair: Weight of a pair beside another row.
+    """
+    each = torch.where(paired, pair, 1 / (siblings * mask.sum(1)).clamp(min=1))
+    return mask * (each / rows)[:, None]

@@ -129,3 +129,9 @@ def _ratios(log_ratio: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
 
 def _total(weights: Float[Tensor, "*S"]) -> Float[Tensor, ""]:
     return weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def is_clipped(log_ratio: Float[Tensor, "*S"], advantages: Float[Tensor, "*S"], *, clip_low: float, clip_high: float) -> Bool[Tensor, "*S"]:
+    """True where the clipped branch of the surrogate is the larger one: r above the range with A > 0, or below it with A < 0."""
+    ratio = _ratios(log_ratio.detach())
+    return -advantages * ratio.clamp(1 - clip_low, 1 + clip_high) > -advantages * ratio

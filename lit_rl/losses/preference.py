@@ -56,6 +56,20 @@ class Preference:
     beta: float = 0.1
     label_smoothing: float = 0.0
 
+    def __call__(
+        self,
+        chosen: Float[Tensor, "P"],
+        rejected: Float[Tensor, "P"],
+        ref_chosen: Float[Tensor, "P"],
+        ref_rejected: Float[Tensor, "P"],
+    ) -> tuple[Float[Tensor, "P"], dict[str, Float[Tensor, "P"]]]:
+        """Losses of pairs, and of each its loss, margin and 1 where the chosen answer gained more, from `sequence_logprobs`."""
+        four = chosen, rejected, ref_chosen, ref_rejected
+        losses = preference_loss(*four, kind=self.kind, beta=self.beta, label_smoothing=self.label_smoothing).float()
+        better, worse = (self.beta * (logprobs - reference).detach() for logprobs, reference in (four[::2], four[1::2]))
+        margin = better - worse
+        return losses, {"loss": losses.detach(), "margin": margin.float(), "accuracy": (margin > 0).float()}
+
     def __post_init__(self) -> None:
         if self.coef < 0 or self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
             raise ConfigError(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import masked, masked_mean, row_mean
-from lit_rl.losses.policy_gradient import LOG_RATIO_LIMIT, clipped_ratio_loss
+from lit_rl.losses.policy_gradient import LOG_RATIO_LIMIT, clipped_ratio_loss, is_clipped
+from lit_rl.losses.sequence_ratio import sequence_log_ratio
 
 Metrics = dict[str, Float[Tensor, ""]]
 Losses = tuple[Float[Tensor, "B S"], Metrics]
@@ -190,23 +191,6 @@ class Vespo(Surrogate):
 
 
 # ---------------------------------------------------------------------- formulas that several share
-def sequence_log_ratio(
-    new: Float[Tensor, "B S"], old: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"], *, limit: float = 10.0
-) -> Float[Tensor, "B S"]:
-    """new - sg(new) + sg(s_i), s_i = the row's mean of new - old, at most `limit`: GSPO's log-ratio (arXiv 2507.18071, eq. 14).
-
-    Every token carries the value of its sequence and its own gradient, so that advantages may differ within a row.
-    """
-    mean = row_mean(new.detach() - old, mask)[:, None]
-    return masked(new - new.detach() + mean, mask).clamp(max=limit)
-
-
-def is_clipped(log_ratio: Float[Tensor, "*S"], advantages: Float[Tensor, "*S"], *, clip_low: float, clip_high: float) -> Bool[Tensor, "*S"]:
-    """True where the clipped branch of the surrogate is the larger one: r above the range with A > 0, or below it with A < 0."""
-    ratio = _ratio(log_ratio.detach())
-    return -advantages * ratio.clamp(1 - clip_low, 1 + clip_high) > -advantages * ratio
-
-
 def surrogate_metrics(
     log_ratio: Float[Tensor, "*S"],
     advantages: Float[Tensor, "*S"],

@@ -15,7 +15,8 @@ from lit_rl.losses.masked import harmless, weighted_means
 from lit_rl.losses.nft import AdvantageMode, MatchingWeight, matching_logprob, nft_loss, optimality
 from lit_rl.losses.step_surrogates import Clip
 from lit_rl.losses.terms import Term, Terms
-from lit_rl.modules.flow import FlowBatch, LitFlow
+from lit_rl.modules.conditions import FlowBatch, conditioned, stored_conditions, trained_conditions
+from lit_rl.modules.flow import LitFlow
 from lit_rl.modules.pictures import denoise
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.weights.copies import OldPolicy
@@ -129,7 +130,7 @@ class DiffusionNFT(LitFlow):
     def collect(self, prompts: Prompts) -> FlowRollout:
         """Denoise with the old policy in micro-batches, keep the clean latents, and submit each decoded micro-batch for scoring."""
         assert self.old_policy is not None
-        cond, rows = self.encode(prompts)
+        cond, rows = conditioned(self.policy, prompts.info, self.device)
         clean, keys = [], self.row_keys(prompts)
         with self.old_policy.acting():
             for chunk in torch.arange(len(prompts)).split(self.rollout_micro_batch):
@@ -166,11 +167,10 @@ class DiffusionNFT(LitFlow):
         noise = self.noise([(*keys[b], "forward", s, epoch) for b, s, epoch in looked_at])
         b, s = row.to(self.device), slot.to(self.device)
         weights = rollout.weights[b, s].where(kept.to(self.device), 0.0)
-        used, cond = weights != 0, take_rows(rollout.cond, rollout.cond_row[b])
+        used = weights != 0
         return PointBatch(
             x0=harmless(rollout.latents[b, 0].float(), used), noise=noise, sigma=rollout.times[b, s],
-            advantages=rollout.advantages[b, s], weights=weights, cond={name: harmless(value, used) for name, value in cond.items()},
-            info=self.info_to_condition(rollout, row),
+            advantages=rollout.advantages[b, s], weights=weights, **stored_conditions(self.policy, rollout, b, used=used),
         )  # fmt: skip
 
     def loss(self, minibatch: PointBatch) -> Terms:  # type: ignore[override]
@@ -181,18 +181,23 @@ class DiffusionNFT(LitFlow):
         x = (1 - at) * batch.x0 + at * batch.noise
         if not self.old_policy.is_current:  # before the new forward, whose backward must find the weights untouched
             with torch.no_grad(), self.old_policy.acting():
-                old = self.policy.velocity(x, batch.sigma, self.conditions(batch))
-        new = self.policy.velocity(x, batch.sigma, self.conditions(batch))
+                old = self.velocity(x, batch)
+        new = self.velocity(x, batch)
         old = new.detach() if old is None else old
         terms = {"policy": Term(self.policy_loss(new, old, x, batch), batch.weights)}
         metrics = {"old_deviation": gaussian_kl(new, old, kind="v")}
         if self.kl.coef:
             with torch.no_grad(), self.policy.reference():
-                ref = self.policy.velocity(x, batch.sigma, self.conditions(batch))
+                ref = self.velocity(x, batch)
             metrics["kl"] = gaussian_kl(new, ref, kind="v")
             terms["kl"] = Term(metrics["kl"], batch.weights, self.kl.coef)
         self.meters.mean(weighted_means(metrics, batch.weights), weight=batch.weights.sum())
         return terms
+
+    def velocity(self, x: Tensor, batch: PointBatch) -> Tensor:
+        """Predicted dx/dt "N *D" at `x` by the weights that answer now; what these weights make of a prompt is computed anew."""
+        cond = trained_conditions(self.policy, batch) if batch.cond is None else batch.cond
+        return self.policy.velocity(x, batch.sigma, cond)
 
     def policy_loss(self, new: Tensor, old: Tensor, x: Tensor, batch: PointBatch) -> Tensor:
         """The policy loss of each pair."""

@@ -15,6 +15,7 @@ from lit_rl.losses.flow import FlowKL, gaussian_kl
 from lit_rl.losses.masked import weighted_means
 from lit_rl.losses.step_surrogates import Clip, Guard, StepSurrogate
 from lit_rl.losses.terms import Term, Terms
+from lit_rl.modules.conditions import trained_conditions
 from lit_rl.modules.flow import LitFlow
 from lit_rl.modules.paths import PairBatch, Plan, collect_paths, pair_batch
 from lit_rl.policies.base import FlowPolicy
@@ -86,10 +87,9 @@ class FlowGRPO(LitFlow):
     def minibatch(self, rollout: FlowRollout, rows: Tensor) -> PairBatch:
         return pair_batch(self, rollout, rows)
 
-    def loss(self, minibatch: PairBatch) -> Terms:  # type: ignore[override]
+    def loss(self, batch: PairBatch) -> Terms:  # type: ignore[override]
         """The surrogate and the divergence from the reference, per pair."""
-        batch = minibatch
-        v = self.policy.velocity(batch.x, batch.sigma, self.conditions(batch))
+        v = self.velocity(batch)
         step = self.replay_step(v, batch)
         losses, metrics = self.surrogate(
             step.logprob, batch.logprobs, batch.advantages, weights=batch.weights,
@@ -99,11 +99,16 @@ class FlowGRPO(LitFlow):
         terms = {"policy": Term(losses, batch.weights)}
         if self.kl.coef:
             with torch.no_grad(), self.policy.reference():
-                ref_v = self.policy.velocity(batch.x, batch.sigma, self.conditions(batch))
+                ref_v = self.velocity(batch)
             divergence = self.divergence(v, step, ref_v, batch)
             self.meters.mean(weighted_means({"kl": divergence}, batch.weights), weight=batch.weights.sum())
             terms["kl"] = Term(divergence, batch.weights, self.kl.coef)
         return terms
+
+    def velocity(self, batch: PairBatch) -> Tensor:
+        """Predicted dx/dt "N *D" by the weights that answer now; what these weights make of a prompt is computed anew."""
+        cond = trained_conditions(self.policy, batch) if batch.cond is None else batch.cond
+        return self.policy.velocity(batch.x, batch.sigma, cond)
 
     def log_policy(self, metrics: dict[str, Tensor], weights: Tensor) -> None:
         """Means over the iteration; the largest deviation of the ratio from 1, and that of the first update, where it is an error."""

@@ -12,15 +12,18 @@ from torch import Tensor
 
 from lit_rl.credit.rules import Credit, Group
 from lit_rl.credit.tokens import win_rates
+from lit_rl.credit.weights import mixed_weights
 from lit_rl.errors import ConfigError
-from lit_rl.losses.masked import row_mean
 from lit_rl.losses.off_policy import sampler_kl
-from lit_rl.losses.preference import Preference, preference_loss, sequence_logprobs
-from lit_rl.losses.surrogates import SequenceClip, is_clipped
+from lit_rl.losses.preference import Preference, sequence_logprobs
+from lit_rl.losses.sequence_ratio import answer_ratios
+from lit_rl.losses.surrogates import SequenceClip
 from lit_rl.losses.terms import Term, Terms, token_means
 from lit_rl.modules.gradient import LitPolicyGradient
+from lit_rl.modules.pair_margins import PairMargins
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.replay.batches import TokenBatch
+from lit_rl.replay.mixed_rows import count_rows, is_given, is_pair, part_of, rows_where, share_of_rows, with_both_answers
 from lit_rl.replay.preferences import of_both, pair_rows, pair_units
 from lit_rl.replay.rows import concatenated, select
 from lit_rl.replay.sequences import assemble, pair_sequences
@@ -63,8 +66,7 @@ class MixedGSPO(LitPolicyGradient):
         if self.group_size == 1:
             raise ConfigError("model.group_size=1 gives every answer advantage 0, as there is no sibling to compare it with: use 4 to 16")
         self.self_play, self.rule = self_play, credit or Group()
-        self.preference = preference or Preference()
-        self._margins: list[Tensor] = []
+        self.preference, self.margins = preference or Preference(), PairMargins()
 
     # ------------------------------------------------------------------ sizes
     sources = (TextSource, PairSource)
@@ -87,9 +89,7 @@ class MixedGSPO(LitPolicyGradient):
     def held_out_pairs(self) -> Sequence[Info]:
         return getattr(self.data, "held_out_pairs", ())
 
-    @property
-    def units_per_prompt(self) -> int:
-        return 1  # a pair stays together
+    units_per_prompt = 1  # a pair stays together
 
     def units(self, rollout: TokenRollout, rows: Tensor) -> list[Tensor]:
         return pair_units(rows, rollout.group.cpu(), rollout.columns["preference"].cpu())
@@ -97,31 +97,22 @@ class MixedGSPO(LitPolicyGradient):
     # ------------------------------------------------------------------ rows for a rollout
     def micro_batches_within(self, tokens: int) -> int:
         raise ConfigError(
-            "pairs and answers share the micro-batches of MixedGSPO: leave out model.micro_batch_tokens and set "
-            "trainer.accumulate_grad_batches"
+            "MixedGSPO's micro-batches hold pairs and answers: set trainer.accumulate_grad_batches, not model.micro_batch_tokens"
         )
 
     def ask(self, iteration: int) -> Prompts:
-        """Give this process as many rows of each optimizer step and of each kind as the others have."""
         info = self.data.prompts(iteration, self.prompts_per_iteration)
-        mine: list[int] = []
-        for step in range(self.updates):
-            rows = sorted(range(step, len(info), self.updates), key=lambda row: is_pair(info[row]))
-            mine += rows[self.global_rank :: self.trainer.world_size]
+        mine = share_of_rows(info, updates=self.updates, rank=self.global_rank, world_size=self.trainer.world_size)
         group = torch.tensor([row for row in mine for _ in range(2 if is_pair(info[row]) else self.group_size)])
         return Prompts(group=group, info=[info[row] for row in group.tolist()])
 
     def sample(self, prompts: Prompts) -> TokenRollout:
         """The engine's answers, submitted for scoring, and then the pairs."""
         pair = torch.tensor([is_pair(row) for row in prompts.info])
-        answered, given = (_part(prompts, where) for where in (~pair, pair))
+        answered, given = (part_of(prompts, where) for where in (~pair, pair))
         asked, answers = self.answers.generate(self, answered, self.keys(answered), self.answers.sampling)
-        parts: list[TokenRollout] = []
-        if answers:
-            parts.append(assemble(answered, asked, answers).with_columns(preference=torch.zeros(len(answers), dtype=torch.long)))
-        if len(given):
-            parts.append(self.pairs(given))
-        return concatenated(parts).to(self.device)
+        parts = [assemble(answered, asked, answers).with_columns(preference=torch.zeros(len(answers)).long())] if answers else []
+        return concatenated(parts + ([self.pairs(given)] if len(given) else [])).to(self.device)
 
     def pairs(self, prompts: Prompts) -> TokenRollout:
         """Chosen, rejected, chosen, rejected, ...: each row of the data stands twice in `prompts`."""
@@ -129,9 +120,9 @@ class MixedGSPO(LitPolicyGradient):
 
     def annotate(self, rollout: TokenRollout) -> TokenRollout:
         """Log-probabilities where they are needed: the trainer's of answers, the reference's of pairs."""
-        temperature, pairs = self.answers.sampling.temperature, _rows(is_given(rollout))
+        temperature, pairs = self.answers.sampling.temperature, rows_where(is_given(rollout))
         if self.needs_logprobs():
-            mine = self.all_logprobs(rollout, temperature=temperature, rows=_rows(~is_given(rollout)))
+            mine = self.all_logprobs(rollout, temperature=temperature, rows=rows_where(~is_given(rollout)))
             rollout = replace(rollout.with_streams(behaviour=rollout.logprobs), logprobs=mine)
         if self.needs_reference() or self.all_ranks(pairs).numel():
             with self.policy.reference():
@@ -142,7 +133,7 @@ class MixedGSPO(LitPolicyGradient):
     # ------------------------------------------------------------------ credit
     def score(self, rollout: TokenRollout) -> TokenRollout:
         """Pairs have no score: NaN."""
-        answers = _rows(~is_given(rollout))
+        answers = rows_where(~is_given(rollout))
         if not self.all_ranks(answers).numel():
             return rollout
         with self.phase("score"):
@@ -152,7 +143,7 @@ class MixedGSPO(LitPolicyGradient):
 
     def credit(self, rollout: TokenRollout) -> TokenRollout:
         rollout = self.without_broken(rollout)
-        given, answers = is_given(rollout), _rows(~is_given(rollout))
+        given, answers = is_given(rollout), rows_where(~is_given(rollout))
         total = torch.full((len(rollout),), torch.nan, dtype=torch.float64, device=self.device)
         self.rollout_metrics = {}
         if rollout.rewards:
@@ -162,11 +153,9 @@ class MixedGSPO(LitPolicyGradient):
             self.rollout_metrics = self.describe(replace(own, streams=seen), total[answers])
         rollout = self.with_advantages(replace(rollout, mask=rollout.mask & (given | total.isfinite())[:, None]), total)
         rollout = replace(rollout, weights=self.token_weights(rollout))
-        rows = torch.tensor([rollout.group[which].unique().numel() for which in (~given, given)], dtype=torch.float64)
-        summed = self.sum_of_ranks(rows.to(self.device)).tolist()
-        self.rollout_metrics["non_finite"] = float(self.non_finite)
-        self.rollout_metrics |= dict(zip(("gspo/self_play_rows", "gspo/pref_rows"), summed))
-        self.rollout_metrics["gspo/answers_that_teach"] = float(self.all_ranks(_rows(self.teaches(rollout))).numel())
+        counts = {"non_finite": self.non_finite, "gspo/answers_that_teach": self.all_ranks(rows_where(self.teaches(rollout))).numel()}
+        counts |= zip(("gspo/self_play_rows", "gspo/pref_rows"), self.sum_of_ranks(count_rows(rollout.group, given)).tolist())
+        self.rollout_metrics |= {name: float(count) for name, count in counts.items()}
         return rollout
 
     def with_advantages(self, rollout: TokenRollout, total: Tensor) -> TokenRollout:
@@ -181,8 +170,7 @@ class MixedGSPO(LitPolicyGradient):
         given, mask = is_given(rollout), rollout.mask
         counts = torch.zeros(self.prompts_per_iteration, device=mask.device)
         siblings = self.sum_of_ranks(counts.index_add(0, rollout.group, (mask.any(1) & ~given).float()))[rollout.group]
-        each = torch.where(given, self.preference.coef, 1 / (siblings * mask.sum(1)).clamp(min=1))
-        return mask * (each / self.prompts_per_update)[:, None]
+        return mixed_weights(mask, given, siblings, rows=self.prompts_per_update, pair=self.preference.coef)
 
     def teaches(self, rollout: TokenRollout) -> Tensor:
         """Bool "B": answers with an advantage."""
@@ -211,8 +199,8 @@ class MixedGSPO(LitPolicyGradient):
         losses, metrics = self.surrogate(new, old, own.advantages, own.mask, behaviour=behaviour)
         if self.correction is not None:
             losses = losses * self.correction(own.logprobs, behaviour, own.mask)
-        of_pairs, pair_weights, seen = self.of_pairs(new, batch)
-        terms = {"policy": Term(losses, own.weights), "preference": Term(of_pairs, pair_weights)}
+        preference, of_pairs = self.preference_term(new, batch)
+        terms = {"policy": Term(losses, own.weights), "preference": preference}
         if self.kl.coef:
             terms["kl"] = Term(self.kl(new, own.streams["reference"]), own.weights, self.kl.coef)
         if entropy is not None:
@@ -221,57 +209,38 @@ class MixedGSPO(LitPolicyGradient):
             metrics["rollout_kl"] = sampler_kl(own.logprobs, behaviour, own.mask)
         counted = own.mask & (own.weights != 0)  # a minibatch without weight only fills up
         self.meters.mean(metrics | token_means(terms, own.mask), weight=counted.sum())
-        self.meters.mean(seen | self.of_ratios(new.detach(), old, own))
+        self.meters.mean(of_pairs | self.ratios(new, old, own))
         return terms
 
-    def of_pairs(self, new: Tensor, batch: Minibatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """DPO's losses, their weights, and what to log; of no pairs three times nothing."""
+    def preference_term(self, new: Tensor, batch: Minibatch) -> tuple[Term, dict[str, Tensor]]:
+        """DPO's losses of the pairs, of which there may be none, and this micro-batch's part of their means."""
         chosen, rejected = pair_rows(batch.group, batch.columns["preference"])
         reference = batch.streams.get("reference", torch.zeros_like(new))
         mine, theirs = sequence_logprobs(new, batch.mask), sequence_logprobs(reference, batch.mask)
-        four = mine[chosen], mine[rejected], theirs[chosen], theirs[rejected]
-        losses = preference_loss(
-            *four, kind=self.preference.kind, beta=self.preference.beta, label_smoothing=self.preference.label_smoothing
-        ).float()
-        better, worse = (self.preference.beta * (x - ref).detach() for x, ref in (four[::2], four[1::2]))
-        metrics = {"dpo/loss": losses.detach(), "dpo/margin": better - worse, "dpo/accuracy": (better > worse).float()}
-        shares = {name: self.share(values.float().sum(), "gspo/pref_rows") for name, values in metrics.items()}
-        return losses, batch.weights[chosen].amax(1), shares
+        losses, seen = self.preference(mine[chosen], mine[rejected], theirs[chosen], theirs[rejected])
+        shares = {f"dpo/{name}": self.share(values.sum(), "gspo/pref_rows") for name, values in seen.items()}
+        return Term(losses, batch.weights[chosen].amax(1)), shares
 
-    def of_ratios(self, new: Tensor, old: Tensor, batch: Minibatch) -> dict[str, Tensor]:
-        """How far answers that teach have moved since they were sampled."""
-        advantage = row_mean(batch.advantages, batch.mask)
-        moved = row_mean(new - old, batch.mask)
-        counts = (advantage != 0) & (batch.weights != 0).any(1)
-        clipped = is_clipped(moved, advantage, clip_low=self.surrogate.low, clip_high=self.surrogate.high) & counts
-        largest = torch.where(counts, moved, -torch.inf).amax().exp()
+    def ratios(self, new: Tensor, old: Tensor, batch: Minibatch) -> dict[str, Tensor]:
+        """How far answers that teach have moved since they were sampled: this micro-batch's part of their means."""
+        counted, clip = (batch.weights != 0).any(1), {"clip_low": self.surrogate.low, "clip_high": self.surrogate.high}
+        sums, largest = answer_ratios(new, old, batch.advantages, batch.mask, counted=counted, **clip)
         self.meters.largest({"gspo/seq_ratio_max": largest})
-        ratios = {"gspo/seq_ratio_mean": (moved.exp() * counts).sum(), "gspo/clipfrac": clipped.float().sum()}
-        return {name: self.share(value, "gspo/answers_that_teach") for name, value in ratios.items()}
+        return {f"gspo/{name}": self.share(value, "gspo/answers_that_teach") for name, value in sums.items()}
 
     # ------------------------------------------------------------------ evaluation
     def validation_step(self, batch: Prompts, batch_idx: int) -> Mapping[str, object]:
         """Answers to self-play rows, or margins of pairs: a batch is of one kind."""
         if not is_pair(batch.info[0]):
             return super().validation_step(batch, batch_idx)
-        twice = Prompts(group=torch.arange(len(batch)).repeat_interleave(2), info=[row for row in batch.info for _ in range(2)])
-        rollout = self.pairs(twice).to(self.device)
-        chosen, rejected = pair_rows(rollout.group, rollout.columns["preference"])
-        new = self.all_logprobs(rollout, temperature=self.answers.sampling.temperature)
-        with self.policy.reference():
-            theirs = self.all_logprobs(rollout, temperature=self.answers.sampling.temperature)
-        gain = self.preference.beta * sequence_logprobs(new - theirs, rollout.mask)
-        self._margins.append((gain[chosen] - gain[rejected])[batch.group.to(self.device) >= 0])  # the rest fills up the last batches
+        pairs, real = self.pairs(with_both_answers(batch)).to(self.device), batch.group.to(self.device) >= 0
+        self.margins.add(self, pairs, real, beta=self.preference.beta, temperature=self.answers.sampling.temperature)
         return {"prompts": batch}
 
     def on_validation_epoch_end(self) -> None:
-        """Held-out answers are scored as ever; of held-out pairs, how often the chosen answer gained more on the reference."""
         if self.evaluated:
             super().on_validation_epoch_end()
-        margins, self._margins = self._margins, []
-        if margins:  # on all processes, or on none
-            margin = self.all_ranks(torch.cat(margins)).double()
-            self.report({"val/dpo_margin": float(margin.mean()), "val/dpo_accuracy": float((margin > 0).double().mean())})
+        self.margins.report(self)
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
@@ -279,22 +248,3 @@ class MixedGSPO(LitPolicyGradient):
     def share(self, part: Tensor, of: str) -> Tensor:
         """A micro-batch's part of an iteration's mean over `rollout_metrics[of]` things."""
         return self.of_step(part) * self.updates / max(self.rollout_metrics[of], 1)
-
-
-def is_pair(info: Info) -> bool:
-    """A row brings its answers with it."""
-    return info.get("kind") == "pair"
-
-
-def is_given(rollout: TokenRollout | Minibatch) -> Tensor:
-    """Bool "B": answers from the data."""
-    return rollout.columns["preference"] != 0
-
-
-def _rows(which: Tensor) -> Tensor:
-    return which.nonzero()[:, 0]
-
-
-def _part(prompts: Prompts, which: Tensor) -> Prompts:
-    rows = _rows(which)
-    return Prompts(group=prompts.group[rows], info=[prompts.info[i] for i in rows.tolist()])

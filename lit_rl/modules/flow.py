@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -16,7 +16,6 @@ from torch import Tensor
 from lit_rl.credit.groups import group_metrics, total_reward
 from lit_rl.credit.rules import Advantage
 from lit_rl.errors import ConfigError
-from lit_rl.losses.masked import harmless
 from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.base import LitRL
 from lit_rl.modules.checks import check_at_least
@@ -27,20 +26,12 @@ from lit_rl.policies.base import FlowPolicy
 from lit_rl.replay.pairs import check_micro_batches, check_updates, micro_batches_within, sibling_numbers, split_pairs
 from lit_rl.samplers.schedules import Schedule
 from lit_rl.seeding import Key, normal
-from lit_rl.types import Cond, Examples, FlowRollout, Info, Minibatch, Prompts, take_rows
+from lit_rl.types import Examples, FlowRollout, Info, Prompts
 
 StorageDtype = Literal["float32", "bfloat16", "float16"]
 
 WHAT = "latents, log-probabilities or pixels"
 """Parts of a sample that must be finite."""
-
-
-class FlowBatch(Minibatch):
-    """N rows of a rollout with the conditioning of their prompts."""
-
-    weights: Tensor  # Float "N"
-    cond: Cond  # "N ...", of the rollout
-    info: Sequence[Info]  # N prompts where `cond` is computed again, else none
 
 
 class LitFlow(LitRL[FlowRollout]):
@@ -120,26 +111,6 @@ class LitFlow(LitRL[FlowRollout]):
     def sigmas(self, num_steps: int) -> Tensor:
         """The configured schedule, Float64 "N+1", from 1 to 0."""
         return self.schedule.sigmas(num_steps, pipeline=self.policy.sigmas)
-
-    def encode(self, prompts: Prompts) -> tuple[Cond, Tensor]:
-        """Each different prompt conditioned once, and the row of the result for each of the B prompts."""
-        keys = [self.policy.condition_key(info) for info in prompts.info]
-        unique: dict[Hashable, Info] = {}
-        for key, info in zip(keys, prompts.info):
-            unique.setdefault(key, info)
-        row = {key: i for i, key in enumerate(unique)}
-        return self.policy.condition(list(unique.values())), torch.tensor([row[key] for key in keys], device=self.device)
-
-    def info_to_condition(self, rollout: FlowRollout, rows: Tensor) -> Sequence[Info]:
-        """The prompts of these trajectories where the loss conditions on them again, see `conditions`; else none."""
-        return [rollout.info[i] for i in rows.tolist()] if self.policy.trains_condition else ()
-
-    def conditions(self, batch: FlowBatch) -> Cond:
-        """Conditioning "N ..." of a minibatch: that of the rollout, or where the policy trains it a new one, with gradient."""
-        if not self.policy.trains_condition:
-            return batch.cond
-        cond, rows = self.encode(Prompts(torch.arange(len(batch.info)), batch.info))
-        return {name: harmless(value, batch.weights != 0) for name, value in take_rows(cond, rows).items()}
 
     def noise(self, keys: Sequence[tuple[Key, ...]]) -> Tensor:
         """Standard normal latents "B *D" on the device; row i is a function of `keys[i]`."""

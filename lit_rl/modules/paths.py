@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lit_rl.losses.masked import finite_rows, harmless
-from lit_rl.modules.flow import FlowBatch, LitFlow
+from lit_rl.modules.conditions import FlowBatch, conditioned, stored_conditions
+from lit_rl.modules.flow import LitFlow
 from lit_rl.replay.pairs import first_siblings
 from lit_rl.replay.partition import places
 from lit_rl.samplers.flow import SDE, Step, sde_path
@@ -42,7 +43,7 @@ class Plan(NamedTuple):
 
 def collect_paths(method: LitFlow, prompts: Prompts, plan: Plan) -> FlowRollout:
     """Denoise in micro-batches, keep the window's points, and submit each decoded micro-batch for scoring."""
-    cond, rows = method.encode(prompts)
+    cond, rows = conditioned(method.policy, prompts.info, method.device)
     keys = method.row_keys(prompts)
     starts, first = _starts(method, prompts, cond, rows, plan)
     parts: list[dict[str, Tensor]] = []
@@ -66,13 +67,13 @@ def pair_batch(method: LitFlow, rollout: FlowRollout, rows: Tensor) -> PairBatch
     b, s = pairs // rollout.logprobs.shape[1], pairs % rollout.logprobs.shape[1]
     assert rollout.advantages is not None and rollout.weights is not None
     weights = rollout.weights[b, s].where(kept, 0.0)
-    used, cond = weights != 0, take_rows(rollout.cond, rollout.cond_row[b])
+    used = weights != 0
     return PairBatch(
         x=harmless(rollout.latents[b, s].float(), used), x_next=harmless(rollout.latents[b, s + 1], used),
         sigma=rollout.times[b, s], sigma_next=rollout.times[b, s + 1],
         logprobs=harmless(rollout.logprobs[b, s], used), advantages=rollout.advantages[b, s], weights=weights,
-        cond={name: harmless(value, used) for name, value in cond.items()}, info=method.info_to_condition(rollout, b),
         means=None if rollout.means is None else harmless(rollout.means[b, s], used),
+        **stored_conditions(method.policy, rollout, b, used=used),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
+from lit_rl.modules.conditions import conditioned
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.samplers.solvers import Solver, solve
 from lit_rl.seeding import Key
@@ -45,7 +46,6 @@ class Denoising(Protocol):
     def device(self) -> torch.device: ...
     def sigmas(self, num_steps: int) -> Tensor: ...
     def noise(self, keys: Sequence[tuple[Key, ...]]) -> Tensor: ...
-    def encode(self, prompts: Prompts) -> tuple[Cond, Tensor]: ...
 
 
 def denoise(
@@ -72,7 +72,7 @@ def render(method: Denoising, prompts: Prompts) -> tuple[Tensor, Tensor]:
 
     The noise depends on `evaluation.seed` and the prompt's group id.
     """
-    (cond, rows), evaluation = method.encode(prompts), method.evaluation
+    (cond, rows), evaluation = conditioned(method.policy, prompts.info, method.device), method.evaluation
     images: list[tuple[Tensor, Tensor]] = []
     for chunk in torch.arange(len(prompts)).split(method.rollout_micro_batch):
         x = method.noise([(evaluation.seed, "eval", int(prompts.group[i])) for i in chunk])

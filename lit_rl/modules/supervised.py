@@ -14,11 +14,12 @@ from torch import Tensor
 from lit_rl.errors import ConfigError
 from lit_rl.losses.flow import flow_matching_loss
 from lit_rl.losses.masked import finite_rows, harmless
+from lit_rl.modules.conditions import conditioned
 from lit_rl.modules.evaluation import named
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.replay.sources import ExampleSource, source_of
 from lit_rl.seeding import Key, generator
-from lit_rl.types import Cond, Examples, Prompts, take_rows
+from lit_rl.types import Examples, take_rows
 
 
 class Imitating(Protocol):
@@ -30,7 +31,6 @@ class Imitating(Protocol):
     @property
     def device(self) -> torch.device: ...
     def noise(self, keys: Sequence[tuple[Key, ...]]) -> Tensor: ...
-    def encode(self, prompts: Prompts) -> tuple[Cond, Tensor]: ...
 
 
 @dataclass(kw_only=True)
@@ -82,7 +82,7 @@ class Supervised:
         draws = torch.stack([torch.randn(2, generator=generator(*key, "t")) for key in keys]).to(method.device)
         t = torch.special.ndtr(draws[:, 0]) if self.timesteps == "uniform" else draws[:, 0].sigmoid()
         noise = method.noise(keys)
-        cond, rows = method.encode(Prompts(group=torch.arange(len(x0)), info=batch.info))
+        cond, rows = conditioned(method.policy, batch.info, method.device)
         given = take_rows(cond, rows)
         finite = torch.stack([finite_rows(value) for value in (x0, *given.values())]).all(0)
         self._tell(batch, finite)

@@ -199,7 +199,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
     # ------------------------------------------------------------------ networks
     def compute_dtype(self, *tensors: Tensor) -> list[Tensor]:
         """The inputs in the network's own precision, or as they are where autocast chooses."""
-        if torch.is_autocast_enabled(self.device.type):
+        if torch.is_autocast_enabled(tensors[0].device.type):
             return list(tensors)
         weight = self.active_network.get_submodule("context_embedder").weight
         assert isinstance(weight, Tensor)

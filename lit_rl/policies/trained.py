@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Self
 
 import torch
 from torch import nn
 
 from lit_rl.checkpoints.layout import Geometry
-from lit_rl.policies.base import Policy
 from lit_rl.policies.weights.adapters import geometry
 from lit_rl.policies.weights.lora import LoraSettings
-from lit_rl.policies.weights.reference import Reference, reference_of
+from lit_rl.policies.weights.reference import ReferencedPolicy, reference_of
 
 
-class TrainedPolicy(Policy):
+class TrainedPolicy(ReferencedPolicy):
     """A transformer whose every weight is trained, or low-rank adapters in it.
 
     Args:
@@ -27,12 +25,9 @@ class TrainedPolicy(Policy):
     """
 
     def __init__(self, *, lora: LoraSettings | None, keep_reference: bool) -> None:
-        super().__init__()
-        self.lora = lora
-        self.keep_reference = keep_reference or (lora is not None and lora.initial is not None)
-        self.reference_weights: Reference = reference_of(adapter=lora is not None, copied=self.keep_reference)
-        self.reference_network: nn.Module | None = None
-        self.called = "network"  # the name of the network that a forward calls, see `reference`
+        keep_reference = keep_reference or (lora is not None and lora.initial is not None)
+        super().__init__(reference_of(adapter=lora is not None, copied=keep_reference))
+        self.lora, self.keep_reference = lora, keep_reference
         self.adapter: Geometry | None = None  # layers and strengths of the trained adapter, for checkpoints
         self.drops = False
 
@@ -69,32 +64,6 @@ class TrainedPolicy(Policy):
             for network in self.networks():
                 network.train(mode and self.drops and network is self.network)
         return self
-
-    def networks(self) -> list[nn.Module]:
-        """The trained network, and the frozen copy of it where one is kept: each is sharded on its own."""
-        return [self.network] if self.reference_network is None else [self.network, self.reference_network]
-
-    @property
-    def active_network(self) -> nn.Module:
-        """The network to call: inside `reference()` the frozen copy where one is kept, else the trained one."""
-        return getattr(self, self.called)
-
-    @property
-    def has_reference(self) -> bool:
-        """`reference()` has weights to answer with."""
-        return self.reference_weights.exists
-
-    def reference(self) -> AbstractContextManager[None]:
-        """Inside it the reference answers, see `lit_rl.policies.weights.reference`."""
-        return self.reference_weights.active(self)
-
-    def check_reference(self, *, after_warmup: bool) -> None:
-        """Raise ConfigError where the reference has no weights, or those from before a warm-up."""
-        self.reference_weights.check(after_warmup=after_warmup)
-
-    def refresh_reference(self) -> None:
-        """A kept copy <- the current weights; nothing where none is kept."""
-        self.reference_weights.refresh(self)
 
     def checkpoint_keys(self) -> set[str]:
         """Everything in a full fine-tune, its reference included; with LoRA all adapters, trained or not, without the base network."""

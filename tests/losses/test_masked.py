@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.autograd import grad
 
 from lit_rl.credit.tokens import whiten
-from lit_rl.credit.weights import token_weights
+from lit_rl.credit.weights import mixed_weights, token_weights
 from lit_rl.losses.masked import masked, masked_mean, row_mean
 
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "dr-grpo")
@@ -137,3 +137,12 @@ def test_aggregation_golden(golden_dir):
         assert_close(ranks * (loss * weights).sum(), data[key], what=key)
         checked += 1
     assert checked >= 24
+
+
+def test_rows_of_both_kinds_weigh_by_hand():
+    """4 rows in a step: one with two answers of 1 and 2 tokens (another has none), and a pair that counts 3 times."""
+    mask = torch.tensor([[1, 0], [1, 1], [0, 0], [1, 1], [1, 0]]).bool()
+    paired, siblings = torch.tensor([False, False, False, True, True]), f64(2, 2, 2, 0, 0)
+    weights = mixed_weights(mask, paired, siblings, rows=4, pair=3.0)
+    torch.testing.assert_close(weights, f64([1, 0], [0.5, 0.5], [0, 0], [6, 6], [6, 0]) / 8)
+    assert weights[~paired].sum() == 1 / 4

@@ -11,6 +11,7 @@ from lit_rl.credit.weights import token_weights
 from lit_rl.losses.masked import masked
 from lit_rl.losses.preference import (
     _OF_PAIRS,
+    Preference,
     ld_sequence_logprobs,
     preference_loss,
     preference_metrics,
@@ -28,6 +29,16 @@ def test_dpo_by_hand():
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-1.5)))
     assert grad(loss, chosen)[0].item() == pytest.approx(-0.5 / (1 + math.exp(1.5)))
     assert preference_loss(f64(-3), f64(-6), f64(-5), f64(-5), kind="hinge", beta=0.5).item() == 0
+
+
+def test_pairs_beside_other_rows_tell_loss_margin_and_winner_of_each():
+    """z = 0.5 (3 - 1) = 1, 0 and -0.5; none of it has a gradient but the losses."""
+    chosen = f64(-1.0, -2.0, -3.0).requires_grad_()
+    losses, seen = Preference(beta=0.5)(chosen, f64(-5.0, -2.0, -2.0), f64(-4.0, -2.0, -3.0), f64(-6.0, -2.0, -3.0))
+    expected = [math.log(1 + math.exp(-z)) for z in (1, 0, -0.5)]
+    assert losses.tolist() == pytest.approx(expected, abs=1e-6) == seen["loss"].tolist()
+    assert seen["margin"].tolist() == [1, 0, -0.5] and seen["accuracy"].tolist() == [1, 0, 0]
+    assert losses.requires_grad and not any(values.requires_grad for values in seen.values())
 
 
 def test_label_smoothing_does_something_in_sigmoid():

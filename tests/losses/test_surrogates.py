@@ -12,7 +12,8 @@ from lit_rl.errors import ConfigError
 from lit_rl.losses.kl import kl_estimate
 from lit_rl.losses.masked import masked, masked_mean, row_mean
 from lit_rl.losses.off_policy import importance_weights, within_bounds
-from lit_rl.losses.policy_gradient import clipped_ratio_loss, clipped_surrogate
+from lit_rl.losses.policy_gradient import clipped_ratio_loss, clipped_surrogate, is_clipped
+from lit_rl.losses.sequence_ratio import answer_ratios, sequence_log_ratio
 from lit_rl.losses.surrogates import (
     Cispo,
     Clip,
@@ -22,8 +23,6 @@ from lit_rl.losses.surrogates import (
     SequenceClip,
     Surrogate,
     Vespo,
-    is_clipped,
-    sequence_log_ratio,
     surrogate_metrics,
 )
 
@@ -348,3 +347,17 @@ def test_areal_soft_clipping(golden_dir):
     loss = (losses * token_weights(mask, "token-mean")).sum()
     assert_close(loss, data["sapo.loss"])
     assert_close(grad(loss, new)[0], data["sapo.grad"])
+
+
+def test_ratios_of_answers_by_hand():
+    """Only answers that count and have an advantage: the first, 4 times as likely by token, and the third, half as likely."""
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [0, 0, 0]]).bool()
+    new = torch.tensor([[2.0, 2.0, 50.0], [9.0, 9.0, 9.0], [-1.0, 7.0, 7.0], [3.0, 3.0, 3.0]], dtype=torch.float64) * math.log(2)
+    advantages = torch.tensor([[1.0], [0.0], [-1.0], [1.0]]).double().expand(4, 3)
+    given = torch.zeros(4, 3, dtype=torch.float64), advantages, mask
+    sums, largest = answer_ratios(new, *given, counted=torch.tensor([True] * 4), clip_low=0.6, clip_high=1.0)
+    assert float(sums["seq_ratio_mean"]) == pytest.approx(4.5) and float(sums["clipfrac"]) == 1 and float(largest) == pytest.approx(4)
+    sums, largest = answer_ratios(new, *given, counted=torch.tensor([False, True, True, True]), clip_low=0.4, clip_high=1.0)
+    assert float(sums["seq_ratio_mean"]) == pytest.approx(0.5) and float(sums["clipfrac"]) == 1 and float(largest) == pytest.approx(0.5)
+    sums, largest = answer_ratios(new, *given, counted=torch.zeros(4, dtype=torch.bool), clip_low=0.4, clip_high=1.0)
+    assert [float(sums["seq_ratio_mean"]), float(sums["clipfrac"]), float(largest)] == [0, 0, 0]

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
-from lit_rl.policies.weights.adapters import adapter_parameters, add_frozen_copy, disabled_adapters, using_adapter
+from lit_rl.policies.weights.adapters import adapter_parameters, add_frozen_copy, tuner_layers
 from lit_rl.policies.weights.lora import LoraSettings
+from lit_rl.policies.weights.reference import switched
 
 MakePolicy = Callable[..., DiffusersFlowPolicy]
 MakeInputs = Callable[[DiffusersFlowPolicy], SimpleNamespace]
@@ -87,13 +88,14 @@ def test_adapters_beside_each_other(make_policy: MakePolicy, make_inputs: MakeIn
     train_a_little(policy, batch)
     trained, state = velocity(policy, batch), torch.get_rng_state()
     add_frozen_copy(policy.network, "old")
+    layers = tuner_layers(policy.network)
     assert torch.equal(torch.get_rng_state(), state)
-    with using_adapter(policy.network, "old"):
+    with switched(layers, "_active_adapter", ["old"]):
         assert torch.equal(velocity(policy, batch), trained)
-        with disabled_adapters(policy.network):
+        with policy.reference():
             base = velocity(policy, batch)
     train_a_little(policy, batch)
-    with using_adapter(policy.network, "old"):
+    with switched(layers, "_active_adapter", ["old"]):
         assert torch.equal(velocity(policy, batch), trained)
     assert not torch.equal(velocity(policy, batch), trained) and not torch.equal(trained, base)
 

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from lit_rl.errors import ConfigError
 from lit_rl.miniatures.lm import Family
-from lit_rl.policies.weights.adapters import disabled_adapters
 from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.rollouts.base import Request, Sample, Sampling
 from lit_rl.rollouts.decoder import Cache, Decoder, unsupported
@@ -92,7 +91,7 @@ def test_adapters_answer_as_they_are_switched(tmp_path: Path) -> None:
     engine, asked = ready(NativeEngine(batch=4), policy), requests(policy)
     trained = engine.generate(asked, SAMPLINGS[0])
     assert_same(trained, ready(HFEngine(), policy).generate(asked, SAMPLINGS[0]))
-    with disabled_adapters(policy.network):
+    with policy.reference():
         base = engine.generate(asked, SAMPLINGS[0])
         assert_same(base, ready(HFEngine(), policy).generate(asked, SAMPLINGS[0]))
     assert [answer.ids for answer in base] != [answer.ids for answer in trained]
@@ -110,7 +109,7 @@ def test_an_adapter_too_small_for_bfloat16_weights_is_not_rounded_away(tmp_path:
     asked = requests(policy)
     answers = ready(NativeEngine(), policy).generate(asked, SAMPLINGS[0])
     with_adapter = [farthest(a.logprobs, recomputed(policy, r, a, 1.0)) for r, a in zip(asked, answers)]
-    with disabled_adapters(policy.network):
+    with policy.reference():
         without = [farthest(a.logprobs, recomputed(policy, r, a, 1.0)) for r, a in zip(asked, answers)]
     assert sum(with_adapter) / len(asked) < 0.2 < 1 < sum(without) / len(asked)
 

@@ -1,11 +1,9 @@
-"""Adapters in a network: their parameters, copies of them, and the one that is active."""
+"""Adapters in a network: their layers, their parameters and copies of them."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,9 +27,11 @@ def lora_config(network: nn.Module) -> LoraConfig:
 def add_frozen_copy(network: nn.Module, name: str) -> None:
     """Add adapter `name`, frozen and equal to the trained one, which stays the active one."""
     config = copy.deepcopy(lora_config(network))
-    with using_adapter(network, TRAINED), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is what is wanted
         network.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+    for layer in tuner_layers(network):
+        layer.set_adapter(TRAINED)
     for adapter, trained in ((name, False), (TRAINED, True)):
         for parameter in adapter_parameters(network, adapter).values():
             parameter.requires_grad_(trained)
@@ -78,34 +78,6 @@ def active_factors(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     downs = [layers.lora_A[n](layers.lora_dropout[n](x.to(layers.lora_A[n].weight.dtype))) * layers.scaling[n] for n in names]
     return torch.cat(downs, -1), torch.cat([layers.lora_B[n].weight for n in names], -1)
-
-
-@contextmanager
-def disabled_adapters(network: nn.Module) -> Iterator[None]:
-    """Inside it only the base weights answer."""
-    with _switched(network, "_disable_adapters", True):
-        yield
-
-
-@contextmanager
-def using_adapter(network: nn.Module, name: str) -> Iterator[None]:
-    """Inside it adapter `name` answers in place of the active one."""
-    with _switched(network, "_active_adapter", [name]):
-        yield
-
-
-@contextmanager
-def _switched(network: nn.Module, attribute: str, value: object) -> Iterator[None]:
-    # peft's enable_adapters and set_adapter would also flip requires_grad, which DDP, FSDP and the optimizer have already read.
-    layers = tuner_layers(network)
-    before = [getattr(layer, attribute) for layer in layers]
-    try:
-        for layer in layers:
-            setattr(layer, attribute, value)
-        yield
-    finally:
-        for layer, old in zip(layers, before):
-            setattr(layer, attribute, old)
 
 
 def adapted_name(name: str, layer: LoraLayer) -> str:

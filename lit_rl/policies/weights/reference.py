@@ -1,4 +1,4 @@
-"""Four ways in which a policy keeps its reference beside the weights that are trained, and the case without one.
+"""A policy with a reference beside the weights that are trained: four ways to keep one, and the case without.
 
 A `Reference` is chosen when the policy is constructed, before any weights are read, and gets its weights when they are loaded.
 
@@ -13,27 +13,67 @@ A `Reference` is chosen when the policy is constructed, before any weights are r
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
 from lit_rl.errors import ConfigError
-from lit_rl.policies.weights.adapters import TRAINED, adapter_parameters, add_frozen_copy, copy_adapter, disabled_adapters, using_adapter
+from lit_rl.policies.base import Policy
+from lit_rl.policies.weights.adapters import TRAINED, adapter_parameters, add_frozen_copy, copy_adapter, tuner_layers
 from lit_rl.policies.weights.shards import copy_weights, reshard
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 REFERENCE = "reference"
 """Name of the frozen adapter."""
 
 
 class Referenced(Protocol):
-    """A policy as its reference sees it: the trained network, the frozen one where one is kept, and which of them is called."""
+    """A policy, or a part of one, as its reference sees it: the trained network, a frozen one, and the name of the one that is called."""
 
     network: nn.Module
     reference_network: nn.Module | None
     called: str
+
+
+class ReferencedPolicy(Policy):
+    """A policy whose reference is one of the classes below."""
+
+    def __init__(self, reference: Reference) -> None:
+        super().__init__()
+        self.reference_weights = reference
+        self.reference_network: nn.Module | None = None
+        self.called = "network"  # the name of the network that a forward calls
+
+    @property
+    def active_network(self) -> nn.Module:
+        """The network to call: inside `reference()` the frozen copy where one is kept, else the trained one."""
+        return getattr(self, self.called)
+
+    def networks(self) -> Sequence[nn.Module]:
+        """The trained network, and the frozen copy of it where one is kept: each is sharded on its own."""
+        return [self.network] if self.reference_network is None else [self.network, self.reference_network]
+
+    @property
+    def has_reference(self) -> bool:
+        """`reference()` has weights to answer with."""
+        return self.reference_weights.exists
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside it the reference answers."""
+        return self.reference_weights.active(self)
+
+    def check_reference(self, *, after_warmup: bool) -> None:
+        """Raise ConfigError where the reference has no weights, or those from before a warm-up."""
+        self.reference_weights.check(after_warmup=after_warmup)
+
+    def refresh_reference(self) -> None:
+        """A kept copy <- the current weights; nothing where none is kept."""
+        self.reference_weights.refresh(self)
 
 
 class Reference:
@@ -78,9 +118,15 @@ class NoReference(Reference):
 class AdapterOff(Reference):
     """LoRA's base network. It needs no memory and cannot be refreshed."""
 
+    layers: Sequence[LoraLayer]
+
+    def add(self, policy: Referenced, *, dtype: torch.dtype) -> None:
+        """Note which layers have adapters."""
+        self.layers = tuner_layers(policy.network)
+
     def active(self, policy: Referenced) -> AbstractContextManager[None]:
         """Inside it the base network answers."""
-        return disabled_adapters(policy.network)
+        return switched(self.layers, "_disable_adapters", True)
 
     def check(self, *, after_warmup: bool) -> None:
         """Raise ConfigError after a warm-up, which the base has not seen."""
@@ -93,13 +139,16 @@ class AdapterOff(Reference):
 class FrozenAdapter(Reference):
     """A frozen copy of the trained adapter beside it, in float32. The base network is shared."""
 
+    layers: Sequence[LoraLayer]
+
     def add(self, policy: Referenced, *, dtype: torch.dtype) -> None:
         """Copy the trained adapter, the one of `lora.initial` included."""
         add_frozen_copy(policy.network, REFERENCE)
+        self.layers = tuner_layers(policy.network)
 
     def active(self, policy: Referenced) -> AbstractContextManager[None]:
         """Inside it the frozen adapter answers."""
-        return using_adapter(policy.network, REFERENCE)
+        return switched(self.layers, "_active_adapter", [REFERENCE])
 
     def refresh(self, policy: Referenced) -> None:
         """The frozen adapter <- the trained one."""
@@ -171,6 +220,20 @@ class Combined(Reference):
     def bytes(self, policy: Referenced) -> int:
         """The sum over the parts."""
         return sum(part.bytes(policy) for part in self.parts)
+
+
+@contextmanager
+def switched(layers: Sequence[LoraLayer], attribute: str, value: object) -> Iterator[None]:
+    """Inside it adapters in these layers answer as an attribute of PEFT says: `_disable_adapters`, or `_active_adapter` [name]."""
+    # peft's enable_adapters and set_adapter would also flip requires_grad, which DDP, FSDP and the optimizer have already read.
+    before = [getattr(layer, attribute) for layer in layers]
+    try:
+        for layer in layers:
+            setattr(layer, attribute, value)
+        yield
+    finally:
+        for layer, old in zip(layers, before):
+            setattr(layer, attribute, old)
 
 
 def reference_of(*, adapter: bool, copied: bool) -> Reference:
