@@ -19,7 +19,7 @@ from lit_rl.checkpoints.manifest import entries, write_manifest
 from lit_rl.checkpoints.progress import minibatches_done
 from lit_rl.checkpoints.replacing import beside, naming, put_in_place, remove, swept
 from lit_rl.errors import ConfigError
-from lit_rl.policies.weights.shards import gathered
+from lit_rl.policies.weights.shards import gathered_on_first
 from lit_rl.replay.loader import ReplayLoader
 
 FOLDERS = {"iteration": "iteration-{iteration}", "checkpoint": "checkpoint-{step}"}
@@ -133,8 +133,7 @@ class Export(RLCallback):
         ema = self._ema(trainer)
         if self.weights == "ema" and ema is not None:
             return ema.averaged_weights(trainer, module)
-        names = {name for name, _ in module.policy.trainable()}
-        return {name: tensor for name, tensor in gathered(module.policy, names) if trainer.is_global_zero}
+        return dict(gathered_on_first(module.policy, {name: weight.dtype for name, weight in module.policy.trainable()}))
 
     def _ema(self, trainer: L.Trainer) -> EMA | None:
         return next(iter(callbacks_of(trainer, EMA)), None)

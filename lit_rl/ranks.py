@@ -76,6 +76,14 @@ def gather_pieces(piece: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return pieces
 
 
+def gather_pieces_to_first(piece: Tensor, group: ProcessGroup | None = None) -> Tensor | None:
+    """As `gather_pieces` on the first process; None on the others, which send their own and receive nothing. Collective."""
+    first, world = torch.distributed.get_rank() == 0, torch.distributed.get_world_size(group)
+    pieces = piece.new_empty(world, piece.numel()) if first else None
+    torch.distributed.gather(piece.contiguous(), None if pieces is None else list(pieces), dst=0, group=group)
+    return None if pieces is None else pieces.view(-1)
+
+
 def receive_from_first(tensor: Tensor) -> None:
     """Overwrite `tensor` with that of the first process. Collective."""
     torch.distributed.broadcast(tensor, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -156,6 +156,10 @@ class TokenPolicy(Policy):
     def reply(self, ids: Sequence[int], *, prompt_ids: Sequence[int], info: Info) -> Answer:
         """An answer to a prompt, as rewards see it."""
         return Answer(self.decode(ids))
+
+    def float32_weights(self) -> Collection[str]:
+        """Names of trained weights that stay float32 where the others are in fewer bits."""
+        return ()
 
     @abstractmethod
     def logprobs(

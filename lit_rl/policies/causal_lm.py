@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -215,6 +215,12 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         return self.active_network(ids[None], places, ids[1:], positions=None, temperature=1.0, entropy=False, plain=True)[0]
 
     # ------------------------------------------------------------------ saving
+    def float32_weights(self) -> Collection[str]:
+        """Those that transformers reads in float32 whatever dtype is asked for."""
+        lm = self.network.lm
+        parts = [*(lm._keep_in_fp32_modules or ()), *(lm._keep_in_fp32_modules_strict or ())]
+        return {name for name, _ in self.trainable() if any(part in name for part in parts)}
+
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """A PEFT adapter (`PeftModel.from_pretrained(base, folder)`), or a whole model with its tokenizer (`from_pretrained(folder)`)."""
         lm = self.network.lm

@@ -47,14 +47,14 @@ class Run(Protocol):
 
 @final
 class Answers:
-    """Answers to prompts, chunk by chunk; each finished chunk is scored while the next one is generated.
+    """Answers to prompts, chunk by chunk; each finished chunk is scored while others are generated.
 
     Args:
         engine: Who generates; default: in this process, over the training weights.
         sampling: Of rollouts.
         eval_sampling: Of evaluation and prediction; what it leaves out stays: the likeliest tokens, as long answers as in rollouts.
         eval_seed: Of evaluation and prediction where they draw.
-        chunk: Answers generated at once.
+        chunk: Answers that are scored together; in this process, also those that are generated at once.
         old_logprobs: The log-probabilities that ratios are relative to: as the engine reported them (`rollout`), computed anew by the
             trainer before its first step (`recompute`), or (`auto`) the latter where there is more than one optimizer step per rollout,
             and none where there is not: the ratio is 1.
@@ -130,10 +130,10 @@ class Answers:
     ) -> tuple[list[list[int]], list[Sample]]:
         """Prompt ids and answers; each finished chunk is submitted for scoring and, if `tell`, told to the callbacks."""
         prompt_ids, answers = self.ask(run, prompts), []
-        most = int(run.all_ranks(torch.tensor([len(prompts)], device=run.device)).max())  # as many calls on every process
-        for first in range(0, most, self.chunk):
-            chunk = slice(first, first + self.chunk)
-            samples = self.engine.generate([Request(ids, key) for ids, key in zip(prompt_ids[chunk], keys[chunk])], sampling)
+        most = int(run.all_ranks(torch.tensor([len(prompts)], device=run.device)).max())  # as many chunks on every process
+        chunks = [slice(first, first + self.chunk) for first in range(0, most, self.chunk)]
+        requests = [Request(ids, key) for ids, key in zip(prompt_ids, keys)]
+        for chunk, samples in zip(chunks, self.engine.stream([requests[chunk] for chunk in chunks], sampling), strict=True):
             self.submit(run, samples, prompt_ids[chunk], prompts.info[chunk], tell=tell, total=len(prompts))
             answers += samples
         return prompt_ids, answers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
@@ -116,6 +116,11 @@ class RolloutEngine(ABC):
     @abstractmethod
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
         """Answers in order of the requests. Neighbours with the same prompt share its prefill."""
+
+    def stream(self, chunks: Sequence[Sequence[Request]], sampling: Sampling) -> Iterator[list[Sample]]:
+        """The answers to each chunk, in order, each as soon as it is there. As many chunks on every process; some may be empty."""
+        for chunk in chunks:
+            yield self.generate(chunk, sampling)
 
     def begin(self, requests: Sequence[Request], sampling: Sampling) -> Future[list[Sample]]:
         """`generate` in the background, with the weights of the last `update_weights` whatever the policy trains meanwhile.

@@ -7,9 +7,11 @@ import io
 import json
 import math
 import re
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from lit_rl.net.retry import UNREADABLE_TRIES, NoAnswer, exchange, health, open_session, refusal, retried
@@ -66,7 +68,38 @@ class Connection:
 
     def run(self, calls: Sequence[Call[T]]) -> list[T]:
         """The answers in order of the calls. Raises RolloutError when one has none."""
-        return asyncio.run(self._all(calls))
+        found: list[list[T]] = []
+        asyncio.run(self._all([calls], found.append))
+        return found[0]
+
+    def stream(self, groups: Sequence[Sequence[Call[T]]]) -> Iterator[list[T]]:
+        """The answers to each group of calls, in order, each as soon as it is there. Raises RolloutError when one has none.
+
+        All groups are under way at once, in a thread: `concurrency` is the only limit, and a slow answer keeps no other group from being
+        asked. What is under way ends with the iterator.
+        """
+        told: SimpleQueue[list[T] | BaseException] = SimpleQueue()
+        loop = asyncio.new_event_loop()
+        work = loop.create_task(self._all(groups, told.put))
+
+        def until_all_are_told() -> None:
+            try:
+                loop.run_until_complete(work)
+            except BaseException as error:  # raised where the answers are asked for
+                told.put(error)
+
+        thread = threading.Thread(target=until_all_are_told, daemon=True, name="answers")
+        thread.start()
+        try:
+            for _ in groups:
+                if isinstance(found := told.get(), BaseException):
+                    raise found
+                yield found
+        finally:
+            if thread.is_alive():
+                loop.call_soon_threadsafe(work.cancel)
+            thread.join()
+            loop.close()
 
     def wait_healthy(self, urls: Sequence[str], *, patience_s: float) -> None:
         """Return when every server answers GET /health with 200. Raises RolloutError naming one that does not, and what it said last."""
@@ -78,14 +111,16 @@ class Connection:
 
         return open_session(token_env=self.token_env, connector=aiohttp.TCPConnector(limit=self.concurrency))
 
-    async def _all(self, calls: Sequence[Call[T]]) -> list[T]:
+    async def _all(self, groups: Sequence[Sequence[Call[T]]], tell: Callable[[list[T]], None]) -> None:
+        """Have `tell` called with the answers to each group, in order."""
         gate = asyncio.Semaphore(self.concurrency)  # a deadline counts from when a request may go out
         try:
-            async with self._session() as session, asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._outcome(session, gate, call)) for call in calls]
+            async with self._session() as session, asyncio.TaskGroup() as everything:
+                tasks = [[everything.create_task(self._outcome(session, gate, call)) for call in calls] for calls in groups]
+                for group in tasks:
+                    tell([await task for task in group])
         except ExceptionGroup as errors:  # the first one cancelled the others
             raise errors.exceptions[0] from None
-        return [task.result() for task in tasks]
 
     async def _outcome(self, session: aiohttp.ClientSession, gate: asyncio.Semaphore, call: Call[T]) -> T:
         """The answer after all tries. Raises RolloutError."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Literal
@@ -16,11 +16,14 @@ from lit_rl.policies.base import TokenPolicy
 from lit_rl.ranks import gather_objects
 from lit_rl.rollouts.base import Request, RolloutError, Sample, Sampling
 from lit_rl.rollouts.connection import Again, Call, Connection, Forgotten
-from lit_rl.rollouts.dialects import DIALECTS, served_models
-from lit_rl.rollouts.probe import disagreement, trainer_logprobs
-from lit_rl.rollouts.served_weights import ServedWeights
+from lit_rl.rollouts.dialects import Dialect, served_models
+from lit_rl.rollouts.probe import disagreement, distinct, trainer_logprobs
+from lit_rl.rollouts.served_weights import DTYPES, ServedWeights
+from lit_rl.rollouts.sglang import SGLang
+from lit_rl.rollouts.vllm import Generate, OpenAI
 from lit_rl.seeding import seed_of
 
+DIALECTS: Mapping[str, Dialect] = {"openai": OpenAI(), "vllm": Generate(), "sglang": SGLang()}
 PROBE = "Question: what is 12 + 34? Answer: 46. Every weight that moves moves the probability of this sentence."
 
 SAME_DISTRIBUTION = (
@@ -34,14 +37,6 @@ LOOKED_AT = 4
 """Answers of a rollout, to different prompts, that are compared with the trainer."""
 
 
-def distinct(requests: Sequence[Request], most: int) -> list[int]:
-    """Places of requests with different prompts, the longest prompt first: what a server kept of old weights shows in long prompts."""
-    first: dict[tuple[int, ...], int] = {}
-    for i, request in enumerate(requests):
-        first.setdefault(tuple(request.prompt), i)
-    return [place for _, place in sorted(first.items(), key=lambda item: -len(item[0]))][:most]
-
-
 class HTTPEngine(ServedWeights):
     """Tokens to tokens over HTTP. Each request is one answer with a seed of its own, whatever the server does with it.
 
@@ -53,9 +48,12 @@ class HTTPEngine(ServedWeights):
     Args:
         urls: `http://host:port`, bare `host:port`, or a range of ports `host:8000-8003`. A process asks every `world_size`-th of them.
         sync_dir: Folder that the servers can read.
-        dialect: openai (vLLM's /v1/completions) or sglang (/generate).
+        dialect: openai (vLLM's /v1/completions), vllm (its /inference/v1/generate: started with --enable-scale-out, it tells the version
+            of the weights with each answer) or sglang (/generate).
         model: Name under which vLLM serves the base model; None = the first that it lists.
         server_sync_dir: `sync_dir` as the servers see it; None = under the same path.
+        dtype: In which whole weights are pushed: bfloat16 halves what is written and read; None = as the servers say that they hold
+            theirs (vLLM with VLLM_SERVER_DEV_MODE=1), or else as they are trained, in float32.
         keep: Pushes that stay loaded (adapters) and on disk.
         concurrency: Requests in flight of each process.
         timeout_s: Of one try.
@@ -74,9 +72,10 @@ class HTTPEngine(ServedWeights):
         self,
         urls: str | list[str],
         sync_dir: str,
-        dialect: Literal["openai", "sglang"] = "openai",
+        dialect: Literal["openai", "vllm", "sglang"] = "openai",
         model: str | None = None,
         server_sync_dir: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         keep: int = 2,
         concurrency: int = 64,
         timeout_s: float = 600.0,
@@ -98,13 +97,14 @@ class HTTPEngine(ServedWeights):
         for name, value in {**counts, **times}.items():
             if not value > 0:
                 raise ConfigError(f"engine.{name}={value} must be positive")
-        if dialect not in DIALECTS:
-            raise ConfigError(f"engine.dialect={dialect!r}: choose one of {', '.join(DIALECTS)}")
+        for name, chosen, known in (("dialect", dialect, DIALECTS), ("dtype", dtype or "float32", DTYPES)):
+            if chosen not in known:
+                raise ConfigError(f"engine.{name}={chosen!r}: choose one of {', '.join(known)}")
         self.urls = [url.removesuffix("/v1") for url in parse_urls(urls)]
         self.dialect = DIALECTS[dialect]
         self.sync_dir = Path(sync_dir).expanduser()
         self.server_sync_dir = server_sync_dir or str(self.sync_dir.absolute())
-        self.given_model, self.keep, self.health_s = model, keep, health_s
+        self.given_model, self.given_dtype, self.keep, self.health_s = model, dtype, keep, health_s
         self.probe, self.probe_tolerance = probe, probe_tolerance
         self.connection = Connection(
             concurrency=concurrency, timeout_s=timeout_s, deadline_s=deadline_s, down_s=down_s, token_env=token_env
@@ -124,6 +124,9 @@ class HTTPEngine(ServedWeights):
         self._forget()
         self.connection.wait_healthy(self.urls if rank == 0 else self.own, patience_s=self.health_s)
         self.base = self._base_model() if self.dialect.tells_models else ""
+        self.push_dtype = self._agreed_dtype(self.given_dtype)
+        if self.max_model_len is not None:
+            self.probe_ids = self.probe_ids[: max(2, self.max_model_len - 1)]  # the server draws a token after it
 
     def _base_model(self) -> str:
         told = self.connection.run([Call([self.own[0]], "/v1/models", None, served_models)])[0]
@@ -140,42 +143,58 @@ class HTTPEngine(ServedWeights):
     # ------------------------------------------------------------------ answers
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
         """Answers of the servers; those of the first rollout are compared with the trainer."""
-        samples = self._answers(self._calls(requests, sampling))
-        if self.unseen and sampling.temperature:
-            chosen = distinct(requests, LOOKED_AT)
-            self._look_at([requests[i] for i in chosen], [samples[i] for i in chosen], sampling)
-            self.unseen = False
+        [samples] = self.stream([requests], sampling)
         return samples
+
+    def stream(self, chunks: Sequence[Sequence[Request]], sampling: Sampling) -> Iterator[list[Sample]]:
+        """The answers to each chunk, in order. All chunks are under way at once; a slow answer keeps no other from being asked for."""
+        asked: list[Request] = []
+        samples: list[Sample] = []
+        for chunk, found in zip(chunks, self._answers(self._calls(chunks, sampling)), strict=True):
+            asked += chunk
+            samples += found
+            yield found
+        if self.unseen and sampling.temperature:
+            chosen = distinct(asked, LOOKED_AT)
+            self._look_at([asked[i] for i in chosen], [samples[i] for i in chosen], sampling)
+            self.unseen = False
 
     def begin(self, requests: Sequence[Request], sampling: Sampling) -> Future[list[Sample]]:
         """Ask in a thread, and return the answers to come."""
         future: Future[list[Sample]] = Future()
-        calls = self._calls(requests, sampling)
+        calls = self._calls([requests], sampling)
 
         def work() -> None:
             try:
-                future.set_result(self._answers(calls))
+                [samples] = self._answers(calls)
+                future.set_result(samples)
             except BaseException as error:  # raised where the answers are asked for
                 future.set_exception(error)
 
         threading.Thread(target=work, daemon=True, name="answers ahead").start()  # a run that stops does not wait for it
         return future
 
-    def _answers(self, calls: Sequence[Call[Sample]]) -> list[Sample]:
-        """All answers, by servers that held the weights before and after. Raises RolloutError, Forgotten where they lose them each time."""
+    def _answers(self, chunks: Sequence[Sequence[Call[Sample]]]) -> Iterator[list[Sample]]:
+        """Answers by servers that held the weights before and after. Raises RolloutError, Forgotten where they lose them each time.
+
+        Chunks that were yielded before the servers lost the weights were drawn with them; all others are asked anew.
+        """
+        done = 0
         for left in reversed(range(RESTORES)):
             try:
-                samples = self.connection.run(calls)
-                self._check_held()
-                return samples
+                for samples in self.connection.stream(chunks[done:]):
+                    self._check_held()
+                    done += 1
+                    yield samples
+                return
             except Forgotten:
                 if not left:
                     raise
             rank_zero_warn("an inference server has lost the weights (it was restarted?): it is given them again, and asked anew")
             self._load(self.model, self.own, self.expected)
-        raise AssertionError("the last try returns or raises")
 
-    def _calls(self, requests: Sequence[Request], sampling: Sampling) -> list[Call[Sample]]:
+    def _calls(self, chunks: Sequence[Sequence[Request]], sampling: Sampling) -> list[list[Call[Sample]]]:
+        requests = [request for chunk in chunks for request in chunk]
         if any(not request.prompt for request in requests):
             raise ConfigError("a prompt has no token, so there is nothing to continue: leave it out of the data")
         longest = max((len(request.prompt) for request in requests), default=0)
@@ -186,27 +205,27 @@ class HTTPEngine(ServedWeights):
                 "data.max_prompt_length"
             )
         place: dict[tuple[int, ...], int] = {}
-        calls = []
-        for request in requests:
+
+        def call(request: Request) -> Call[Sample]:
             first = place.setdefault(tuple(request.prompt), len(place)) % len(self.own)  # siblings share a server's prefix
             urls = [*self.own[first:], *self.own[:first]]
             stops, model = self.policy.stop_ids, self._asked_for(self.model)
             route, body = self.dialect.ask(request.prompt, sampling, seed=seed_of(*request.key), stops=stops, model=model)
-            calls.append(Call(urls, route, body, self._sample, forgotten=self.dialect.forgotten(model) if self.adapter else None))
-        return calls
+            return Call(urls, route, body, self._sample, forgotten=self.dialect.forgotten(model) if self.adapter else None)
+
+        return [[call(request) for request in chunk] for chunk in chunks]
 
     def _sample(self, body: object) -> Sample:
         """Raises Again, and Forgotten where other weights answered."""
         answer = self.dialect.read(body)
         if answer.finish == "abort":
             raise Again("the server aborted the answer")
-        expected = self._asked_for(self.model) if self.dialect.tells_models else self.model
-        known = answer.echo is None or answer.echo == expected or {answer.echo, expected} <= self.aliases
-        if not known and (self.dialect.tells_models or not self.adapter):
-            raise Forgotten(
-                f"{answer.echo!r} answered where {expected!r} was asked for, each time that the server was given these weights: "
-                "something else loads weights into it"
-            )
+        wanted = self._asked_for(self.model)
+        if answer.model is not None and answer.model != wanted and not {answer.model, wanted} <= self.aliases:
+            raise _of_others(answer.model, wanted)
+        for version in answer.versions:
+            if not self.adapter and version != self.model:
+                raise _of_others(version, self.model)
         return Sample(answer.ids, answer.logprobs, "stop" if answer.finish == "stop" else "length", [self.version] * len(answer.ids))
 
     def _look_at(self, requests: Sequence[Request], samples: Sequence[Sample], sampling: Sampling) -> None:
@@ -218,3 +237,10 @@ class HTTPEngine(ServedWeights):
         for rank, told in enumerate(gather_objects(wrong)):
             if told:
                 raise RolloutError(f"inference server of process {rank} ({', '.join(self.own)}): {told}. {SAME_DISTRIBUTION}")
+
+
+def _of_others(answered: str, wanted: str) -> Forgotten:
+    return Forgotten(
+        f"{answered!r} answered where {wanted!r} was asked for, each time that the server was given these weights: something else loads "
+        "weights into it"
+    )

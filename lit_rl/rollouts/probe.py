@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.weights.shards import reshard
-from lit_rl.rollouts.base import Sample
+from lit_rl.rollouts.base import Request, Sample
 
 MEASURABLE = 1e-3
 """A move of the trainer's log-probabilities that a server in 16 bits cannot miss."""
@@ -62,6 +62,14 @@ class ProbeHistory:
         if self.before is None or float((ours - self.before[1]).abs().max()) >= MEASURABLE:
             self.before = theirs, ours
         return ""
+
+
+def distinct(requests: Sequence[Request], most: int) -> list[int]:
+    """Places of requests with different prompts, the longest prompt first: what a server kept of old weights shows in long prompts."""
+    first: dict[tuple[int, ...], int] = {}
+    for i, request in enumerate(requests):
+        first.setdefault(tuple(request.prompt), i)
+    return [place for _, place in sorted(first.items(), key=lambda item: -len(item[0]))][:most]
 
 
 def disagreement(samples: Sequence[Sample], mine: Sequence[Sequence[float]], *, temperature: float, tolerance: float) -> str:

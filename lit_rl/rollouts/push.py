@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_rl.checkpoints.replacing import beside, put_in_place, remove, swept
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import TokenPolicy
-from lit_rl.policies.weights.shards import gathered, part, reshard
+from lit_rl.policies.weights.shards import gathered_on_first, part, reshard
 
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -27,11 +27,14 @@ def fingerprint(policy: TokenPolicy) -> tuple[int, ...]:
     return tuple(int(part(p).contiguous().view(WORDS[p.element_size()]).sum(dtype=torch.int64)) for _, p in policy.trainable())
 
 
-@torch.no_grad()
-def gather(policy: TokenPolicy, *, keep: bool) -> dict[str, Tensor]:
-    """Whole trained tensors by name, on processes that `keep` them. Collective."""
-    names = {name for name, _ in policy.trainable()}
-    return {name: tensor for name, tensor in gathered(policy, names) if keep}
+def gather(policy: TokenPolicy, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Whole trained tensors by name on the first process, in `dtype` or as they are; nothing on the others. Collective.
+
+    What the policy keeps in float32 in any precision (`float32_weights`) stays so.
+    """
+    kept = policy.float32_weights()
+    dtypes = {name: w.dtype if dtype is None or name in kept else dtype for name, w in policy.trainable()}
+    return dict(gathered_on_first(policy, dtypes))
 
 
 def digest(fingerprints: Sequence[tuple[int, ...]]) -> str:

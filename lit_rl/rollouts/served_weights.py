@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
 from lit_rl.ranks import gather_objects
 from lit_rl.rollouts.base import RolloutEngine, RolloutError
 from lit_rl.rollouts.connection import Call, Connection, Forgotten
-from lit_rl.rollouts.dialects import Dialect, weight_version
+from lit_rl.rollouts.dialects import Dialect, served_dtype, weight_version
 from lit_rl.rollouts.probe import ProbeHistory, trainer_logprobs
 from lit_rl.rollouts.push import digest, fingerprint, gather, write
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 SAME_WEIGHTS = (
     "Check that the server was started on model.policy.pretrained itself (base model, revision, dtype), that nothing else loads weights "
@@ -36,6 +39,7 @@ class ServedWeights(RolloutEngine):
     sync_dir: Path
     server_sync_dir: str
     keep: int
+    push_dtype: torch.dtype | None  # None: as they are
     probe_ids: list[int]
     probe_tolerance: float
 
@@ -49,6 +53,21 @@ class ServedWeights(RolloutEngine):
         self.history = {url: ProbeHistory() for url in self.urls}
         self.unseen = False  # whether no answer was looked at since `update_weights`
 
+    def _agreed_dtype(self, given: str | None) -> torch.dtype | None:
+        """The dtype in which whole weights are pushed: the given one, or else that which all servers tell. Collective."""
+        route = self.dialect.settings_route
+        told: tuple[str | None, str] = given, ""
+        if self.rank == 0 and given is None and route is not None and not self.adapter:
+            try:
+                found = self.connection.run([Call([url], route, None, served_dtype, done="") for url in self.urls])
+                told = found[0] if len(set(found)) == 1 else None, ""
+            except RolloutError as error:  # the others are waiting, and end with the same sentence
+                told = None, str(error)
+        name, wrong = gather_objects(told)[0]
+        if wrong:
+            raise RolloutError(wrong)
+        return None if name is None or self.adapter else DTYPES[name]
+
     def update_weights(self, version: int) -> None:
         """Push the weights where they changed, and compare log-probabilities of the probe. Collective."""
         self.version, self.unseen = version, True
@@ -57,7 +76,7 @@ class ServedWeights(RolloutEngine):
         if not any(changed for _, changed in told_by_all):
             return
         contents = digest([found for found, _ in told_by_all])
-        weights = gather(self.policy, keep=self.rank == 0)
+        weights = gather(self.policy, self.push_dtype)
         expected = trainer_logprobs(self.policy, [(self.probe_ids[:1], self.probe_ids[1:])], temperature=1.0)[0]
         told: tuple[str, str] = ("", "")
         if self.rank == 0:

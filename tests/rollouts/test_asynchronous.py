@@ -33,6 +33,9 @@ LATE: dict[str, Any] = {**ASYNC, "asynchronous": False}
 class Late(RolloutEngine):
     """Answers with the weights of an iteration ago; those of the first iteration are its own."""
 
+    def __init__(self, answering: type[RolloutEngine] = HFEngine) -> None:
+        self.answering = answering
+
     def setup(self, policy: TokenPolicy, *, rank: int, world_size: int) -> None:
         super().setup(policy, rank=rank, world_size=world_size)
         self.copies: list[TokenPolicy] = []
@@ -41,7 +44,7 @@ class Late(RolloutEngine):
         self.copies.append(copy.deepcopy(self.policy))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
-        answering = HFEngine()
+        answering = self.answering()
         answering.setup(self.copies[max(0, len(self.copies) - 2)], rank=0, world_size=1)
         return answering.generate(requests, sampling)
 

@@ -32,13 +32,14 @@ from lit_rl.rewards.base import TextReward
 from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Request, RolloutEngine, RolloutError, Sample, Sampling
 from lit_rl.rollouts.hf import HFEngine
-from lit_rl.rollouts.http import HTTPEngine, distinct
+from lit_rl.rollouts.http import HTTPEngine
+from lit_rl.rollouts.probe import distinct
 from lit_rl.rollouts.push import gather, write
 from lit_rl.types import Info
 
 SHORT = Sampling(max_new_tokens=6)
 LORA = LoraSettings(rank=4, alpha=8)
-WAYS = [("openai", LORA), ("openai", None), ("sglang", LORA), ("sglang", None)]
+WAYS = [(dialect, lora) for dialect in ("openai", "vllm", "sglang") for lora in (LORA, None)]
 ways = pytest.mark.parametrize(
     ("dialect", "lora"), WAYS, ids=lambda value: value if isinstance(value, str) else "lora" if value else "full"
 )
@@ -221,7 +222,7 @@ def test_two_runs_that_push_the_same_weights_do_not_meet(base: Path, tmp_path: P
         written.wait(30)
 
     monkeypatch.setattr(answering, "save", slowly)
-    weights = gather(answering, keep=True)
+    weights = gather(answering)
     with ThreadPoolExecutor(2) as threads:
         for done in [threads.submit(write, answering, weights, folder) for _ in range(2)]:
             done.result()
@@ -357,11 +358,11 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("dialect", ["openai", "sglang"])
+@pytest.mark.parametrize("dialect", ["openai", "vllm", "sglang"])
 @pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
 def test_a_fault_changes_no_answer(dialect: str, faults: list[Fault], base: Path, server: FakeServer, tmp_path: Path) -> None:
     answering = loaded(base, LORA)
-    made = pushed(server, tmp_path, answering, dialect=dialect, timeout_s=1.0)
+    made = pushed(server, tmp_path, answering, dialect=dialect, timeout_s=1.0 if faults[0].kind == "slow" else 9.0)
     server.faults = iter(faults)
     assert_same(made.generate(requests(answering)[:2], SHORT), in_process(answering, requests(answering)[:2]))
     assert made.connection.retries == len(faults)
@@ -430,7 +431,7 @@ def test_the_start_waits_for_the_server_and_knows_its_models(base: Path, tmp_pat
     ("settings", "message"),
     [
         ({"keep": 0}, "engine.keep=0"),
-        ({"dialect": "grpc"}, "openai, sglang"),
+        ({"dialect": "grpc"}, "openai, vllm, sglang"),
         ({"urls": []}, "urls is empty"),
         ({"urls": "not a url"}, "host:port"),
     ],

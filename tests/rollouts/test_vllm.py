@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import pytest
-import torch
-from lightning import Callback, LightningModule, Trainer
-from test_http import Small, move
-from toy_text import Digits, trainer
+from rollouts import contract
+from rollouts.contract import ADAPTERS, EVERY, LAST, WHOLE, Check, Served, hold
+from rollouts.vllm_server import ServerProcess, vllm
+from rollouts.vllm_training import level, rewards
+from rough_lm import roughen
+from test_asynchronous import Late
+from test_contract import adapter
+from test_http import move
+from transformers import AutoModelForCausalLM
 
-from callbacks.reward_scoring import RewardScoring
-from lit_rl.methods.grpo import GRPO
 from lit_rl.miniatures.lm import build_lm
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.weights.lora import LoraSettings
-from lit_rl.rollouts.answers import Answers
-from lit_rl.rollouts.base import Request, RolloutEngine, RolloutError, Sample, Sampling
+from lit_rl.rollouts.base import Request, RolloutError, Sample, Sampling
 from lit_rl.rollouts.connection import Call
 from lit_rl.rollouts.http import HTTPEngine
 from lit_rl.rollouts.native import NativeEngine
@@ -35,60 +32,27 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 LORA = LoraSettings(rank=8, alpha=16)
 PROBE = "12+34=46 # 0123456789"
 CLOSE = 1e-4
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-    "VLLM_SERVER_DEV_MODE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class VLLM:
-    """One server process with all its children, in a process group of its own."""
-
-    def __init__(self, model: Path, log: Path, *options: str) -> None:
-        self.port, self.log = free_port(), log
-        self.command = [os.environ.get("VLLM_PYTHON", ".venv-vllm/bin/python"), "-m", "vllm.entrypoints.openai.api_server"]
-        self.command += ["--model", str(model), "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32"]
-        self.command += ["--max-model-len", "512", "--max-num-seqs", "32", "--gpu-memory-utilization", "0.1"]
-        self.command += ["--logprobs-mode", "processed_logprobs", "--enforce-eager", *options]
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | ENVIRONMENT
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(self.command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-
-    def stop(self) -> None:
-        """End the process group: the engine is a child that outlives its parent otherwise."""
-        for sent in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, sent)
-            except ProcessLookupError:
-                return
-            until = time.monotonic() + 10
-            while time.monotonic() < until and self.process.poll() is None:
-                time.sleep(0.1)
+NAMES = ["--served-model-name", "first", "second", "--max-model-len", str(contract.MOST), "--api-key", contract.TOKEN]
+dialects = pytest.mark.parametrize("dialect", ["openai", "vllm"])
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its attention heads are as wide as the least that vLLM's CPU attention takes: 32."""
     folder = tmp_path_factory.mktemp("vllm") / "model"
-    return build_lm(folder, characters="0123456789+=# ?", chat=False, hidden=64, layers=2, heads=2, kv_heads=2)
+    build_lm(folder, characters="0123456789+=# ?", chat=False, hidden=64, layers=2, heads=2, kv_heads=2)
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    roughen(lm)
+    lm.save_pretrained(folder)
+    return folder
 
 
-def running(server: VLLM) -> Iterator[VLLM]:
+@pytest.fixture(autouse=True)
+def token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROLLOUT_TOKEN", contract.TOKEN)
+
+
+def running(server: ServerProcess) -> Iterator[ServerProcess]:
     server.start()
     try:
         yield server
@@ -97,17 +61,15 @@ def running(server: VLLM) -> Iterator[VLLM]:
 
 
 @pytest.fixture(scope="module")
-def adapters(model: Path) -> Iterator[VLLM]:
-    """A server of adapters, with two names of the base model."""
-    names = ["--served-model-name", "first", "second"]
-    yield from running(VLLM(model, model.parent / "adapters.log", "--enable-lora", "--max-lora-rank", "8", "--max-loras", "2", *names))
+def adapters(model: Path) -> Iterator[ServerProcess]:
+    yield from running(vllm("adapters", model, model.parent / "adapters.log", *NAMES, rank=contract.MAX_RANK))
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, adapters: VLLM) -> Iterator[VLLM]:
+def whole(model: Path, adapters: ServerProcess) -> Iterator[ServerProcess]:
     """A server of whole weights; the one before is stopped first."""
     adapters.stop()
-    yield from running(VLLM(model, model.parent / "whole.log"))
+    yield from running(vllm("whole", model, model.parent / "whole.log", *NAMES))
 
 
 def loaded(model: Path, lora: LoraSettings | None) -> CausalLM:
@@ -117,10 +79,9 @@ def loaded(model: Path, lora: LoraSettings | None) -> CausalLM:
     return found.eval()
 
 
-def engine(server: VLLM, folder: Path, name: str | None = None) -> HTTPEngine:
-    return HTTPEngine(
-        server.url, str(folder / "sync"), model=name, probe=PROBE, probe_tolerance=CLOSE, health_s=240, deadline_s=60, down_s=20
-    )
+def engine(server: ServerProcess, folder: Path, dialect: str = "openai", name: str | None = None) -> HTTPEngine:
+    times = {"health_s": 240.0, "deadline_s": 60.0, "down_s": 20.0}
+    return HTTPEngine(server.url, str(folder / "sync"), dialect=dialect, model=name, probe=PROBE, probe_tolerance=CLOSE, **times)  # type: ignore[arg-type]
 
 
 def requests(policy: CausalLM) -> list[Request]:
@@ -151,82 +112,108 @@ def two_stops(policy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(policy), "stop_ids", property(lambda _: stops))
 
 
-def test_adapters(model: Path, adapters: VLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three pushes; then the server forgets the adapter inside an iteration."""
-    policy = loaded(model, LORA)
-    two_stops(policy, monkeypatch)
-    made = engine(adapters, tmp_path, "second")
+def pushes(made: HTTPEngine, policy: CausalLM, count: int = 3) -> None:
     made.setup(policy, rank=0, world_size=1)
-    assert made.max_model_len == 512
-    for version in range(3):
+    assert made.max_model_len == contract.MOST
+    for version in range(count):
         move(policy, 0.03, seed=version)
         made.update_weights(version)
         check_answers(made, policy)
+
+
+# ---------------------------------------------------------------------- adapters
+@pytest.mark.parametrize("check", [*EVERY, *ADAPTERS], ids=lambda check: check.__name__)
+def test_adapters_are_served_as_by_the_server_of_the_tests(check: Check, model: Path, adapters: ServerProcess, tmp_path: Path) -> None:
+    narrow, wide = (adapter(model, tmp_path / str(rank), rank) for rank in (contract.MAX_RANK, 2 * contract.MAX_RANK))
+    hold(check, Served(adapters.url, adapter=narrow, wide=wide))
+
+
+@dialects
+def test_adapters(dialect: str, model: Path, adapters: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three pushes; then the server forgets the adapter inside an iteration."""
+    policy = loaded(model, LORA)
+    two_stops(policy, monkeypatch)
+    made = engine(adapters, tmp_path, dialect, "second")
+    pushes(made, policy)
     before = made.generate(requests(policy), Sampling(max_new_tokens=8))
     made.connection.run([Call([adapters.url], *made.dialect.unload_adapter(made.model), made.dialect.read_load)])
     assert [s.ids for s in made.generate(requests(policy), Sampling(max_new_tokens=8))] == [s.ids for s in before]
 
 
-class Rewards(Callback):
-    def __init__(self) -> None:
-        self.seen: list[float] = []
+# ---------------------------------------------------------------------- trainings
+def check_training(model: Path, lora: LoraSettings | None, server: ServerProcess, folder: Path) -> None:
+    """20 iterations over HTTP, in turns and asynchronous, are those in process: the server draws other answers, so within noise.
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.seen.append(float(trainer.callback_metrics["reward_mean"]))
-
-
-def fit(model: Path, made: RolloutEngine, *, asynchronous: bool = False) -> list[float]:
-    torch.manual_seed(0)
-    old: Literal["auto", "rollout"] = "rollout" if asynchronous else "auto"
-    method = GRPO(
-        CausalLM(str(model), lora=LORA),
-        answers=Answers(engine=made, sampling=Sampling(max_new_tokens=6), chunk=32, asynchronous=asynchronous, old_logprobs=old),
-        prompts_per_iteration=4,
-        group_size=8,
-        optimizer=partial(torch.optim.AdamW, lr=1e-2),
-    )
-    rewards = Rewards()
-    callbacks = [RewardScoring({"small": Small()}), rewards]
-    trainer(max_epochs=20, callbacks=callbacks, limit_val_batches=0, enable_checkpointing=False).fit(method, datamodule=Digits())
-    return rewards.seen
+    Noise is what seeds of runs in process differ by. What is asynchronous is compared with answers of an iteration ago.
+    """
+    present = [level(rewards(model, lora, NativeEngine(), seed=seed)) for seed in range(3)]
+    late = [level(rewards(model, lora, Late(NativeEngine), seed=seed, late=True)) for seed in range(3)]
+    in_turns = level(rewards(model, lora, engine(server, folder / "turns", "vllm")))
+    ahead = level(rewards(model, lora, engine(server, folder / "ahead"), asynchronous=True, late=True))
+    for name, found, inside in (("in turns", in_turns, present), ("asynchronous", ahead, late)):
+        noise = max(0.03, 3 * statistics.stdev(inside))
+        print(f"{name}: {found:.3f}, in process {statistics.mean(inside):.3f} +- {noise:.3f}")
+        assert abs(found - statistics.mean(inside)) < noise
 
 
-def test_training_learns_as_in_process(model: Path, adapters: VLLM, tmp_path: Path) -> None:
-    """20 iterations: in process, over HTTP, and asynchronous; the server draws other answers, so the curves agree within noise."""
-    runs: dict[str, Callable[[], list[float]]] = {
-        "native": lambda: fit(model, NativeEngine()),
-        "http": lambda: fit(model, engine(adapters, tmp_path / "http")),
-        "asynchronous": lambda: fit(model, engine(adapters, tmp_path / "ahead"), asynchronous=True),
-    }
-    rise, last = {}, {}
-    for name, run in runs.items():
-        seen = run()
-        assert len(seen) == 20
-        last[name] = sum(seen[-4:]) / 4
-        rise[name] = last[name] - sum(seen[:2]) / 2
-    print("rise", rise, "last four", last)
-    assert min(rise.values()) > 0.1
-    assert max(last.values()) - min(last.values()) < 0.2
+def test_training_with_adapters_learns_as_in_process(model: Path, adapters: ServerProcess, tmp_path: Path) -> None:
+    check_training(model, LORA, adapters, tmp_path)
 
 
-def test_whole_weights_a_restart_and_a_death(model: Path, whole: VLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long prompts show whether the prefix cache was reset; a real restart is noticed, and so is a server that does not come back."""
+# ---------------------------------------------------------------------- whole weights
+@pytest.mark.parametrize("check", [*EVERY, *WHOLE], ids=lambda check: check.__name__)
+def test_whole_weights_are_served_as_by_the_server_of_the_tests(check: Check, whole: ServerProcess) -> None:
+    hold(check, Served(whole.url))
+
+
+@dialects
+def test_whole_weights(dialect: str, model: Path, whole: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long prompts show whether the prefix cache was reset."""
     policy = loaded(model, None)
     two_stops(policy, monkeypatch)
-    made = engine(whole, tmp_path)
-    made.setup(policy, rank=0, world_size=1)
-    for version in range(3):
-        move(policy, 0.03, seed=version)
-        made.update_weights(version)
-        check_answers(made, policy)
+    made = engine(whole, tmp_path, dialect)
+    pushes(made, policy)
+    whole_version = made.connection.run([Call([whole.url], "/weight_info", None, lambda body: body)])[0]
+    assert whole_version == {"weight_version": made.model}
+
+
+def test_training_of_all_weights_learns_as_in_process(model: Path, whole: ServerProcess, tmp_path: Path) -> None:
+    check_training(model, None, whole, tmp_path)
+
+
+# ---------------------------------------------------------------------- restarts and ends
+def check_raw(made: HTTPEngine, policy: CausalLM) -> None:
+    """Log-probabilities of temperature 1 and of all tokens are right there with top_p and top_k too, and found out elsewhere."""
+    for shape in ({"top_p": 0.6}, {"top_k": 4}, {"top_p": 0.8, "top_k": 6}):
+        made.unseen = True
+        samples = made.generate(requests(policy), Sampling(max_new_tokens=16, **shape))  # type: ignore[arg-type]
+        assert gap(policy, requests(policy), samples, 1.0) < CLOSE
+    made.unseen = True
+    with pytest.raises(RolloutError, match="processed_logprobs"):
+        made.generate(requests(policy), Sampling(max_new_tokens=16, temperature=0.7))
+
+
+def test_a_restart_is_noticed_and_an_end_too(model: Path, whole: ServerProcess, tmp_path: Path) -> None:
+    """It comes back with raw log-probabilities, vLLM's default."""
+    policy = loaded(model, None)
+    engines = [engine(whole, tmp_path / dialect, dialect) for dialect in ("openai", "vllm")]
+    for made in engines:
+        made.setup(policy, rank=0, world_size=1)
+        made.update_weights(0)
     before = made.generate(requests(policy), Sampling(max_new_tokens=8))
     whole.stop()
+    whole.command += ["--logprobs-mode", "raw_logprobs"]
     whole.start()
-    made.connection.wait_healthy([whole.url], patience_s=240)
-    again = made.generate(requests(policy), Sampling(max_new_tokens=8))
-    assert [s.ids for s in again] == [s.ids for s in before] and gap(policy, requests(policy), again, 1.0) < CLOSE
-    whole.stop()
+    for made in engines:
+        again = made.generate(requests(policy), Sampling(max_new_tokens=8))
+        assert [s.ids for s in again] == [s.ids for s in before] and gap(policy, requests(policy), again, 1.0) < CLOSE
+        check_raw(made, policy)
+    for check in LAST:
+        hold(check, Served(whole.url))
     made.connection.down_s, began = 2.0, time.monotonic()
+    with pytest.raises(RolloutError, match="EngineCore encountered an issue|the server is gone"):
+        made.generate(requests(policy), Sampling(max_new_tokens=8))
+    whole.stop()
     with pytest.raises(RolloutError, match="the server is gone"):
         made.generate(requests(policy), Sampling(max_new_tokens=8))
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 30

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from lit_rl.ranks import gather_pieces
+from lit_rl.ranks import gather_pieces, gather_pieces_to_first, place
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -39,6 +39,40 @@ def gathered(module: nn.Module, names: Collection[str]) -> Iterator[tuple[str, T
     for name, parameter in module.named_parameters():
         if name in names:
             yield name, whole(parameter)
+
+
+@torch.no_grad()
+def gathered_on_first(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor on the CPU) of the named parameters, each in its dtype; on other processes nothing.
+
+    One at a time: a process converts its shard, sends it to the first one and receives none. Collective: every rank must exhaust it.
+    """
+    reshard(module)
+    for name, parameter in module.named_parameters():
+        if name in dtypes and (tensor := _on_first(parameter, dtypes[name])) is not None:
+            yield name, tensor
+
+
+def _on_first(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
+    from torch.distributed.tensor import DTensor, Shard
+
+    piece = part(parameter).to(dtype)
+    if isinstance(parameter, DTensor):
+        if parameter.device_mesh.ndim > 1 or parameter.placements != (Shard(0),):
+            found = whole(parameter)
+            return found.to(dtype) if place()[0] == 0 else None
+        rows = -(-parameter.shape[0] // parameter.device_mesh.size())  # of the first process; the last ones may have fewer
+        padded = torch.cat([piece, piece.new_zeros(rows - piece.shape[0], *piece.shape[1:])])
+        return _first_of(padded.flatten(), parameter.shape, parameter.device_mesh.get_group())
+    if isinstance(parameter, ZeroParameter):
+        return _first_of(piece, parameter.ds_shape, parameter.ds_process_group)
+    return piece.to("cpu", copy=True) if place()[0] == 0 else None
+
+
+def _first_of(piece: Tensor, shape: torch.Size, group: torch.distributed.ProcessGroup) -> Tensor | None:
+    """On the first process the tensor of that shape, of which every process holds a flat piece of equal length."""
+    pieces = gather_pieces_to_first(sendable(piece, group), group)
+    return None if pieces is None else pieces[: shape.numel()].view(shape).cpu()
 
 
 def whole(tensor: Tensor) -> Tensor:
