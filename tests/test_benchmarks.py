@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import data as data_sets
-from benchmarks import flow_grpo_iteration, generation, overhead, overlap, startup, token_logprobs, trl_compare, trl_sides
+from benchmarks import flow_grpo_iteration, generation, overhead, overlap, push, startup, token_logprobs, trl_compare, trl_sides
 from lit_rl.miniatures.lm import build_lm
 
 SIZES = {
@@ -165,3 +165,13 @@ def test_startup_tells_mistakes_sooner_than_it_imports() -> None:
     rows = {line[:20].strip(): float(line[20:28]) for line in startup.main(["--repeats", "1"]).splitlines()[1:]}
     assert list(rows) == ["import torch", "import lightning", "a missing file", "a wrong key", "plain script", "first forward", "one step"]
     assert rows["a missing file"] < rows["import torch"] and rows["a wrong key"] < rows["import torch"]
+
+
+@pytest.mark.slow
+def test_both_pushes_write_the_same_weights_in_their_dtypes(tmp_path: Path) -> None:
+    model = build_lm(tmp_path / "model", hidden=64, heads=2, vocab_size=4096)
+    figures = {arm: push.run_pair(arm, model) for arm in push.ARMS}
+    size = {arm: first["files_mib"] for arm, (first, _) in figures.items()}
+    assert size["torch, float32"] == pytest.approx(size["ours, float32"], rel=0.02)
+    assert size["torch, float32"] == pytest.approx(2 * size["ours, bfloat16"], rel=0.05) and size["ours, bfloat16"] > 1
+    assert all(second["files_mib"] == 0 and second["change"] >= 0 for _, second in figures.values())

@@ -14,17 +14,30 @@ from lit_rl.errors import ConfigError
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.weights.shards import gathered_on_first, part, reshard
 
-WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
 def fingerprint(policy: TokenPolicy) -> tuple[int, ...]:
-    """The sum of the bits of each trained tensor, of what this process holds of it: another one after any optimizer step.
+    """`sum_of_bits` of each trained tensor, of what this process holds of it: another one after any optimizer step.
 
     By contents, because the number of an iteration does not tell an average that takes the weights' place in evaluation from them.
     """
     reshard(policy)
-    return tuple(int(part(p).contiguous().view(WORDS[p.element_size()]).sum(dtype=torch.int64)) for _, p in policy.trainable())
+    return tuple(sum_of_bits(part(p)) for _, p in policy.trainable())
+
+
+def sum_of_bits(tensor: Tensor) -> int:
+    """The sum modulo 2^64 of a tensor's bits in words of 64, and of what is left of them at its end.
+
+    Nothing is converted: a sum of 32-bit words in 64 bits takes twenty times as long on a CPU.
+    """
+    size = tensor.element_size()
+    flat = tensor.contiguous().view(-1)
+    if flat.storage_offset() * size % 8:
+        flat = flat.clone()
+    even = flat.numel() - flat.numel() % (8 // size)
+    return int(flat[:even].view(torch.int64).sum()) + int(flat[even:].view(WORDS[size]).sum(dtype=torch.int64))
 
 
 def gather(policy: TokenPolicy, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from test_http import LORA, loaded, move, pushed
 
 from lit_rl.errors import ConfigError
 from lit_rl.rollouts.http import HTTPEngine
-from lit_rl.rollouts.push import gather
+from lit_rl.rollouts.push import gather, sum_of_bits
 
 ROUGH = 0.05
 """Of a server in bfloat16."""
@@ -76,6 +76,23 @@ def test_weights_that_a_model_keeps_in_float32_stay_so(base: Path, monkeypatch: 
     monkeypatch.setattr(policy.network.lm, "_keep_in_fp32_modules_strict", {"lm_head"})
     dtypes = {name.rpartition("lm.")[2]: tensor.dtype for name, tensor in gather(policy, torch.bfloat16).items()}
     assert {name for name, dtype in dtypes.items() if dtype is torch.float32} == {"lm_head.weight"} and len(dtypes) > 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("size", [0, 1, 2, 7, 8, 33])
+def test_a_change_of_any_element_changes_the_sum_of_bits(dtype: torch.dtype, size: int) -> None:
+    """Wherever the tensor begins in its storage: a shard is a part of one."""
+    drawn = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    room = torch.zeros(size + 1, dtype=dtype)
+    room[1:] = drawn
+    before = sum_of_bits(drawn)
+    assert sum_of_bits(room[1:]) == before and (not size or sum_of_bits(torch.stack([drawn, drawn]).T[:, 0]) == before)
+    changed = []
+    for i in range(size):
+        moved = drawn.clone()
+        moved[i] = moved[i].float() + 0.5
+        changed.append(sum_of_bits(moved))
+    assert before not in changed
 
 
 def test_an_unknown_dtype_is_refused() -> None:
