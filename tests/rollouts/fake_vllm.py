@@ -204,17 +204,20 @@ class VLLMRoutes(Holding):
         whole = {"model": self._chosen(body["model"]), "output_mode": "tokens", "prompt_logprobs": None}
         if "prompt_logprobs" in settings:
             return web.json_response(whole | {"choices": [{"index": 0}], "prompt_logprobs": self._prompt_logprobs(prompt)})
-        version = self.weights_version
 
         def say(ids: list[int], logprobs: list[float], finish: str) -> Any:
             rows = [{"token_id": i, "logprob": value, "top_logprobs": []} for i, value in zip(ids, logprobs)]
-            spans = [{"version": version, "start": 0, "end": len(ids)}]
+            spans = [{"version": version, "start": start, "end": end} for version, start, end in self.spans(len(ids))]
             choice = {"index": 0, "finish_reason": finish, "token_ids": ids, "weight_versions": spans, "logprobs": {"content": rows}}
             return whole | {"choices": [choice]}
 
         assert settings["ignore_eos"]
         most = min(count, self.max_model_len - len(prompt))
         return await self.answer(request, body, prompt, settings, most, settings["seed"], say)
+
+    def spans(self, count: int) -> list[tuple[str, int, int]]:
+        """Versions of the weights that drew an answer of so many tokens."""
+        return [(self.weights_version, 0, count)]
 
     def _chosen(self, model: str) -> str:
         """The name that the answer says; the weights of that name answer."""

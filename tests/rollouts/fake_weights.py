@@ -25,7 +25,7 @@ class Holding(LocalServer):
     """Each question for an answer takes the next of `faults`: those of `Fault`'s kinds status, drop, hang, slow, garbage, and abort, nan.
 
     stale: Says that it took the weights and did not. raw: Log-probabilities at temperature 1 of all tokens, as vLLM's default has them.
-    processed: Those of the tokens that top_k leaves, as vLLM's processed_logprobs are. backwards: The first of `backwards`
+    processed: Those of the tokens that top_k and top_p leave, as vLLM's processed_logprobs are. backwards: The first of `backwards`
     questions is answered last. slow: Seconds that an answer to a prompt takes.
     """
 
@@ -174,7 +174,9 @@ class Holding(LocalServer):
     def _told(self, row: torch.Tensor, token: int, logprob: float, shape: Mapping[str, Any]) -> float:
         if self.raw:
             return float(row.log_softmax(-1)[token])
-        if self.processed and shape["top_k"]:
-            kept = (row / shape["temperature"]).topk(shape["top_k"]).values
+        if self.processed:
+            scaled = (row / shape["temperature"]).sort(descending=True).values[: shape["top_k"] or None]
+            probabilities = scaled.softmax(-1)
+            kept = scaled[probabilities.cumsum(0) - probabilities < shape["top_p"]]
             return float(row[token] / shape["temperature"] - kept.logsumexp(0))
         return logprob
