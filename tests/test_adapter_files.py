@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import torch
 import yaml
 from fill import RELEASED, build_fill, settings
+from forked import ended, forked_script
 
 import cli
 from lit_rl.checkpoints.ip_adapter import convert, read_ip_adapter
@@ -64,9 +63,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     def start(command: str, *options: str, fresh: bool = False) -> None:
         words = [str(ROOT / "cli.py"), command, "--config", str(tmp_path / "run.yaml"), *options]
         if fresh:
-            path = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=os.environ | path, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+            assert ended(forked_script(*words, folder=tmp_path), timeout=200) == 0, (tmp_path / "log").read_text()
             return
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", words)

@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from fill import HEIGHT, WIDTH, build_fill, settings
+from forked import ended, forked_script
 from PIL import Image
 from rewards.test_launch import free_ports
 
@@ -115,14 +116,14 @@ def launched(folder: Path, gpus: list[str]) -> Iterator[tuple[subprocess.Popen[b
 
 def train(home: Path, folder: Path, base: str, *options: str, **environment: str) -> tuple[str, list[dict[str, str]]]:
     """Run the same `run.yaml` over a base; what was printed, and the logged rows."""
-    command = [sys.executable, str(ROOT / "cli.py"), "fit", "--config", str(ROOT / f"configs/base/{base}.yaml")]
-    command += ["--config", str(home / "run.yaml"), "--trainer.accelerator", "cpu", *options]
-    done = subprocess.run(command, cwd=folder, env=ENV | environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = [str(ROOT / "cli.py"), "fit", "--config", str(ROOT / f"configs/base/{base}.yaml")]
+    words += ["--config", str(home / "run.yaml"), "--trainer.accelerator", "cpu", *options]
+    code, said = ended(forked_script(*words, folder=folder, environment=ENV | environment), timeout=200), (folder / "log").read_text()
+    assert code == 0, said[-3000:]
     last = torch.load(folder / "out/checkpoints/last.ckpt", weights_only=True)
     assert last["epoch"] == ITERATIONS - 1
     head, *lines = [line.split(",") for line in (folder / "out/logs/metrics.csv").read_text().splitlines()]
-    return done.stdout + done.stderr, [dict(zip(head, line)) for line in lines]
+    return said, [dict(zip(head, line)) for line in lines]
 
 
 def asked(folder: Path, gpu: str) -> list[str]:

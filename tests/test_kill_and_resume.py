@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from forked import end_group, ended, forked_script
 from toy import toy_config
 
 EPOCHS = 30
@@ -49,16 +49,15 @@ def config(folder: Path) -> dict[str, Any]:
     return run
 
 
-def start(folder: Path, *options: str, die: int = -1) -> subprocess.Popen[bytes]:
+def start(folder: Path, *options: str, die: int = -1) -> BaseProcess:
     folder.mkdir(exist_ok=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(config(folder)))
-    environment = os.environ | {"DIE": str(die), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "cli.py"), "fit", "--config", str(folder / "run.yaml"), *options]
-    return subprocess.Popen(command, env=environment, cwd=folder, stdout=(folder / "log").open("ab"), stderr=subprocess.STDOUT)
+    words = [str(ROOT / "cli.py"), "fit", "--config", str(folder / "run.yaml"), *options]
+    return forked_script(*words, folder=folder, environment=os.environ | {"DIE": str(die)})
 
 
-def finish(process: subprocess.Popen[bytes], folder: Path) -> dict[str, Any]:
-    assert process.wait(timeout=200) == 0, (folder / "log").read_text()[-3000:]
+def finish(process: BaseProcess, folder: Path) -> dict[str, Any]:
+    assert ended(process, timeout=200) == 0, (folder / "log").read_text()[-3000:]
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
@@ -79,14 +78,13 @@ def test_killed_run_ends_as_the_unbroken_one(tmp_path: Path) -> None:
     last = 4 + EPOCHS // 2  # of an iteration, of the warm-up, or inside of one; each start goes on from the one before
     first, second = sorted(moment.sample(range(1, last), 2))
     for options, step in (((), first), (("--ckpt_path", "last"), second)):
-        assert start(folder, *options, die=step).wait(timeout=200) == -signal.SIGKILL, (folder / "log").read_text()[-3000:]
+        assert ended(start(folder, *options, die=step), timeout=200) == -signal.SIGKILL, (folder / "log").read_text()[-3000:]
     killed = start(folder, "--ckpt_path", "last")
     there = time.monotonic() + 200
-    while killed.poll() is None and not (folder / "checkpoints" / f"step={second + 2}.ckpt").exists() and time.monotonic() < there:
+    while killed.exitcode is None and not (folder / "checkpoints" / f"step={second + 2}.ckpt").exists() and time.monotonic() < there:
         time.sleep(0.005)
     time.sleep(moment.uniform(0.0, 0.5))  # at no particular moment, while a file is written perhaps
-    killed.kill()
-    killed.wait()
+    end_group(killed)
     killed = start(folder, "--ckpt_path", "last")
     a, b = finish(unbroken, tmp_path / "unbroken"), finish(killed, folder)
     parts = [

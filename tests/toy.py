@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -220,6 +221,16 @@ class Metrics(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.rows.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+class Impatient(L.Callback):
+    """Once training has begun, waits for other processes for so long only: until then they may take their time to import everything."""
+
+    def __init__(self, seconds: float) -> None:
+        self.patience = timedelta(seconds=seconds)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        torch.distributed.distributed_c10d._set_pg_timeout(self.patience)
 
 
 class Broken(Brightness):

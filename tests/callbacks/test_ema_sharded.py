@@ -1,5 +1,6 @@
 """The average of sharded weights is the average of the whole weights: two gloo processes, FSDP2 and ZeRO-3's way of cutting."""
 
+import os
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from forked import ended, forked
 from torch import Tensor, nn
 
 from callbacks.ema import EMA
@@ -127,7 +129,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(sharded_run, args=(port, str(folder)), nprocs=2)
+    ranks = [forked(sharded_run, rank, port, str(folder), folder=folder, log=folder / "log", environment=os.environ) for rank in range(2)]
+    assert [ended(rank, 120) for rank in ranks] == [0, 0], (folder / "log").read_text()
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

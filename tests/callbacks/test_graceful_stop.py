@@ -2,15 +2,15 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from forked import end_group, ended, forked_script
 from lightning.pytorch.callbacks import ModelCheckpoint
 from toy import ToyData, toy_method, toy_trainer
 
@@ -203,19 +203,15 @@ def test_a_forked_child_dies_of_the_signal(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- processes
-def start(folder: Path, processes: int, *checkpoint: str) -> subprocess.Popen:
-    root = SCRIPT.parents[2]
-    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    folder.mkdir(exist_ok=True)
-    with open(folder / "log", "a") as log:
-        command = [sys.executable, str(SCRIPT), str(folder), str(processes), *checkpoint]
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+def start(folder: Path, processes: int, *checkpoint: str) -> BaseProcess:
+    words = [str(SCRIPT), str(folder), str(processes), *checkpoint]
+    return forked_script(*words, folder=folder, environment=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})
 
 
-def wait_until_ready(folder: Path, run: subprocess.Popen, processes: int) -> None:
+def wait_until_ready(folder: Path, run: BaseProcess, processes: int) -> None:
     deadline = time.monotonic() + 120
     while not all((folder / f"ready.{rank}").exists() for rank in range(processes)):
-        assert time.monotonic() < deadline and run.poll() is None, (folder / "log").read_text()
+        assert time.monotonic() < deadline and run.exitcode is None, (folder / "log").read_text()
         time.sleep(0.05)
 
 
@@ -227,20 +223,19 @@ def test_two_processes_agree(tmp_path: Path, whom: str) -> None:
     try:
         wait_until_ready(tmp_path, run, 2)
         (os.kill if whom == "leader" else os.killpg)(run.pid, signal.SIGTERM)
-        assert run.wait(60) == 143, (tmp_path / "log").read_text()
+        assert ended(run, 60) == 143, (tmp_path / "log").read_text()
         deadline = time.monotonic() + 20
         while alive(run.pid) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not alive(run.pid), "the second process is still there"
     finally:
-        if alive(run.pid):
-            os.killpg(run.pid, signal.SIGKILL)
+        end_group(run)
     log = (tmp_path / "log").read_text()
     assert log.count("stopping after this optimizer step") == 1 and log.count("continue with --ckpt_path") == 1
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 5 and len(saved["rollout"]["ranks"]) == 2
     if whom == "leader":
-        assert start(tmp_path, 2, "last").wait(120) == 0
+        assert ended(start(tmp_path, 2, "last"), 120) == 0
         unbroken = toy_method(updates_per_iteration=3)
         toy_trainer(tmp_path / "unbroken", max_epochs=3).fit(unbroken, ToyData())
         for name, weight in torch.load(tmp_path / "final.pt", weights_only=True).items():

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from forked import end_group, ended, forked_script
 from lightning.pytorch.callbacks import ModelCheckpoint
 from toy import ToyData, toy_config, toy_method, toy_trainer
 
@@ -97,16 +97,13 @@ def test_a_disk_that_is_full_at_any_byte(tmp_path: Path, allowed: int) -> None:
 
 
 # ---------------------------------------------------------------------- whole runs
-def start(folder: Path, *, limit: int | None = None, **trainer: Any) -> subprocess.Popen[bytes]:
+def start(folder: Path, *, kib: int | None = None, callbacks: Sequence[dict[str, Any]] = (), **trainer: Any) -> BaseProcess:
     run = toy_config(folder)
     run["trainer"] |= {"limit_val_batches": 0, **trainer}
+    run["trainer"]["callbacks"] += callbacks
     folder.mkdir(exist_ok=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "cli.py"), "fit", "--config", str(folder / "run.yaml")]
-    command = command if limit is None else ["bash", "-c", f'ulimit -f {limit}; trap "" XFSZ; exec "$@"', "bash", *command]
-    with (folder / "log").open("wb") as log:
-        return subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+    return forked_script(str(ROOT / "cli.py"), "fit", "--config", str(folder / "run.yaml"), folder=folder, kib=kib)
 
 
 def last_line(folder: Path) -> str:
@@ -115,8 +112,7 @@ def last_line(folder: Path) -> str:
 
 @pytest.mark.slow
 def test_a_run_on_a_full_disk_ends_with_one_sentence(tmp_path: Path) -> None:
-    process = start(tmp_path / "run", limit=1)  # KiB
-    assert process.wait(timeout=200) == 1
+    assert ended(start(tmp_path / "run", kib=1), timeout=200) == 1
     said = (tmp_path / "run" / "log").read_text()
     assert (
         "Traceback" not in said
@@ -129,26 +125,25 @@ def test_a_run_on_a_full_disk_ends_with_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_ends_or_freezes_ends_the_others(tmp_path: Path, rank: int, number: signal.Signals) -> None:
-    """Within seconds, or the time that the strategy waits."""
-    strategy = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"timeout": "0:00:30"}}
-    process = start(tmp_path / "run", devices=2, max_epochs=100_000, strategy=strategy)
+    """Within seconds, or the time that processes wait for each other."""
+    impatient = {"class_path": "toy.Impatient", "init_args": {"seconds": 5}}
+    process = start(tmp_path / "run", devices=2, max_epochs=100_000, strategy="ddp", callbacks=[impatient])
     try:
         until(lambda: list((tmp_path / "run/checkpoints").glob("last.ckpt")), 200)
         (child,) = [c for c in psutil.Process(process.pid).children() if "cli.py" in " ".join(c.cmdline())]
         victim, other = (child.pid, process.pid) if rank else (process.pid, child.pid)
         os.kill(victim, number)
         if rank:
-            assert process.wait(timeout=120) not in (0, None)
-        until(lambda: ended(other), 120)
+            assert ended(process, timeout=120) not in (0, None)
+        until(lambda: gone(other), 120)
         said = (tmp_path / "run" / "log").read_text()
         assert "Traceback" not in said and f"--ckpt_path {tmp_path / 'run/checkpoints'}/" in said, said[-6000:]
-        assert not rank or ended(victim)  # a frozen one by the first
+        assert not rank or gone(victim)  # a frozen one by the first
     finally:
-        process.kill()
-        process.wait()
+        end_group(process)
 
 
-def ended(pid: int) -> bool:
+def gone(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

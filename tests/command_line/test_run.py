@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import yaml
+from forked import ended, forked_script
 from lightning.pytorch.loggers import Logger
 from toy import Brightness, toy_config
 
@@ -410,11 +410,8 @@ def test_what_stops_all_processes_is_said_once(tmp_path: Path) -> None:
     text = yaml.safe_dump(config)
     (tmp_path / "run.yaml").write_text(text)
     line = changed(text, "prompts_per_iteration", "")[1]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, "cli.py", "fit", "--config", str(tmp_path / "run.yaml")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+    assert ended(forked_script(str(ROOT / "cli.py"), "fit", "--config", str(tmp_path / "run.yaml"), folder=tmp_path), 200) == 2
+    assert [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")] == [
         f"error: {tmp_path}/run.yaml:{line}: model.prompts_per_iteration=3 does not divide among 2 processes; use a multiple of 2, e.g. 4"
     ]
 

@@ -1,24 +1,25 @@
-"""Two gloo processes that stay alive for many tests, started as torchrun starts them."""
+"""Two gloo processes that stay alive for many tests, in an environment as torchrun makes it."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+from forked import FORKS, forked
+from worker import serve
 
 
 class Pair:
     def __init__(self, folder: Path, size: int = 2) -> None:
         self.folder, self.size, self.calls = folder, size, 0
-        self.processes: list[subprocess.Popen[str]] = []
+        self.processes: list[BaseProcess] = []
+        self.calling: list[Connection] = []
 
     def start(self) -> None:
         with socket.socket() as probe:
@@ -27,25 +28,23 @@ class Pair:
         common = {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(self.size), "LOCAL_WORLD_SIZE": str(self.size),
             "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
-            "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", HERE))),
+            "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
         for rank in range(self.size):
-            environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with open(self.folder / f"rank{rank}.log", "a") as log:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(HERE / "worker.py")],
-                        stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, text=True,
-                    )
-                )  # fmt: skip
+            called, calling = FORKS.Pipe(duplex=False)
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            log = self.folder / f"rank{rank}.log"
+            self.processes.append(forked(serve, called, os.getpid(), folder=Path.cwd(), log=log, environment=os.environ | common | ranks))
+            self.calling.append(calling)
+            called.close()
 
     def stop(self) -> None:
         for process in self.processes:
             process.kill()
-            process.wait()
-            assert process.stdin is not None
-            process.stdin.close()
-        self.processes = []
+            process.join()
+        for calling in self.calling:
+            calling.close()
+        self.processes, self.calling = [], []
 
     def run(self, function: str, *, timeout: float = 120, **arguments: Any) -> list[Any]:
         """`function(**arguments)`, of `scenarios` or, as "room.function", of another file here, on every rank; what each returned.
@@ -56,10 +55,8 @@ class Pair:
             self.start()
         self.calls += 1
         answer = self.folder / f"answer{self.calls}"
-        for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps({"function": function, "arguments": arguments, "answer": str(answer)}) + "\n")
-            process.stdin.flush()
+        for calling in self.calling:
+            calling.send({"function": function, "arguments": arguments, "answer": str(answer)})
         answers = self._wait([answer.with_name(f"{answer.name}.{rank}") for rank in range(self.size)], timeout)
         if any(a is None or "error" in a for a in answers):
             if any(a is None for a in answers):  # the others wait for it in a collective
@@ -71,7 +68,7 @@ class Pair:
         deadline = time.monotonic() + timeout
         while not all(file.exists() for file in files) and time.monotonic() < deadline:
             failed = [file for file in files if file.exists() and "error" in json.loads(file.read_text())]
-            if failed or any(process.poll() is not None for process in self.processes):
+            if failed or any(process.exitcode is not None for process in self.processes):
                 deadline = min(deadline, time.monotonic() + 5)
             time.sleep(0.02)
         return [json.loads(file.read_text()) if file.exists() else None for file in files]

@@ -1,0 +1,21 @@
+"""What the processes of `forked` have imported before they begin. Nothing here may start a thread: only one of them is forked."""
+
+import os
+
+import deepspeed  # noqa: F401
+import diffusers.pipelines  # noqa: F401
+import logged_runs  # noqa: F401
+import noted  # noqa: F401
+import peft  # noqa: F401
+import ragged  # noqa: F401
+import scenarios  # noqa: F401
+import text_runs  # noqa: F401
+import torch.distributed.checkpoint  # noqa: F401
+from diffusers import AutoencoderKL, FluxFillPipeline, StableDiffusion3Pipeline  # noqa: F401
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, Qwen2ForCausalLM, SiglipVisionModel, T5EncoderModel  # noqa: F401
+
+import cli  # noqa: F401
+import lit_rl.command_line.run  # noqa: F401
+
+if len(os.listdir("/proc/self/task")) > 1:
+    raise RuntimeError("an import has started a thread, which a fork would leave behind")
