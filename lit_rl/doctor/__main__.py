@@ -1,8 +1,10 @@
 """Check this machine, a run and its reward servers, and say what to fix.
 
     python -m lit_rl.doctor [--config run.yaml ...] [--KEY VALUE ...] [--urls ...] [--launch-gpu-ids 4,5,6,7] [--train-gpu-ids 0,1,2,3]
+                            [--gpu-memory 24]
 
-Exit code 1 when there is a problem. Loads no model. Without --config only the machine and the servers that the environment names.
+Of a run it also estimates the memory on each GPU, from the config.json files of its models. Exit code 1 when there is a problem. Loads no
+weights. Without --config only the machine and the servers that the environment names.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--train-gpu-ids", default="", metavar="IDS", help="GPUs for training, e.g. 0,1,2,3 (default: what the run will take)")
     p.add_argument("--launch-gpu-ids", default="", metavar="IDS", help="GPUs for the reward servers, e.g. 4,5,6,7: checks ids and ports")
     p.add_argument("--port", type=int, help="of the launcher's first server (default: $REWARD_SERVER_PORT or 8000)")
+    p.add_argument("--gpu-memory", type=float, metavar="GIB", help="of each GPU, to see whether a run fits there; default: of those found")
     p.add_argument("--json", action="store_true", help="print the findings as JSON")
     return p
 
@@ -48,7 +51,7 @@ def findings(args: argparse.Namespace, rest: Sequence[str]) -> Iterator[Finding]
 
         options = [word for file in args.config for word in ("--config", file)] + list(rest)
         try:
-            run = Run(parse(options), options, found, train)
+            run = Run(parse(options), options, found, train, args.gpu_memory)
         except ConfigError as error:
             sentence = str(error)
     wants_gpu, wants_bfloat16 = (run.wants_gpu, run.wants_bfloat16) if run else (False, False)

@@ -26,8 +26,9 @@ from lit_rl.checkpoints.files import check_unused
 from lit_rl.command_line.errors import explain
 from lit_rl.command_line.run import CLI
 from lit_rl.command_line.usual import filled_in
-from lit_rl.doctor import models, servers
+from lit_rl.doctor import memory, models, servers
 from lit_rl.doctor.machine import room
+from lit_rl.doctor.placement import Placement
 from lit_rl.doctor.report import Finding, ok, problem, warning
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL
@@ -84,6 +85,7 @@ class Run:
     options: Sequence[str]
     gpus: Sequence[Gpu]
     train_ids: Sequence[str]
+    gpu_memory: float | None = None
 
     @property
     def wants_gpu(self) -> bool:
@@ -151,6 +153,15 @@ class Run:
             yield from problems
         yield from self._rewards(callbacks, data)
         yield from self._outputs(method, callbacks)
+        if method is not None:
+            yield from self._memory(method, callbacks)
+
+    def _memory(self, method: LitRL[Rollout], callbacks: Sequence[L.Callback]) -> Iterator[Finding]:
+        placement = Placement.of(self.config.trainer, processes=self.processes(), gpu=str(self.config.trainer.accelerator) != "cpu")
+        found = [gpu.memory / 1024 for gpu in self.gpus if gpu.memory]
+        cards = [self.gpu_memory] if self.gpu_memory else [min(found)] if found else memory.CARDS
+        there = bool(found) or self.gpu_memory is not None
+        yield from memory.findings(method, placement, data=self.config.data, callbacks=callbacks, cards=cards, there=there)
 
     def _try(self, about: str, kind: Callable[..., T], value: Namespace) -> tuple[T | None, list[Finding]]:
         try:

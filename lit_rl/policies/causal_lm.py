@@ -21,6 +21,7 @@ from lit_rl.policies.reply import reply
 from lit_rl.policies.sizes import check_length, check_vocabulary, read_config
 from lit_rl.policies.tokenizer import Tokenizer, read_tokenizer
 from lit_rl.policies.trained import TrainedPolicy
+from lit_rl.policies.unread import leaves_weights
 from lit_rl.policies.weights.language_lora import add_language_lora, read_adapter_config, save_adapter, split_adapter
 from lit_rl.policies.weights.lora import LoraSettings, base_name
 from lit_rl.policies.weights.lora_sites import repeated_blocks
@@ -96,7 +97,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
             return
         lm = self._read()
         head = recognized(lm)
-        if stops := self.stop_ids:  # what this run learns as ends, the export says too
+        if not leaves_weights() and (stops := self.stop_ids):  # what this run learns as ends, the export says too
             lm.config.eos_token_id = lm.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
         self.set_network(lm, add=lambda lora: add_language_lora(lm, lora, seed=torch.initial_seed()), dtype=self.dtype)
         self.network = TokenNetwork(lm, head)

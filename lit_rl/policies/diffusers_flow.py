@@ -180,6 +180,12 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         channels = self._pipe.vae.config.latent_channels
         return tuple(self.pack(torch.empty(1, channels, *self.latent_size, device="meta")).shape[1:])
 
+    def condition_shapes(self, before: int = 0) -> dict[str, tuple[int, ...]]:
+        """Shape of one row of each entry of `condition`, told by configs. before: tokens of a prompt before T5's."""
+        sizes, tokens = self._pipe.transformer.config, before + self.max_sequence_length
+        shapes = {"prompt_embeds": (tokens, sizes.joint_attention_dim), "pooled": (sizes.pooled_projection_dim,)}
+        return shapes | ({f"negative_{name}": shape for name, shape in shapes.items()} if self.guided else {})
+
     def scheduler_sigmas(self, num_steps: int, **given: object) -> Tensor:
         """The sigmas of the pipeline's own scheduler, its resolution-dependent shift included. given: for `set_timesteps`."""
         scheduler = type(self._pipe.scheduler).from_config(self._pipe.scheduler.config)

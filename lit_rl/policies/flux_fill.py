@@ -117,6 +117,12 @@ class FluxFillPolicy(FluxPolicy):
             cond[FEATURES] = self.style_features([row["reference"] if row.get("styled", True) else None for row in info])
         return cond
 
+    def condition_shapes(self, before: int = 0) -> dict[str, tuple[int, ...]]:
+        """Those of `FluxPolicy`, the channels beside the noisy latents, and the style's features."""
+        length, channels = self.latent_shape()
+        shapes = super().condition_shapes(before) | {"fill": (length, self._pipe.transformer.config.in_channels - channels)}
+        return shapes | ({FEATURES: (self._pipe.style_encoder.config.hidden_size,)} if self.style else {})
+
     def condition_key(self, info: Info) -> Hashable:
         """The prompt object itself: its images are not compared."""
         return id(info)  # siblings share the object

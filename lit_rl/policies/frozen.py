@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import finite_rows
 from lit_rl.policies.pretrained import Pipeline, check_index, without_bars
+from lit_rl.policies.unread import leaves_weights, parts_of
 from lit_rl.types import Cond
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "conditioner")
@@ -37,6 +38,8 @@ def read_pipeline(
     parts = {part: entry for part, entry in index.items() if isinstance(entry, list | tuple)}
     if not text and any(entry[1] == "T5EncoderModel" for entry in parts.values()):
         raise ConfigError(f"max_sequence_length: 0 asks the T5 encoder of {where!r} for no token; set it to at least 1")
+    if leaves_weights():
+        return pipeline(**parts_of(index, where, dtypes=dtypes, **source))
     without_bars()
     absent = {part: None for part, entry in parts.items() if entry[0] is None}
     pipe = pipeline.from_pretrained(where, dtype=dict(dtypes), **source, **absent)

@@ -15,6 +15,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.losses.token_logprobs import token_logprobs
 from lit_rl.policies.lm_head import LMHead, body, own_logprobs, picked
 from lit_rl.policies.pretrained import without_bars
+from lit_rl.policies.unread import frozen_of, leaves_weights
 from lit_rl.policies.weights.adapters import active_factors
 from lit_rl.policies.weights.language_lora import adapter_fields
 
@@ -100,6 +101,8 @@ def read_lm(pretrained: str, *, dtype: torch.dtype | str, attention: str | None,
         config = AutoConfig.from_pretrained(pretrained, **source)
         text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
         auto = AutoModelForCausalLM if text else AutoModelForImageTextToText
+        if leaves_weights():
+            return frozen_of(auto.from_config, config, dtype=dtype, **chosen)
         lm = auto.from_pretrained(pretrained, dtype=dtype, **chosen, **source)
     except OSError as error:
         raise ConfigError(f"pretrained: {pretrained!r} is neither a folder nor a hub repository that can be read: {error}") from error

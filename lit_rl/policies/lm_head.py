@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_rl.losses.token_logprobs import CHUNK_ELEMENTS
+from lit_rl.policies.unread import leaves_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -49,6 +50,8 @@ def recognized(lm: PreTrainedModel) -> LMHead:
         return LMHead("whole")
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
         return LMHead("own")
+    if leaves_weights():
+        return LMHead()  # there is nothing to try
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(4, head.in_features, generator=generator)
     hidden = torch.cat([size * direction for size in PROBED]).to(head.weight)

@@ -40,6 +40,10 @@ class SD3Policy(DiffusersFlowPolicy):
         """The guidance scale is above 1."""
         return self.guidance_scale > 1
 
+    def condition_shapes(self, before: int = 0) -> dict[str, tuple[int, ...]]:
+        """With CLIP's tokens before those of T5."""
+        return super().condition_shapes(before + self._pipe.text_encoder.config.max_position_embeddings)
+
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         """The transformer blocks."""
         return list(network.get_submodule("transformer_blocks").children())

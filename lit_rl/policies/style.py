@@ -25,6 +25,7 @@ from lit_rl.policies.ip_adapter import (
     style_modules,
 )
 from lit_rl.policies.pretrained import Pipeline
+from lit_rl.policies.unread import frozen_of, leaves_weights
 from lit_rl.policies.weights.reference import Reference, Referenced
 from lit_rl.policies.weights.shards import local, reshard
 
@@ -105,10 +106,13 @@ class FrozenStyle(Reference):
 # ---------------------------------------------------------------------- the adapter
 def add_style(pipe: Pipeline, style: StyleSettings, weights: Weights | None, *, dtype: torch.dtype) -> None:
     """Give a Fill pipeline the vision encoder, in `dtype`, and its transformer the style adapter: that of a file, or a new one."""
-    from transformers import SiglipVisionModel
+    from transformers import SiglipVisionConfig, SiglipVisionModel
 
     # An attribute, not a component: it is moved with the other frozen parts and not saved.
-    encoder = SiglipVisionModel.from_pretrained(style.encoder, dtype=dtype).requires_grad_(False).eval()
+    if leaves_weights():
+        encoder = frozen_of(SiglipVisionModel._from_config, SiglipVisionConfig.from_pretrained(style.encoder), dtype=dtype)
+    else:
+        encoder = SiglipVisionModel.from_pretrained(style.encoder, dtype=dtype).requires_grad_(False).eval()
     pipe.style_encoder = encoder
     features, width = encoder.config.hidden_size, pipe.transformer.config.joint_attention_dim
     with torch.random.fork_rng(devices=[]):

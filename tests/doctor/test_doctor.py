@@ -112,3 +112,27 @@ def test_without_a_run_it_needs_no_torch() -> None:
     assert lines[-1].startswith("1 problem, ") and any(
         line.startswith("problem reward server http://127.0.0.1:9: no reward") for line in lines
     )
+
+
+def test_memory_is_compared_with_the_card_that_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["--config", str(home / "run.yaml"), "--trainer.accelerator", "gpu", "--trainer.devices", "2"]
+    _, by, texts = diagnose(capsys, *run, "--gpu-memory", "24")
+    assert (by["memory"], by["memory on 24 GiB"]) == ("ok", "ok")
+    assert "GiB on each of 2 GPUs" in texts and "moments of " in texts and "keys" not in texts
+    _, by, texts = diagnose(capsys, *run, "--gpu-memory", "0.5")
+    assert by["memory on 0.5 GiB"] == "problem" and "does not fit" in texts
+
+
+def test_without_the_model_s_config_memory_is_not_guessed(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run: dict[str, Any] = yaml.safe_load((home / "run.yaml").read_text())
+    run["model"]["init_args"]["policy"]["init_args"]["pretrained"] = "owner/no-such-model"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    _, by, texts = diagnose(capsys, "--config", str(tmp_path / "run.yaml"), "--trainer.accelerator", "cpu")
+    assert (
+        by["memory"] == "warning"
+        and "cannot be estimated" in texts
+        and "with the config.json files of the model; weights are not needed" in texts
+    )

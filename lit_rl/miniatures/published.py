@@ -1,0 +1,130 @@
+"""Configs of published models, written as their folders hold them, without weights: what `python -m lit_rl.doctor` needs for memory.
+
+python -m lit_rl.miniatures.published {qwen25_7b,sd35_medium,flux_dev,flux_fill,siglip} FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from lit_rl.miniatures.full_size import CLIP_G, CLIP_L, CLIP_TOKENS, FLUX_DEV, FLUX_LATENTS, SD35_LATENTS, SD35_MEDIUM, T5_XXL, VAE
+
+Published = Literal["qwen25_7b", "qwen25_math_7b", "qwen3_06b_reward", "sd35_medium", "flux_dev", "flux_fill", "siglip", "clip_h", "clip_l"]
+Json = dict[str, object]
+
+QWEN25_7B: Json = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+}
+QWEN3_06B: Json = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForSequenceClassification"],
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+SIGLIP: Json = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+CLIP_VIT_H: Json = {
+    "model_type": "clip",
+    "projection_dim": 1024,
+    "text_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "vision_config": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16, "patch_size": 14},
+}
+CLIP_VIT_L: Json = {
+    "model_type": "clip",
+    "projection_dim": 768,
+    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "vision_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14},
+}
+ALONE: Mapping[str, Json] = {
+    "qwen25_7b": QWEN25_7B,
+    "qwen25_math_7b": QWEN25_7B | {"max_position_embeddings": 4096, "rope_theta": 1e4},
+    "qwen3_06b_reward": QWEN3_06B,
+    "siglip": SIGLIP,
+    "clip_h": CLIP_VIT_H,
+    "clip_l": CLIP_VIT_L,
+}
+CLIP_TEXT: Json = {"model_type": "clip_text_model", "max_position_embeddings": CLIP_TOKENS}
+T5: Json = {**T5_XXL, "model_type": "t5", "feed_forward_proj": "gated-gelu"}
+FLOW = "FlowMatchEulerDiscreteScheduler"
+FLUX: Mapping[str, tuple[str, str, Json]] = {
+    "transformer": ("diffusers", "FluxTransformer2DModel", FLUX_DEV),
+    "vae": ("diffusers", "AutoencoderKL", {**VAE, **FLUX_LATENTS}),
+    "text_encoder": ("transformers", "CLIPTextModel", {**CLIP_L, **CLIP_TEXT}),
+    "text_encoder_2": ("transformers", "T5EncoderModel", T5),
+    "tokenizer": ("transformers", "CLIPTokenizer", {}),
+    "tokenizer_2": ("transformers", "T5TokenizerFast", {}),
+    "scheduler": ("diffusers", FLOW, {"shift": 3.0, "use_dynamic_shifting": True}),
+}
+PIPELINES: Mapping[str, tuple[str, Mapping[str, tuple[str, str, Json]]]] = {
+    "sd35_medium": (
+        "StableDiffusion3Pipeline",
+        {
+            "transformer": ("diffusers", "SD3Transformer2DModel", SD35_MEDIUM),
+            "vae": ("diffusers", "AutoencoderKL", {**VAE, **SD35_LATENTS}),
+            "text_encoder": ("transformers", "CLIPTextModelWithProjection", {**CLIP_L, **CLIP_TEXT}),
+            "text_encoder_2": ("transformers", "CLIPTextModelWithProjection", {**CLIP_G, **CLIP_TEXT}),
+            "text_encoder_3": ("transformers", "T5EncoderModel", T5),
+            "tokenizer": ("transformers", "CLIPTokenizer", {}),
+            "tokenizer_2": ("transformers", "CLIPTokenizer", {}),
+            "tokenizer_3": ("transformers", "T5TokenizerFast", {}),
+            "scheduler": ("diffusers", FLOW, {"shift": 3.0}),
+        },
+    ),
+    "flux_dev": ("FluxPipeline", FLUX),
+    "flux_fill": (
+        "FluxFillPipeline",
+        {**FLUX, "transformer": ("diffusers", "FluxTransformer2DModel", {**FLUX_DEV, "in_channels": 384, "out_channels": 64})},
+    ),
+}
+
+
+def write_configs(model: Published, folder: str | Path) -> Path:
+    """Write the config files of a published model, of which no weights are needed to know its size, and return their folder."""
+    folder = Path(folder)
+    if model in ALONE:
+        _write(folder / "config.json", ALONE[model])
+        return folder
+    name, parts = PIPELINES[model]
+    _write(folder / "model_index.json", {"_class_name": name} | {part: [library, kind] for part, (library, kind, _) in parts.items()})
+    for part, (library, kind, config) in parts.items():
+        if config:  # tokenizers are named and not there
+            file = "scheduler_config.json" if part == "scheduler" else "config.json"
+            _write(folder / part / file, ({"_class_name": kind} if library == "diffusers" else {}) | config)
+    return folder
+
+
+def _write(file: Path, content: Json) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    auto_cli(write_configs, as_positional=True)
