@@ -6,6 +6,7 @@ import io
 import json
 import os
 from abc import abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -94,16 +95,21 @@ class Lines(Stored[T]):
 
     def onward(self, start: int) -> Iterator[T]:
         """The rows from number `start`, read many lines at a time."""
-        bounds, at = self.bounds, start
-        while at < len(self.lines):
-            first = int(bounds[self.lines[at]])
+        bounds, lines, at = self.bounds, self.lines, start
+        while at < len(lines):
+            first = int(bounds[before := lines[at]])
             stop = int(np.searchsorted(bounds, first + BLOCK, side="right")) - 1  # the line that the block ends in front of
-            stop = max(stop, self.lines[at] + 1)
-            block = self._read(first, int(bounds[stop]))
-            before, places = self.lines[at], (bounds[self.lines[at] : stop + 1] - first).tolist()
-            while at < len(self.lines) and (line := self.lines[at]) < stop:
-                yield self.parse(_text(block[places[line - before] : places[line - before + 1]], line))
-                at += 1
+            stop = max(stop, before + 1)
+            until = bisect_left(lines, stop, at)
+            block, places = self._read(first, int(bounds[stop])), (bounds[before : stop + 1] - first).tolist()
+            if block.isascii():  # decoded once for all lines, whose places are then the same
+                text = block.decode()
+                for line in lines[at:until]:
+                    yield self.parse(text[places[line - before] : places[line - before + 1]].rstrip("\r\n"))
+            else:
+                for line in lines[at:until]:
+                    yield self.parse(_text(block[places[line - before] : places[line - before + 1]], line))
+            at = until
 
     def line(self, i: int) -> int:
         """The number, from 1, of row `i`'s line."""

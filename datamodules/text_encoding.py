@@ -16,6 +16,8 @@ MARKS = [
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 ]
 
+DECODER = json.JSONDecoder()
+
 
 def read_text(path: Path) -> str:
     """The text of a file, each line ended by "\\n". Raises ConfigError with line and remedy for one in another encoding."""
@@ -44,16 +46,24 @@ def read_text(path: Path) -> str:
 def parse_json(text: str) -> object:
     """The value that a text says. Raises json.JSONDecodeError, too for what Python itself refuses to read and for letters that are none."""
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        raise
-    except (ValueError, RecursionError) as error:  # thousands of digits or of brackets
-        raise json.JSONDecodeError(str(error), text, 0) from error
-    at = text.lower().find("\\ud")
-    if at >= 0:
+        value, end = DECODER.raw_decode(text)  # half of what `json.loads` takes, but without white space around the value
+    except (ValueError, RecursionError):
+        end = -1
+    if end != len(text):
+        value = _loads(text)
+    if "\\u" in text and (at := text.lower().find("\\ud")) >= 0:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = f"\\u{ord(error.object[error.start]):04x}"
             raise json.JSONDecodeError(f"{half} is half of a character; write both halves, or take it out", text, at) from error
     return value
+
+
+def _loads(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # thousands of digits or of brackets
+        raise json.JSONDecodeError(str(error), text, 0) from error

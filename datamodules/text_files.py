@@ -118,7 +118,7 @@ def present(fields: object) -> Fields:
         raise InvalidRow(fields.reason)
     if not isinstance(fields, dict):
         raise InvalidRow(f'expected an object such as {{"prompt": ...}}, found {type(fields).__name__}')
-    return {name: value for name, value in fields.items() if value is not None}
+    return {name: value for name, value in fields.items() if value is not None} if None in fields.values() else fields
 
 
 def read_rows(
@@ -151,15 +151,16 @@ def read_rows(
 def row_problems(rows: Rows) -> list[str]:
     """Sentences about the rows that `make` refuses, and about every line that is not JSON, those behind the limit too."""
     problems: list[str] = []
-    of_lines = np.repeat([isinstance(file.rows, Lines) for file in rows.files], [len(file.rows) for file in rows.files])
-    looked_at = np.flatnonzero(of_lines | (np.arange(len(of_lines)) < len(rows)))
-    for fields, stem, number in Rows(rows.files, rows.make, Numbers(looked_at)).raw():
-        if number < len(rows) or isinstance(fields, NotJSON):
-            try:
-                rows.make(present(fields), stem, number)
-            except InvalidRow as error:
-                file, row = rows.find(number)
-                problems.append(f"{file.place(row)}: {error}")
+    limit = len(rows)
+    for file, end in zip(rows.files, rows.ends):
+        first, stem, size = end - len(file.rows), file.path.stem, len(file.rows)
+        looked_at = size if isinstance(file.rows, Lines) else min(size, max(0, limit - first))
+        for row, fields in enumerate(islice(file.onward(0), looked_at)):
+            if first + row < limit or isinstance(fields, NotJSON):
+                try:
+                    rows.make(present(fields), stem, first + row)
+                except InvalidRow as error:
+                    problems.append(f"{file.place(row)}: {error}")
     return problems
 
 

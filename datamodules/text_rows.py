@@ -15,7 +15,7 @@ PAIRS_OF_KEYS = (("prompt", "response"), ("question", "answer"))
 def check_reward_fields(row: Mapping[str, object]) -> None:
     """reward_model and extra_info are objects where they are given."""
     for key, example in (("reward_model", '{"style": "rule", "ground_truth": "42"}'), ("extra_info", '{"index": 0}')):
-        if not isinstance(row.get(key, {}), dict):
+        if key in row and not isinstance(row[key], dict):
             raise InvalidRow(f"{key}: expected an object such as {example}, found {type(row[key]).__name__}")
 
 
