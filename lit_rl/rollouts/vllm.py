@@ -22,10 +22,13 @@ class VLLM(Dialect):
         return "/v1/unload_lora_adapter", {"lora_name": name}
 
     def load_weights(self, name: str, folder: str) -> list[tuple[str, Body]]:
-        """The prefix cache holds keys and values of the old weights until it is reset, and answers long prompts from them."""
+        """The prefix cache holds keys and values of the old weights until it is reset, and answers long prompts from them.
+
+        It is not reset while a request runs, such as one that was just given up, unless that begins anew.
+        """
         reload: Body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
         named: Body = {"new_version": name}
-        return [("/collective_rpc", reload), ("/reset_prefix_cache", {}), ("/update_weight_version", named)]
+        return [("/collective_rpc", reload), ("/reset_prefix_cache?reset_running_requests=true", {}), ("/update_weight_version", named)]
 
 
 class OpenAI(VLLM):

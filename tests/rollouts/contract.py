@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -184,6 +186,18 @@ def routes_of_development_answer(server: Served) -> None:
     error(500, "Call to collective_rpc method failed", server.ask("/collective_rpc", {"method": "nothing"}))
 
 
+def a_reset_takes_running_requests_with_it(server: Served) -> None:
+    """They begin anew; without that the cache stays as it is while one runs."""
+    told: list[Told] = []
+    asking = threading.Thread(target=lambda: told.append(server.tokens([3, 4, 5], max_tokens=400, stop_token_ids=[])))
+    asking.start()
+    time.sleep(0.2)
+    assert server.ask("/reset_prefix_cache", {}) == Told(200, {"success": False})
+    assert server.ask("/reset_prefix_cache?reset_running_requests=true", {}) == Told(200, {"success": True})
+    asking.join()
+    assert told[0].status == 200 and len(told[0].body["choices"][0]["token_ids"]) == 400
+
+
 def weights_that_cannot_be_read_end_the_engine(server: Served) -> None:
     """The last check: the server is well to look at, and cannot answer any more."""
     told = server.ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": "/nowhere"}})
@@ -213,5 +227,10 @@ EVERY: list[Check] = [
     both_routes_score_a_prompt,
 ]
 ADAPTERS: list[Check] = [adapters_have_names, adapters_that_cannot_be_loaded_are_refused]
-WHOLE: list[Check] = [a_version_of_weights_is_told_with_each_answer, a_server_tells_its_settings, routes_of_development_answer]
+WHOLE: list[Check] = [
+    a_version_of_weights_is_told_with_each_answer,
+    a_server_tells_its_settings,
+    routes_of_development_answer,
+    a_reset_takes_running_requests_with_it,
+]
 LAST: list[Check] = [weights_that_cannot_be_read_end_the_engine]

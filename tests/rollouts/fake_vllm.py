@@ -105,9 +105,10 @@ class VLLMRoutes(Holding):
             self.load_model(folder)
         return web.json_response({"results": [None]})
 
-    async def _reset_prefix_cache(self, _: web.Request) -> web.Response:
-        self.resets += 1
-        return web.json_response({"success": True})
+    async def _reset_prefix_cache(self, request: web.Request) -> web.Response:
+        done = not self.at_once or request.query.get("reset_running_requests") == "true"
+        self.resets += done
+        return web.json_response({"success": done})
 
     async def _name_weights(self, request: web.Request) -> web.Response:
         self.weights_version = (await request.json())["new_version"]

@@ -142,7 +142,8 @@ class Holding(LocalServer):
         if fault.kind == "nan":
             logprobs[-1] = math.nan
         said = web.json_response(say(ids, logprobs, finish))
-        await asyncio.sleep(fault.seconds + 0.02 * max(0, self.backwards - order) + self.slow.get(tuple(prompt), 0.0))
+        wait = 0.02 * max(0, self.backwards - order) + self.slow.get(tuple(prompt), 0.0) + 0.001 * len(ids)
+        await asyncio.sleep(fault.seconds + wait)
         return said
 
     # ------------------------------------------------------------------ the miniature
