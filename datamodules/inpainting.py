@@ -20,7 +20,8 @@ from torch import Tensor
 from datamodules.base import PromptDataModule
 from datamodules.inpainting_files import read_items, read_rows
 from datamodules.inpainting_items import Item
-from datamodules.lazy import ImageCache, LazyRow, Reader, Size, read_mask, read_picture, unreadable
+from datamodules.lazy import ImageCache, LazyRow, Reader, unreadable
+from datamodules.picture_files import read_mask, read_picture
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL
 from lit_rl.replay.sources import ExampleSource

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from datamodules.inpainting_items import Item, Raw, _Check
-from datamodules.lazy import Size
 from datamodules.text_encoding import parse_json, read_text
 from lit_rl.errors import ConfigError
+from lit_rl.types import Size
 
 BENCHMARKS = ("self_bench.txt", "cross_bench.txt")
 SHOWN = 10

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from datamodules.lazy import Box, Size, check_frames, size_of, white_of
+from datamodules.picture_files import Box, header_size, white_of
 from datamodules.text_files import Fields
+from lit_rl.types import Size
 
 REQUIRED = ("source", "mask", "text")
 
@@ -56,7 +57,7 @@ class _Check:
         self.root, self.size = root, size
         self.problems: list[str] = []
         self.ids: dict[str, str] = {}
-        self.picture = cache(_picture)
+        self.picture = cache(header_size)
         self.mask = cache(_mask)
 
     def item(self, row: Raw) -> Item | None:
@@ -149,25 +150,11 @@ class _Check:
         self.problems.append(f"{where}: {what}")
 
 
-def _picture(path: Path) -> Size | str:
-    """Its size from the header, or what is wrong with it."""
-    from PIL import Image
-
-    if not path.is_file():
-        return f"no such file {path}"
-    try:
-        with Image.open(path) as image:
-            check_frames(image)
-            return size_of(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return f"{path} is not an image that can be read ({error})"
-
-
 def _mask(path: Path, size: Size) -> tuple[Size, Box] | str:
     """Its size and the box around its white, or what is wrong with it."""
     from PIL import Image
 
-    if isinstance(found := _picture(path), str):
+    if isinstance(found := header_size(path), str):
         return found
     try:
         with Image.open(path) as image:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from datamodules.text import TextData, answer_ids, truncated
+from datamodules.text import TextData
+from datamodules.text_answers import answer_ids, truncated
 from datamodules.text_files import Fields, InvalidRow
 from datamodules.text_rows import pair_fields
 from lit_rl.errors import ConfigError
@@ -81,6 +82,8 @@ def pair_ids(
     prompt, longest = prompt_ids[:start], max(len(chosen), len(rejected))
     if how == "error":
         truncated([*prompt, *range(longest)], limit=limit, how="error", keys=keys)
+    if "images" in info and limit < len(prompt) + (longest if how == "left" else 1):
+        raise InvalidRow(f"prompt: has {len(prompt)} tokens with its images, which data.{keys[0]}={limit} cuts: raise it")
     if how == "left":
         prompt = prompt[-max(1, limit - longest) :]
     room = max(0, limit - len(prompt))

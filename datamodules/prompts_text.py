@@ -6,7 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from datamodules.text import TextData, Truncation, template_of, truncated
+from datamodules.text import TextData
+from datamodules.text_answers import Truncation, template_of, truncated
 from datamodules.text_files import Fields, InvalidRow
 from datamodules.text_rows import prompt_fields
 from lit_rl.errors import ConfigError
@@ -71,23 +72,29 @@ class TextPrompts(TextData, TextSource):
         """The reason why a prompt is left out: it is too long, or its template refuses it."""
         try:
             ids = self._ids.pop(id(info), None)
-            ids = super().prompt_ids(info) if ids is None else ids
+            ids = self.encoded(info) if ids is None else ids
         except Exception as error:  # templates are programs: they refuse roles and orders of turns in their own ways
             if self.filter_overlong_prompts:
                 return "cannot be tokenized"
             raise InvalidRow(
                 f"{self.prompt_key}: cannot be tokenized ({error}); data.filter_overlong_prompts: true leaves it out"
             ) from error
+        ids = self.with_pictures(ids, info)
         if self.filter_overlong_prompts and len(ids) > self.max_prompt_length:
             return f"longer than data.max_prompt_length={self.max_prompt_length} tokens"
-        self.note("prompt", len(self._cut(ids)))
+        self.note("prompt", len(self._cut(ids, info)))
         return None
 
     def prompt_ids(self, info: Info) -> list[int]:
         """Token ids of a prompt, cut to `max_prompt_length`."""
-        return self._cut(super().prompt_ids(info))
+        return self._cut(super().prompt_ids(info), info)
 
-    def _cut(self, ids: list[int]) -> list[int]:
+    def _cut(self, ids: list[int], info: Info) -> list[int]:
+        if len(ids) > self.max_prompt_length and "images" in info:
+            raise InvalidRow(
+                f"{self.prompt_key}: has {len(ids)} tokens with its images, more than data.max_prompt_length={self.max_prompt_length}, and "
+                "images cannot be cut: raise it, set model.policy.max_pixels to less, or data.filter_overlong_prompts to true"
+            )
         try:
             return truncated(ids, limit=self.max_prompt_length, how=self.truncation)
         except InvalidRow as error:

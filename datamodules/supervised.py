@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from datamodules.text import TextData, answer_ids, template_of
+from datamodules.text import TextData
+from datamodules.text_answers import answer_ids, template_of
 from datamodules.text_files import Fields
+from datamodules.text_images import sizes_of
 from datamodules.text_rows import supervised_fields
 from lit_rl.errors import ConfigError
 from lit_rl.policies.chat import conversation_ids
@@ -52,7 +54,9 @@ class SupervisedText(TextData, SupervisedSource):
 
     def unusable(self, info: Info) -> str | None:
         """The reason why a row is left out: no supervised token within `max_length`."""
-        _, mask = self._whole(info)
+        ids, mask = self._whole(info)
+        if "images" in info and set(ids[self.max_length :]) & set(self.policy.banned_ids):
+            return f"its images end behind data.max_length={self.max_length}"
         self.note("sequence", min(len(mask), self.max_length))
         if any(mask[: self.max_length]):
             return None
@@ -67,6 +71,7 @@ class SupervisedText(TextData, SupervisedSource):
         policy = self.policy
         if "messages" in info:
             template = {**policy.chat_template_kwargs, **template_of(info)}
-            return conversation_ids(policy.tokenizer, info["messages"], first=0, prefill=0, stop_ids=policy.stop_ids, **template)
+            found = conversation_ids(policy.tokenizer, info["messages"], first=0, prefill=0, stop_ids=policy.stop_ids, **template)
+            return policy.with_pictures(*found, sizes_of(info)) if "images" in info else found
         prompt, answer = answer_ids(policy, info, info.get("completion", info["response"]))
         return prompt + answer, [False] * len(prompt) + answer.learned

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
 from datamodules.base import PromptDataModule
-from datamodules.text_files import Fields, InvalidRow, Rows, complain, read_rows
-from datamodules.text_messages import Text, as_turn
+from datamodules.lazy import ImageCache
+from datamodules.picture_files import read_picture
+from datamodules.text_answers import template_of
+from datamodules.text_files import Fields, Rows, TextFile, complain, read_rows
+from datamodules.text_images import Source, sizes_of, with_images
 from datamodules.text_paths import Paths, find_files, split_files
 from datamodules.verdicts import WORTH, Verdict, keep, named, recall
 from lit_rl.errors import ConfigError
 from lit_rl.policies.causal_lm import CausalLM
-from lit_rl.policies.chat import AnswerIds, completion_ids
-from lit_rl.policies.chat import answer_ids as turns_ids
 from lit_rl.policies.tokenizer import fingerprint
 from lit_rl.ranks import gather_objects, place
 from lit_rl.types import Info
 
-Truncation = Literal["error", "left", "right", "middle"]
 TOGETHER = 1000
 """Rows that are tokenized at a time."""
 
@@ -46,6 +48,9 @@ class TextData(PromptDataModule):
         max_train: Train on only so many rows, from the start.
         max_val: Evaluate on only so many rows, from the start.
         data_source: For rows that name none: by it scores are reported and rule rewards chosen. Default: the file's name without suffix.
+        images_key: Field that holds a row's images, for models that read them: paths, bytes or pictures. `<image>` in a text, or a part
+            {"type": "image"} of a message, is where one stands; else they stand before the first message of the user.
+        image_folder: Relative paths of images count from it; default: from the folder of the file that names them.
         chat: A prompt that is a string is what a user says and goes through the chat template; otherwise it is taken as it is.
         kwargs: See `PromptDataModule`.
     """
@@ -59,6 +64,8 @@ class TextData(PromptDataModule):
         max_train: int | None = None,
         max_val: int | None = None,
         data_source: str | None = None,
+        images_key: str = "images",
+        image_folder: str | None = None,
         chat: bool = False,
         eval_batch_size: int = 8,
         shuffle: bool = True,
@@ -66,6 +73,7 @@ class TextData(PromptDataModule):
     ) -> None:
         super().__init__(eval_batch_size=eval_batch_size, shuffle=shuffle, seed=seed)
         self.data_source = data_source
+        self.images_key, self.image_folder = images_key, image_folder
         self.chat = chat
         self.paths = {"train": train, "val": val, "predict": predict}
         self.limits = {"train": max_train, "val": max_val, "predict": None}
@@ -73,6 +81,7 @@ class TextData(PromptDataModule):
             if limit is not None and limit < 1:
                 raise ConfigError(f"data.max_{name}={limit} must be at least 1; leave it out to use all rows")
         self._checked: set[str] = set()
+        self._pictures = ImageCache()
         self.max_tokens: dict[str, int] = {}
         """Tokens of the longest "prompt" and of the longest "sequence" (with an answer of the data) among the rows that were looked at."""
 
@@ -93,9 +102,11 @@ class TextData(PromptDataModule):
         folder = Path(train).expanduser()
         return split_files(sorted(folder.iterdir())).get("val", []) if folder.is_dir() else []
 
-    def _row(self, fields: Fields, stem: str, number: int) -> Fields:
-        known = {"id": f"{stem}-{number}", "data_source": self.data_source or stem}
-        return known | self.fields(fields)
+    def _row(self, fields: Fields, file: TextFile, number: int) -> Fields:
+        known = {"id": f"{file.stem}-{number}", "data_source": self.data_source or file.stem}
+        row = known | self.fields(fields)
+        folder = file.path.parent if self.image_folder is None else Path(self.image_folder).expanduser()
+        return with_images(row, given=fields.get(self.images_key), key=self.images_key, folder=folder)
 
     # ------------------------------------------------------------------ what a format says
     @abstractmethod
@@ -188,7 +199,7 @@ class TextData(PromptDataModule):
     def _name(self, rows: Rows) -> str | None:
         """The name of what is found with the policy's tokenizer."""
         policy, options = self.policy, self._options()
-        if rows.name is None or options is None or not isinstance(policy, CausalLM) or not type(policy).__module__.startswith("lit_rl."):
+        if rows.name is None or options is None or type(policy) is not CausalLM or not type(policy).__module__.startswith("lit_rl."):
             return None
         if len(rows) < WORTH or (tokenizer := fingerprint(policy.tokenizer)) is None:
             return None
@@ -196,35 +207,19 @@ class TextData(PromptDataModule):
 
     def prompt_ids(self, info: Info) -> list[int]:
         """Token ids of a prompt, ready for an answer."""
+        return self.with_pictures(self.encoded(info), info)
+
+    def encoded(self, info: Info) -> list[int]:
+        """Token ids of a prompt, with one place for each of its images."""
         return self.policy.encode(info["prompt"], **template_of(info))
 
+    def with_pictures(self, ids: list[int], info: Info) -> list[int]:
+        """A prompt's ids with the places of its images, see `TokenPolicy.with_pictures`."""
+        return self.policy.with_pictures(ids, [False] * len(ids), sizes_of(info))[0] if "images" in info else ids
 
-def template_of(info: Info) -> dict[str, object]:
-    """Arguments of the chat template that a row holds beside its messages."""
-    return {"tools": info["tools"]} if "tools" in info and not isinstance(info["prompt"], str) else {}
+    def media(self, info: Info) -> Sequence[Tensor]:
+        """Images of a row as the policy reads them, uint8 "3 H W"; those last asked for are held in memory."""
+        return [self._pictures.read(partial(self._picture, source, where=str(info["id"]))) for source in info.get("images", ())]
 
-
-def truncated(ids: list[int], *, limit: int, how: Truncation, keys: tuple[str, str] = ("max_prompt_length", "truncation")) -> list[int]:
-    """At most `limit` ids: the last, the first, or the first limit // 2 and the last of them. `error` raises InvalidRow."""
-    if len(ids) <= limit:
-        return ids
-    if how == "error":
-        raise InvalidRow(f"has {len(ids)} tokens, more than data.{keys[0]}={limit}: raise it, or set data.{keys[1]} to left or right")
-    half = limit // 2
-    return {"left": ids[-limit:], "right": ids[:limit], "middle": [*ids[:half], *ids[len(ids) - (limit - half) :]]}[how]
-
-
-def answer_ids(policy: CausalLM, info: Info, answer: Text) -> tuple[list[int], AnswerIds]:
-    """Token ids of a row's prompt and of an answer to it, with the token that ends it.
-
-    Both are tokenized together, and the answer starts where that differs from the prompt alone: tokens may reach over the border. The
-    first token is the prompt's in any case, for nothing predicts it.
-    """
-    prompt = info["prompt"]
-    if isinstance(prompt, str) and isinstance(answer, str):
-        ids, mask = completion_ids(policy.tokenizer, prompt, answer)
-        start = max(1, mask.index(True))
-        return ids[:start], AnswerIds(ids[start:], mask[start:])
-    template = {**policy.chat_template_kwargs, **template_of({**info, "prompt": []})}
-    turns, answers = as_turn(prompt, "user"), as_turn(answer, "assistant")
-    return turns_ids(policy.tokenizer, turns, answers, stop_ids=policy.stop_ids, **template)
+    def _picture(self, source: Source, *, where: str) -> Tensor:
+        return self.policy.media([read_picture(source, None, None, None, where=where)])[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -17,19 +16,17 @@ import numpy as np
 import xxhash
 
 from datamodules.lines import Lines, NotJSON, Numbers, Stored, json_row
+from datamodules.parquet import Fields, Parquet
 from datamodules.text_encoding import parse_json, read_text
 from datamodules.verdicts import Verdict, keep, named, recall
 from lit_rl.errors import ConfigError, listed
 from lit_rl.types import Info
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from pyarrow import DataType
+    pass
 
 SHOWN = 10
 """Problems named in one message."""
-
-Fields = dict[str, object]
 
 
 class InvalidRow(ConfigError):
@@ -43,6 +40,11 @@ class TextFile:
     path: Path
     rows: Sequence[object]
     digest: str
+
+    @cached_property
+    def stem(self) -> str:
+        """Its name without suffix."""
+        return self.path.stem
 
     def place(self, i: int) -> str:
         """File and line, or row, of row `i`."""
@@ -62,7 +64,7 @@ class Rows(Sequence[Info]):
     name: str | None = None
     """It differs where any row does; None where that is not known."""
 
-    def __init__(self, files: Sequence[TextFile], make: Callable[[Fields, str, int], Fields], picked: Sequence[int]) -> None:
+    def __init__(self, files: Sequence[TextFile], make: Callable[[Fields, TextFile, int], Fields], picked: Sequence[int]) -> None:
         self.files, self.make, self.picked = files, make, picked
         self.ends = list(accumulate(len(file.rows) for file in files))
 
@@ -77,22 +79,21 @@ class Rows(Sequence[Info]):
         if isinstance(i, slice):
             return Rows(self.files, self.make, self.picked[i])
         file, row = self.find(self.picked[i])
-        return MappingProxyType(self.make(present(file.rows[row]), file.path.stem, self.picked[i]))
+        return MappingProxyType(self.make(present(file.rows[row]), file, self.picked[i]))
 
     def __iter__(self) -> Iterator[Info]:
-        return (MappingProxyType(self.make(present(fields), stem, number)) for fields, stem, number in self.raw())
+        return (MappingProxyType(self.make(present(fields), file, number)) for fields, file, number in self.raw())
 
-    def raw(self) -> Iterator[tuple[object, str, int]]:
-        """Fields as they stand in the file, its name and the row's number over all files: read many at a time."""
+    def raw(self) -> Iterator[tuple[object, TextFile, int]]:
+        """Fields as they stand in the file, that file and the row's number over all files: read many at a time."""
         numbers = iter(self.picked)
         wanted = next(numbers, None)
         for file, end in zip(self.files, self.ends):
             if wanted is None or wanted >= end:
                 continue
-            stem = file.path.stem
             for number, fields in enumerate(file.onward(wanted - end + len(file.rows)), start=wanted):
                 if number == wanted:
-                    yield fields, stem, number
+                    yield fields, file, number
                     wanted = next(numbers, None)
                 if wanted is None or wanted >= end:
                     break
@@ -123,7 +124,7 @@ def present(fields: object) -> Fields:
 
 def read_rows(
     files: Sequence[Path],
-    make: Callable[[Fields, str, int], Fields],
+    make: Callable[[Fields, TextFile, int], Fields],
     *,
     limit: int | None = None,
     key: str,
@@ -131,7 +132,7 @@ def read_rows(
 ) -> Rows:
     """The first `limit` rows of the files, each looked at. Raises one ConfigError for all that `make` finds wrong with them.
 
-    make: (fields that are not null, the file's name without suffix, number of the row over all files) -> fields of the row, or InvalidRow.
+    make: (fields that are not null, the file, number of the row over all files) -> fields of the row, or InvalidRow.
     key: The option that names the files, for messages.
     depends: All that `make` depends on beside the row; rows that it has accepted once are then not looked at again. None: they are.
     """
@@ -153,12 +154,12 @@ def row_problems(rows: Rows) -> list[str]:
     problems: list[str] = []
     limit = len(rows)
     for file, end in zip(rows.files, rows.ends):
-        first, stem, size = end - len(file.rows), file.path.stem, len(file.rows)
+        first, size = end - len(file.rows), len(file.rows)
         looked_at = size if isinstance(file.rows, Lines) else min(size, max(0, limit - first))
         for row, fields in enumerate(islice(file.onward(0), looked_at)):
             if first + row < limit or isinstance(fields, NotJSON):
                 try:
-                    rows.make(present(fields), stem, first + row)
+                    rows.make(present(fields), file, first + row)
                 except InvalidRow as error:
                     problems.append(f"{file.place(row)}: {error}")
     return problems
@@ -175,7 +176,7 @@ def complain(problems: Sequence[str], *, key: str) -> None:
 def open_file(path: Path) -> TextFile:
     """The rows of a file, those of lines not yet read. Raises ConfigError for what is no text, no JSON or no Parquet."""
     if path.suffix == ".parquet":
-        table = _Parquet(path)
+        table = Parquet(path)
         return TextFile(path, table, table.digest)
     if path.suffix == ".json":
         text = read_text(path)
@@ -189,81 +190,3 @@ def open_file(path: Path) -> TextFile:
                 return TextFile(path, content, xxhash.xxh3_128_hexdigest(text.encode()))
     lines = Lines(path, json_row)
     return TextFile(path, lines, lines.digest)
-
-
-CONVERSED = ("tools", "role")
-"""A column of this name, or of messages, which have this field, goes to a chat template."""
-
-
-def without_union(value: object, kind: DataType) -> object:
-    """A value of a table's column without the keys that only other rows have.
-
-    A column of objects holds every key that any row has, null where a row has none. A null that is a row's own looks the same: it is kept
-    where nothing else is missing from the object and no row has another value for it. kind: The column's type of pyarrow; what is kept
-    as JSON text has no such keys.
-    """
-    import pyarrow.types as types
-
-    if isinstance(value, list) and (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
-        return [without_union(item, kind.value_type) for item in value]
-    if not isinstance(value, dict) or not types.is_struct(kind):
-        return value
-    parts = {field.name: field.type for field in kind}
-    known = {name: item for name, item in value.items() if item is not None}
-    own = all(item is not None or types.is_null(parts.get(name)) for name, item in value.items()) and bool(known)
-    return {name: without_union(item, parts[name]) for name, item in (value if own else known).items()}
-
-
-def _conversed(name: str, kind: DataType) -> bool:
-    import pyarrow.types as types
-
-    inner = kind.value_type if types.is_list(kind) or types.is_large_list(kind) else kind
-    return name == CONVERSED[0] or (types.is_struct(inner) and inner is not kind and inner.get_field_index(CONVERSED[1]) >= 0)
-
-
-class _Parquet(Stored[object]):
-    """Rows of a table; in order they are read `CHUNK` at a time, which is many times as fast. A pickled copy reads the file again."""
-
-    CHUNK = 1000
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with open(path, "rb") as file:
-            self.digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-        self.size = len(self.table)
-
-    @cached_property
-    def table(self) -> Dataset:
-        """The rows, in Arrow's memory."""
-        import pyarrow
-        import pyarrow.parquet
-        from datasets import Dataset
-
-        try:
-            return Dataset(pyarrow.parquet.read_table(self.path, memory_map=True))
-        except pyarrow.ArrowInvalid as error:
-            raise ConfigError(f"{self.path}: not a Parquet file: {error}") from error
-
-    @cached_property
-    def unions(self) -> dict[str, DataType]:
-        """Types of the columns whose objects hold keys of other rows."""
-        return {field.name: field.type for field in self.table.data.schema if _conversed(field.name, field.type)}
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "table"}
-
-    def at(self, i: int) -> object:
-        """Row number `i`."""
-        return self._own(self.table[i])
-
-    def onward(self, start: int) -> Iterator[object]:
-        """The rows from number `start`."""
-        for first in range(start, len(self), self.CHUNK):
-            columns = self.table[first : first + self.CHUNK]
-            yield from (self._own(dict(zip(columns, values))) for values in zip(*columns.values()))
-
-    def _own(self, row: Fields) -> Fields:
-        return {name: without_union(value, self.unions[name]) if name in self.unions else value for name, value in row.items()}

@@ -66,7 +66,7 @@ def _message(message: object, key: str) -> Message:
     if isinstance(result.get("content"), list):
         result["content"] = _parts(result["content"], f"{key}.content")
     silent = result["role"] == "assistant" and ("tool_calls" in result or any(result.get(name) for name in REASONING))
-    if not isinstance(result.get("content", "" if silent else None), str):
+    if not isinstance(result.get("content", "" if silent else None), str | list):
         raise InvalidRow(f"{key}.content: expected a string, found {type(message.get('content')).__name__}")
     for name in SWITCHES:
         if name in result:
@@ -86,15 +86,22 @@ def _switch(value: object, key: str) -> bool | None:
     return bool(value)
 
 
-def _parts(parts: Sequence[object], key: str) -> str:
-    """A content in parts as one text."""
-    texts: list[str] = []
-    for i, part in enumerate(parts):
-        text = part.get("text") if isinstance(part, dict) else part
-        if not isinstance(text, str):
-            raise InvalidRow(f'{key}[{i}]: expected {{"type": "text", "text": ...}}, found {part!r}: a language model reads texts only')
-        texts.append(text)
-    return "".join(texts)
+def _parts(parts: Sequence[object], key: str) -> str | list[Message]:
+    """A content in parts as one text; where there are images among them, as parts {"type": "text" | "image", ...}."""
+    found = [_part(part, f"{key}[{i}]") for i, part in enumerate(parts)]
+    return found if any(part["type"] == "image" for part in found) else "".join(str(part["text"]) for part in found)
+
+
+def _part(part: object, key: str) -> Message:
+    if isinstance(part, dict):
+        known = {name: value for name, value in part.items() if value is not None}
+        image = known.get("image", known.get("image_url"))
+        if image is not None or known.get("type") in ("image", "image_url"):
+            return {"type": "image"} | ({} if image is None else {"image": image})
+    text = part.get("text") if isinstance(part, dict) else part
+    if not isinstance(text, str):
+        raise InvalidRow(f'{key}: expected {{"type": "text", "text": ...}} or {{"type": "image"}}, found {part!r}')
+    return {"type": "text", "text": text}
 
 
 def _calls(value: object, key: str) -> list[dict[str, object]]:

@@ -1,6 +1,7 @@
 """Writes the data sets of the guides as a run reads them, from files as they are published; downloads where there is a network.
 
 python -m lit_rl.prepare gsm8k   --out data/gsm8k [--from FILE|FOLDER|owner/name]    -> train.parquet, test.parquet: prompts with a rule
+python -m lit_rl.prepare geo3k   --out data/geo3k [--from ...]                       -> the same of Geometry3K, with a picture in each row
 python -m lit_rl.prepare hh_rlhf --out data       [--from FILE|FOLDER|owner/name]    -> dpo_train.parquet, dpo_val.parquet: preferences
 python -m lit_rl.prepare model   --out models/Qwen2.5-7B-Instruct --from Qwen/Qwen2.5-7B-Instruct [--hub modelscope]
 """
@@ -13,15 +14,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from datamodules.text_files import TextFile
 
 Hub = Literal["huggingface", "modelscope"]
 
 QUESTION = ' Let\'s think step by step and output the final answer after "####".'
+BOXED = " Think step by step, and put the final answer in \\boxed{}."
 ASSISTANT = "\n\nAssistant:"
 
 
-def gsm8k_row(fields: dict[str, object], stem: str, number: int) -> dict[str, object]:
+def gsm8k_row(fields: dict[str, object], file: TextFile, number: int) -> dict[str, object]:
     """question and answer -> a prompt that asks for the number behind "####", and the number."""
     from datamodules.text_files import InvalidRow
 
@@ -39,7 +44,26 @@ def gsm8k_row(fields: dict[str, object], stem: str, number: int) -> dict[str, ob
     }
 
 
-def hh_rlhf_row(fields: dict[str, object], stem: str, number: int) -> dict[str, object]:
+def geo3k_row(fields: dict[str, object], file: TextFile, number: int) -> dict[str, object]:
+    """images, problem and answer -> a prompt with `<image>` where each picture stands, and the answer that a box must hold."""
+    from datamodules.text_files import InvalidRow
+
+    problem, answer = (_text(fields, key, "; Geometry3K's rows have images, problem and answer") for key in ("problem", "answer"))
+    if not isinstance(images := fields.get("images"), list) or not images:
+        raise InvalidRow("images: expected a list of pictures; Geometry3K's rows have images, problem and answer")
+    return {
+        "images": images,
+        "data_source": "hiyouga/geometry3k",
+        "prompt": [{"role": "user", "content": problem + BOXED}],
+        "ability": "math",
+        "reward_model": {
+            "style": "rule",
+            "ground_truth": re.sub(r"\s*([{}])\s*", r"\1", answer),
+        },  # "\\sqrt { 2 }" is a spelling of its own
+    }
+
+
+def hh_rlhf_row(fields: dict[str, object], file: TextFile, number: int) -> dict[str, object]:
     """prompt, chosen, rejected; of Anthropic's own files, which hold two whole dialogues, the last answers and what is before them."""
     from datamodules.text_files import InvalidRow
 
@@ -66,12 +90,13 @@ class Source:
     """A data set: where it is published, what becomes of a row, and the file of each split."""
 
     repository: str
-    row: Callable[[dict[str, object], str, int], dict[str, object]]
+    row: Callable[[dict[str, object], TextFile, int], dict[str, object]]
     files: dict[str, str]
 
 
 SOURCES = {
     "gsm8k": Source("openai/gsm8k", gsm8k_row, {"train": "train.parquet", "val": "test.parquet"}),
+    "geo3k": Source("hiyouga/geometry3k", geo3k_row, {"train": "train.parquet", "val": "test.parquet"}),
     "hh_rlhf": Source("Dahoas/full-hh-rlhf", hh_rlhf_row, {"train": "dpo_train.parquet", "val": "dpo_val.parquet"}),
 }
 INSIDE = (".", "main", "data")

@@ -41,8 +41,22 @@ class Answer(str):
         return self
 
 
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
 Media = Sequence[Sequence[Tensor]]
 """For each of B rows its pictures or other tensors, of any number and shape, such as uint8 "3 H W"; empty where no row has any."""
+
+
+@dataclass
+class Pictures:
+    """The pictures of a micro-batch as a vision tower reads them. kinds: 1 for a token that stands for a piece of one, else 0."""
+
+    patches: Tensor  # Float32 "P C"
+    grid: Tensor  # Int "N 3"
+    kinds: Tensor  # Int "B T"
+    shown: bool = True  # False: no token stands for them
+
 
 Cond = dict[str, Tensor]
 """Encoded prompts, one row per unique prompt ("U ..."), or one row for all ("1 ...", e.g. the empty negative prompt)."""

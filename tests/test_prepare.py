@@ -7,8 +7,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet
 import pytest
+from squares import square
 from text_rows import jsonl, parquet
 
 from datamodules.pairs import PreferencePairs
@@ -16,6 +18,7 @@ from datamodules.prompts_text import TextPrompts
 from datamodules.supervised import SupervisedText
 from lit_rl.prepare import main, write_parquet
 from lit_rl.rewards.text.rules import RuleReward
+from lit_rl.types import Answer
 
 ROW = {"question": "Natalia sold 48 clips and half as many. How many?", "answer": "48/2 = <<48/2=24>>24.\n#### 1,072"}
 PAIR = {"prompt": "\n\nHuman: hi\n\nAssistant:", "response": " x", "chosen": " Hello.", "rejected": " What?"}
@@ -23,6 +26,24 @@ PAIR = {"prompt": "\n\nHuman: hi\n\nAssistant:", "response": " x", "chosen": " H
 
 def columns(path: Path) -> list[dict]:
     return pyarrow.parquet.read_table(path).to_pylist()
+
+
+def test_geo3k_has_a_prompt_with_pictures_and_the_boxed_answer(tmp_path: Path) -> None:
+    from datasets import Dataset, Features, List, Value
+    from datasets import Image as ImageFeature
+
+    raw = {"images": [[square(0, np.random.RandomState(0))]], "problem": ["<image>Find x."], "answer": ["3 \\sqrt { 2 }"]}
+    features = Features({"images": List(ImageFeature()), "problem": Value("string"), "answer": Value("string")})
+    (tmp_path / "raw").mkdir()
+    for split in ("train", "test"):
+        Dataset.from_dict(raw, features=features).to_parquet(tmp_path / "raw" / f"{split}-00000-of-00001.parquet")
+    main(["geo3k", "--from", str(tmp_path / "raw"), "--out", str(tmp_path / "out")])
+    (row,) = TextPrompts(train=str(tmp_path / "out/train.parquet"), val=str(tmp_path / "out/test.parquet")).train_prompts
+    assert [part["type"] for part in row["prompt"][0]["content"]] == ["image", "text"] and len(row["images"]) == 1
+    assert row["prompt"][0]["content"][1]["text"].startswith("Find x. Think") and row["reward_model"]["ground_truth"] == "3 \\sqrt{2}"
+    rule = RuleReward()
+    right, wrong = (Answer(f"so \\boxed{{{x}}}") for x in ("3\\sqrt{2}", "4"))
+    assert rule.score([right, wrong], [row, row])["score"].tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("layout", ["train.jsonl", "main/train-00000-of-00001.parquet"])

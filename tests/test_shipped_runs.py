@@ -15,15 +15,18 @@ import yaml
 from fill import HEIGHT, WIDTH, build_fill
 from PIL import Image
 from safetensors.torch import load_file
+from squares import square
 from text_rows import jsonl
 
 from lit_rl.checkpoints.ip_adapter import read_ip_adapter
 from lit_rl.miniatures.images import build_flux, build_sd3
 from lit_rl.miniatures.lm import build_lm
+from lit_rl.miniatures.vlm import build_vlm
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("base", "demo"))
-TEXTS = [path for path in SHIPPED if "causal_lm" in path.read_text()]
+VISION = [path for path in SHIPPED if "vision_language" in path.read_text()]
+TEXTS = [path for path in SHIPPED if "causal_lm" in path.read_text()] + VISION
 RUNS = [path for path in SHIPPED if path not in TEXTS]
 PROMPTS, GROUP = 2, 2
 
@@ -145,7 +148,10 @@ def shrunk_text(run: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The same run on a miniature and one CPU process: one iteration of as many updates, on 4 prompts each."""
     model, trainer, data = run["model"]["init_args"], run["trainer"], run["data"]["init_args"]
     updates = model["prompts_per_iteration"] // model.get("prompts_per_update", model["prompts_per_iteration"])
-    model["policy"]["init_args"]["pretrained"] = str(build_lm(folder / "model", hidden=32, layers=1, heads=2))
+    sees = "vision" in model["policy"]["class_path"]
+    built = build_vlm(folder / "model", hidden=32, layers=1) if sees else build_lm(folder / "model", hidden=32, layers=1, heads=2)
+    model["policy"]["init_args"]["pretrained"] = str(built)
+    model.get("answers", {}).pop("engine", None)  # a server
     model |= {"prompts_per_iteration": 4 * updates} | ({"prompts_per_update": 4} if updates > 1 else {})
     for name in {"sampling", "eval_sampling"} & model.get("answers", {}).keys():
         model["answers"][name]["max_new_tokens"] = 6
@@ -154,6 +160,9 @@ def shrunk_text(run: dict[str, Any], folder: Path) -> dict[str, Any]:
     if model.get("group_size", 1) > 4:
         model["group_size"] = 4
     rows = ROWS[run["data"]["class_path"].rpartition(".")[2]]
+    if sees:
+        square(0, np.random.RandomState(0)).save(folder / "square.png")
+        rows = [row | {"images": ["square.png"]} for row in rows]
     data |= {"train": jsonl(folder / "train.jsonl", *rows * 8), "val": jsonl(folder / "val.jsonl", *rows)}
     trainer |= {"accelerator": "cpu", "devices": 1, "accumulate_grad_batches": 2, "check_val_every_n_epoch": 1, "max_epochs": 1}
     trainer["enable_model_summary"] = False

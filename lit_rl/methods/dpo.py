@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_rl.errors import ConfigError
 from lit_rl.losses.preference import FDivergence, PreferenceLoss, ld_sequence_logprobs, preference_loss, preference_metrics
 from lit_rl.losses.terms import Term, Terms
+from lit_rl.modules.media import with_media
 from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.ranks import gather_objects
@@ -97,7 +98,7 @@ class DPO(LitTokens):
             return rollout.with_streams(reference=self.all_logprobs(rollout))
 
     def sequences(self, prompts: Prompts) -> TokenRollout:
-        return pair_sequences(prompts, self.source(PairSource).pair_ids).to(self.device)
+        return with_media(pair_sequences(prompts, self.source(PairSource).pair_ids), self.policy, self.data).to(self.device)
 
     # ------------------------------------------------------------------ the reference of all pairs at once
     def remembered(self, rollout: TokenRollout) -> Tensor:
@@ -183,7 +184,7 @@ class DPO(LitTokens):
 
     def of_pairs(self, batch: Minibatch, weights: Tensor) -> tuple[dict[str, Term], dict[str, Tensor]]:
         """Terms with these weights Float "N/2", and metrics of the pairs of a batch."""
-        new, _ = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask)
+        new, _ = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, media=batch.media)
         (chosen, rejected), count, shared = pairs_of(batch), batch.mask.sum(1), shorter(batch)
         mine, theirs = (ld_sequence_logprobs(x, batch.mask, shared, alpha=self.ld_alpha) for x in (new, batch.streams["reference"]))
         four = mine[chosen], mine[rejected], theirs[chosen], theirs[rejected]

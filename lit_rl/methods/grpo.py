@@ -73,7 +73,9 @@ class GRPO(LitPolicyGradient):
     # ------------------------------------------------------------------ loss
     def loss(self, batch: Minibatch) -> Terms:
         temperature, look = self.answers.sampling.temperature, self.entropy_coef != 0
-        new, entropy = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature, entropy=look)
+        new, entropy = self.policy.logprobs(
+            batch.tokens, batch.lengths, batch.mask, media=batch.media, temperature=temperature, entropy=look
+        )
         behaviour = batch.streams.get("behaviour")
         stored = behaviour is not None or self.answers.old_logprobs == "rollout"
         old = batch.logprobs if stored else new.detach()  # one optimizer step per rollout: the ratio is 1

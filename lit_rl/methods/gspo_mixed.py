@@ -80,9 +80,8 @@ class MixedGSPO(LitPolicyGradient):
 
     def plan(self) -> str:
         return (
-            f"An iteration: {self.prompts_per_iteration} rows, each a pair or {self.group_size} answers; optimizer steps: "
-            f"{self.inner_epochs * self.updates}, each of {self.prompts_per_update} rows in {self.micro_batches_per_update} "
-            f"micro-batches on each of {self.trainer.world_size} processes"
+            f"An iteration: {self.prompts_per_iteration} rows: pairs, or {self.group_size} answers; {self.inner_epochs * self.updates} "
+            f"optimizer steps of {self.prompts_per_update} rows, each in {self.micro_batches_per_update} micro-batches on each process"
         )
 
     @property
@@ -189,8 +188,8 @@ class MixedGSPO(LitPolicyGradient):
     # ------------------------------------------------------------------ loss
     def loss(self, batch: Minibatch) -> Terms:
         """One forward for both kinds, so that sharded processes keep step whatever they hold."""
-        temperature, look = self.answers.sampling.temperature, self.entropy_coef != 0
-        new, entropy = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature, entropy=look)
+        tokens, draw = (batch.tokens, batch.lengths, batch.mask), self.answers.sampling
+        new, entropy = self.policy.logprobs(*tokens, media=batch.media, temperature=draw.temperature, entropy=self.entropy_coef != 0)
         given = is_given(batch)
         own = TokenBatch(**vars(batch) | {"mask": batch.mask & ~given[:, None], "weights": batch.weights.where(~given[:, None], 0.0)})
         behaviour = own.streams.get("behaviour")

@@ -120,7 +120,7 @@ class PPO(LitPolicyGradient):
         return super().annotate(rollout).with_streams(values=self.each_action(rollout, self.values))
 
     def values(self, batch: Minibatch) -> Tensor:
-        return self.critic.values(batch.tokens, batch.lengths, batch.mask)
+        return self.critic.values(batch.tokens, batch.lengths, batch.mask, media=batch.media, beside=self.policy)
 
     def with_advantages(self, rollout: TokenRollout, total: Tensor) -> TokenRollout:
         refuse_trajectories(rollout.columns.get("trajectory"), type(self.rule).__name__)
@@ -150,7 +150,9 @@ class PPO(LitPolicyGradient):
             self.meters.mean(metrics, weight=counted.sum())
             return {"value": replace(value, losses=value.losses + self.untouched())}
         temperature, look = self.answers.sampling.temperature, self.entropy_coef != 0
-        new, entropy = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature, entropy=look)
+        new, entropy = self.policy.logprobs(
+            batch.tokens, batch.lengths, batch.mask, media=batch.media, temperature=temperature, entropy=look
+        )
         behaviour = batch.streams.get("behaviour")
         stored = behaviour is not None or self.answers.old_logprobs == "rollout"
         old = batch.logprobs if stored else new.detach()  # one optimizer step per rollout: the ratio is 1

@@ -10,6 +10,7 @@ import torch
 
 from lit_rl.losses.supervised import dft_loss, nll_loss
 from lit_rl.losses.terms import Term, Terms
+from lit_rl.modules.media import with_media
 from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.replay.sequences import sequences
@@ -60,7 +61,8 @@ class SFT(LitTokens):
     def demonstrations(self, prompts: Prompts) -> TokenRollout:
         """The rows' conversations, the assistant's tokens being the actions."""
         rows = [self.source(SupervisedSource).supervised_ids(row) for row in prompts.info]
-        return sequences(prompts, [ids for ids, _ in rows], [chosen for _, chosen in rows]).to(self.device)
+        found = sequences(prompts, [ids for ids, _ in rows], [chosen for _, chosen in rows])
+        return with_media(found, self.policy, self.data).to(self.device)
 
     def score(self, rollout: TokenRollout) -> TokenRollout:
         return rollout
@@ -73,7 +75,7 @@ class SFT(LitTokens):
     # ------------------------------------------------------------------ loss
     def loss(self, batch: Minibatch) -> Terms:
         linear = -batch.weights if self.loss_kind == "nll" else None
-        new, _ = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, arriving=linear)
+        new, _ = self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, media=batch.media, arriving=linear)
         return {"sft": Term(self.token_loss(new), batch.weights)}
 
     # ------------------------------------------------------------------ evaluation
@@ -81,7 +83,7 @@ class SFT(LitTokens):
         here = Prompts(group=batch.group, info=batch.info)
         held_out = self.demonstrations(here)
         real = (held_out.group >= 0)[:, None]  # the rest fills up the last batch
-        new, _ = self.policy.logprobs(held_out.tokens, held_out.lengths, held_out.mask)
+        new, _ = self.policy.logprobs(held_out.tokens, held_out.lengths, held_out.mask, media=held_out.media)
         mask = held_out.mask & real
         self._held_out += torch.stack([-(new * mask).sum().double(), mask.sum().double()]).cpu()
         return super().validation_step(batch, batch_idx) if self.scorer is not None else {"prompts": batch}

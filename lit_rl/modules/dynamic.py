@@ -13,6 +13,7 @@ from lit_rl.credit.tokens import groups_that_teach
 from lit_rl.credit.trajectories import voters
 from lit_rl.errors import ConfigError
 from lit_rl.modules.gradient import LitPolicyGradient
+from lit_rl.modules.media import with_media
 from lit_rl.replay.exchange import handed_over
 from lit_rl.replay.partition import fair_owners
 from lit_rl.replay.rows import concatenated
@@ -85,7 +86,7 @@ class DynamicSampling:
         with run.rolling_out():
             rollout = self.select(run, everything, teaches)
             run.notify("on_rollout_chosen", rollout)
-            return run.annotate(rollout)
+            return run.annotate(with_media(rollout, run.policy, run.data))
 
     def teaching(self, run: LitPolicyGradient, rollout: TokenRollout, groups: range) -> list[bool]:
         """For each group of a generation on all processes: its answers are told apart. Collective."""

@@ -22,6 +22,7 @@ from lit_rl.losses.kl import KL, AdaptiveKL, RewardKL, kl_estimate
 from lit_rl.losses.masked import row_mean
 from lit_rl.losses.off_policy import Correction
 from lit_rl.losses.surrogates import Clip, Surrogate
+from lit_rl.modules.media import with_media
 from lit_rl.modules.rollout_metrics import masked_means, row_metrics, row_table
 from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.base import TokenPolicy
@@ -43,7 +44,7 @@ class LitPolicyGradient(LitTokens):
         kl_in_reward: Divergence from the reference that is taken off the reward; default: none.
         entropy_coef: Weight in the loss of minus the entropy.
         correction: Of samplers that are not the trainer.
-        length_penalty: Of answers that come near the length limit; default: none.
+        length_penalty: Of answers near the length limit; default: none.
         kwargs: See `LitTokens`.
     """
 
@@ -102,9 +103,9 @@ class LitPolicyGradient(LitTokens):
     def collect(self, prompts: Prompts) -> TokenRollout:
         """Generate, and compute what training needs of the answers while their scores are under way."""
         if self.answers.asynchronous:
-            return self.annotate(self.sample_ahead(prompts))
+            return self.annotate(with_media(self.sample_ahead(prompts), self.policy, self.data))
         self.answers.engine.update_weights(self.iteration)
-        return self.annotate(self.sample(prompts))
+        return self.annotate(with_media(self.sample(prompts), self.policy, self.data))
 
     def sample(self, prompts: Prompts) -> TokenRollout:
         """The engine's answers, submitted for scoring."""
@@ -137,7 +138,6 @@ class LitPolicyGradient(LitTokens):
         return rollout
 
     def needs_reference(self) -> bool:
-        """`loss` or `credit` looks at the reference's log-probabilities."""
         return self.kl.coef > 0 or self.kl_in_reward.coef > 0
 
     def needs_logprobs(self) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.losses.preference import sequence_logprobs
+from lit_rl.modules.media import with_media
 from lit_rl.modules.tokens import LitTokens
 from lit_rl.replay.preferences import pair_rows
 from lit_rl.types import TokenRollout
@@ -19,6 +20,7 @@ class PairMargins:
 
     def add(self, method: LitTokens, pairs: TokenRollout, real: Tensor, *, beta: float, temperature: float) -> None:
         """beta ((log p - log p_ref) of the chosen answer - that of the rejected one). real: Bool "P", the others fill up a batch."""
+        pairs = with_media(pairs, method.policy, method.data)
         chosen, rejected = pair_rows(pairs.group, pairs.columns["preference"])
         new = method.all_logprobs(pairs, temperature=temperature)
         with method.policy.reference():

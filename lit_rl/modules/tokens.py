@@ -18,6 +18,7 @@ from lit_rl.credit.weights import Aggregation, token_weights
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL
 from lit_rl.modules.evaluation import count_not_finite
+from lit_rl.modules.media import media_of
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.ranks import gather_rows, on_all_rows, sum_over_ranks
@@ -26,7 +27,7 @@ from lit_rl.replay.micro_batches import cut_evenly, split_rows
 from lit_rl.replay.rows import restored
 from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.start_check import check_logprobs
-from lit_rl.types import Minibatch, Prompts, TokenRollout
+from lit_rl.types import Info, Media, Minibatch, Prompts, TokenRollout
 
 
 class LitTokens(LitRL[TokenRollout]):
@@ -209,6 +210,10 @@ class LitTokens(LitRL[TokenRollout]):
         """The rows here of a function of the rows of all processes, see `lit_rl.ranks.on_all_rows`. Collective."""
         return on_all_rows(of, *columns) if self.trainer.world_size > 1 else of(*columns)
 
+    def media(self, info: Sequence[Info]) -> Media:
+        """Pictures of the rows, see `lit_rl.modules.media`."""
+        return media_of(self.data, info)
+
     # ------------------------------------------------------------------ weights
     def constant_length(self) -> float | None:
         """The constant length that the aggregation `dr-grpo` divides by."""
@@ -267,7 +272,7 @@ class LitTokens(LitRL[TokenRollout]):
         """Log-probabilities Float32 "B S" of the chosen tokens (of `rows` alone, if given), micro-batch by micro-batch."""
 
         def of(batch: TokenBatch) -> Tensor:
-            return self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, temperature=temperature)[0]
+            return self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, media=batch.media, temperature=temperature)[0]
 
         return self.each_action(rollout, of, rows=rows)
 

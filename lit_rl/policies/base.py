@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import finite_rows
-from lit_rl.types import Answer, Cond, Info
+from lit_rl.types import Answer, Cond, Info, Media, Pictures, Size
 
 
 class Policy(nn.Module, ABC):
@@ -142,6 +142,9 @@ class TokenPolicy(Policy):
     stop_ids: Sequence[int]
     """Tokens that end an answer (end of text, end of turn); the first one is what a supervised answer is ended with."""
 
+    banned_ids: Sequence[int] = ()
+    """Tokens that no answer may hold, such as those that stand for pictures. Samplers leave them out."""
+
     @abstractmethod
     def encode(self, prompt: str | Sequence[Message], **template: object) -> list[int]:
         """Token ids of a prompt, ready for an answer: a conversation through the chat template, a string as it is.
@@ -161,6 +164,42 @@ class TokenPolicy(Policy):
         """Names of trained weights that stay float32 where the others are in fewer bits."""
         return ()
 
+    def with_pictures(self, ids: Sequence[int], learned: Sequence[bool], sizes: Sequence[Size]) -> tuple[list[int], list[bool]]:
+        """Token ids with as many places for each picture as the model reads of it, and which of them are learned.
+
+        ids: Of a whole conversation or prompt, with one place for each picture. sizes: (height, width) of the pictures in pixels, in order.
+        Raises ConfigError where places and pictures differ in number, and for a model that reads text only.
+        """
+        if sizes:
+            raise ConfigError(
+                f"there are {len(sizes)} images, and {type(self).__name__} reads text only: set model.policy to "
+                "lit_rl.policies.vision_language.VisionLanguageModel, or take the images out"
+            )
+        return list(ids), list(learned)
+
+    def misplaced(self, ids: Sequence[int], media: Sequence[Tensor]) -> str:
+        """A sentence where a prompt's tokens do not fit the media of its row; empty where they do."""
+        return ""
+
+    def media(self, pictures: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Pictures uint8 "3 H W" of one row as `logprobs` and engines take them: at the size at which the model reads them."""
+        return pictures
+
+    @abstractmethod
+    def look(self, inputs: Tensor, chosen: Tensor, media: Media) -> tuple[Tensor, Tensor | None, Pictures | None]:
+        """Inputs, their positions where the model does not place them itself, and the pictures among them.
+
+        inputs: Int "B T"; chosen: Bool "B T", True where the policy chose the next token; media: of each row, or empty.
+        """
+
+    def generation_inputs(self, ids: Tensor, media: Media) -> dict[str, Tensor]:
+        """Arguments of transformers' `generate` beside the prompts Int "B T", which are padded on the left: their pictures."""
+        return {}
+
+    def trial(self, ids: Sequence[int]) -> tuple[list[int], Sequence[Tensor]]:
+        """A short sequence with everything in it that the model reads, and its media, for checks. ids: Words to begin with."""
+        return list(ids), ()
+
     @abstractmethod
     def logprobs(
         self,
@@ -168,6 +207,7 @@ class TokenPolicy(Policy):
         lengths: Tensor,
         mask: Tensor,
         *,
+        media: Media = (),
         temperature: float = 1.0,
         entropy: bool = False,
         arriving: Tensor | None = None,
@@ -176,5 +216,6 @@ class TokenPolicy(Policy):
 
         tokens: Int "B S+1", padded on the right with anything; lengths: Int "B", tokens of each row; mask: Bool "B S". Logits are
         divided by `temperature` and computed at the masked places only, a chunk of tokens at a time.
+        media: Of each row, as `self.media` gives them; empty where no row has any.
         arriving: Float "B S", where the loss is linear in log p: its weights, but for one factor. A policy may save work by it.
         """

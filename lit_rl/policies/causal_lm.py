@@ -25,7 +25,7 @@ from lit_rl.policies.unread import leaves_weights
 from lit_rl.policies.weights.language_lora import add_language_lora, read_adapter_config, save_adapter, split_adapter
 from lit_rl.policies.weights.lora import LoraSettings, base_name
 from lit_rl.policies.weights.lora_sites import repeated_blocks
-from lit_rl.types import Answer, Info
+from lit_rl.types import Answer, Info, Media, Pictures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,7 +99,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         head = recognized(lm)
         if not leaves_weights() and (stops := self.stop_ids):  # what this run learns as ends, the export says too
             lm.config.eos_token_id = lm.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
-        self.set_network(lm, add=lambda lora: add_language_lora(lm, lora, seed=torch.initial_seed()), dtype=self.dtype)
+        self.set_network(lm, add=lambda lora: self.add_adapter(lm, lora), dtype=self.dtype)
         self.network = TokenNetwork(lm, head)
         if self.reference_network is not None:
             assert isinstance(self.reference_network, type(lm)), "a copy of the network"
@@ -113,6 +113,9 @@ class CausalLM(TrainedPolicy, TokenPolicy):
 
     def _read(self) -> PreTrainedModel:
         return read_lm(self.pretrained, dtype=torch.float32 if self.full else self.dtype, attention=self.attention, **self.source)
+
+    def add_adapter(self, lm: PreTrainedModel, lora: LoraSettings) -> None:
+        add_language_lora(lm, lora, seed=torch.initial_seed())
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         """The decoder layers."""
@@ -185,6 +188,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         lengths: Tensor,
         mask: Tensor,
         *,
+        media: Media = (),
         temperature: float = 1.0,
         entropy: bool = False,
         arriving: Tensor | None = None,
@@ -194,15 +198,18 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         inputs, chosen = tokens[:, : width - 1], mask[:, : width - 1]
         inputs = inputs.where(torch.arange(width - 1, device=tokens.device) < lengths[:, None], 0)  # padding may be no token at all
         places = chosen.flatten().nonzero()[:, 0]
-        targets, positions, at = tokens[:, 1:width].flatten()[places], None, places
+        targets, at = tokens[:, 1:width].flatten()[places], places
+        inputs, positions, pictures = self.look(inputs, chosen, media)
         if self.padding_free:
             column = torch.arange(width - 1, device=tokens.device).expand_as(inputs)
             real = column < (lengths - 1)[:, None]
             at = (real.flatten().cumsum(0) - 1)[places]
-            inputs, positions = inputs[real][None], column[real][None]
+            inputs, packed = inputs[real][None], column[real][None]
+            positions = packed if positions is None else torch.cat([packed[None], positions[:, real][:, None]])
         network = getattr(self, self.called)
         weights = None if arriving is None else arriving[:, : width - 1].flatten()[places]
-        new, entropies = network(inputs, at, targets, positions=positions, temperature=temperature, entropy=entropy, arriving=weights)
+        seen = {"positions": positions, "pictures": pictures}
+        new, entropies = network(inputs, at, targets, temperature=temperature, entropy=entropy, arriving=weights, **seen)
 
         def spread(values: Tensor) -> Tensor:
             flat = values.new_zeros(chosen.numel()).index_put((places,), values)
@@ -210,10 +217,18 @@ class CausalLM(TrainedPolicy, TokenPolicy):
 
         return spread(new), None if entropies is None else spread(entropies)
 
-    def plain_logprobs(self, ids: Tensor) -> Tensor:
+    def look(self, inputs: Tensor, chosen: Tensor, media: Media) -> tuple[Tensor, Tensor | None, Pictures | None]:
+        """See `TokenPolicy.look`. Raises ConfigError where there are media."""
+        if any(media):
+            raise ConfigError(f"{type(self).__name__} reads text only, and the rollout has images")
+        return inputs, None, None
+
+    def plain_logprobs(self, ids: Tensor, media: Sequence[Tensor] = ()) -> Tensor:
         """Float32 "T-1" of one sequence Int "T", from the logits of the model's plain forward."""
         places = torch.arange(len(ids) - 1, device=ids.device)
-        return self.active_network(ids[None], places, ids[1:], positions=None, temperature=1.0, entropy=False, plain=True)[0]
+        pictures = self.look(ids[None], torch.zeros_like(ids[None], dtype=torch.bool), [media])[2]
+        network, told = self.active_network, {"temperature": 1.0, "entropy": False, "plain": True}
+        return network(ids[None], places, ids[1:], positions=None, pictures=pictures, **told)[0]
 
     # ------------------------------------------------------------------ saving
     def float32_weights(self) -> Collection[str]:

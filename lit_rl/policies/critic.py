@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lit_rl.checkpoints.layout import Geometry
 from lit_rl.errors import ConfigError
+from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.causal_lm import Dtype
-from lit_rl.policies.language_model import check_folder, read_lm, recompute
+from lit_rl.policies.language_model import check_folder, freeze_tower, read_lm, recompute, seen_by
 from lit_rl.policies.lm_head import body
 from lit_rl.policies.sizes import check_length, check_same_tokens, read_config
 from lit_rl.policies.tokenizer import read_tokenizer
@@ -20,6 +21,7 @@ from lit_rl.policies.weights.adapters import geometry
 from lit_rl.policies.weights.language_lora import add_language_lora, merged
 from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.policies.weights.lora_sites import repeated_blocks
+from lit_rl.types import Media, Pictures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,9 +51,10 @@ class ValueNetwork(nn.Module):
         self.lm = lm
         self.head = ValueHead(hidden)
 
-    def forward(self, tokens: Tensor, places: Tensor) -> Tensor:
-        """Values Float32 "N" at `places`, flat indices into `tokens`. tokens: Int "B T", padded on the right."""
-        return self.head(body(self.lm)(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)[places])
+    def forward(self, tokens: Tensor, places: Tensor, *, positions: Tensor | None = None, pictures: Pictures | None = None) -> Tensor:
+        """Values Float32 "N" at `places`, flat indices into `tokens`, Int "B T", padded on the right. positions: see `TokenNetwork`."""
+        found = body(self.lm)(input_ids=tokens, position_ids=positions, use_cache=False, **seen_by(self.lm, pictures))
+        return self.head(found.last_hidden_state.flatten(0, 1)[places])
 
 
 class Critic(nn.Module):
@@ -122,6 +125,7 @@ class Critic(nn.Module):
             self.adapter = geometry(lm)
         else:
             lm.requires_grad_(True)
+            freeze_tower(lm)
         self.network = ValueNetwork(lm)
         if self.gradient_checkpointing:
             recompute(self.blocks(self.network))
@@ -143,12 +147,16 @@ class Critic(nn.Module):
         keys = set(self.state_dict())
         return {key for key in keys if ".lora_" in key or ".head." in key} if self.lora else keys
 
-    def values(self, tokens: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
-        """Values Float32 "B S" of the text before each chosen token; 0 where `mask` is False. Arguments as of `TokenPolicy.logprobs`."""
+    def values(self, tokens: Tensor, lengths: Tensor, mask: Tensor, *, media: Media = (), beside: TokenPolicy | None = None) -> Tensor:
+        """Values Float32 "B S" of the text before each chosen token; 0 where `mask` is False. Arguments as of `TokenPolicy.logprobs`.
+
+        beside: The policy, which knows how pictures are read.
+        """
         width = max(int(lengths.max()), 2)
         inputs, chosen = tokens[:, : width - 1], mask[:, : width - 1]
         inputs = inputs.where(torch.arange(width - 1, device=tokens.device) < lengths[:, None], 0)  # padding may be no token at all
         places = chosen.flatten().nonzero()[:, 0]
-        found = self.network(inputs, places)
+        inputs, positions, pictures = (inputs, None, None) if beside is None else beside.look(inputs, chosen, media)
+        found = self.network(inputs, places, positions=positions, pictures=pictures)
         flat = found.new_zeros(chosen.numel()).index_put((places,), found)
         return nn.functional.pad(flat.view(chosen.shape), (0, mask.shape[1] - chosen.shape[1]))

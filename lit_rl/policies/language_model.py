@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lit_rl.policies.pretrained import without_bars
 from lit_rl.policies.unread import frozen_of, leaves_weights
 from lit_rl.policies.weights.adapters import active_factors
 from lit_rl.policies.weights.language_lora import adapter_fields
+from lit_rl.types import Pictures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +26,35 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+TOWER = "model.visual"
+"""The vision tower in a model of transformers, the layer that ends it included."""
+
+
+def seen_by(lm: PreTrainedModel, pictures: Pictures | None) -> dict[str, object]:
+    """The arguments by which the forward of a vision-language model sees pictures.
+
+    Those that no token stands for go through the tower and no further: then each forward of each process runs it once, as sharded weights
+    and DDP want it, and its gradient is 0.
+    """
+    if pictures is None:
+        return {}
+    if pictures.shown:
+        return {"pixel_values": pictures.patches, "image_grid_thw": pictures.grid, "mm_token_type_ids": pictures.kinds}
+    model: Any = lm.base_model
+    outputs = model.get_image_features(pictures.patches, pictures.grid, return_dict=True)
+    outputs.pooler_output = [part[:0] for part in outputs.pooler_output]
+    if getattr(outputs, "deepstack_features", None) is not None:
+        outputs.deepstack_features = [[part[:0] for part in layer] for layer in outputs.deepstack_features]
+    return {"mm_encoder_outputs": {"image": outputs}}
+
+
+def freeze_tower(lm: nn.Module) -> None:
+    """Have the vision tower of a model, where it has one, keep its weights."""
+    for name, parameter in lm.named_parameters():
+        if name.startswith(f"{TOWER}."):
+            parameter.requires_grad_(False)
 
 
 class TokenNetwork(nn.Module):
@@ -47,21 +77,24 @@ class TokenNetwork(nn.Module):
         temperature: float,
         entropy: bool,
         arriving: Tensor | None = None,
+        pictures: Pictures | None = None,
         plain: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """log p Float32 "N" of `targets`, and the entropies. tokens: Int "B T"; places: Int "N", flat indices of the tokens before them.
 
-        positions: Int "1 T" of sequences side by side in one row: where they start again at 0, attention does not look back further.
+        positions: Int "1 T" of sequences side by side in one row: where they start again at 0, attention does not look back further. Of
+        models that place pictures in a plane "3 B T", and "4 1 T" of sequences side by side, the first of them as above.
         arriving: The gradient "N" that will come back to log p, but for one factor: see `token_logprobs`.
         plain: Of the logits that the model's forward gives, all of them at once.
         """
         # No attention mask: padding is on the right, where causal attention never looks from a real token. A mask of ones would let the
         # sequences of one row see each other.
+        seen = seen_by(self.lm, pictures)
         if plain or self.head.kind == "whole":
             placed = {} if positions is None else {"position_ids": positions}
-            logits = self.lm(input_ids=tokens, use_cache=False, **placed).logits.flatten(0, 1)[places]
+            logits = self.lm(input_ids=tokens, use_cache=False, **placed, **seen).logits.flatten(0, 1)[places]
             return picked(logits, targets, temperature=temperature, entropy=entropy)
-        outputs = body(self.lm)(input_ids=tokens, position_ids=positions, use_cache=False)
+        outputs = body(self.lm)(input_ids=tokens, position_ids=positions, use_cache=False, **seen)
         hidden = outputs.last_hidden_state.flatten(0, 1)[places]
         if self.head.kind == "own":
             return own_logprobs(self.lm, hidden, targets, temperature=temperature, entropy=entropy)

@@ -21,7 +21,7 @@ from lit_rl.rollouts.hf import HFEngine
 from lit_rl.rollouts.native import NativeEngine
 from lit_rl.rollouts.start_check import check_sampler
 from lit_rl.seeding import Key
-from lit_rl.types import Info, Prompts
+from lit_rl.types import Info, Media, Prompts
 
 OldLogprobs = Literal["auto", "rollout", "recompute"]
 Keys = Sequence[tuple[Key, ...]]
@@ -41,6 +41,8 @@ class Run(Protocol):
     def device(self) -> torch.device: ...
 
     def all_ranks(self, x: Tensor) -> Tensor: ...
+
+    def media(self, info: Sequence[Info]) -> Media: ...
 
     def notify(self, hook: str, *args: object) -> None: ...
 
@@ -125,6 +127,11 @@ class Answers:
                 known[id(row)] = encode(row)
         return [known[id(row)] for row in prompts.info]
 
+    def requests(self, run: Run, prompt_ids: Sequence[list[int]], keys: Keys, info: Sequence[Info]) -> list[Request]:
+        """One for each prompt, with its pictures."""
+        media = run.media(info) or [()] * len(info)
+        return [Request(*asked) for asked in zip(prompt_ids, keys, media, strict=True)]
+
     def generate(
         self, run: Run, prompts: Prompts, keys: Keys, sampling: Sampling, *, tell: bool = True
     ) -> tuple[list[list[int]], list[Sample]]:
@@ -132,7 +139,7 @@ class Answers:
         prompt_ids, answers = self.ask(run, prompts), []
         most = int(run.all_ranks(torch.tensor([len(prompts)], device=run.device)).max())  # as many chunks on every process
         chunks = [slice(first, first + self.chunk) for first in range(0, most, self.chunk)]
-        requests = [Request(ids, key) for ids, key in zip(prompt_ids, keys)]
+        requests = self.requests(run, prompt_ids, keys, prompts.info)
         for chunk, samples in zip(chunks, self.engine.stream([requests[chunk] for chunk in chunks], sampling), strict=True):
             self.submit(run, samples, prompt_ids[chunk], prompts.info[chunk], tell=tell, total=len(prompts))
             answers += samples
@@ -176,7 +183,7 @@ class Answers:
 
     def begin(self, run: Run, prompts: Prompts, keys: Keys, iteration: int) -> None:
         """Have the prompts of an iteration answered in the background."""
-        requests = [Request(ids, key) for ids, key in zip(self.ask(run, prompts), keys)]
+        requests = self.requests(run, self.ask(run, prompts), keys, prompts.info)
         self.ahead = Ahead(iteration, self.engine.begin(requests, self.sampling))
 
     def state_dict(self) -> dict[str, SavedAhead]:

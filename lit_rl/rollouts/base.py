@@ -8,6 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.seeding import Key
@@ -85,6 +87,7 @@ class Request:
 
     prompt: Sequence[int]
     key: tuple[Key, ...]
+    media: Sequence[Tensor] = ()  # of the prompt, as `TokenPolicy.media` gives them
 
 
 @dataclass

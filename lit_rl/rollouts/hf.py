@@ -55,7 +55,7 @@ class HFEngine(RolloutEngine):
             found |= zip(batch, self._generate([requests[i] for i in batch], sampling))
         samples = [found[i] for i in range(len(requests))]
         for _ in range(most - len(batches)):  # the others wait for this one's forwards
-            self._generate([Request(self.policy.stop_ids[:1], (0,))], replace(sampling, max_new_tokens=1))
+            self._generate([self._filler()], replace(sampling, max_new_tokens=1))
         return samples
 
     def batches(self, requests: Sequence[Request]) -> list[list[int]]:
@@ -65,17 +65,26 @@ class HFEngine(RolloutEngine):
             kinds.setdefault(len(request.prompt) if self.one_length else 0, []).append(i)
         return [rows[first : first + self.batch] for rows in kinds.values() for first in range(0, len(rows), self.batch)]
 
+    def _filler(self) -> Request:
+        """A request that others wait for, with all that the model reads."""
+        prompt, media = self.policy.trial(self.policy.stop_ids[:1])
+        return Request(prompt, (0,), media)
+
     def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
         from transformers import GenerationConfig, LogitsProcessorList
 
         lm: Any = self.policy.network.lm
+        asked = len(requests)
+        if _waits(lm) and self._filler().media and not any(request.media for request in requests):
+            requests = [*requests, self._filler()]  # the others' vision towers wait for this one's
         longest = max(len(request.prompt) for request in requests)
         ids, mask = torch.zeros(2, len(requests), longest, dtype=torch.long, device=self.policy.device)
         for i, request in enumerate(requests):
             ids[i, longest - len(request.prompt) :] = torch.tensor(request.prompt)
             mask[i, longest - len(request.prompt) :] = 1
         stops = list(self.policy.stop_ids)
-        draw = _Draw(uniforms([request.key for request in requests], sampling.max_new_tokens), longest, sampling)
+        uniform = uniforms([request.key for request in requests], sampling.max_new_tokens)
+        draw = _Draw(uniform, longest, sampling, self.policy.banned_ids)
         settings = GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=stops[0])
         # What the settings leave open comes from the model's own, such as Qwen2.5's repetition_penalty: another distribution.
         own, lm.generation_config = lm.generation_config, GenerationConfig()
@@ -86,11 +95,12 @@ class HFEngine(RolloutEngine):
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([draw]),
                 synced_gpus=_waits(lm),
+                **self.policy.generation_inputs(ids, [request.media for request in requests]),
             )
         finally:
             lm.generation_config = own
         tokens, logprobs = out[:, longest:].tolist(), torch.stack(draw.logprobs, 1).tolist()
-        return [_sample(row, values, set(stops)) for row, values in zip(tokens, logprobs)]
+        return [_sample(row, values, set(stops)) for row, values in zip(tokens[:asked], logprobs)]
 
 
 def _waits(lm: torch.nn.Module) -> bool:
@@ -101,14 +111,14 @@ def _waits(lm: torch.nn.Module) -> bool:
 class _Draw:
     """A logits processor after which only the drawn token is possible."""
 
-    def __init__(self, uniform: Tensor, prompt: int, sampling: Sampling) -> None:
-        self.uniform, self.prompt, self.sampling = uniform, prompt, sampling
+    def __init__(self, uniform: Tensor, prompt: int, sampling: Sampling, banned: Sequence[int]) -> None:
+        self.uniform, self.prompt, self.sampling, self.banned = uniform, prompt, sampling, banned
         self.logprobs: list[Tensor] = []
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         s = self.sampling
         uniform = self.uniform[:, ids.shape[1] - self.prompt].to(scores.device)
-        chosen, logprobs = draw_tokens(scores, uniform, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k)
+        chosen, logprobs = draw_tokens(scores, uniform, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, banned=self.banned)
         self.logprobs.append(logprobs)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
 

@@ -230,8 +230,10 @@ class HTTPEngine(ServedWeights):
 
     def _look_at(self, requests: Sequence[Request], samples: Sequence[Sample], sampling: Sampling) -> None:
         """Raise RolloutError unless the trainer gives these answers the same log-probabilities. Collective: one forward everywhere."""
-        rows = [(request.prompt, sample.ids) for request, sample in zip(requests, samples)]
-        mine = trainer_logprobs(self.policy, rows or [(self.probe_ids[:1], self.probe_ids[1:])], temperature=sampling.temperature)
+        rows, media = [(request.prompt, sample.ids) for request, sample in zip(requests, samples)], [request.media for request in requests]
+        mine = trainer_logprobs(
+            self.policy, rows or [(self.probe_ids[:1], self.probe_ids[1:])], temperature=sampling.temperature, media=media
+        )
         kept = mine if rows else []
         wrong = disagreement(samples, kept, temperature=sampling.temperature, tolerance=self.probe_tolerance)
         for rank, told in enumerate(gather_objects(wrong)):

@@ -10,13 +10,16 @@ from torch import Tensor
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.weights.shards import reshard
 from lit_rl.rollouts.base import Request, Sample
+from lit_rl.types import Media
 
 MEASURABLE = 1e-3
 """A move of the trainer's log-probabilities that a server in 16 bits cannot miss."""
 
 
 @torch.no_grad()
-def trainer_logprobs(policy: TokenPolicy, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, temperature: float) -> list[list[float]]:
+def trainer_logprobs(
+    policy: TokenPolicy, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, temperature: float, media: Media = ()
+) -> list[list[float]]:
     """Log-probabilities of the answers in (prompt, answer) pairs, without autocast: the same numbers in every hook. One forward."""
     lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows])
     tokens = torch.zeros(len(rows), max(int(lengths.max()), 2), dtype=torch.long)
@@ -26,7 +29,7 @@ def trainer_logprobs(policy: TokenPolicy, rows: Sequence[tuple[Sequence[int], Se
         mask[i, len(prompt) - 1 : int(lengths[i]) - 1] = True
     device = policy.device
     with torch.autocast(device.type, enabled=False):
-        found, _ = policy.logprobs(tokens.to(device), lengths.to(device), mask.to(device), temperature=temperature)
+        found, _ = policy.logprobs(tokens.to(device), lengths.to(device), mask.to(device), media=media, temperature=temperature)
     reshard(policy)  # what the first process does alone with the weights afterwards would put just its own shards back
     return [row[chosen].tolist() for row, chosen in zip(found.cpu(), mask)]
 

@@ -32,6 +32,10 @@ MINGLES = (
 )
 
 
+Row = tuple[Tensor, Sequence[Tensor]]
+"""Tokens Int "T", and the media among them."""
+
+
 def check_logprobs(policy: CausalLM, *, world_size: int, coarsest: torch.dtype | None = None) -> None:
     """Raise ConfigError unless `policy.logprobs` are those of the model's plain forward. Collective: a few short forwards.
 
@@ -55,13 +59,13 @@ def check_logprobs(policy: CausalLM, *, world_size: int, coarsest: torch.dtype |
         )
 
 
-def _check_apart(policy: CausalLM, rows: Sequence[Tensor], *, limit: float, world_size: int) -> None:
+def _check_apart(policy: CausalLM, rows: Sequence[Row], *, limit: float, world_size: int) -> None:
     """Raise ConfigError where the second of two rows side by side changes with the words of the first.
 
     Weights as a model is begun with are so small that what is seen of them may pass for rounding; training makes it larger.
     """
-    other = torch.full_like(rows[0], int(rows[0][0]))
-    before, after = (_trained(policy, [first, rows[1]])[1] for first in (rows[0], other))
+    other = torch.full_like(rows[0][0], int(rows[0][0][0]))
+    before, after = (_trained(policy, [first, rows[1]])[1] for first in (rows[0], (other, ())))
     exact = limit == EXACT
     moved = max(gather_objects(float((after - before).abs().max()) if exact else typical(after - before)))
     if moved > (SEEN if exact else limit):
@@ -83,7 +87,7 @@ def _cause(policy: CausalLM, gap: Callable[..., float], limit: float) -> str:
     )
 
 
-def _gap(policy: CausalLM, rows: Sequence[Tensor], *, packed: bool, alone: bool = False) -> float:
+def _gap(policy: CausalLM, rows: Sequence[Row], *, packed: bool, alone: bool = False) -> float:
     """The largest over the rows of their typical difference; infinity where a number is missing."""
     parts = [[row] for row in rows] if alone else [list(rows)]
     configured, policy.padding_free = policy.padding_free, packed
@@ -91,15 +95,15 @@ def _gap(policy: CausalLM, rows: Sequence[Tensor], *, packed: bool, alone: bool 
         found = [values for some in parts for values in _trained(policy, some)]
     finally:
         policy.padding_free = configured
-    return max(typical(values - policy.plain_logprobs(row)) for values, row in zip(found, rows, strict=True))
+    return max(typical(values - policy.plain_logprobs(*row)) for values, row in zip(found, rows, strict=True))
 
 
-def _trained(policy: CausalLM, rows: Sequence[Tensor], temperature: float = 1.0) -> list[Tensor]:
-    lengths = torch.tensor([len(row) for row in rows], device=policy.device)
-    tokens = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+def _trained(policy: CausalLM, rows: Sequence[Row], temperature: float = 1.0) -> list[Tensor]:
+    lengths = torch.tensor([len(row) for row, _ in rows], device=policy.device)
+    tokens = torch.nn.utils.rnn.pad_sequence([row for row, _ in rows], batch_first=True)
     mask = torch.arange(tokens.shape[1] - 1, device=policy.device) < (lengths - 1)[:, None]
-    found, _ = policy.logprobs(tokens, lengths, mask, temperature=temperature)
-    return [values[: len(row) - 1] for values, row in zip(found, rows)]
+    found, _ = policy.logprobs(tokens, lengths, mask, media=[media for _, media in rows], temperature=temperature)
+    return [values[: len(row) - 1] for values, (row, _) in zip(found, rows)]
 
 
 def typical(difference: Tensor) -> float:
@@ -120,7 +124,8 @@ def check_sampler(
     prompts = [ids[: min(len(ids), 7, max(1, (most or 64) - NEW_TOKENS))], ids[:3]]
     few = replace(sampling, max_new_tokens=min(NEW_TOKENS, sampling.max_new_tokens))
     limit = tolerance(policy, torch.get_autocast_dtype(policy.device.type) if autocast is not None else None)
-    requests = [Request(prompt, ("start check", i)) for i, prompt in enumerate(prompts)]
+    first, media = policy.trial(prompts[0])
+    requests = [Request(first, ("start check", 0), media), Request(prompts[1], ("start check", 1))]
     with evaluating(policy, autocast), adapters_that_matter(policy):
 
         def gap(*batches: list[Request]) -> float:
@@ -152,7 +157,7 @@ def _name(policy: CausalLM) -> str:
 
 
 def _compared(policy: CausalLM, requests: Sequence[Request], samples: Sequence[Sample], temperature: float) -> float:
-    rows = [torch.tensor([*r.prompt, *s.ids], device=policy.device) for r, s in zip(requests, samples)]
+    rows = [(torch.tensor([*r.prompt, *s.ids], device=policy.device), r.media) for r, s in zip(requests, samples)]
     found = _trained(policy, rows, temperature or 1.0)
     gaps = [typical(values[-len(s.ids) :] - torch.tensor(s.logprobs, device=values.device)) for values, s in zip(found, samples)]
     return max(gaps)
@@ -170,10 +175,12 @@ def vocabulary(policy: CausalLM) -> int:
     return int(lm.config.get_text_config().vocab_size)
 
 
-def sequences(policy: CausalLM) -> list[Tensor]:
-    """Two rows of different lengths, within the positions that the model has."""
+def sequences(policy: CausalLM) -> list[Row]:
+    """Two rows of different lengths, within the positions that the model has; the first with a picture where the model reads them."""
     ids, most = token_ids(policy), positions(policy.network.lm.config) or 64
-    return [torch.tensor(row[:most], device=policy.device) for row in (ids[:8], ids[2:7])]
+    first, media = policy.trial(ids[:8])
+    rows: list[tuple[list[int], Sequence[Tensor]]] = [(first, media), (ids[2:7], ())]
+    return [(torch.tensor(row if seen else row[:most], device=policy.device), seen) for row, seen in rows]
 
 
 def tolerance(policy: CausalLM, coarsest: torch.dtype | None) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -9,20 +11,27 @@ from torch import Tensor
 
 
 def draw_tokens(
-    logits: Float[Tensor, "B V"], uniform: Float[Tensor, "B"], *, temperature: float, top_p: float = 1.0, top_k: int = 0
+    logits: Float[Tensor, "B V"],
+    uniform: Float[Tensor, "B"],
+    *,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    banned: Sequence[int] = (),
 ) -> tuple[Int[Tensor, "B"], Float[Tensor, "B"]]:
     """Tokens by inverse cumulative distribution of softmax(logits / temperature), and their log-probabilities in the *whole* of it.
 
     temperature 0: the likeliest token, its log-probability at temperature 1. top_k, then top_p leave the likeliest tokens only, as
-    transformers' warpers do; at least one stays. A multiple faster than `torch.multinomial` on a CPU.
+    transformers' warpers do; at least one stays. banned: Tokens that are never drawn. A multiple faster than `torch.multinomial` on a CPU.
     """
     logits = logits.float()
+    allowed = logits.index_fill(-1, torch.tensor(banned, device=logits.device), -torch.inf) if banned else logits
     if not temperature:
-        chosen = logits.argmax(-1)
+        chosen = allowed.argmax(-1)
         return chosen, log_probability(logits, chosen)
     largest = logits.amax(-1, keepdim=True)
     weights = (logits - largest).div_(temperature).exp_()
-    kept = logits
+    kept = allowed
     if 0 < top_k < logits.shape[-1]:
         kept = kept.where(kept >= kept.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
     if top_p < 1:

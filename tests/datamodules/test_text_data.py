@@ -17,7 +17,7 @@ from datamodules.mixed import PromptsAndPairs
 from datamodules.pairs import PreferencePairs
 from datamodules.prompts_text import TextPrompts
 from datamodules.supervised import SupervisedText
-from datamodules.text import truncated
+from datamodules.text_answers import truncated
 from lit_rl.errors import ConfigError
 from lit_rl.miniatures.lm import END, build_lm
 from lit_rl.policies.causal_lm import CausalLM

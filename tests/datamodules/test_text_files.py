@@ -76,7 +76,7 @@ def test_folders_patterns_and_lists(tmp_path: Path) -> None:
 
 
 def test_rows_in_order_are_the_rows_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datamodules.text_files._Parquet.CHUNK", 3)
+    monkeypatch.setattr("datamodules.parquet.Parquet.CHUNK", 3)
     files = [parquet(tmp_path / f"{name}.parquet", *[{"prompt": f"{name}{i}"} for i in range(size)]) for name, size in [("a", 7), ("b", 4)]]
     rows = TextPrompts(train=[files[0], jsonl(tmp_path / "c.jsonl", {"prompt": "c"}), files[1]], max_train=10).train_prompts
     for some in (rows, rows.select([0, 5, 8, 9]), rows[2:9]):  # type: ignore[attr-defined]

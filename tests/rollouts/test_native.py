@@ -147,8 +147,12 @@ class Bare:
     """A policy for an engine: a language model and no more."""
 
     def __init__(self, lm: Any) -> None:
-        self.network, self.device, self.stop_ids = torch.nn.ModuleDict({"lm": lm}), torch.device("cpu"), [1, 2, 3]
+        self.network, self.device = torch.nn.ModuleDict({"lm": lm}), torch.device("cpu")
+        self.stop_ids, self.banned_ids = [1, 2, 3], []
         self.network.lm = lm
+
+    def generation_inputs(self, ids: torch.Tensor, media: Any) -> dict[str, torch.Tensor]:
+        return {}
 
 
 def bare(lm: Any) -> Any:

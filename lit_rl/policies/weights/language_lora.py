@@ -23,15 +23,18 @@ if TYPE_CHECKING:
 CONFIG_FILE = "adapter_config.json"
 
 
-def add_language_lora(lm: PreTrainedModel, lora: LoraSettings, *, seed: int) -> None:
-    """Freeze a language model and add its trainable adapter: a new one drawn from `seed`, or that of `lora.initial`."""
+def add_language_lora(lm: PreTrainedModel, lora: LoraSettings, *, seed: int, beside: str | None = None) -> None:
+    """Freeze a language model and add its trainable adapter: a new one drawn from `seed`, or that of `lora.initial`.
+
+    beside: Name of a module outside of the decoder, such as a vision tower, whose linear layers are adapted too.
+    """
     from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-    sites = default_sites(lm) if lora.named is None else named_sites(lm, lora.named)
+    sites = default_sites(lm, beside) if lora.named is None else named_sites(lm, lora.named, beside)
     if lora.named is None and not lora.initial:
         rank_zero_info(coverage(lm, sites))
     if lora.initial:
-        load_initial(lm, lora, layers=None if lora.targets is None else sites.names)
+        load_initial(lm, lora, layers=None if lora.targets is None else sites.names, beside=beside)
     else:
         if sites.experts and lora.dropout:
             raise ConfigError("lora.dropout: fused experts take none: set it to 0, or name targets without gate_up_proj and down_proj")
@@ -54,7 +57,7 @@ def split_adapter(pretrained: str, lora: LoraSettings | None) -> tuple[str, Lora
     return (base, *started_from(pretrained, base, lora))
 
 
-def load_initial(lm: PreTrainedModel, lora: LoraSettings, *, layers: set[str] | None) -> None:
+def load_initial(lm: PreTrainedModel, lora: LoraSettings, *, layers: set[str] | None, beside: str | None = None) -> None:
     """Add the adapter stored in `lora.initial` as the trained one, as stock PEFT reads it: its ranks, strengths and layers.
 
     Raises ConfigError for what is not plain LoRA, does not fit the model, or contradicts the settings.
@@ -62,7 +65,7 @@ def load_initial(lm: PreTrainedModel, lora: LoraSettings, *, layers: set[str] | 
     from peft import set_peft_model_state_dict
 
     folder = Path(str(lora.initial)).expanduser()
-    config, weights, places = read_adapter_config(folder), read_adapter_weights(folder), adaptable(lm)
+    config, weights, places = read_adapter_config(folder), read_adapter_weights(folder), adaptable(lm, beside)
     config.lora_dropout, config.inference_mode, config.init_lora_weights = lora.dropout, False, True
     try:
         inject(lm, config)

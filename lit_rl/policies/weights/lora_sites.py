@@ -52,18 +52,24 @@ def repeated_blocks(lm: nn.Module) -> list[nn.Module]:
     return list(max(outer, key=lambda blocks: len(list(blocks))))
 
 
-def default_sites(lm: PreTrainedModel) -> Sites:
-    """Every linear layer and every fused expert of the blocks, but routers and layers whose weight the model reads past the layer."""
+def default_sites(lm: PreTrainedModel, beside: str | None = None) -> Sites:
+    """Every linear layer and every fused expert of the blocks, but routers and layers whose weight the model reads past the layer.
+
+    beside: Name of a module outside of the decoder whose linear layers are adapted too.
+    """
     blocks = _block_names(lm)
     layers = [name for name, layer in _linear(lm) if name.startswith(blocks) and not _routes(lm, name) and not bypassed(lm, name)]
     experts = [name for name in _fused(lm) if name.startswith(blocks)]
-    return Sites(layers, experts)
+    return Sites(layers + _inside(lm, beside), experts)
 
 
-def named_sites(lm: PreTrainedModel, targets: Sequence[str]) -> Sites:
-    """The layers and fused experts of the decoder and its output layer whose names end in one of `targets`. Raises where none does."""
+def named_sites(lm: PreTrainedModel, targets: Sequence[str], beside: str | None = None) -> Sites:
+    """The layers and fused experts of the decoder, of `beside` and its output layer whose names end in one of `targets`.
+
+    Raises ConfigError where none does.
+    """
     inside, head = _reach(lm)
-    layers = [name for name, _ in _linear(lm) if name.startswith(inside) or name == head]
+    layers = [name for name, _ in _linear(lm) if name.startswith(inside) or name == head] + _inside(lm, beside)
     experts = [name for name in _fused(lm) if name.startswith(inside)]
     missing = [t for t in targets if not any(_ends(name, t) for name in (*layers, *experts))]
     if missing:
@@ -82,12 +88,12 @@ def named_sites(lm: PreTrainedModel, targets: Sequence[str]) -> Sites:
     return chosen
 
 
-def adaptable(lm: PreTrainedModel) -> set[str]:
+def adaptable(lm: PreTrainedModel, beside: str | None = None) -> set[str]:
     """Names of everything that an adapter from elsewhere may sit on: what training reaches, routers too. For a model without adapters."""
     inside, head = _reach(lm)
     own = ((name, module, getattr(module, "weight", None)) for name, module in lm.named_modules() if name.startswith(inside))
     matrices = {name for name, module, weight in own if getattr(weight, "ndim", 0) == 2 and not isinstance(module, nn.Embedding)}
-    return {head} | Sites([name for name in matrices if not bypassed(lm, name)], _fused(lm)).names
+    return {head, *_inside(lm, beside)} | Sites([name for name in matrices if not bypassed(lm, name)], _fused(lm)).names
 
 
 def peft_targets(network: PreTrainedModel, sites: Sites) -> dict[str, list[str]]:
@@ -132,6 +138,11 @@ def _linear(lm: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     from transformers.pytorch_utils import Conv1D
 
     return [(name, module) for name, module in lm.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+def _inside(lm: PreTrainedModel, beside: str | None) -> list[str]:
+    """Linear layers of a module beside the decoder."""
+    return [name for name, _ in _linear(lm) if beside is not None and name.startswith(f"{beside}.")]
 
 
 def _fused(lm: PreTrainedModel) -> list[str]:

@@ -43,6 +43,7 @@ SOURCES = {
     "lighteval/MATH": "math",
     "HuggingFaceH4/MATH-500": "math",
     "DigitalLearningGmbH/MATH-lighteval": "math",
+    "hiyouga/geometry3k": "math",
     "math_dapo": "math_dapo",
     "aime*": "math_dapo",
 }

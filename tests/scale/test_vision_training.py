@@ -1,0 +1,75 @@
+"""Vision-language models train on two processes as on one, whatever number of pictures each has, and exactly when continued."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import vision_runs
+from comparing import distance
+from pair import Pair
+from squares import write_ragged
+
+from lit_rl.miniatures.vlm import build_vlm
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("vision")
+
+
+@pytest.fixture(scope="module")
+def data(root: Path) -> str:
+    return str(write_ragged(root, 32))
+
+
+@pytest.fixture(scope="module")
+def model(root: Path) -> str:
+    return str(build_vlm(root / "model", family="qwen3_vl", characters="1234?", hidden=32, vision_hidden=32))
+
+
+def end(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = torch.load(folder / "end.pt")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("strategy", "method", "settings"),
+    [
+        ("ddp", "sft", {"train_vision": True}),
+        ("ddp", "grpo", {}),
+        ("ddp", "dapo", {"lora": True}),
+        ("fsdp2", "sft", {}),
+        ("fsdp2", "grpo", {"train_vision": True}),
+        ("fsdp2", "ppo", {"lora": True}),
+        ("zero3", "sft", {"train_vision": True}),
+    ],
+    ids=lambda value: "+".join(value) or "frozen tower" if isinstance(value, dict) else value,
+)
+def test_two_processes_train_as_one_does(
+    pair: Pair, tmp_path: Path, model: str, data: str, strategy: str, method: str, settings: dict[str, bool]
+) -> None:
+    """One process cuts a step into three micro-batches; some micro-batches have no picture at all."""
+    alone = "one-hf" if strategy == "ddp" else "one"
+    one = vision_runs.fit(model, data, str(tmp_path / "one"), alone, method=method, parts=3, **settings)
+    two = pair.run("vision_runs.fit", model=model, data=data, out=str(tmp_path / "two"), strategy=strategy, method=method, **settings)
+    assert [run["steps"] for run in two] == [4, 4] == [one["steps"]] * 2
+    for run in two:
+        assert run["metrics"] == pytest.approx(one["metrics"], abs=1e-5)
+    a, b = end(tmp_path / "one"), end(tmp_path / "two")
+    assert a.keys() == b.keys() and distance(a, b) < 2e-6
+
+
+@pytest.mark.parametrize(("strategy", "method"), [("ddp", "grpo"), ("fsdp2", "sft")])
+def test_resume_equals_the_unbroken_run(pair: Pair, tmp_path: Path, model: str, data: str, strategy: str, method: str) -> None:
+    """Inside the second iteration, whose rollout with its pictures is in the checkpoint, and at the end of the first."""
+    settings = dict(model=model, data=data, strategy=strategy, method=method, lora=method == "grpo")
+    pair.run("vision_runs.fit", out=str(tmp_path / "unbroken"), save=True, **settings)
+    unbroken = end(tmp_path / "unbroken")
+    for name in ("epoch=0-step=2", "epoch=1-step=3"):
+        pair.run("vision_runs.fit", out=str(tmp_path / name), ckpt_path=str(tmp_path / "unbroken" / f"{name}.ckpt"), **settings)
+        continued = end(tmp_path / name)
+        assert continued.keys() == unbroken.keys() and all(torch.equal(continued[n], unbroken[n]) for n in unbroken), name

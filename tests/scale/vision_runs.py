@@ -1,0 +1,96 @@
+"""Runs of vision-language models in the processes of a scale test: rows with 0 to 3 pictures, the same run in one process and in two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from scenarios import STRATEGIES
+from squares import Corner
+from toy_text import trainer
+
+from callbacks.reward_scoring import RewardScoring
+from callbacks.rng_state import RngState
+from datamodules.prompts_text import TextPrompts
+from datamodules.supervised import SupervisedText
+from lit_rl.losses.kl import KL
+from lit_rl.methods.grpo import DAPO, GRPO
+from lit_rl.methods.ppo import PPO
+from lit_rl.methods.sft import SFT
+from lit_rl.modules.dynamic import DynamicSampling
+from lit_rl.policies.vision_language import VisionLanguageModel
+from lit_rl.policies.weights.lora import LoraSettings
+from lit_rl.policies.weights.shards import gathered
+from lit_rl.rollouts.answers import Answers
+from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
+from lit_rl.rollouts.hf import HFEngine
+from lit_rl.seeding import uniforms
+
+ADAM = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3)
+ROWS: dict[str, Any] = dict(prompts_per_iteration=8, prompts_per_update=4, optimizer=ADAM)
+
+
+class Scripted(RolloutEngine):
+    """Answers of a script, for strategies under which no engine in the process can generate from such a model."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+        digits = self.policy.encode("1234")
+        draws = (uniforms([request.key for request in requests], 1)[:, 0] * 4).long().tolist()
+        return [Sample([digits[i], self.policy.stop_ids[0]], [-1.4, -0.1], "stop") for i in draws]
+
+
+def method_of(name: str, policy: VisionLanguageModel, *, engine: RolloutEngine) -> Any:
+    if name == "sft":
+        return SFT(policy, **ROWS)
+    answers = Answers(engine=engine, sampling=Sampling(max_new_tokens=3), chunk=5, old_logprobs="recompute")
+    settings = ROWS | {"group_size": 4, "answers": answers, "kl": KL(coef=0.1)}
+    if name == "dapo":
+        return DAPO(policy, **settings, dynamic_sampling=DynamicSampling(prompts_per_generation=6, max_generations=20))
+    return {"grpo": GRPO, "ppo": PPO}[name](policy, **settings)
+
+
+def fit(
+    model: str,
+    data: str,
+    out: str,
+    strategy: str,
+    *,
+    method: str,
+    parts: int = 1,
+    lora: bool = False,
+    train_vision: bool = False,
+    save: bool = False,
+    ckpt_path: str | None = None,
+) -> dict[str, Any]:
+    """Two iterations; every trained weight, whole, is written into out/end.pt."""
+    torch.manual_seed(0)
+    at = Path(out)
+    at.mkdir(parents=True, exist_ok=True)
+    adapter = LoraSettings(rank=4, alpha=16.0) if lora else None
+    policy = VisionLanguageModel(model, lora=adapter, keep_reference=True, train_vision=train_vision)
+    engine = HFEngine(batch=4) if strategy in ("one-hf", "ddp") else Scripted()
+    module = method_of(method, policy, engine=engine)
+    callbacks = [RngState(), *([] if method == "sft" else [RewardScoring({"corner": Corner()})])]
+    callbacks += [ModelCheckpoint(dirpath=at, save_top_k=-1, filename="{epoch}-{step}", every_n_train_steps=1)] if save else []
+    alone = strategy.startswith("one")
+    run = trainer(
+        max_epochs=2,
+        limit_val_batches=0,
+        accumulate_grad_batches=parts,
+        enable_checkpointing=save,
+        strategy=STRATEGIES["one" if alone else strategy](),
+        devices=1 if alone else 2,
+        callbacks=callbacks,
+    )
+    rows = (SupervisedText if method == "sft" else TextPrompts)(train=data)
+    run.fit(module, rows, ckpt_path=ckpt_path)
+    names = {name for name, p in module.named_parameters() if p.requires_grad}
+    end = dict(gathered(module, names))
+    if run.is_global_zero:
+        torch.save(end, at / "end.pt")
+    metrics = {name: value for name, value in module.rollout_metrics.items() if not name.endswith("seconds")}
+    return {"steps": run.global_step, "metrics": metrics}
