@@ -42,7 +42,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         gradient_checkpointing: Recompute each block in the backward pass.
         compile: `torch.compile` each block; pays on a GPU only.
         dtype: Of the frozen weights: text encoders, and with LoRA the base network. Adapters are float32 always.
-        vae_dtype: Of the VAE; float16 overflows in some.
+        vae_dtype: Of the VAE. Images that are not finite in 16 bits, in which some VAEs overflow, are decoded again in float32.
         offload_text_encoders: Keep the text encoders on the CPU between two calls of `encode`.
         offload_vae: Likewise for the VAE.
         vae_slice: Images decoded (or encoded) at once.

@@ -121,9 +121,22 @@ class FrozenParts:
         vae = self.pipe.vae
         z = z / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         with self.on_device(("vae",), device, offload=self.offload_vae):
-            found = [vae.decode(part, return_dict=False)[0] for part in z.to(device, vae.dtype).split(self.vae_slice)]
+            found = [self._decoded(part) for part in z.to(device).split(self.vae_slice)]
         pixels = [((image.float().nan_to_num() * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8) for image in found]
         return torch.cat(pixels), torch.cat([finite_rows(image) for image in found])
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        """Latents as the VAE has them -> its pixels; in float32 those of images that it does not get through in lower precision."""
+        vae, dtype = self.pipe.vae, self.pipe.vae.dtype
+        pixels = vae.decode(z.to(dtype), return_dict=False)[0]
+        if dtype == torch.float32 or not (lost := finite_rows(z) & ~finite_rows(pixels)).any():
+            return pixels
+        nn.Module.to(vae, torch.float32)
+        try:
+            again = vae.decode(z[lost].float(), return_dict=False)[0]
+        finally:
+            nn.Module.to(vae, dtype)
+        return pixels.float().index_put((lost.nonzero()[:, 0],), again)
 
 
 def rows_of(parts: Sequence[Tensor]) -> Tensor:
