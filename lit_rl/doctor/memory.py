@@ -20,6 +20,7 @@ from lit_rl.doctor.report import Finding, ok, problem, warning
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL
 from lit_rl.modules.flow import LitFlow
+from lit_rl.modules.optimization import use_fused
 from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.critic import Critic
 from lit_rl.policies.deepgen import DeepGenPolicy
@@ -136,6 +137,8 @@ def of_optimizer(method: LitRL[Rollout], placement: Placement) -> Iterator[Line]
     """Moments, and what a step needs beside them, by a step of the optimizer on tensors without memory."""
     share = placement.share("moments")
     optimizer = method.configured_optimizer()
+    if placement.gpu:
+        use_fused(optimizer, device="meta")
     if not type(optimizer).__module__.startswith("torch.optim"):
         yield Line(f"two moments, as of Adam, of {type(optimizer).__name__}", 8 * trained_numbers([method]) * share)
         return
