@@ -2,7 +2,7 @@
 
 import os
 
-import deepspeed  # noqa: F401
+import deepspeed.utils.nvtx
 import diffusers.pipelines  # noqa: F401
 import logged_runs  # noqa: F401
 import noted  # noqa: F401
@@ -19,3 +19,5 @@ import lit_rl.command_line.run  # noqa: F401
 
 if len(os.listdir("/proc/self/task")) > 1:
     raise RuntimeError("an import has started a thread, which a fork would leave behind")
+
+deepspeed.utils.nvtx.enable_nvtx = False  # marks for NVIDIA's profiler, two calls around each of DeepSpeed's

@@ -12,13 +12,14 @@ from pair import Pair
 pytestmark = pytest.mark.slow
 
 TOY: dict[str, Any] = dict(method_args=dict(advantage=dict(kind="history"), dropout=0.1, train_micro_batch=6))
+PLACES = ("epoch=0-step=1", "epoch=0-step=2", "epoch=1-step=4", "epoch=1-step=6")
 
 
 @pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
 def test_resume_equals_the_unbroken_run(pair: Pair, tmp_path: Path, strategy: str) -> None:
     """2 steps of warm-up, then 4 in each iteration: inside the warm-up, at its end, inside an iteration, on its last minibatch."""
     pair.run("fit", folder=str(tmp_path / "unbroken"), strategy=strategy, save=dict(every_n_train_steps=1), **TOY)
-    for name in ("epoch=0-step=1", "epoch=0-step=2", "epoch=1-step=4", "epoch=1-step=6"):
+    for name in PLACES if strategy in ("ddp", "fsdp2", "zero3") else PLACES[::2]:  # the others differ from one of these in their files
         checkpoint = tmp_path / "unbroken" / f"{name}.ckpt"
         pair.run("fit", folder=str(tmp_path / name), strategy=strategy, ckpt_path=str(checkpoint), **TOY)
         assert identical(ended(tmp_path / "unbroken"), ended(tmp_path / name)), name
