@@ -114,7 +114,11 @@ class RewardScoring(RLCallback, Scorer):
         """The highest value of each score that has one."""
         return {name: value for reward in self._rewards.values() for name, value in reward.highest.items()}
 
-    def submit(self, media: Tensor | Sequence[str], info: Sequence[Info]) -> None:
+    @property
+    def submitted(self) -> int:
+        return len(self._chunks)
+
+    def submit(self, media: Tensor | Sequence[str], info: Sequence[Info], *, place: int | None = None) -> None:
         """Queue a chunk. Raises RewardError where a reward does not score its kind."""
         if isinstance(media, Tensor) and (media.dtype != torch.uint8 or media.ndim != 4 or media.shape[1] != 3):
             raise ValueError(f"submit takes uint8 B 3 H W; got {media.dtype} {tuple(media.shape)}")
@@ -127,12 +131,12 @@ class RewardScoring(RLCallback, Scorer):
             self._background, self._chunks = Background(), []
         media = media.detach().cpu() if isinstance(media, Tensor) else list(media)
         futures = {label: self._background.start(label, reward, media, info) for label, reward in self._rewards.items()}
-        self._chunks.append(Chunk(len(info), futures))
+        self._chunks.append(Chunk(len(info), futures, len(self._chunks) if place is None else place))
 
     def gather(self) -> dict[str, Tensor]:
         """Await the scores of all chunks; see `Scorer.gather`."""
         started = time.perf_counter()
-        chunks, self._chunks = self._chunks, []
+        chunks, self._chunks = sorted(self._chunks, key=lambda chunk: chunk.place), []
         total = sum(chunk.size for chunk in chunks)
         scores: dict[str, Tensor] = {}
         broken: Exception | None = None
@@ -163,8 +167,6 @@ class RewardScoring(RLCallback, Scorer):
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_background": None, "_chunks": []}
-
-    # -- steps of gather
 
     def _use(self, rewards: dict[str, Reward]) -> None:
         """Take these rewards; check the names that they declare."""

@@ -90,12 +90,20 @@ class Scorer(ABC):
     """The rewards of a run as a method sees them; implemented by the callback that owns them (`callbacks.reward_scoring.RewardScoring`)."""
 
     @abstractmethod
-    def submit(self, media: Tensor | Sequence[str], info: Sequence[Info]) -> None:
-        """Queue one decoded chunk, images uint8 "B 3 H W" on the CPU or B texts, and return at once."""
+    def submit(self, media: Tensor | Sequence[str], info: Sequence[Info], *, place: int | None = None) -> None:
+        """Queue one decoded chunk, images uint8 "B 3 H W" on the CPU or B texts, and return at once.
+
+        place: Among the chunks of the same `gather`, whose scores come in this order; None = behind those that were submitted before.
+        """
+
+    @property
+    @abstractmethod
+    def submitted(self) -> int:
+        """Chunks since the last `gather`."""
 
     @abstractmethod
     def gather(self) -> dict[str, Tensor]:
-        """Await everything submitted since the last call: name -> Float64 "B" in order of submission, NaN where scoring failed.
+        """Await everything submitted since the last call: name -> Float64 "B" in order of the chunks, NaN where scoring failed.
 
         Collective: raises on every rank alike when too many samples failed on any of them.
         """

@@ -15,10 +15,11 @@ from lit_rl.rewards.base import RewardError
 
 @dataclass
 class Chunk:
-    """Samples that were submitted together. futures: scores by label of the reward."""
+    """Samples that were submitted together. futures: scores by label of the reward. place: among the chunks that are gathered together."""
 
     size: int
     futures: Mapping[str, Future[Mapping[str, Tensor]]]
+    place: int
 
 
 def checked(answer: Mapping[str, Tensor], *, count: int, label: str) -> dict[str, Tensor]:

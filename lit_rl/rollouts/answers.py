@@ -21,7 +21,7 @@ from lit_rl.rollouts.hf import HFEngine
 from lit_rl.rollouts.native import NativeEngine
 from lit_rl.rollouts.start_check import check_sampler
 from lit_rl.seeding import Key
-from lit_rl.types import Info, Media, Prompts
+from lit_rl.types import Answer, Info, Media, Prompts
 
 OldLogprobs = Literal["auto", "rollout", "recompute"]
 Keys = Sequence[tuple[Key, ...]]
@@ -136,24 +136,38 @@ class Answers:
         self, run: Run, prompts: Prompts, keys: Keys, sampling: Sampling, *, tell: bool = True
     ) -> tuple[list[list[int]], list[Sample]]:
         """Prompt ids and answers; each finished chunk is submitted for scoring and, if `tell`, told to the callbacks."""
-        prompt_ids, answers = self.ask(run, prompts), []
+        prompt_ids = self.ask(run, prompts)
         most = int(run.all_ranks(torch.tensor([len(prompts)], device=run.device)).max())  # as many chunks on every process
         chunks = [slice(first, first + self.chunk) for first in range(0, most, self.chunk)]
         requests = self.requests(run, prompt_ids, keys, prompts.info)
-        for chunk, samples in zip(chunks, self.engine.stream([requests[chunk] for chunk in chunks], sampling), strict=True):
-            self.submit(run, samples, prompt_ids[chunk], prompts.info[chunk], tell=tell, total=len(prompts))
-            answers += samples
-        return prompt_ids, answers
+        answers: list[list[Sample]] = [[] for _ in chunks]
+        texts: dict[int, list[Answer]] = {}  # of chunks that the callbacks have not been told of, which is done in order
+        told, before = 0, 0 if run.scorer is None else run.scorer.submitted
+        for place, samples in self.engine.stream([requests[chunk] for chunk in chunks], sampling):
+            chunk, answers[place] = chunks[place], samples
+            texts[place] = self._score(run, samples, prompt_ids[chunk], prompts.info[chunk], place=before + place)
+            while told in texts:
+                if (of_chunk := texts.pop(told)) and tell:
+                    run.notify("on_rollout_chunk", of_chunk, prompts.info[chunks[told]], len(prompts))
+                told += 1
+        return prompt_ids, [sample for samples in answers for sample in samples]
 
     def submit(
         self, run: Run, samples: Sequence[Sample], prompt_ids: Sequence[Sequence[int]], info: Sequence[Info], *, tell: bool, total: int
     ) -> None:
         """Have answers scored and, if `tell`, tell the callbacks; `total`: answers of the rollout."""
-        texts = [run.policy.reply(sample.ids, prompt_ids=ids, info=row) for sample, ids, row in zip(samples, prompt_ids, info, strict=True)]
-        if run.scorer is not None and texts:
-            run.scorer.submit(texts, info)
+        texts = self._score(run, samples, prompt_ids, info)
         if tell and texts:
             run.notify("on_rollout_chunk", texts, info, total)
+
+    def _score(
+        self, run: Run, samples: Sequence[Sample], prompt_ids: Sequence[Sequence[int]], info: Sequence[Info], place: int | None = None
+    ) -> list[Answer]:
+        """The texts of answers, submitted for scoring."""
+        texts = [run.policy.reply(sample.ids, prompt_ids=ids, info=row) for sample, ids, row in zip(samples, prompt_ids, info, strict=True)]
+        if run.scorer is not None and texts:
+            run.scorer.submit(texts, info, place=place)
+        return texts
 
     def evaluate(self, run: Run, prompts: Prompts) -> list[str]:
         """One answer to each prompt; where `eval_sampling` draws, it depends on `eval_seed` and the prompt's group id."""

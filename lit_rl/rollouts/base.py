@@ -120,10 +120,10 @@ class RolloutEngine(ABC):
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
         """Answers in order of the requests. Neighbours with the same prompt share its prefill."""
 
-    def stream(self, chunks: Sequence[Sequence[Request]], sampling: Sampling) -> Iterator[list[Sample]]:
-        """The answers to each chunk, in order, each as soon as it is there. As many chunks on every process; some may be empty."""
-        for chunk in chunks:
-            yield self.generate(chunk, sampling)
+    def stream(self, chunks: Sequence[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
+        """(place, answers) of each chunk as soon as they are there. As many chunks on every process; some may be empty."""
+        for place, chunk in enumerate(chunks):
+            yield place, self.generate(chunk, sampling)
 
     def begin(self, requests: Sequence[Request], sampling: Sampling) -> Future[list[Sample]]:
         """`generate` in the background, with the weights of the last `update_weights` whatever the policy trains meanwhile.

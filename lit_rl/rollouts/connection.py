@@ -68,17 +68,17 @@ class Connection:
 
     def run(self, calls: Sequence[Call[T]]) -> list[T]:
         """The answers in order of the calls. Raises RolloutError when one has none."""
-        found: list[list[T]] = []
+        found: list[tuple[int, list[T]]] = []
         asyncio.run(self._all([calls], found.append))
-        return found[0]
+        return found[0][1]
 
-    def stream(self, groups: Sequence[Sequence[Call[T]]]) -> Iterator[list[T]]:
-        """The answers to each group of calls, in order, each as soon as it is there. Raises RolloutError when one has none.
+    def stream(self, groups: Sequence[Sequence[Call[T]]]) -> Iterator[tuple[int, list[T]]]:
+        """(place, answers) of each group of calls as soon as it has all of its own. Raises RolloutError when one has none.
 
         All groups are under way at once, in a thread: `concurrency` is the only limit, and a slow answer keeps no other group from being
         asked. What is under way ends with the iterator.
         """
-        told: SimpleQueue[list[T] | BaseException] = SimpleQueue()
+        told: SimpleQueue[tuple[int, list[T]] | BaseException] = SimpleQueue()
         loop = asyncio.new_event_loop()
         work = loop.create_task(self._all(groups, told.put))
 
@@ -111,14 +111,18 @@ class Connection:
 
         return open_session(token_env=self.token_env, connector=aiohttp.TCPConnector(limit=self.concurrency))
 
-    async def _all(self, groups: Sequence[Sequence[Call[T]]], tell: Callable[[list[T]], None]) -> None:
-        """Have `tell` called with the answers to each group, in order."""
+    async def _all(self, groups: Sequence[Sequence[Call[T]]], tell: Callable[[tuple[int, list[T]]], None]) -> None:
+        """Have `tell` called with the place of each group and its answers."""
+
+        async def of_group(place: int, tasks: Sequence[asyncio.Task[T]]) -> None:
+            tell((place, [await task for task in tasks]))
+
         gate = asyncio.Semaphore(self.concurrency)  # a deadline counts from when a request may go out
         try:
             async with self._session() as session, asyncio.TaskGroup() as everything:
                 tasks = [[everything.create_task(self._outcome(session, gate, call)) for call in calls] for calls in groups]
-                for group in tasks:
-                    tell([await task for task in group])
+                for place, group in enumerate(tasks):
+                    everything.create_task(of_group(place, group))
         except ExceptionGroup as errors:  # the first one cancelled the others
             raise errors.exceptions[0] from None
 

@@ -143,20 +143,19 @@ class HTTPEngine(ServedWeights):
     # ------------------------------------------------------------------ answers
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
         """Answers of the servers; those of the first rollout are compared with the trainer."""
-        [samples] = self.stream([requests], sampling)
+        [(_, samples)] = self.stream([requests], sampling)
         return samples
 
-    def stream(self, chunks: Sequence[Sequence[Request]], sampling: Sampling) -> Iterator[list[Sample]]:
-        """The answers to each chunk, in order. All chunks are under way at once; a slow answer keeps no other from being asked for."""
-        asked: list[Request] = []
-        samples: list[Sample] = []
-        for chunk, found in zip(chunks, self._answers(self._calls(chunks, sampling)), strict=True):
-            asked += chunk
-            samples += found
-            yield found
+    def stream(self, chunks: Sequence[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
+        """(place, answers) of each chunk as soon as they are there. All are under way at once: a slow answer holds its own chunk alone."""
+        found: dict[int, list[Sample]] = {}
+        for place, samples in self._answers(self._calls(chunks, sampling)):
+            found[place] = samples
+            yield place, samples
         if self.unseen and sampling.temperature:
-            chosen = distinct(asked, LOOKED_AT)
-            self._look_at([asked[i] for i in chosen], [samples[i] for i in chosen], sampling)
+            pairs = [pair for place, chunk in enumerate(chunks) for pair in zip(chunk, found[place], strict=True)]
+            chosen = [pairs[i] for i in distinct([request for request, _ in pairs], LOOKED_AT)]
+            self._look_at([request for request, _ in chosen], [sample for _, sample in chosen], sampling)
             self.unseen = False
 
     def begin(self, requests: Sequence[Request], sampling: Sampling) -> Future[list[Sample]]:
@@ -166,7 +165,7 @@ class HTTPEngine(ServedWeights):
 
         def work() -> None:
             try:
-                [samples] = self._answers(calls)
+                [(_, samples)] = self._answers(calls)
                 future.set_result(samples)
             except BaseException as error:  # raised where the answers are asked for
                 future.set_exception(error)
@@ -174,18 +173,19 @@ class HTTPEngine(ServedWeights):
         threading.Thread(target=work, daemon=True, name="answers ahead").start()  # a run that stops does not wait for it
         return future
 
-    def _answers(self, chunks: Sequence[Sequence[Call[Sample]]]) -> Iterator[list[Sample]]:
+    def _answers(self, chunks: Sequence[Sequence[Call[Sample]]]) -> Iterator[tuple[int, list[Sample]]]:
         """Answers by servers that held the weights before and after. Raises RolloutError, Forgotten where they lose them each time.
 
         Chunks that were yielded before the servers lost the weights were drawn with them; all others are asked anew.
         """
-        done = 0
+        waiting = list(range(len(chunks)))
         for left in reversed(range(RESTORES)):
+            places = list(waiting)
             try:
-                for samples in self.connection.stream(chunks[done:]):
+                for i, samples in self.connection.stream([chunks[place] for place in places]):
                     self._check_held()
-                    done += 1
-                    yield samples
+                    waiting.remove(places[i])
+                    yield places[i], samples
                 return
             except Forgotten:
                 if not left:

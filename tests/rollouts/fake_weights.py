@@ -26,7 +26,7 @@ class Holding(LocalServer):
 
     stale: Says that it took the weights and did not. raw: Log-probabilities at temperature 1 of all tokens, as vLLM's default has them.
     processed: Those of the tokens that top_k and top_p leave, as vLLM's processed_logprobs are. backwards: The first of `backwards`
-    questions is answered last. slow: Seconds that an answer to a prompt takes.
+    questions is answered last. slow: Seconds that an answer to a prompt takes. held: So many others are answered before it.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Holding(LocalServer):
         self.bases = [BASE]  # names of the base model: answers say the first, whichever was asked for
         self.resets = 0
         self.slow: dict[tuple[int, ...], float] = {}
+        self.held: dict[tuple[int, ...], int] = {}
         self.restarts_before = 0  # the question before which it is restarted
         self.max_model_len = 512
         self.loads: list[str] = []  # names or folders, in order
@@ -142,6 +143,10 @@ class Holding(LocalServer):
         if fault.kind == "nan":
             logprobs[-1] = math.nan
         said = web.json_response(say(ids, logprobs, finish))
+        if tuple(prompt) in self.held:
+            while self.answered < self.held[tuple(prompt)]:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)  # the others are read first
         wait = 0.02 * max(0, self.backwards - order) + self.slow.get(tuple(prompt), 0.0) + 0.001 * len(ids)
         await asyncio.sleep(fault.seconds + wait)
         return said

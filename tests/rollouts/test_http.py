@@ -124,6 +124,7 @@ def run(
     save: Path | None = None,
     limit_val_batches: int = 1,
     asynchronous: bool = False,
+    reward: TextReward | None = None,
     **settings: Any,
 ) -> Tensor:
     method = GRPO(
@@ -136,7 +137,7 @@ def run(
     )
     checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in more)
     limits: dict[str, Any] = {"limit_val_batches": limit_val_batches, "enable_checkpointing": checkpoints}
-    fit = trainer(max_epochs=iterations, callbacks=[RewardScoring({"small": Small()}), *more], **limits)
+    fit = trainer(max_epochs=iterations, callbacks=[RewardScoring({"small": reward or Small()}), *more], **limits)
     fit.fit(method, datamodule=Digits(), ckpt_path=ckpt)
     if save is not None:
         fit.save_checkpoint(save)

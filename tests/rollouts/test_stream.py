@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from fake_server import FakeServer
 from lightning import Callback
 from rewards.fault_proxy import Fault
-from test_http import LORA, SHORT, assert_same, in_process, loaded, pushed, requests, run
+from test_http import LORA, SHORT, Small, assert_same, in_process, loaded, pushed, requests, run
+from torch import Tensor
 
-from lit_rl.rollouts.base import Request, RolloutError
+from lit_rl.rollouts.base import Request, RolloutError, Sample
 from lit_rl.rollouts.hf import HFEngine
+from lit_rl.types import Info, TokenRollout
 
 
 def chunks(policy: Any) -> list[list[Request]]:
@@ -23,26 +26,19 @@ def chunks(policy: Any) -> list[list[Request]]:
     return [asked[:3], [], asked[3:6], asked[6:]]
 
 
+def in_order(found: Iterable[tuple[int, list[Sample]]]) -> list[Sample]:
+    return [answer for _, answers in sorted(found, key=lambda pair: pair[0]) for answer in answers]
+
+
 def test_a_slow_answer_in_one_chunk_holds_no_other(base: Path, server: FakeServer, tmp_path: Path) -> None:
-    """The first chunk is there last, and by then everything is: the second and the third waited for nothing."""
+    """The first chunk is there last: the others waited for nothing."""
     policy = loaded(base, LORA)
     made = pushed(server, tmp_path, policy)
-    server.slow = {tuple(policy.encode("12=")): 0.8, tuple(policy.encode("0451=")): 0.8}
-    seen, found = [], []
-    for answers in made.stream(chunks(policy), SHORT):
-        seen.append((len(server.asked), server.answered))
-        found.append(answers)
-    assert seen[0][0] == 9 and seen[0][1] >= 6, "all were asked for, and the second chunk was answered, before the first was there"
-    assert [len(answers) for answers in found] == [3, 0, 3, 3]
-    assert_same([answer for answers in found for answer in answers], in_process(policy, requests(policy)))
-
-
-def test_a_chunk_is_there_before_a_later_one_is_done(base: Path, server: FakeServer, tmp_path: Path) -> None:
-    policy = loaded(base, LORA)
-    made = pushed(server, tmp_path, policy)
-    server.slow = {tuple(policy.encode("0451=")): 0.6}
-    seen = [server.answered for _ in made.stream(chunks(policy), SHORT)]
-    assert max(seen[:3]) <= 6 and seen[3] == 9
+    server.held = {tuple(policy.encode("12=")): 6}
+    found = list(made.stream(chunks(policy), SHORT))
+    assert [place for place, _ in found][-1] == 0 and {place for place, _ in found} == {0, 1, 2, 3}
+    assert [len(answers) for _, answers in sorted(found)] == [3, 0, 3, 3]
+    assert_same(in_order(found), in_process(policy, requests(policy)))
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -50,7 +46,7 @@ def test_no_more_requests_than_asked_for_are_under_way(concurrency: int, base: P
     policy = loaded(base, LORA)
     made = pushed(server, tmp_path, policy, concurrency=concurrency)
     server.slow = {tuple(request.prompt): 0.05 for request in requests(policy)}
-    assert [len(answers) for answers in made.stream(chunks(policy), SHORT)] == [3, 0, 3, 3]
+    assert len(in_order(made.stream(chunks(policy), SHORT))) == 9
     assert server.most_at_once == concurrency
 
 
@@ -85,30 +81,44 @@ def test_a_restart_asks_anew_for_the_chunks_that_are_not_there_yet(
     made = pushed(server, tmp_path, policy, dialect=dialect, concurrency=1)
     server.restarts_before = 8
     with pytest.warns(UserWarning, match="has lost the weights"):
-        found = [answer for answers in made.stream(chunks(policy), SHORT) for answer in answers]
-    assert_same(found, in_process(policy, requests(policy)))
+        found = list(made.stream(chunks(policy), SHORT))
+    assert_same(in_order(found), in_process(policy, requests(policy)))
     assert 9 <= len(server.asked) <= 15 and len(server.loads) == 2, "the first chunk was not asked for again"
 
 
 class Scored(Callback):
-    """How many answers there were when each chunk was handed to the rewards."""
+    """The texts of each chunk that callbacks are told of, and the first prompt of the rollout."""
 
-    def __init__(self, server: FakeServer) -> None:
-        self.server = server
-        self.seen: list[tuple[int, int]] = []
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
 
     def on_rollout_chunk(self, trainer: Any, module: Any, media: Any, info: Any, total: int) -> None:
-        self.seen.append((len(media), len(self.server.asked)))
+        self.seen.append([str(text) for text in media])
+
+    def on_rollout_end(self, trainer: Any, module: Any, rollout: TokenRollout) -> None:
+        self.prompt = tuple(rollout.tokens[0, : int(rollout.mask[0].int().argmax()) + 1].tolist())
 
 
-def test_a_rollout_of_several_chunks_is_one_stream(base: Path, server: FakeServer, tmp_path: Path) -> None:
-    """Two chunks of 8 answers: the second is asked for before the first is scored, and the run is that in process."""
-    seen = Scored(server)
+class Late(Small):
+    """Notes when texts are scored."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+
+    def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
+        self.seen.append([str(text) for text in media])
+        return super().score(media, info)
+
+
+def test_a_chunk_is_scored_when_it_is_there_and_told_of_in_order(base: Path, server: FakeServer, tmp_path: Path) -> None:
+    """Two chunks of 8 answers, of which the first has a slow one: the second is scored first, and the run is that in process."""
+    expected, seen, reward = Scored(), Scored(), Late()
+    torch.manual_seed(0)
+    inside = run(base, LORA, HFEngine(), 1, expected, limit_val_batches=0)
     made = pushed(server, tmp_path, loaded(base, LORA))
-    server.asked.clear()
-    server.backwards = 16
+    server.held = {expected.prompt: 12}
     torch.manual_seed(0)
-    over_http = run(base, LORA, made, 1, seen, limit_val_batches=0)
-    assert seen.seen == [(8, 16), (8, 16)]
-    torch.manual_seed(0)
-    assert torch.allclose(over_http, run(base, LORA, HFEngine(), 1, limit_val_batches=0), atol=1e-6, rtol=0)
+    over_http = run(base, LORA, made, 1, seen, limit_val_batches=0, reward=reward)
+    assert seen.seen == expected.seen and [len(texts) for texts in seen.seen] == [8, 8]
+    assert reward.seen == expected.seen[::-1]
+    assert torch.allclose(over_http, inside, atol=1e-6, rtol=0)
