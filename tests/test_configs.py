@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from benchmarks.house import shipped
-from lit_rl.methods.diffusion_nft import DiffusionNFT
+from lit_rl.losses.point_surrogates import NFT
 from lit_rl.methods.dpo import DPO
 from lit_rl.methods.flow_grpo import FlowGRPO
 from lit_rl.methods.sft import SFT
@@ -145,7 +145,8 @@ def test_flux_fill_runs_are_the_guides(method: str) -> None:
         kl,
         {"decay": decay, "update_interval": 1},
     )
-    assert (model["group_size"], model["num_steps"], model["timestep_fraction"], model["train_micro_batch"]) == (4, 50, 1.0, 1)
+    fraction = model["points"]["fraction"] if method == "diffusion_nft" else model["timestep_fraction"]
+    assert (model["group_size"], model["num_steps"], fraction, model["train_micro_batch"]) == (4, 50, 1.0, 1)
     assert model["advantage"] == {"kind": "history", "clip": 5.0} and model["optimizer"]["init_args"] == {"lr": 1e-4}
     assert (
         policy["gradient_checkpointing"]
@@ -155,8 +156,7 @@ def test_flux_fill_runs_are_the_guides(method: str) -> None:
     assert policy["resolution"] == run["data"]["init_args"]["resolution"] == 512
     assert (model["updates_per_iteration"], trainer["precision"], trainer["gradient_clip_val"]) == (50, "16-mixed", 1.0)
     if method == "diffusion_nft":
-        assert (model["beta"], default(DiffusionNFT, "adv_mode"), callbacks["OldPolicySync"]) == (0.5, "normal", {"decay": 1})
-        assert "adv_mode" not in model
+        assert (model["surrogate"]["init_args"], NFT().mode, callbacks["OldPolicySync"]) == ({"beta": 0.5}, "normal", {"decay": 1})
 
     per_rollout = int(STATED[CONFIGS / method / "flux_fill_text.yaml"][6])
     assert warmup + (trainer["max_epochs"] - 1) * per_rollout == 10000

@@ -19,6 +19,7 @@ from lit_rl.command_line.usual import RunFolder, UsualCallbacks
 from lit_rl.credit.rules import Advantage
 from lit_rl.doctor.__main__ import parser as doctor_parser
 from lit_rl.losses.flow import FlowKL
+from lit_rl.losses.point_surrogates import NFT
 from lit_rl.losses.step_surrogates import Clip
 from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.flow_grpo import FlowGRPO
@@ -48,7 +49,8 @@ ROOMS: dict[str, list[type]] = {
     "model.init_args.advantage": [Advantage],
     "model.init_args.supervised": [Supervised],
     "model.init_args.kl": [FlowKL],
-    "model.init_args.surrogate.init_args": [Clip],
+    "model.init_args.surrogate.init_args": [Clip, NFT],
+    "model.init_args.points": [Points],
     "model.init_args": [FlowGRPO, DiffusionNFT],
     "data.init_args": [Inpainting],
     "run.callbacks": [UsualCallbacks],
@@ -80,8 +82,12 @@ def test_key_exists(key: str, option: str) -> None:
         return
     room = next(room for room in ROOMS if key.startswith(room + "."))
     methods = [cls for name, cls in ONE_METHOD.items() if name in option and room == "model.init_args"]
+    if (name := key.removeprefix(room + ".").partition(".")[0]) in ("timestep_fraction", "low", "high"):  # Flow-GRPO's
+        methods = ROOMS[room][:1]
+    if name in ("points", "beta", "mode"):  # DiffusionNFT's
+        methods = ROOMS[room][-1:]
     for cls in methods or ROOMS[room]:
-        assert key.removeprefix(room + ".").partition(".")[0] in parameters(cls)
+        assert name in parameters(cls)
 
 
 def test_every_old_option_has_one_row() -> None:

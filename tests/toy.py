@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from callbacks.reward_scoring import RewardScoring
 from datamodules.base import PromptDataModule
 from lit_rl.losses.flow import FlowKL, VelocityKL
+from lit_rl.losses.point_surrogates import NFT
 from lit_rl.losses.step_surrogates import Clip, Guard
 from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.flow_grpo import DanceGRPO, FlowGRPO, FlowGRPOFast, GRPOGuard
@@ -26,7 +27,9 @@ from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.weights.shards import copy_weights
 from lit_rl.rewards.base import Reward
 from lit_rl.samplers.flow import SDE
+from lit_rl.samplers.points import Points
 from lit_rl.samplers.schedules import Schedule, shifted_sigmas
+from lit_rl.samplers.solvers import Sampler
 from lit_rl.types import ALL, Cond, Info
 
 
@@ -130,6 +133,19 @@ PARTS: dict[str, tuple[str, str, type]] = {
 }
 """The component of a flow method, its argument and its class, by the setting that tests give one by one."""
 
+NFT_PARTS: dict[str, tuple[str, str, type]] = {
+    "solver": ("sampler", "solver", Sampler),
+    "eta": ("sampler", "eta", Sampler),
+    "timesteps": ("points", "kind", Points),
+    "timestep_fraction": ("points", "fraction", Points),
+    "timestep_range": ("points", "range", Points),
+    "timestep_shift": ("points", "shift", Points),
+    "beta": ("surrogate", "beta", NFT),
+    "adv_mode": ("surrogate", "mode", NFT),
+    "kl_coef": ("kl", "coef", VelocityKL),
+}
+"""Those of DiffusionNFT, in place of others of the same name."""
+
 
 SAMPLERS: dict[type[Any], dict[str, Any]] = {
     DanceGRPO: {"dynamics": "dance_sde", "noise_level": 0.3, "same_latent": True},
@@ -140,14 +156,14 @@ SAMPLERS: dict[type[Any], dict[str, Any]] = {
 
 def with_parts(cls: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` with components of `cls` in the place of those in PARTS that are arguments of components."""
-    named = {name: PARTS[name] for name in settings if name in PARTS}
+    known = PARTS | (NFT_PARTS if issubclass(cls, DiffusionNFT) else {})
+    named = {name: known[name] for name in settings if name in known}
     parts: dict[str, dict[str, Any]] = {}
     for name, (part, argument, _) in named.items():
         parts.setdefault(part, {})[argument] = settings[name]
     if "supervised" in parts and not parts["supervised"].get("warmup_steps"):
         del parts["supervised"]
-    classes = {part: kind for part, _, kind in PARTS.values()} | ({"surrogate": Guard} if issubclass(cls, GRPOGuard) else {})
-    classes |= {"kl": VelocityKL} if issubclass(cls, DiffusionNFT) else {}
+    classes = {part: kind for part, _, kind in known.values()} | ({"surrogate": Guard} if issubclass(cls, GRPOGuard) else {})
     own = next((sampler for relative, sampler in SAMPLERS.items() if issubclass(cls, relative)), {})
     if "sde" in parts:
         parts["sde"] = own | parts["sde"]

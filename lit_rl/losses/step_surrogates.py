@@ -56,12 +56,7 @@ class Clip(StepSurrogate):
     high: float = 1e-4
 
     def __post_init__(self) -> None:
-        for name, value in {"low": self.low, "high": self.high}.items():
-            if not 0 < value < 1:
-                raise ConfigError(
-                    f"model.surrogate.{name}={value} must be in (0, 1); log-probabilities are means over latent elements, so use "
-                    "1e-5 ... 1e-3"
-                )
+        check_range(low=self.low, high=self.high)
 
     def __call__(
         self, new: Tensor, old: Tensor, advantages: Tensor, *, weights: Tensor, mean: Tensor, old_mean: Tensor | None, noise_std: Tensor
@@ -128,6 +123,15 @@ class DPPO(StepSurrogate):
         square = (mean.detach() - old_mean).pow(2).flatten(1).mean(1)
         std = noise_std if self.scaled else torch.ones_like(noise_std)
         return torch.where(noise_std > 0, square / (2 * torch.where(std > 0, std, 1.0) ** 2), 0.0)
+
+
+def check_range(**bounds: float) -> None:
+    """Raise ConfigError for a bound of a clip range that is not in (0, 1)."""
+    for name, value in bounds.items():
+        if not 0 < value < 1:
+            raise ConfigError(
+                f"model.surrogate.{name}={value} must be in (0, 1); log-probabilities are means over latent elements, so use 1e-5 ... 1e-3"
+            )
 
 
 def _shares(moved: Float[Tensor, "N"], left_out: Bool[Tensor, "N"], weights: Float[Tensor, "N"]) -> dict[str, Float[Tensor, ""]]:

@@ -7,14 +7,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
+from lit_rl.errors import ConfigError
+
 Solver = Literal["ode", "ddim", "dpm1", "dpm2"]
 """ode: Euler. ddim: the same at eta 0. dpm1: the same up to rounding. dpm2: multistep DPM-Solver++ of second order (arXiv 2211.01095)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Solver of rollouts that need no action to learn from.
+
+    Args:
+        solver: See `lit_rl.samplers.solvers`.
+        eta: Share of fresh noise in each step of solver ddim.
+    """
+
+    solver: Solver = "dpm2"
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1 or (self.eta and self.solver != "ddim"):
+            raise ConfigError(
+                f"model.sampler.eta={self.eta} is the noise of model.sampler.solver=ddim, in [0, 1]; for solver {self.solver} set it to 0"
+            )
 
 
 def solve(

@@ -188,7 +188,8 @@ def test_a_relative_with_another_component_says_that_it_is_none(method: str, com
 
 
 # ---------------------------------------------------------------------- components that a relative fills in
-FLOW, TOKENS, RULES = (f"lit_rl.{name}" for name in ("losses.step_surrogates", "losses.surrogates", "credit.rules"))
+FLOW, POINTS, TOKENS = (f"lit_rl.losses.{name}" for name in ("step_surrogates", "point_surrogates", "surrogates"))
+RULES = "lit_rl.credit.rules"
 
 
 def relative(folder: Path, method: str, *argv: str, **components: Any) -> Any:
@@ -206,7 +207,8 @@ def relative(folder: Path, method: str, *argv: str, **components: Any) -> Any:
 PARTIAL = [
     ("flow_grpo.FlowGRPOFast", "surrogate", f"{FLOW}.Clip", {"low": 2e-5}, {"low": 2e-5, "high": 1e-5}),
     ("grpo.DAPO", "surrogate", f"{TOKENS}.Clip", {"low": 0.1}, {"low": 0.1, "high": 0.28}),
-    ("diffusion_nft.AWM", "surrogate", f"{FLOW}.Clip", {"low": 0.02}, {"low": 0.02, "high": 0.01}),
+    ("diffusion_nft.AWM", "surrogate", f"{POINTS}.Matching", {"low": 0.02}, {"low": 0.02, "high": 0.01, "power": 0.25}),
+    ("diffusion_nft.DiffusionNFT", "surrogate", f"{POINTS}.NFT", {"beta": 0.1}, {"beta": 0.1, "mode": "normal"}),
     ("grpo.DrGRPO", "credit", f"{RULES}.Group", {}, {"std": False}),
     ("grpo.DrGRPO", "credit", f"{RULES}.Group", {"std": True}, {"std": True}),
     ("grpo.GRPO", "surrogate", f"{TOKENS}.Clip", {"low": 0.1}, {"low": 0.1, "high": 0.2}),

@@ -49,8 +49,9 @@ def runs() -> dict[str, Namespace]:
     """Shipped runs, with the components that they leave out."""
     nothing = ["--model.kl_in_reward.coef", "0.1", "--model.length_penalty.buffer", "1", "--model.credit", "lit_rl.credit.rules.Group"]
     dynamic = ["--model.dynamic_sampling.max_generations", "3"]
-    others = ("ppo/qwen25_7b_gsm8k", "demo/flow_grpo_ocr", "gspo/qwen25_7b_self_play")
-    more = {"grpo/qwen25_7b_gsm8k": [*nothing, *dynamic], **{name: [] for name in others}}
+    others = ("ppo/qwen25_7b_gsm8k", "demo/flow_grpo_ocr", "gspo/qwen25_7b_self_play", "diffusion_nft/flux_ocr")
+    awm = ["--model", "lit_rl.methods.diffusion_nft.AWM", "--model.surrogate", "lit_rl.losses.point_surrogates.Matching"]
+    more = {"grpo/qwen25_7b_gsm8k": [*nothing, *dynamic], "demo/diffusion_nft_ocr": awm, **{name: [] for name in others}}
     return {name: parse(["--config", str(ROOT / f"configs/{name}.yaml"), *options]) for name, options in more.items()}
 
 

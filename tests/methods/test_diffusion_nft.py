@@ -218,9 +218,9 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(tmp_path: Path, kind: str, s
     ("settings", "message"),
     [
         (dict(beta=0.0), "beta=0.0 must be above 0"),
-        (dict(eta=0.5), "eta=0.5 is the noise of model.solver=ddim"),
-        (dict(timestep_fraction=1.5), "timestep_fraction=1.5 must be in"),
-        (dict(timestep_range=(0.9, 0.5)), r"timestep_range=\[0.9, 0.5\] must rise"),
+        (dict(eta=0.5), "eta=0.5 is the noise of model.sampler.solver=ddim"),
+        (dict(timestep_fraction=1.5), "points.fraction=1.5 must be in"),
+        (dict(timestep_range=(0.9, 0.5)), r"points.range=\[0.9, 0.5\] must rise"),
         (dict(kl_coef=-1.0), "kl.coef=-1.0 must not be negative"),
         (dict(kl_coef=0.1, advantage=Advantage(drop_zero=True)), "the divergence still trains"),
     ],
@@ -232,5 +232,5 @@ def test_out_of_range_settings_are_refused(settings: dict[str, Any], message: st
 
 def test_a_range_with_too_few_points_is_refused(tmp_path: Path) -> None:
     """The schedule is 1, 3/4, 1/2, 1/4; 0.99 of 4 steps are 3 points."""
-    with pytest.raises(ConfigError, match=r"asks for 3 points of 4, and model.timestep_range=\[0.3, 0.8\] holds 2: lower the first"):
+    with pytest.raises(ConfigError, match=r"asks for 3 points of 4, and model.points.range=\[0.3, 0.8\] holds 2: lower the first"):
         run(tmp_path, nft(timestep_range=(0.3, 0.8)))

@@ -30,7 +30,7 @@ def test_a_method_is_four_storeys_above_the_base_at_most(method: type[LitRL[Any]
     assert depth(method) <= 4
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, FlowGRPO, GRPOGuard, DiffusionNFT, AWM])
 def test_a_constructor_has_twenty_options_at_most(method: type[LitRL[Any]]) -> None:
     """Those of `**kwargs` included, as the command line resolves them."""
     names = arguments(method)

@@ -109,7 +109,7 @@ def method(settings: dict[str, Any], sd3: dict[str, Any] | None, fill: dict[str,
         return FlowGRPO(policy(sd3, fill, dropout), **with_parts(FlowGRPO, settings))
     clips = ("clip_low", "clip_high")
     kept = {name: value for name, value in settings.items() if name not in clips}
-    return DiffusionNFT(policy(sd3, fill, dropout), **with_parts(DiffusionNFT, kept), **nft)
+    return DiffusionNFT(policy(sd3, fill, dropout), **with_parts(DiffusionNFT, kept | nft))
 
 
 def trainer(folder: Path, strategy: str, settings: dict[str, Any], callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
