@@ -99,7 +99,8 @@ def test_shares_of_the_first_lines_are_right(path: Path) -> None:
     assert each * steps == pairs == updates * micro_batches * size
     assert (size, updates) == (model["train_micro_batch"], model["updates_per_iteration"])
     assert "accumulate_grad_batches" not in run["trainer"]  # follows, on any number of GPUs
-    assert steps in (model.get("window_size"), int(model["num_steps"] * model.get("timestep_fraction", 0.99)))
+    fraction = model.get("points", {}).get("fraction", model.get("timestep_fraction", 0.99))
+    assert steps in (model.get("window_size"), int(model["num_steps"] * fraction))
 
 
 OF_TEXTS = re.compile(r"on (\d+) GPUs (\d+) each = (\d+) updates? x (\d+) micro-batch(?:es)? of (\d+)")

@@ -27,6 +27,7 @@ from lit_rl.modules.supervised import Supervised
 from lit_rl.policies.flux_fill import FluxFillPolicy
 from lit_rl.policies.style import StyleSettings
 from lit_rl.rewards import launch, server
+from lit_rl.samplers.points import Points
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs/migration.md").read_text()

@@ -102,6 +102,6 @@ def collectives(files: Mapping[str, str]) -> set[str]:
 
 
 def test_collectives_are_in_one_file() -> None:
-    """But for `LitRL.all_ranks`, which is Lightning's gather of rows that are equally many, and what strategies do by themselves."""
-    assert collectives(sources()) == {"lit_rl.ranks", "lit_rl.modules.base"}
+    """But for what strategies do by themselves."""
+    assert collectives(sources()) == {"lit_rl.ranks"}
     assert collectives({"a": "import torch\ntorch.distributed.all_reduce(x)", "b": "strategy.broadcast(x)"}) == {"a"}

@@ -273,11 +273,18 @@ class LengthPenalty:
 
     Args:
         buffer: Tokens within which it falls; 0 = off.
-        factor: How much lower the reward of an answer is that reaches the limit.
+        factor: How much lower the reward of an answer is that reaches the limit; default: 1. It takes a buffer.
     """
 
     buffer: int = 0
-    factor: float = 1.0
+    factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.factor is not None and not self.buffer:
+            raise ConfigError(
+                f"model.length_penalty.factor={self.factor} does nothing, as model.length_penalty.buffer is 0: set it to the tokens before "
+                "the longest answer within which the reward falls (DAPO: a fifth of model.answers.sampling.max_new_tokens)"
+            )
 
     def check(self, limit: int) -> None:
         """Raise ConfigError for a buffer longer than the longest answer."""
@@ -286,7 +293,8 @@ class LengthPenalty:
 
     def __call__(self, lengths: Int[Tensor, "B"], *, limit: int) -> Float[Tensor, "B"] | float:
         """The penalty, at most 0, of answers of these lengths."""
-        return overlong_penalty(lengths, max_length=limit, buffer=self.buffer, factor=self.factor) if self.buffer else 0.0
+        factor = 1.0 if self.factor is None else self.factor
+        return overlong_penalty(lengths, max_length=limit, buffer=self.buffer, factor=factor) if self.buffer else 0.0
 
 
 def refuse_trajectories(trajectory: Tensor | None, rule: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 COUNT_EPS = 1e-8
@@ -22,7 +22,7 @@ def finite_rows(x: Float[Tensor, "B *D"]) -> Bool[Tensor, "B"]:
     return x.isfinite().flatten(1).all(1) if x.ndim > 1 else x.isfinite()
 
 
-def harmless(x: Float[Tensor, "B *D"], used: Bool[Tensor, "B"]) -> Float[Tensor, "B *D"]:
+def harmless(x: Shaped[Tensor, "B *D"], used: Bool[Tensor, "B"]) -> Shaped[Tensor, "B *D"]:
     """x, with 0 for what is not finite in the rows that are not used: times 0 it would still be NaN, and so would its gradient.
 
     A row that all share (an expanded one) is looked at once, whoever uses it.

@@ -14,7 +14,7 @@ from lit_rl.losses.flow import VelocityKL, gaussian_kl
 from lit_rl.losses.masked import harmless, weighted_means
 from lit_rl.losses.point_surrogates import NFT, Matching, PointSurrogate
 from lit_rl.losses.terms import Term, Terms
-from lit_rl.modules.conditions import FlowBatch, conditioned, stored_conditions, trained_conditions
+from lit_rl.modules.conditions import FlowBatch, carried, conditioned, stored_conditions, trained_conditions
 from lit_rl.modules.flow import LitFlow
 from lit_rl.modules.pictures import denoise
 from lit_rl.policies.base import FlowPolicy
@@ -136,6 +136,7 @@ class DiffusionNFT(LitFlow):
         return PointBatch(
             x0=harmless(rollout.latents[b, 0].float(), used), noise=noise, sigma=rollout.times[b, s],
             advantages=rollout.advantages[b, s], weights=weights, **stored_conditions(self.policy, rollout, b, used=used),
+            **carried(rollout, b, s, used=used),
         )  # fmt: skip
 
     def loss(self, minibatch: PointBatch) -> Terms:  # type: ignore[override]

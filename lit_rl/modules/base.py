@@ -27,7 +27,7 @@ from lit_rl.modules.reporting import Report, name_iteration, report_step
 from lit_rl.modules.resume import Resume, check_prompts
 from lit_rl.modules.supervised import Supervised
 from lit_rl.policies.base import Policy
-from lit_rl.ranks import gather_objects
+from lit_rl.ranks import gather_objects, gather_rows
 from lit_rl.replay.loader import ReplayLoader
 from lit_rl.replay.sources import PromptSource, S, datamodule_of, source_of
 from lit_rl.rewards.base import Scorer
@@ -305,10 +305,8 @@ class LitRL(L.LightningModule, Method[R]):
         return source_of(self.data, kind, who=type(self).__name__, use=self.datamodules)
 
     def all_ranks(self, x: Tensor) -> Tensor:
-        """Rows of every process, in order of rank: "B ..." -> "W*B ..."."""
-        rows = x[None] if self.trainer.world_size == 1 else self.all_gather(x)
-        assert isinstance(rows, Tensor)
-        return rows.flatten(0, 1)
+        """Rows of every process, in order of rank, which may have different numbers of them. Collective."""
+        return gather_rows(x.to(self.device)) if self.trainer.world_size > 1 else x
 
     def notify(self, hook: str, *args: Any) -> None:
         """Call a hook of every callback that has it, see `lit_rl.modules.hooks.notify`."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_rl.losses.masked import harmless
 from lit_rl.policies.base import FlowPolicy
-from lit_rl.types import Cond, FlowRollout, Info, Minibatch, take_rows
+from lit_rl.types import Cond, FlowRollout, Info, Media, Minibatch, take_rows
 
 
 class FlowBatch(Minibatch):
@@ -18,6 +18,9 @@ class FlowBatch(Minibatch):
     weights: Tensor  # Float "N"
     cond: Cond | None  # "N ...", of the rollout; None where the policy trains it
     info: Sequence[Info]  # then N prompts, else none
+    streams: dict[str, Tensor]  # "N ..." by name
+    columns: dict[str, Tensor]  # "N ..." by name
+    media: Media
 
 
 def conditioned(policy: FlowPolicy, info: Sequence[Info], device: torch.device) -> tuple[Cond, Tensor]:
@@ -36,6 +39,15 @@ def stored_conditions(policy: FlowPolicy, rollout: FlowRollout, rows: Tensor, *,
         return {"cond": None, "info": [rollout.info[i] for i in rows.tolist()]}
     cond = take_rows(rollout.cond, rollout.cond_row[rows])
     return {"cond": {name: harmless(value, used) for name, value in cond.items()}, "info": ()}
+
+
+def carried(rollout: FlowRollout, rows: Tensor, actions: Tensor, *, used: Tensor) -> dict[str, object]:
+    """`streams`, `columns` and `media` of a `FlowBatch` of these trajectories and actions. used: Bool "N", rows with a weight."""
+    return {
+        "streams": {name: harmless(x[rows, actions], used) for name, x in rollout.streams.items()},
+        "columns": {name: harmless(x[rows], used) for name, x in rollout.columns.items()},
+        "media": [rollout.media[i] for i in rows.tolist()] if rollout.media else (),
+    }
 
 
 def trained_conditions(policy: FlowPolicy, batch: FlowBatch) -> Cond:

@@ -246,13 +246,14 @@ class LitFlow(LitRL[FlowRollout]):
         prompts = [str(info[g]["prompt"]) for g in group.tolist()]
         values = self.credit_rule(rewards, total, group, weights=weights, prompts=prompts, tracker=self.tracker)
 
-        mine = slice(self.global_rank * len(rollout), (self.global_rank + 1) * len(rollout))
+        before = int(self.all_ranks(torch.tensor([len(rollout)]))[: self.global_rank].sum())
+        mine = slice(before, before + len(rollout))
         use = total[mine].isfinite() & ((values[mine] != 0) | (not self.credit_rule.drop_zero))
         mask = self.trained_pairs(rollout) & use[:, None].to(self.device)
         count = self.all_ranks(mask.sum()[None]).sum()
         self.rollout_metrics = group_metrics(total, group) | {f"reward/{name}": float(r.nanmean()) for name, r in rewards.items()}
         self.rollout_metrics |= {"images": float(len(group)), "non_finite": float(self.non_finite)}
-        self.rollout_metrics["trained_share"] = float(count / (mask.numel() * self.trainer.world_size))
+        self.rollout_metrics["trained_share"] = float(count / (mask.shape[1] * len(group)))
         advantages = values[mine, None].float().expand(mask.shape).to(self.device)
         return replace(rollout, mask=mask, advantages=advantages, weights=mask.float() * self.updates / count.clamp(min=1))
 

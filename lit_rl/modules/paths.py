@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.losses.masked import finite_rows, harmless
-from lit_rl.modules.conditions import FlowBatch, conditioned, stored_conditions
+from lit_rl.modules.conditions import FlowBatch, carried, conditioned, stored_conditions
 from lit_rl.modules.flow import LitFlow
 from lit_rl.replay.pairs import first_siblings
 from lit_rl.replay.partition import places
@@ -73,7 +73,7 @@ def pair_batch(method: LitFlow, rollout: FlowRollout, rows: Tensor) -> PairBatch
         sigma=rollout.times[b, s], sigma_next=rollout.times[b, s + 1],
         logprobs=harmless(rollout.logprobs[b, s], used), advantages=rollout.advantages[b, s], weights=weights,
         means=None if rollout.means is None else harmless(rollout.means[b, s], used),
-        **stored_conditions(method.policy, rollout, b, used=used),
+        **stored_conditions(method.policy, rollout, b, used=used), **carried(rollout, b, s, used=used),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from lit_rl.modules.evaluation import count_not_finite
 from lit_rl.modules.media import media_of
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.causal_lm import CausalLM
-from lit_rl.ranks import gather_rows, on_all_rows, sum_over_ranks
+from lit_rl.ranks import on_all_rows, sum_over_ranks
 from lit_rl.replay.batches import TokenBatch, finite_rows, token_batch, without_rows
 from lit_rl.replay.micro_batches import cut_evenly, split_rows
 from lit_rl.replay.rows import restored
@@ -197,10 +197,6 @@ class LitTokens(LitRL[TokenRollout]):
     def step_of(self, rollout: TokenRollout) -> Tensor:
         """Int "B": the optimizer step of a pass that a sequence belongs to, whatever the number of processes."""
         return rollout.group % self.updates
-
-    def all_ranks(self, x: Tensor) -> Tensor:
-        """Rows of every process, in order of rank, which may have different numbers of them. Collective."""
-        return gather_rows(x.to(self.device)) if self.trainer.world_size > 1 else x
 
     def sum_of_ranks(self, x: Tensor) -> Tensor:
         """The sum of a tensor over all processes, element by element. Collective."""

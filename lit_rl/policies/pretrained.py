@@ -92,7 +92,7 @@ def whole_numbers(config: Mapping[str, object]) -> dict[str, int]:
 def vae_factor(config: Mapping[str, object]) -> int:
     """Pixels per latent cell, as diffusers' pipelines count it: 2^(levels - 1)."""
     levels = config["block_out_channels"]
-    if not isinstance(levels, Sequence):
+    if not isinstance(levels, list | tuple):
         raise ConfigError(f"pretrained: block_out_channels={levels!r} of the VAE's config.json must be a list, one entry for each level")
     return 2 ** (len(levels) - 1)
 

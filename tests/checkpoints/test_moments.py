@@ -21,6 +21,10 @@ def no_optimizer(checkpoint: dict[str, Any]) -> None:
     checkpoint["optimizer_states"] = []
 
 
+def no_moments(checkpoint: dict[str, Any]) -> None:
+    del checkpoint["optimizer_states"][0]["state"]
+
+
 def no_callbacks(checkpoint: dict[str, Any]) -> None:
     del checkpoint["callbacks"]
 
@@ -29,6 +33,7 @@ def no_callbacks(checkpoint: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (other_shape, r"holds exp_avg of shape \[7\] for weight 1, which has"),
+        (no_moments, "optimizer_states have no moments under `state`: it was changed after it was written, use another"),
         (no_optimizer, "holds no state of an optimizer"),
         (no_callbacks, "lacks the states of callbacks"),
     ],

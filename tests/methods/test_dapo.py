@@ -102,7 +102,13 @@ def test_generates_until_the_batch_is_full_of_groups_that_teach(folder: Path) ->
 def test_defaults_are_the_papers(folder: Path) -> None:
     method = dapo(folder, answers=Answers(sampling=Sampling(max_new_tokens=20)))
     assert (method.surrogate, method.aggregation, method.kl.coef) == (Clip(low=0.2, high=0.28), "token-mean", 0)
-    assert method.length_penalty == LengthPenalty(buffer=4, factor=1.0)
+    assert method.length_penalty == LengthPenalty(buffer=4)
+    lengths = torch.tensor([15, 18, 20])
+    assert (
+        method.length_penalty(lengths, limit=20).tolist()
+        == LengthPenalty(buffer=4, factor=1.0)(lengths, limit=20).tolist()
+        == [0, -0.5, -1]
+    )
 
 
 def test_the_samples_shown_are_those_trained_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,3 +214,10 @@ def test_groups_are_dealt_evenly_and_few_move() -> None:
 def test_what_cannot_work_is_refused(settings: dict[str, Any], message: str, folder: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         dapo(folder, **settings)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_a_factor_without_a_buffer_is_refused(factor: float) -> None:
+    """It did nothing, in silence: also where an earlier release's `overlong_factor` alone was renamed."""
+    with pytest.raises(ConfigError, match=rf"length_penalty.factor={factor} does nothing, as model.length_penalty.buffer is 0: set it"):
+        LengthPenalty(factor=factor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from toy import ToyData, ToyPolicy, toy_trainer, weights, with_parts
 from callbacks.old_policy import EMAOldPolicy, OldPolicySync
 from lit_rl.credit.rules import Advantage
 from lit_rl.errors import ConfigError
+from lit_rl.losses.point_surrogates import NFT, Matching
 from lit_rl.methods.diffusion_nft import AWM, DiffusionNFT
 from lit_rl.replay.pairs import sibling_numbers
 from lit_rl.types import Prompts
@@ -66,12 +68,12 @@ def test_old_is_new_until_the_first_step_and_not_after_it(tmp_path: Path) -> Non
     """Three updates of one micro-batch in each of two iterations: old starts as a copy, and slow copies exactly at step 0 only."""
     deviations: list[float] = []
 
-    class Watched(DiffusionNFT):
-        def policy_loss(self, new: Tensor, old: Tensor, x: Tensor, batch: Any) -> Tensor:
+    class Watched(NFT):
+        def __call__(self, new: Tensor, old: Tensor, *given: Any, **named: Any) -> Any:
             deviations.append(float((new - old).detach().abs().max()))
-            return super().policy_loss(new, old, x, batch)
+            return super().__call__(new, old, *given, **named)
 
-    run(tmp_path, nft(Watched, updates_per_iteration=3))
+    run(tmp_path, nft(surrogate=Watched(), updates_per_iteration=3))
     assert len(deviations) == 6 and deviations[0] == 0 and min(deviations[1:]) > 0
 
 
@@ -157,6 +159,21 @@ def test_points_stay_in_their_range(tmp_path: Path, timesteps: Any) -> None:
     assert rollout.times.min() >= 0.5 and rollout.times.max() <= 0.9
 
 
+def test_what_a_method_adds_is_in_its_minibatches(tmp_path: Path) -> None:
+    """Streams of an action, columns and media of a trajectory, whatever is cut how; what has no weight is harmless."""
+    method = run(tmp_path, nft(), max_epochs=1)
+    assert method.rollout is not None
+    b, s = method.rollout.mask.shape
+    numbers = torch.arange(b * s).view(b, s).float()
+    numbers[0, 0] = torch.nan
+    media = [[torch.full((2,), i)] for i in range(b)]
+    added = replace(method.rollout.with_streams(number=numbers).with_columns(row=torch.arange(b)), media=media)
+    pairs = torch.tensor([5, 2 * s + 1, ~0])  # the last only fills up
+    batch = method.minibatch(added, pairs)
+    assert batch.streams["number"].tolist() == [5, 2 * s + 1, 0] and batch.columns["row"].tolist() == [5 // s, 2, 0]
+    assert [int(row[0][0]) for row in batch.media] == [5 // s, 2, 0] and method.minibatch(method.rollout, pairs).media == ()
+
+
 def test_each_pass_draws_new_noise(tmp_path: Path) -> None:
     method = run(tmp_path, nft(inner_epochs=2), max_epochs=1)
     assert method.rollout is not None
@@ -221,6 +238,7 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(tmp_path: Path, kind: str, s
         (dict(eta=0.5), "eta=0.5 is the noise of model.sampler.solver=ddim"),
         (dict(timestep_fraction=1.5), "points.fraction=1.5 must be in"),
         (dict(timestep_range=(0.9, 0.5)), r"points.range=\[0.9, 0.5\] must rise"),
+        (dict(timestep_shift=0.0), "points.shift=0.0 be above 0"),
         (dict(kl_coef=-1.0), "kl.coef=-1.0 must not be negative"),
         (dict(kl_coef=0.1, advantage=Advantage(drop_zero=True)), "the divergence still trains"),
     ],
@@ -228,6 +246,12 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(tmp_path: Path, kind: str, s
 def test_out_of_range_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         nft(**settings)
+
+
+@pytest.mark.parametrize("bound", ["low", "high"])
+def test_a_matching_range_is_within_0_and_1(bound: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model.surrogate.{bound}=1.0 must be in \(0, 1\)"):
+        Matching(**{bound: 1.0})
 
 
 def test_a_range_with_too_few_points_is_refused(tmp_path: Path) -> None:

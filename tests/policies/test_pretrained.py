@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lit_rl.policies.flux import FluxPolicy
-from lit_rl.policies.pretrained import check_pretrained, check_resolution
+from lit_rl.policies.pretrained import check_pretrained, check_resolution, vae_factor
 from lit_rl.policies.sd3 import SD3Policy
 from lit_rl.policies.weights.lora import LoraSettings
 
@@ -108,3 +108,10 @@ def test_both_policies_are_configured_from_a_mapping(folders: dict[str, Path]) -
     ).policy
     assert isinstance(policy, FluxPolicy)
     assert (policy.resolution, policy.guidance_scale, policy.lora.rank, policy.lora.alpha) == ((16, 24), 3.5, 4, 64.0)
+
+
+@pytest.mark.parametrize("levels", [4, "128", None])
+def test_levels_of_the_vae_are_a_list(levels: object) -> None:
+    with pytest.raises(ValueError, match="^pretrained: block_out_channels=.* of the VAE's config.json must be a list, one entry for each"):
+        vae_factor({"block_out_channels": levels})
+    assert vae_factor({"block_out_channels": [64, 128, 256, 256]}) == 8

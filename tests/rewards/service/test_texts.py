@@ -138,6 +138,8 @@ def test_columns_arrive_as_json_has_them() -> None:
         (body(["a", {"text": None}]), "text 1 is dict; expected a text"),
         (body([{"text": "a", "special": [1]}]), "text 0 must hold valid Unicode"),
         (body(["\ud800"]), "text 0 must hold valid Unicode"),
+        (body([{"text": "a", "opened": 1}]), "text 0 must hold valid Unicode"),
+        (body([{"text": "a", "written": ["a"]}]), "text 0 must hold valid Unicode"),
         (body(["a" * (MAX_TEXT + 1)]), f"at most {MAX_TEXT} characters"),
         (body(["a"], prompts=[[]]), "prompt 0 is neither a text"),
         (body(["a"], prompts=[[{"content": "x"}]]), "prompt 0 is neither a text"),
