@@ -12,7 +12,18 @@ import pytest
 import torch
 
 from benchmarks import data as data_sets
-from benchmarks import flow_grpo_iteration, generation, overhead, overlap, push, startup, token_logprobs, trl_compare, trl_sides
+from benchmarks import (
+    flow_grpo_iteration,
+    generation,
+    overhead,
+    overlap,
+    processes,
+    push,
+    startup,
+    token_logprobs,
+    trl_compare,
+    trl_sides,
+)
 from lit_rl.miniatures.lm import build_lm
 
 SIZES = {
@@ -175,3 +186,11 @@ def test_both_pushes_write_the_same_weights_in_their_dtypes(tmp_path: Path) -> N
     assert size["torch, float32"] == pytest.approx(size["ours, float32"], rel=0.02)
     assert size["torch, float32"] == pytest.approx(2 * size["ours, bfloat16"], rel=0.05) and size["ours, bfloat16"] > 1
     assert all(second["files_mib"] == 0 and second["change"] >= 0 for _, second in figures.values())
+
+
+@pytest.mark.slow
+def test_two_processes_do_the_work_of_two_single_runs() -> None:
+    """Each process trains on as many rows either way, so that only the run of two waits for others, and says for whom."""
+    table = processes.main(["--case", "language", "--iterations", "1", "--rounds", "1"])
+    assert re.findall(r"language: (\w+) \d+\.\d+ s alone, \d+\.\d+ s together, efficiency \d+\.\d\d", table) == ["clock", "cpu"]
+    assert re.findall(r"waits \d+\.\d+ s in (?:\w+\.py:\w+|Lightning)", table)
