@@ -66,9 +66,9 @@ LIMITS: Mapping[str, Limit] = {
     **dict.fromkeys(("arguments of GRPO", "arguments of PPO", "arguments of FlowGRPO", "arguments of FluxFillPolicy"), Limit(20)),
     "loose files at the top of lit_rl": Limit(4),
     "files in import circles": Limit(0),
-    "files over 250 lines": Limit(10),
+    "files over 250 lines": Limit(9),
     "lines of the longest file": Limit(320),
-    "lines of the longest method file": Limit(250, held=255),
+    "lines of the longest method file": Limit(250),
     "lines of a function, p90": Limit(19),
     "lines of a function, max": Limit(50),
     UNTYPED: Limit(411),  # two thirds of 617, before the house was rebuilt
