@@ -35,6 +35,8 @@ MODELS: Mapping[str, Published] = {
     "openai/clip-vit-large-patch14": "clip_l",
 }
 """Sizes of the models that shipped recipes name."""
+UNTOLD = {"grpo/qwen25_vl_7b_geo3k"}
+"""Recipes whose pictures are not in the estimate yet."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class Recipe:
 
 
 def recipes() -> list[Recipe]:
-    """All but the demos."""
-    return [_recipe(path) for path in shipped() if path.parent.name != "demo"]
+    """All but the demos, and UNTOLD."""
+    found = [_recipe(path) for path in shipped() if path.parent.name != "demo"]
+    return [recipe for recipe in found if recipe.name not in UNTOLD]
 
 
 def _recipe(path: Path) -> Recipe:
