@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from lit_rl.command_line.renamed import CONFIG_VERSION, MOVED, RENAMED
-from lit_rl.command_line.usual import USUAL
+from lit_rl.command_line.usual_classes import USUAL_CLASSES
 from lit_rl.doctor.runs import parse
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ def test_the_reward_scores_and_its_run_is_one(tmp_path: Path, monkeypatch: pytes
     assert command is not None
     words = command[1].replace("configs/", f"{ROOT}/configs/").replace("bright.yaml", f"{tmp_path}/bright.yaml").split()
     run = parse(words)
-    assert run.trainer.default_root_dir == "outputs/bright" and len(run.trainer.callbacks) == len(USUAL) + 1
+    assert run.trainer.default_root_dir == "outputs/bright" and len(run.trainer.callbacks) == len(USUAL_CLASSES) + 1
     import my_rewards
 
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 4, 4)
@@ -58,8 +58,8 @@ def test_the_reward_scores_and_its_run_is_one(tmp_path: Path, monkeypatch: pytes
 
 def test_the_usual_callbacks_are_listed_with_their_classes() -> None:
     listed = dict(re.findall(r"^\| `(\w+)` \| `([\w.]+)`", PAGES["running.md"].read_text(), re.MULTILINE))
-    paths = {name: usual.class_path.replace("sample_texts.SampleTexts", "sample_gallery.SampleGallery") for name, usual in USUAL.items()}
-    assert {name: listed[name] for name in USUAL} == paths
+    paths = {name: classes[-1] for name, classes in USUAL_CLASSES.items()}
+    assert {name: listed[name] for name in USUAL_CLASSES} == paths
     assert yaml.safe_load(blocks("yaml")[0])["trainer"]["callbacks"]
 
 
