@@ -36,7 +36,7 @@ TIGHT = 0.92
 KNOBS = {
     "training": "fewer rows at once (more trainer.accumulate_grad_batches; less model.train_micro_batch or model.micro_batch_tokens), "
     "or policy.gradient_checkpointing: true",
-    "rollout": "a lower model.rollout_micro_batch, or model.answers.engine.max_batch_tokens and model.answers.chunk",
+    "rollout": "a lower model.rollout_micro_batch, or model.answers.engine.batch",
     "decoding": "policy.vae_slice: 1, or vae_dtype: bfloat16",
     "encoding": "policy.dtype: bfloat16 for the encoders, or more GPUs by configs/base/fsdp.yaml",
     "update": "optimizer.fused: true, or more GPUs by configs/base/fsdp.yaml",

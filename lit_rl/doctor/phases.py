@@ -94,8 +94,9 @@ def _answers(
         return
     config = network.lm.config.get_text_config()
     longest = lengths.prompt + answers.sampling.max_new_tokens
-    most = engine.max_batch_tokens // longest if isinstance(engine, NativeEngine) else chunk
-    rows = max(1, min(engine.batch, most, chunk))
+    # An engine that looks for memory itself has as many rows as fit: these make it quick.
+    limit = (isinstance(engine, NativeEngine) and engine.max_batch_tokens) or 131072
+    rows = max(1, min(engine.batch or 64, limit // longest, chunk))
     prompts = max(1, min(-(-chunk // method.group_size), rows))
     kept = next(p.dtype for p in network.lm.get_input_embeddings().parameters())
     precision = placement.autocast or placement.whole or kept
@@ -123,7 +124,8 @@ def _decoder(lm: object, prompts: Sequence[Sequence[int]], placement: Placement)
         with mixed(placement.autocast):
             decoder = Decoder(lm)
         ledger.peak = copies = ledger.now
-        decoder.prefill(prompts)
+        cache = decoder.cache(rows=len(prompts), columns=len(prompts[0]), places=0, prompt=0)
+        decoder.prefill(prompts, range(len(prompts)), cache)
     return [copies, ledger.peak - copies]
 
 

@@ -56,7 +56,7 @@ class Answers:
         sampling: Of rollouts.
         eval_sampling: Of evaluation and prediction; what it leaves out stays: the likeliest tokens, as long answers as in rollouts.
         eval_seed: Of evaluation and prediction where they draw.
-        chunk: Answers that are scored together; in this process, also those that are generated at once.
+        chunk: Answers that are scored together. How many are under way at once the engine says.
         old_logprobs: The log-probabilities that ratios are relative to: as the engine reported them (`rollout`), computed anew by the
             trainer before its first step (`recompute`), or (`auto`) the latter where there is more than one optimizer step per rollout,
             and none where there is not: the ratio is 1.

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_rl.policies.weights.shards import readable
+from lit_rl.rollouts.cache import Cache, Seen, Siblings
 from lit_rl.rollouts.fused import Fused, Norm, fuse, interleaved
+from lit_rl.rollouts.room import LOGIT_BYTES, Need
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 PREFILL_TOKENS = 8192
@@ -63,35 +65,6 @@ class Block:
     down: Fused
 
 
-class Cache:
-    """Keys and values Float "layers 2 rows heads columns D" of the tokens so far. A row's tokens start at column 0.
-
-    Zero where nothing was written: what is masked is multiplied by 0, and 0 * NaN is NaN.
-    """
-
-    def __init__(self, decoder: Decoder, rows: int, block: int = 128) -> None:
-        self.block, self.columns = block, 0
-        self.data = decoder.embedding.new_zeros(
-            len(decoder.blocks), 2, rows, decoder.kv_heads, 0, decoder.head_dim, dtype=decoder.compute_dtype
-        )
-
-    def reserve(self, columns: int) -> None:
-        """Make room for so many tokens in each row: a quarter more than is there, at least."""
-        if columns > self.columns:
-            wanted = max(columns, self.columns * 5 // 4)
-            self.data = F.pad(self.data, (0, 0, 0, -(-wanted // self.block) * self.block - self.columns))
-            self.columns = self.data.shape[4]
-
-    def put(self, first: int, count: int, entry: Tensor) -> None:
-        """`entry` Float "layers 2 heads T D" into `count` rows."""
-        length = entry.shape[3]
-        self.reserve(length + 1)
-        self.data[:, :, first : first + count, :, :length] = entry[:, :, None]
-
-    def move(self, source: int, target: int, length: int) -> None:
-        self.data[:, :, target, :, :length] = self.data[:, :, source, :, :length]
-
-
 class Decoder:
     """A language model's present weights, ready to generate from.
 
@@ -137,65 +110,73 @@ class Decoder:
         )
 
     # ------------------------------------------------------------------ forward
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[Tensor], Tensor]:
-        """Keys and values "layers 2 heads T D" of each prompt, and the logits Float32 "prompts V" after its last token."""
+    def need(self) -> Need:
+        """Memory that answers take."""
+        numbers = self.kv_heads * self.head_dim
+        token = 2 * len(self.blocks) * numbers * self.compute_dtype.itemsize
+        return Need(token=token, logits=LOGIT_BYTES * self.head.weight.shape[1], numbers=numbers)
+
+    def cache(self, *, rows: int, columns: int, places: int, prompt: int) -> Cache:
+        """Room for so many rows, and for so many prompts beside them, of so many tokens each."""
+        sizes = {"layers": len(self.blocks), "heads": self.kv_heads, "size": self.head_dim}
+        like = self.embedding.new_empty(0, dtype=self.compute_dtype)
+        return Cache(**sizes, rows=rows, columns=columns, places=places, prompt=prompt, like=like)
+
+    def prefill(self, prompts: Sequence[Sequence[int]], at: Sequence[int], cache: Cache) -> Tensor:
+        """Read prompts into these places or rows of the cache. Logits Float32 "prompts V" after the last token of each."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        entries: list[Tensor] = [self.embedding] * len(prompts)
         last: list[Tensor] = [self.embedding] * len(prompts)
         while order:
             width = len(prompts[order[0]])
             some, order = order[: max(1, PREFILL_TOKENS // width)], order[max(1, PREFILL_TOKENS // width) :]
-            cache, hidden = self._prefill([prompts[i] for i in some], width)
+            hidden = self._prefill([prompts[i] for i in some], [at[i] for i in some], cache)
             for row, i in enumerate(some):
-                entries[i], last[i] = cache[:, :, row, :, : len(prompts[i])], hidden[row]
-        return entries, self.logits(torch.stack(last))
+                last[i] = hidden[row]
+        return self.logits(torch.stack(last))
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:
-        """Padded on the right, where causal attention never looks from a real token."""
+    def _prefill(self, prompts: Sequence[Sequence[int]], at: Sequence[int], cache: Cache) -> Tensor:
+        """Hidden states "prompts D" of the last tokens. Padded on the right, where causal attention never looks from a real token."""
+        width = max(map(len, prompts))
         tokens = torch.zeros(len(prompts), width, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = torch.tensor(prompt)
         device = self.embedding.device
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        lengths, where = torch.tensor([[len(prompt) for prompt in prompts], list(at)]).to(device)
         x = F.embedding(tokens.to(device), self.embedding).flatten(0, 1)
         turns = self._turns_at(torch.arange(width, device=device).repeat(len(prompts)))
-        written = []
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
             heads = self._heads(block, x, turns).unflatten(0, (-1, width)).transpose(1, 2)
             query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-            written.append(torch.stack([key, value]))
-            mixed = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=self.scaling, enable_gqa=self.heads != self.kv_heads
-            )
+            cache.put(layer, where, torch.stack([key, value]))
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0, enable_gqa=self.heads != self.kv_heads)
             x = self._rest(block, x, mixed.transpose(1, 2).reshape(len(x), -1))
-        hidden = x.view(len(prompts), width, -1)[torch.arange(len(prompts), device=device), lengths - 1]
-        return torch.stack(written), hidden
+        return x.view(len(prompts), width, -1)[torch.arange(len(prompts), device=device), lengths - 1]
 
-    def step(self, tokens: Tensor, lengths: Tensor, known: Sequence[int], cache: Cache) -> Tensor:
-        """Logits Float32 "n V" after one more token in each of the first n rows. lengths: Int "n" and the same as a list, before it."""
-        count, columns = len(known), max(known) + 1
-        cache.reserve(columns)
+    def step(
+        self, tokens: Tensor, positions: Tensor, cache: Cache, siblings: Siblings | None, *, newest: int, columns: Tensor | None = None
+    ) -> Tensor:
+        """Logits Float32 "n V" after one more token in each of the first n rows.
+
+        positions: Int "n", of these tokens in their sequences. newest: the largest of their columns in the cache. columns: Int "n", all of
+        them; None where they are the same.
+        """
+        count = len(tokens)
+        cache.reserve(newest + 1)
         x = F.embedding(tokens, self.embedding)
-        turns = self._turns_at(lengths)
-        stored = cache.data[:, :, :count, :, :columns]
-        newest = stored[:, :, :, :, columns - 1].transpose(1, 2).unbind()
-        even = min(known) + 1 == columns
-        rows, mask = torch.arange(count, device=tokens.device), None
-        if not even:
-            outside = torch.arange(columns, device=tokens.device) > lengths[:, None]
-            mask = torch.zeros(outside.shape, dtype=self.compute_dtype, device=tokens.device).masked_fill_(outside, -torch.inf)[
-                :, None, None
-            ]
-        for layer, (block, keys, values) in enumerate(zip(self.blocks, stored[:, 0].unbind(), stored[:, 1].unbind())):
+        turns = self._turns_at(positions)
+        rows = torch.arange(count, device=tokens.device)
+        hidden = None if columns is None else torch.arange(newest + 1, device=tokens.device) > columns[:, None]
+        seen = Seen.of(cache, siblings, count, newest + 1, hidden)
+        last = cache.own[:, :, :count, :, newest].transpose(1, 2).unbind()
+        for layer, block in enumerate(self.blocks):
             query, pair = self._heads(block, x, turns).split_with_sizes((self.heads, 2 * self.kv_heads), 1)
             pair = pair.view(count, 2, self.kv_heads, self.head_dim)
-            if even:
-                newest[layer].copy_(pair)
+            if columns is None:
+                last[layer].copy_(pair)
             else:
-                stored[layer][:, rows, :, lengths] = pair
+                seen.own[layer][:, rows, :, columns] = pair
             # Query heads that share a key head are further queries to it.
-            query = query.view(count, self.kv_heads, -1, self.head_dim)
-            mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scaling)
+            mixed = seen.attend(layer, query.view(count, self.kv_heads, -1, self.head_dim))
             x = self._rest(block, x, mixed.reshape(count, -1))
         return self.logits(x)
 
@@ -203,11 +184,11 @@ class Decoder:
         return self.head(self._normed(hidden, self.norm)).float()
 
     def _turns_at(self, positions: Tensor) -> Tensor:
-        """Complex "N heads D/2": what queries, keys and values at these positions are multiplied by; values by 1."""
+        """Complex "N heads D/2": what queries, keys and values at these positions are multiplied by; queries scaled, values by 1."""
         angles = positions[:, None, None].float() * self.frequencies
         turns = torch.polar(torch.full_like(angles, self.attention_scaling), angles)
-        turned = self.heads + self.kv_heads
-        return torch.cat([turns.expand(-1, turned, -1), turns.new_ones(1, 1, 1).expand(len(turns), self.kv_heads, turns.shape[-1])], 1)
+        unturned = turns.new_ones(1, 1, 1).expand(len(turns), self.kv_heads, turns.shape[-1])
+        return torch.cat([(turns * self.scaling).expand(-1, self.heads, -1), turns.expand(-1, self.kv_heads, -1), unturned], 1)
 
     def _heads(self, block: Block, x: Tensor, turns: Tensor) -> Tensor:
         """Queries, keys and values "N heads D", turned to their positions."""

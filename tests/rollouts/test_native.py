@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from lit_rl.errors import ConfigError
 from lit_rl.miniatures.lm import Family
 from lit_rl.policies.weights.lora import LoraSettings
+from lit_rl.rollouts import room
 from lit_rl.rollouts.base import Request, Sample, Sampling
-from lit_rl.rollouts.decoder import Cache, Decoder, unsupported
+from lit_rl.rollouts.cache import Cache
+from lit_rl.rollouts.decoder import Decoder, unsupported
 from lit_rl.rollouts.hf import HFEngine
 from lit_rl.rollouts.native import NativeEngine
 
@@ -33,6 +35,14 @@ def assert_same(ours: list[Sample], theirs: list[Sample], tolerance: float = 1e-
     assert max(farthest(a.logprobs, b.logprobs) for a, b in zip(ours, theirs)) < tolerance
 
 
+@pytest.fixture(params=[0, 1 << 60], ids=["shared", "apart"])
+def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether siblings share their prompt's keys and values; both ways give the same answers."""
+    monkeypatch.setattr(room, "WORTH_SHARING", {"cpu": request.param, "cuda": request.param})
+    return not request.param
+
+
+@pytest.mark.usefixtures("sharing")
 @pytest.mark.parametrize("family", KNOWN)
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["plain", "top-p", "top-k", "greedy"])
 def test_answers_are_those_of_generate(family: Family, sampling: Sampling, tmp_path: Path) -> None:
@@ -52,11 +62,12 @@ def test_log_probabilities_are_those_of_the_trainer(family: Family, tmp_path: Pa
             assert farthest(answer.logprobs, recomputed(policy, request, answer, sampling.temperature)) < 1e-4
 
 
+@pytest.mark.usefixtures("sharing")
 def test_an_answer_depends_on_its_key_and_on_nothing_it_was_batched_with(tmp_path: Path) -> None:
     policy = policy_of(tmp_path)
     asked, sampling = requests(policy, group=5), SAMPLINGS[1]
     together = ready(NativeEngine(), policy).generate(asked, sampling)
-    for batch in (1, 3):
+    for batch in (1, 3, 8):
         assert_same(ready(NativeEngine(batch), policy).generate(asked[::-1], sampling)[::-1], together, 1e-5)
     assert_same(ready(NativeEngine(), policy).generate(asked[7:8], sampling), together[7:8], 1e-5)
     assert [answer.ids for answer in ready(NativeEngine(), policy).generate(requests(policy, 5, seed=1), sampling)] != [
@@ -64,6 +75,7 @@ def test_an_answer_depends_on_its_key_and_on_nothing_it_was_batched_with(tmp_pat
     ]
 
 
+@pytest.mark.usefixtures("sharing")
 def test_long_answers_outgrow_the_first_block_of_the_cache(tmp_path: Path) -> None:
     policy = policy_of(tmp_path)
     policy.stop_ids = [10_000]  # type: ignore[misc]  # no token at all
@@ -86,6 +98,7 @@ def test_the_weights_are_those_of_now(tmp_path: Path) -> None:
     assert_same(after, ready(HFEngine(), policy).generate(asked, SAMPLINGS[0]))
 
 
+@pytest.mark.usefixtures("sharing")
 def test_adapters_answer_as_they_are_switched(tmp_path: Path) -> None:
     policy = policy_of(tmp_path, "qwen3", lora=LoraSettings(rank=3, alpha=5.0))
     engine, asked = ready(NativeEngine(batch=4), policy), requests(policy)
@@ -114,6 +127,7 @@ def test_an_adapter_too_small_for_bfloat16_weights_is_not_rounded_away(tmp_path:
     assert sum(with_adapter) / len(asked) < 0.2 < 1 < sum(without) / len(asked)
 
 
+@pytest.mark.usefixtures("sharing")
 @pytest.mark.parametrize("family", KNOWN)
 def test_under_autocast_log_probabilities_are_the_trainers_to_its_precision(family: Family, tmp_path: Path) -> None:
     policy = policy_of(tmp_path, family)
@@ -204,14 +218,15 @@ def test_other_adapters_and_subclasses_are_not_taken_for_what_they_resemble() ->
     assert "q_proj has an adapter other than LoRA" in str(unsupported(lm))
 
 
+@pytest.mark.usefixtures("sharing")
 def test_a_prompt_is_read_once_for_all_who_ask_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for siblings who find no room at first; and what one group has asked another finds."""
     policy, read = policy_of(tmp_path), []
     original = Decoder.prefill
 
-    def counted(self: Decoder, prompts: Any) -> Any:
+    def counted(self: Decoder, prompts: Any, *rest: Any) -> Any:
         read.extend(tuple(prompt) for prompt in prompts)
-        return original(self, prompts)
+        return original(self, prompts, *rest)
 
     monkeypatch.setattr(Decoder, "prefill", counted)
     asked = requests(policy, group=7)
@@ -224,9 +239,9 @@ def test_rows_stay_busy_while_somebody_waits(tmp_path: Path, monkeypatch: pytest
     policy, steps = policy_of(tmp_path), []
     original = Decoder.step
 
-    def counted(self: Decoder, tokens: Any, lengths: Any, known: Any, cache: Cache) -> Any:
-        steps.append(len(known))
-        return original(self, tokens, lengths, known, cache)
+    def counted(self: Decoder, tokens: Any, *rest: Any, **options: Any) -> Any:
+        steps.append(len(tokens))
+        return original(self, tokens, *rest, **options)
 
     monkeypatch.setattr(Decoder, "step", counted)
     answers = ready(NativeEngine(batch=4), policy).generate(requests(policy, group=8), Sampling(max_new_tokens=60))
@@ -235,21 +250,66 @@ def test_rows_stay_busy_while_somebody_waits(tmp_path: Path, monkeypatch: pytest
     assert len(steps) < 0.8 * sum(max(lengths[i : i + 4]) for i in range(0, len(lengths), 4))
 
 
-def test_memory_bounds_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, places = policy_of(tmp_path), []
+def test_memory_bounds_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharing: bool) -> None:
+    policy, caches = policy_of(tmp_path), []
+    original = Decoder.cache
+
+    def watched(self: Decoder, **sizes: int) -> Cache:
+        caches.append(original(self, **sizes))
+        return caches[-1]
+
+    monkeypatch.setattr(Decoder, "cache", watched)
+    asked, sampling = requests(policy), Sampling(max_new_tokens=20)
+    longest = max(len(request.prompt) for request in asked)
+    bound = ready(NativeEngine(max_batch_tokens=3 * (longest + 20) + 5), policy)
+    assert_same(bound.generate(asked, sampling), ready(NativeEngine(), policy).generate(asked, sampling), 1e-5)
+    assert [cache.own.shape[2] for cache in caches] == [3, len(asked)]
+    assert {cache.own.shape[4] for cache in caches} == {19 if sharing else longest + 19}
+    assert [cache.prompts.shape[2] for cache in caches] == ([4, 4] if sharing else [0, 0])
+    ready(NativeEngine(max_batch_tokens=1), policy).generate(asked, sampling)
+    assert caches[-1].own.shape[2] == 1
+
+
+def test_the_cache_is_never_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharing: bool) -> None:
+    """Answers that grow write into memory that they had from the start."""
+    policy, places = policy_of(tmp_path), set()
+    policy.stop_ids = [10_000]  # type: ignore[misc]  # no token at all
     original = Cache.reserve
 
     def watched(self: Cache, columns: int) -> None:
         original(self, columns)
-        places.append(self.data.shape[2])
+        places.add(self.own.data_ptr())
 
     monkeypatch.setattr(Cache, "reserve", watched)
-    asked, sampling = requests(policy), Sampling(max_new_tokens=20)
-    longest = max(len(request.prompt) for request in asked) + 20
-    bound = ready(NativeEngine(max_batch_tokens=3 * longest + 5), policy)
-    assert_same(bound.generate(asked, sampling), ready(NativeEngine(), policy).generate(asked, sampling), 1e-5)
-    assert places[0] == 3 and places[-1] == len(asked)
-    assert ready(NativeEngine(max_batch_tokens=1), policy).rows(asked, sampling) == 1
+    ready(NativeEngine(), policy).generate(requests(policy, group=2), Sampling(max_new_tokens=150))
+    assert len(places) == 1
+
+
+def test_chunks_are_answered_together_and_handed_out_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that end are filled by the next chunk's; the first chunk is there before the last one has ended."""
+    policy, steps = policy_of(tmp_path), []
+    original = Decoder.step
+
+    def counted(self: Decoder, tokens: Any, *rest: Any, **options: Any) -> Any:
+        steps.append(len(tokens))
+        return original(self, tokens, *rest, **options)
+
+    monkeypatch.setattr(Decoder, "step", counted)
+    asked, engine = requests(policy, group=4), ready(NativeEngine(batch=8), policy)
+    chunks, found, ends = [asked[:5], [], asked[5:12], asked[12:]], [], []
+    for samples in engine.stream(chunks, SAMPLINGS[0]):
+        assert torch.is_grad_enabled()
+        found.append(samples)
+        ends.append(len(steps))
+    assert [len(samples) for samples in found] == [5, 0, 7, len(asked) - 12]
+    assert ends == sorted(ends) and ends[0] < ends[-1]
+    together = len(steps)
+    assert_same([sample for samples in found for sample in samples], engine.generate(asked, SAMPLINGS[0]), 1e-5)
+    steps.clear()
+    for chunk in chunks[:1] + chunks[2:]:
+        engine.generate(chunk, SAMPLINGS[0])
+    assert together < len(steps)
+    assert list(engine.stream([], SAMPLINGS[0])) == [] and list(engine.stream([[], []], SAMPLINGS[0])) == [[], []]
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
