@@ -84,7 +84,7 @@ class Supervised:
         noise = method.noise(keys)
         cond, rows = conditioned(method.policy, batch.info, method.device)
         given = take_rows(cond, rows)
-        finite = torch.stack([finite_rows(value) for value in (x0, *given.values())]).all(0)
+        finite = torch.stack([finite_rows(value) for value in (x0, *given.values()) if value.is_floating_point()]).all(0)
         self._tell(batch, finite)
         x0, given = harmless(x0, finite), {name: harmless(value, finite) for name, value in given.items()}
         at = t.view(-1, *[1] * (x0.ndim - 1))

@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from deepgen import build as build_deepgen
 from fill import build_fill
 from pair import Pair
 
@@ -34,6 +35,11 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipelines") / "sd3"
     return build_sd3(folder, height=16, width=24, hidden=32, heads=2, layers=2, text_hidden=16, text_length=16, t5_hidden=32)
+
+
+@pytest.fixture(scope="session")
+def deepgen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_deepgen(tmp_path_factory.mktemp("pipelines") / "deepgen")
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 import toy_text
 from cpu_strategies import CPUZeroStrategy
+from deepgen import deepgen_policy
 from fill import FillData, fill_policy
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
@@ -83,7 +84,11 @@ class Said(PromptDataModule):
         return [self.train_prompts[i % 4] for i in range(count)][part], images[part].to(torch.uint8)
 
 
-def policy(settings: dict[str, Any] | None, fill: dict[str, Any] | None, dropout: float) -> FlowPolicy:
+def policy(
+    settings: dict[str, Any] | None, fill: dict[str, Any] | None, dropout: float, deepgen: dict[str, Any] | None = None
+) -> FlowPolicy:
+    if deepgen is not None:
+        return deepgen_policy(Path(deepgen["folder"]), **{name: value for name, value in deepgen.items() if name != "folder"})
     if fill is not None:
         return fill_policy(Path(fill["folder"]), **{name: value for name, value in fill.items() if name != "folder"})
     if settings is None:
@@ -94,7 +99,12 @@ def policy(settings: dict[str, Any] | None, fill: dict[str, Any] | None, dropout
     )
 
 
-def method(settings: dict[str, Any], sd3: dict[str, Any] | None, fill: dict[str, Any] | None = None) -> FlowGRPO | DiffusionNFT:
+def method(
+    settings: dict[str, Any],
+    sd3: dict[str, Any] | None,
+    fill: dict[str, Any] | None = None,
+    deepgen: dict[str, Any] | None = None,
+) -> FlowGRPO | DiffusionNFT:
     adam = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3)  # with an eps of 1e-8 gradients of twice the size would train the same
     chosen = getattr(torch.optim, settings["optimizer"]) if "optimizer" in settings else adam
     defaults: dict[str, Any] = dict(
@@ -106,10 +116,10 @@ def method(settings: dict[str, Any], sd3: dict[str, Any] | None, fill: dict[str,
     settings["advantage"] = Advantage(**settings.get("advantage", {}))
     nft = settings.pop("nft", None)
     if nft is None:
-        return FlowGRPO(policy(sd3, fill, dropout), **with_parts(FlowGRPO, settings))
+        return FlowGRPO(policy(sd3, fill, dropout, deepgen), **with_parts(FlowGRPO, settings))
     clips = ("clip_low", "clip_high")
     kept = {name: value for name, value in settings.items() if name not in clips}
-    return DiffusionNFT(policy(sd3, fill, dropout), **with_parts(DiffusionNFT, kept | nft))
+    return DiffusionNFT(policy(sd3, fill, dropout, deepgen), **with_parts(DiffusionNFT, kept | nft))
 
 
 def trainer(folder: Path, strategy: str, settings: dict[str, Any], callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
@@ -131,6 +141,7 @@ def fit(
     trainer_args: dict[str, Any] | None = None,
     sd3: dict[str, Any] | None = None,
     fill: dict[str, Any] | None = None,
+    deepgen: dict[str, Any] | None = None,
     save: dict[str, Any] | None = None,
     export: bool = False,
     old: dict[str, Any] | None = None,
@@ -145,10 +156,10 @@ def fit(
     callbacks: list[L.Callback] = [average, *([old_policy] if old_policy else [])]
     callbacks += [Export(str(at / "export"))] if export else []
     callbacks += [ModelCheckpoint(dirpath=at, save_top_k=-1, filename="{epoch}-{step}", **save)] if save else []
-    module = method(method_args, sd3, fill)
+    module = method(method_args, sd3, fill, deepgen)
     before = parameters(module)
     run = trainer(at, strategy, dict(enable_checkpointing=save is not None) | (trainer_args or {}), callbacks)
-    run.fit(module, FillData() if fill else Said() if sd3 else ToyData(), ckpt_path=ckpt_path)
+    run.fit(module, FillData() if fill else Said() if sd3 or deepgen else ToyData(), ckpt_path=ckpt_path)
     end = {
         "weights": dict(gathered(module.policy, {name for name, _ in module.policy.named_parameters()})),
         "average": average.averaged_weights(run, module),
