@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lit_rl.credit.groups import PromptTracker, Scale, gdpo_advantages, group_advantages, leave_one_out, per_reward_advantages
+from lit_rl.credit.groups import PromptTracker, Scale, Weights, gdpo_advantages, group_advantages, leave_one_out, per_reward_advantages
 from lit_rl.credit.tokens import (
     Reduce,
     gae,
@@ -34,7 +34,8 @@ class Advantage:
     Attributes:
         kind: How several rewards become one advantage: that of their weighted `sum`; the weighted sum of each reward's own advantage
             (`per_reward`); GDPO's, which normalises that once more over the batch (arXiv 2601.05242); `history`: relative to everything
-            the same prompt ever scored (per-prompt statistics that persist over iterations).
+            the same prompt ever scored (per-prompt statistics that persist over iterations); `reinforce`: of the sum, relative to the
+            batch instead of the group (REINFORCE++, arXiv 2501.03262).
         std: Divisor: standard deviation of the whole batch over all processes, of the group, the largest of all groups, or none. None:
             batch; for `history` the prompt's own over all its rewards. Not for `gdpo`, which has its own two.
         ddof: 1 for the unbiased standard deviation (DanceGRPO), 0 otherwise.
@@ -44,7 +45,7 @@ class Advantage:
         drop_zero: Leave what has advantage 0 out of the mean, and spend no forward on it.
     """
 
-    kind: Literal["sum", "per_reward", "gdpo", "history"] = "sum"
+    kind: Literal["sum", "per_reward", "gdpo", "history", "reinforce"] = "sum"
     std: Scale | None = None
     ddof: int = 0
     eps: float = 1e-4
@@ -59,8 +60,8 @@ class Advantage:
             raise ConfigError(f"model.advantage.eps={self.eps} must not be negative; Flow-GRPO uses 1e-4")
         if not 0 <= self.trim < 1 or (self.trim and self.kind not in ("sum", "per_reward")):
             raise ConfigError(f"model.advantage.trim={self.trim} must be in [0, 1), and 0 for kind={self.kind}, which knows no trimming")
-        if self.kind == "gdpo" and self.std is not None:
-            raise ConfigError(f"model.advantage.std={self.std} has no meaning for gdpo: leave it out")
+        if self.kind in ("gdpo", "reinforce") and self.std is not None:
+            raise ConfigError(f"model.advantage.std={self.std} has no meaning for {self.kind}: leave it out")
         if self.kind == "history" and (self.std not in (None, "batch") or self.ddof):
             raise ConfigError("model.advantage.kind=history divides by the prompt's own std or, with std: batch, the batch's; ddof is 0")
 
@@ -74,7 +75,7 @@ class Advantage:
         total: Tensor,
         group: Tensor,
         *,
-        weights: Mapping[str, float],
+        weights: Weights,
         prompts: Sequence[str],
         tracker: PromptTracker | None,
     ) -> Tensor:
@@ -90,7 +91,8 @@ class Advantage:
         elif self.kind == "per_reward":
             values = per_reward_advantages(dict(rewards), group, weights=weights, std=std, ddof=self.ddof, eps=self.eps, trim=self.trim)
         else:
-            values = group_advantages(total, group, std=std, ddof=self.ddof, eps=self.eps, trim=self.trim)
+            compared = torch.zeros_like(group) if self.kind == "reinforce" else group
+            values = group_advantages(total, compared, std=std, ddof=self.ddof, eps=self.eps, trim=self.trim)
         return values.clamp(-self.clip, self.clip)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_rl.errors import ConfigError
 
-KLKind = Literal["x_diffusion", "x_noise_std", "x", "v", "v_diffusion"]
+KLKind = Literal["x_diffusion", "x_noise_std", "x", "v", "v_diffusion", "v_noise_std"]
 """The denominator of `gaussian_kl`, and the quantity that it compares: predicted next samples (x) or velocities (v)."""
 
 
@@ -30,17 +30,18 @@ def gaussian_kl(
     | x_noise_std | 2 noise_std^2       | the KL of the two Gaussians; GenRL                                              |
     | x           | 1                   | Flow-Factory x-based (kl_coef ~ 1e-2), GenRL's CPS                              |
     | v           | 1                   | Flow-Factory v-based (kl_coef ~ 1e-3), DiffusionNFT (1e-4), AWM                 |
-    | v_diffusion | 2 g^2 + 1e-7        | DeepGen-RL (kl_coef 5e-7)                                                       |
+    | v_diffusion | 2 g^2 + 1e-7        | DeepGen-RL (kl_coef 5e-7) with flow_sde                                         |
+    | v_noise_std | 2 noise_std^2 + 1e-7 | DeepGen-RL with cps, whose step has no g                                       |
 
     Rows whose divisor is 0 (no noise, no action) give 0. The gradient flows to `new`; compute `ref` without one.
     """
     square = (new - ref).pow(2).flatten(1).mean(1)
     if kind in ("x", "v"):
         return square
-    name, scale = ("noise_std", noise_std) if kind == "x_noise_std" else ("diffusion", diffusion)
+    name, scale = ("noise_std", noise_std) if kind.endswith("noise_std") else ("diffusion", diffusion)
     if scale is None:
         raise ValueError(f"kind {kind!r} divides by the step's {name}: pass {name}=")
-    if kind == "v_diffusion":
+    if kind.startswith("v_"):
         return square / (2 * scale**2 + 1e-7)
     noisy = scale > 0
     return torch.where(noisy, square / (2 * torch.where(noisy, scale, 1.0) ** 2), 0.0)
@@ -70,7 +71,7 @@ class FlowKL:
     @property
     def of_velocities(self) -> bool:
         """The divergence compares velocities; else means of steps."""
-        return self.kind in ("v", "v_diffusion")
+        return self.kind.startswith("v")
 
 
 @dataclass(frozen=True, kw_only=True)

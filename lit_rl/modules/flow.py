@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lit_rl.credit.groups import group_metrics, total_reward
+from lit_rl.credit.row_weights import weights_of_rows
 from lit_rl.credit.rules import Advantage
 from lit_rl.errors import ConfigError
 from lit_rl.losses.terms import Term, Terms
@@ -87,10 +88,10 @@ class LitFlow(LitRL[FlowRollout]):
         self.storage_dtype: torch.dtype = getattr(torch, storage_dtype)
         self.schedule = schedule or Schedule()
         self.credit_rule = advantage or Advantage()
-        if self.group_size == 1 and self.credit_rule.kind != "history":
+        if self.group_size == 1 and self.credit_rule.kind not in ("history", "reinforce"):
             raise ConfigError(
                 "model.group_size=1 gives every sample advantage 0, as there is no sibling to compare it with: use 4 to 24, or "
-                "model.advantage.kind: history"
+                "model.advantage.kind: history or reinforce"
             )
         self.tracker = self.credit_rule.tracker()
         self._finite: list[Tensor] = []  # of each sampled micro-batch Bool "B"
@@ -238,12 +239,12 @@ class LitFlow(LitRL[FlowRollout]):
 
     def credit(self, rollout: FlowRollout) -> FlowRollout:
         """Advantages over the groups of all processes; weights so that each optimizer step is the mean over its pairs."""
-        weights = {name: weight for name, weight in self.scores().weights.items() if weight}
+        group, asked = self.all_ranks(rollout.group).cpu(), self.data.prompts(self.iteration, self.prompts_per_iteration)
+        info = [asked[g] for g in group.tolist()]
+        weights = weights_of_rows(info, self.scores().weights)
         rewards = {name: self.all_ranks(rollout.rewards[name].to(self.device)).cpu() for name in weights}
-        group = self.all_ranks(rollout.group).cpu()
         total = total_reward(rewards, weights)
-        info = self.data.prompts(self.iteration, self.prompts_per_iteration)
-        prompts = [str(info[g]["prompt"]) for g in group.tolist()]
+        prompts = [str(row["prompt"]) for row in info]
         values = self.credit_rule(rewards, total, group, weights=weights, prompts=prompts, tracker=self.tracker)
 
         before = int(self.all_ranks(torch.tensor([len(rollout)]))[: self.global_rank].sum())

@@ -30,7 +30,14 @@ def test_kl_kinds_by_hand():
     """new - ref = (1, 3): mean square 5; g = 2, noise_std = .5."""
     new, ref = torch.tensor([[1.0, 3.0]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
     scales = {"diffusion": torch.tensor([2.0], dtype=torch.float64), "noise_std": torch.tensor([0.5], dtype=torch.float64)}
-    expected = {"x_diffusion": 5 / 8, "x_noise_std": 10.0, "x": 5.0, "v": 5.0, "v_diffusion": 5 / (8 + 1e-7)}
+    expected = {
+        "x_diffusion": 5 / 8,
+        "x_noise_std": 10.0,
+        "x": 5.0,
+        "v": 5.0,
+        "v_diffusion": 5 / (8 + 1e-7),
+        "v_noise_std": 5 / (0.5 + 1e-7),
+    }
     assert set(expected) == set(KINDS)
     for kind, value in expected.items():
         assert gaussian_kl(new, ref, kind=kind, **scales).item() == pytest.approx(value, rel=1e-12)

@@ -1,0 +1,82 @@
+"""A row's own weights decide which of its scores count; what it does not ask for may be missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from toy import Brightness, Metrics, ToyData, toy_method, toy_trainer
+
+from lit_rl.credit.groups import group_advantages, total_reward
+from lit_rl.credit.row_weights import weights_of_rows
+from lit_rl.credit.rules import Advantage
+from lit_rl.errors import ConfigError
+from lit_rl.rewards.base import Reward
+from lit_rl.types import Info
+
+
+def test_rows_without_weights_have_the_runs() -> None:
+    assert weights_of_rows([{"prompt": "a"}, {"prompt": "b"}], {"x": 2.0, "y": 0.0}) == {"x": 2.0}
+
+
+def test_a_row_counts_what_it_names_alone() -> None:
+    rows = [{"prompt": "a", "reward_weights": {"y": 0.5}}, {"prompt": "b"}]
+    found = weights_of_rows(rows, {"x": 2.0, "y": 0.0, "z": 0.0})
+    assert {name: torch.as_tensor(weight).tolist() for name, weight in found.items()} == {"x": [0.0, 2.0], "y": [0.5, 0.0]}
+
+
+def test_a_score_that_nobody_gives_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"prompt 'a': reward_weights names \['ocr'\], but the rewards give \['x'\]"):
+        weights_of_rows([{"prompt": "a", "reward_weights": {"ocr": 1.0}}], {"x": 1.0})
+
+
+def test_what_a_row_does_not_ask_for_may_be_missing() -> None:
+    """By hand: the first group counts x, the second y; its own NaN leaves a row out, another's does not."""
+    rewards = {"x": torch.tensor([1.0, 3.0, torch.nan, torch.nan]).double(), "y": torch.tensor([torch.nan, 0.0, 2.0, 6.0]).double()}
+    group = torch.tensor([0, 0, 1, 1])
+    weights = weights_of_rows([{"reward_weights": {"x": 1.0}}] * 2 + [{"reward_weights": {"y": 0.5}}] * 2, {"x": 1.0, "y": 1.0})
+    total = total_reward(rewards, weights)
+    assert total.tolist() == [1.0, 3.0, 1.0, 3.0]
+    for rule in (Advantage(kind="gdpo"), Advantage(std="group")):
+        found = rule(rewards, total, group, weights=weights, prompts=[], tracker=None)
+        assert torch.equal(found.sign(), torch.tensor([-1.0, 1.0, -1.0, 1.0]).double())
+
+
+def test_reinforce_compares_with_the_whole_batch() -> None:
+    """A group whose members are equal, and better than the others, is rewarded."""
+    total, group = torch.tensor([1.0, 1.0, 0.0, 0.0]).double(), torch.tensor([0, 0, 1, 1])
+    found = Advantage(kind="reinforce", eps=0.0)({"x": total}, total, group, weights={"x": 1.0}, prompts=[], tracker=None)
+    torch.testing.assert_close(found, torch.tensor([1.0, 1.0, -1.0, -1.0]).double())
+    assert not group_advantages(total, group).any()
+
+
+class OnlyOdd(Reward):
+    outputs = ("odd",)
+
+    def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
+        scores = media.double().flatten(1).mean(1) / 255
+        return {"odd": scores.where(torch.tensor([int(row["prompt"]) % 2 == 1 for row in info]), torch.nan)}
+
+
+class Routed(ToyData):
+    def __init__(self) -> None:
+        super().__init__()
+        names = {0: "brightness", 1: "odd"}
+        rows = [MappingProxyType({**row, "reward_weights": {names[int(row["prompt"]) % 2]: 1.0}}) for row in self.train_prompts]
+        self.train_prompts: Any = rows
+
+
+def test_a_run_trains_every_row_on_the_reward_that_it_asks_for(tmp_path: Path) -> None:
+    metrics = Metrics()
+    trainer = toy_trainer(
+        tmp_path, rewards={"brightness": Brightness(), "odd": OnlyOdd()}, weights={"brightness": 1.0, "odd": 1.0}, max_failed_fraction=1.0,
+        callbacks=[metrics],
+    )  # fmt: skip
+    trainer.fit(toy_method(), Routed())
+    assert [row["trained_share"] for row in metrics.rows] == [1.0, 1.0]
+    assert 0 < metrics.rows[0]["reward/odd"] < 1
