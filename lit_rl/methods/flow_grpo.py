@@ -127,7 +127,7 @@ class FlowGRPO(LitFlow):
     def divergence(self, v: Tensor, step: Step, ref_v: Tensor, batch: PairBatch) -> Tensor:
         """Divergence from the reference, Float "N"."""
         if self.kl.of_velocities:
-            return gaussian_kl(v, ref_v, kind=self.kl.kind, diffusion=step.diffusion)
+            return gaussian_kl(v, ref_v, kind=self.kl.kind, diffusion=step.diffusion, noise_std=step.noise_std)
         ref_mean = self.replay_step(ref_v, batch).mean
         return gaussian_kl(step.mean, ref_mean, kind=self.kl.kind, diffusion=step.diffusion, noise_std=step.noise_std)
 
