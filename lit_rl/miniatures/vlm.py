@@ -40,6 +40,12 @@ CHAT_TEMPLATE = (
 
 PATCH = {"qwen25_vl": 14, "qwen3_vl": 16}
 
+SHADES = {
+    "qwen25_vl": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+    "qwen3_vl": ([0.5] * 3, [0.5] * 3),
+}
+"""Mean and standard deviation that pixels are normalized with, as the families' own folders name them."""
+
 
 def build_vlm(
     folder: str | Path,
@@ -141,8 +147,9 @@ def _save_processor(folder: Path, family: Family, max_side: int) -> None:
     """The processors' settings, as stock processors read them. Written as text: the one of videos cannot be built without torchvision."""
     patch = PATCH[family]
     name = {"qwen25_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}[family]
-    even: dict[str, object] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if family == "qwen3_vl" else {}
-    common: dict[str, object] = {"patch_size": patch, "temporal_patch_size": 2, "merge_size": 2, "processor_class": name, **even}
+    mean, std = SHADES[family]
+    shades: dict[str, object] = {"image_mean": mean, "image_std": std}
+    common: dict[str, object] = {"patch_size": patch, "temporal_patch_size": 2, "merge_size": 2, "processor_class": name, **shades}
     pictures = {"image_processor_type": "Qwen2VLImageProcessor", "size": {"shortest_edge": (2 * patch) ** 2, "longest_edge": max_side**2}}
     films = {"video_processor_type": {"qwen25_vl": "Qwen2VLVideoProcessor", "qwen3_vl": "Qwen3VLVideoProcessor"}[family]}
     (folder / "preprocessor_config.json").write_text(json.dumps(common | pictures, indent=2))

@@ -177,6 +177,10 @@ class TokenPolicy(Policy):
             )
         return list(ids), list(learned)
 
+    def one_place_each(self, ids: Sequence[int]) -> Sequence[int]:
+        """A prompt's ids with one place for each of its pictures, as `with_pictures` takes them."""
+        return ids
+
     def misplaced(self, ids: Sequence[int], media: Sequence[Tensor]) -> str:
         """A sentence where a prompt's tokens do not fit the media of its row; empty where they do."""
         return ""

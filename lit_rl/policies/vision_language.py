@@ -120,6 +120,10 @@ class VisionLanguageModel(CausalLM):
         repeated = [(token, kept) for i, (token, kept) in enumerate(zip(ids, learned)) for _ in range(count.get(i, 1))]
         return [token for token, _ in repeated], [kept for _, kept in repeated]
 
+    def one_place_each(self, ids: Sequence[int]) -> list[int]:
+        """See `TokenPolicy.one_place_each`: of neighbouring places one is kept, for other tokens stand between two pictures."""
+        return [token for i, token in enumerate(ids) if token != self.picture_id or not i or ids[i - 1] != token]
+
     def pieces(self, media: Sequence[Tensor]) -> int:
         """Tokens that stand for the pictures of a row."""
         return sum(self.pictures.tokens((picture.shape[1], picture.shape[2])) for picture in media)

@@ -22,10 +22,20 @@ class Unusable(Exception):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A prompt with one place for each of its pictures, these as `data:` URLs, and tokens that the answer must not hold."""
+
+    prompt: Sequence[int]
+    pictures: Sequence[str] = ()
+    banned: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
 class Answer:
     """Tokens and their log-probabilities. finish: stop, length or abort.
 
-    model: The name that answered; versions: those of the whole weights that drew the tokens, in order; each where the server tells.
+    model: The name that answered; versions: those of the whole weights that drew the tokens, in order; prompt: its ids as the server
+    read it, with all places of its pictures; each where the server tells.
     """
 
     ids: list[int]
@@ -33,6 +43,7 @@ class Answer:
     finish: str
     model: str | None = None
     versions: Sequence[str] = ()
+    prompt: Sequence[int] | None = None
 
 
 class Dialect(ABC):
@@ -47,8 +58,11 @@ class Dialect(ABC):
     settings_route: str | None = None
     """Where a server may tell its settings, the dtype among them."""
 
+    sends_pictures = False
+    """True when requests may hold pictures."""
+
     @abstractmethod
-    def ask(self, prompt: Sequence[int], sampling: Sampling, *, seed: int, stops: Sequence[int], model: str) -> tuple[str, Body]:
+    def ask(self, asked: Asked, sampling: Sampling, *, seed: int, stops: Sequence[int], model: str) -> tuple[str, Body]:
         """One answer. model: the name it is served under; of the adapter where one answers."""
 
     @abstractmethod
@@ -112,10 +126,11 @@ def served_dtype(body: object) -> str | None:
     return None if told is None else told.removeprefix("torch.")
 
 
-def drawing(sampling: Sampling) -> dict[str, float]:
+def drawing(sampling: Sampling, banned: Sequence[int] = ()) -> dict[str, object]:
     """Everything that shapes the distribution, said out loud: what is left out comes from the model's generation_config."""
     shape = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or -1}
-    return {**shape, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    bias = {"logit_bias": {str(token): -100.0 for token in banned}} if banned else {}
+    return {**shape, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, **bias}
 
 
 def choice_of(body: object) -> Mapping[str, object]:
@@ -132,17 +147,25 @@ def text_of(body: object, name: str) -> str | None:
     return None if value is None else str(value)
 
 
-def answer_of(ids: Sequence[int], logprobs: object, finish: object, *, model: str | None = None, versions: Sequence[str] = ()) -> Answer:
+def answer_of(
+    ids: Sequence[int],
+    logprobs: object,
+    finish: object,
+    *,
+    model: str | None = None,
+    versions: Sequence[str] = (),
+    prompt: Sequence[int] | None = None,
+) -> Answer:
     """An answer whose parts fit together. Raises Unreadable, Unusable."""
     if finish == "abort":
-        return Answer([], [], "abort", model, versions)  # what there was of it is drawn again
+        return Answer([], [], "abort", model, versions, prompt)  # what there was of it is drawn again
     if finish not in ("stop", "length"):
         raise Unreadable(f"it ends for the reason {finish!r}")
     if not isinstance(logprobs, list) or len(logprobs) != len(ids):
         raise Unreadable(f"it has {len(ids)} tokens and not as many log-probabilities")
     if not ids:
         raise Unreadable("it has no token")
-    return Answer(list(ids), numbers(logprobs), finish, model, versions)
+    return Answer(list(ids), numbers(logprobs), finish, model, versions, prompt)
 
 
 def numbers(values: Sequence[object]) -> list[float]:

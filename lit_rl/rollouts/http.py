@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from lit_rl.ranks import gather_objects
 from lit_rl.rollouts.base import Request, RolloutError, Sample, Sampling
 from lit_rl.rollouts.connection import Again, Call, Connection, Forgotten
 from lit_rl.rollouts.dialects import Dialect, served_models
+from lit_rl.rollouts.pictures import asked_of, check_prompt
 from lit_rl.rollouts.probe import disagreement, distinct, trainer_logprobs
 from lit_rl.rollouts.served_weights import DTYPES, ServedWeights
 from lit_rl.rollouts.sglang import SGLang
@@ -200,24 +202,25 @@ class HTTPEngine(ServedWeights):
         longest = max((len(request.prompt) for request in requests), default=0)
         if self.max_model_len is not None and longest + sampling.max_new_tokens > self.max_model_len:
             raise ConfigError(
-                f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} are more than the {self.max_model_len} that "
-                "the inference server takes: start it with a larger --max-model-len, or lower sampling.max_new_tokens or "
-                "data.max_prompt_length"
+                f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} are more than the {self.max_model_len} of the "
+                "server: start it with a larger --max-model-len, or lower sampling.max_new_tokens or data.max_prompt_length"
             )
         place: dict[tuple[int, ...], int] = {}
 
         def call(request: Request) -> Call[Sample]:
             first = place.setdefault(tuple(request.prompt), len(place)) % len(self.own)  # siblings share a server's prefix
             urls = [*self.own[first:], *self.own[:first]]
-            stops, model = self.policy.stop_ids, self._asked_for(self.model)
-            route, body = self.dialect.ask(request.prompt, sampling, seed=seed_of(*request.key), stops=stops, model=model)
-            return Call(urls, route, body, self._sample, forgotten=self.dialect.forgotten(model) if self.adapter else None)
+            asked, model = asked_of(request, self.policy, self.dialect), self._asked_for(self.model)
+            lost = self.dialect.forgotten(model) if self.adapter else None
+            route, body = self.dialect.ask(asked, sampling, seed=seed_of(*request.key), stops=self.policy.stop_ids, model=model)
+            return Call(urls, route, body, partial(self._sample, request), forgotten=lost)
 
         return [[call(request) for request in chunk] for chunk in chunks]
 
-    def _sample(self, body: object) -> Sample:
-        """Raises Again, and Forgotten where other weights answered."""
+    def _sample(self, request: Request, body: object) -> Sample:
+        """Raises Again, Unusable where the server reads another prompt, and Forgotten where other weights answered."""
         answer = self.dialect.read(body)
+        check_prompt(request, answer)
         if answer.finish == "abort":
             raise Again("the server aborted the answer")
         wanted = self._asked_for(self.model)
@@ -230,11 +233,9 @@ class HTTPEngine(ServedWeights):
 
     def _look_at(self, requests: Sequence[Request], samples: Sequence[Sample], sampling: Sampling) -> None:
         """Raise RolloutError unless the trainer gives these answers the same log-probabilities. Collective: one forward everywhere."""
-        rows, media = [(request.prompt, sample.ids) for request, sample in zip(requests, samples)], [request.media for request in requests]
-        mine = trainer_logprobs(
-            self.policy, rows or [(self.probe_ids[:1], self.probe_ids[1:])], temperature=sampling.temperature, media=media
-        )
-        kept = mine if rows else []
+        rows = [(request.prompt, sample.ids) for request, sample in zip(requests, samples)] or [(self.probe_ids[:1], self.probe_ids[1:])]
+        mine = trainer_logprobs(self.policy, rows, temperature=sampling.temperature, media=[request.media for request in requests])
+        kept = mine if requests else []
         wrong = disagreement(samples, kept, temperature=sampling.temperature, tolerance=self.probe_tolerance)
         for rank, told in enumerate(gather_objects(wrong)):
             if told:

@@ -52,11 +52,11 @@ class NativeEngine(RolloutEngine):
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
         """Answers by the decoder."""
-        (samples,) = self.stream([requests], sampling)
+        [(_, samples)] = self.stream([requests], sampling)
         return samples
 
     @torch.no_grad()
-    def stream(self, chunks: Sequence[Sequence[Request]], sampling: Sampling) -> Iterator[list[Sample]]:
+    def stream(self, chunks: Sequence[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
         """Answers by the decoder, those of later chunks under way with those of the first: what ends makes room for the next request."""
         requests = [request for chunk in chunks for request in chunk]
         if any(not request.prompt for request in requests):
@@ -69,12 +69,12 @@ class NativeEngine(RolloutEngine):
         decoder = Decoder(lm)
         answers = UnderWay(decoder, requests, sampling, self.policy.stop_ids, plan=self.plan(decoder, requests, sampling))
         first = 0
-        for chunk in chunks:
+        for place, chunk in enumerate(chunks):
             places = range(first, first + len(chunk))
             with torch.autocast(self.policy.device.type, enabled=False):
                 while not answers.are_done(places):
                     answers.advance()
-            yield answers.samples[places.start : places.stop]
+            yield place, answers.samples[places.start : places.stop]
             first = places.stop
 
     def plan(self, decoder: Decoder, requests: Sequence[Request], sampling: Sampling) -> Plan:

@@ -18,7 +18,7 @@ LOGIT_BYTES = 24
 WORTH_SHARING = {"cpu": 1 << 16, "cuda": 1 << 25}
 """Numbers of a layer's keys not read twice in a step, from which on that saves more time than the eight further operations cost.
 
-Of a CPU measured with `benchmarks/growth.py`; of a GPU what it reads from its memory in the time of so many launches.
+Of a CPU measured on a Qwen2 of width 128 and 4 layers; of a GPU what it reads from its memory in the time of so many launches.
 """
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 

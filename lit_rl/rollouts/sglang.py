@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lit_rl.rollouts.base import Sampling
-from lit_rl.rollouts.dialects import Answer, Body, Dialect, Unreadable, answer_of, drawing, numbers
+from lit_rl.rollouts.dialects import Answer, Asked, Body, Dialect, Unreadable, answer_of, drawing, numbers
 
 
 class SGLang(Dialect):
     """POST /generate with input_ids. Adapters are named in `lora_path`. Seeds count where the server samples deterministically."""
 
-    def ask(self, prompt: Sequence[int], sampling: Sampling, *, seed: int, stops: Sequence[int], model: str) -> tuple[str, Body]:
-        drawn = {"max_new_tokens": sampling.max_new_tokens, "sampling_seed": seed, "stop_token_ids": list(stops), **drawing(sampling)}
-        return self._generate(prompt, model, {**drawn, "skip_special_tokens": False})
+    def ask(self, asked: Asked, sampling: Sampling, *, seed: int, stops: Sequence[int], model: str) -> tuple[str, Body]:
+        drawn = {
+            "max_new_tokens": sampling.max_new_tokens,
+            "sampling_seed": seed,
+            "stop_token_ids": list(stops),
+            **drawing(sampling, asked.banned),
+        }
+        return self._generate(asked.prompt, model, {**drawn, "skip_special_tokens": False})
 
     def read(self, body: object) -> Answer:
         meta = _meta(body)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from lit_rl.rollouts.base import Sampling
-from lit_rl.rollouts.dialects import Answer, Body, Dialect, Unreadable, Unusable, answer_of, choice_of, drawing, numbers, text_of
+from lit_rl.rollouts.dialects import Answer, Asked, Body, Dialect, Unreadable, Unusable, answer_of, choice_of, drawing, numbers, text_of
 
 
 class VLLM(Dialect):
@@ -25,10 +25,13 @@ class VLLM(Dialect):
         """The prefix cache holds keys and values of the old weights until it is reset, and answers long prompts from them.
 
         It is not reset while a request runs, such as one that was just given up, unless that begins anew.
+
+        The exchange drops what the vision tower made of images, which requests look for in vain unless its caches are reset, too.
         """
         reload: Body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
         named: Body = {"new_version": name}
-        return [("/collective_rpc", reload), ("/reset_prefix_cache?reset_running_requests=true", {}), ("/update_weight_version", named)]
+        caches = ["/reset_prefix_cache?reset_running_requests=true", "/reset_mm_cache", "/reset_encoder_cache"]
+        return [("/collective_rpc", reload), *((route, {}) for route in caches), ("/update_weight_version", named)]
 
 
 class OpenAI(VLLM):
@@ -36,8 +39,8 @@ class OpenAI(VLLM):
 
     version_route = "/weight_info"
 
-    def ask(self, prompt: Sequence[int], sampling: Sampling, *, seed: int, stops: Sequence[int], model: str) -> tuple[str, Body]:
-        return self._completions(prompt, model, **_settings(sampling, seed, stops))
+    def ask(self, asked: Asked, sampling: Sampling, *, seed: int, stops: Sequence[int], model: str) -> tuple[str, Body]:
+        return self._completions(asked.prompt, model, **_settings(sampling, seed, stops, asked.banned))
 
     def read(self, body: object) -> Answer:
         choice = choice_of(body)
@@ -64,10 +67,17 @@ class OpenAI(VLLM):
 
 
 class Generate(VLLM):
-    """POST /inference/v1/generate of a server with --enable-scale-out: no text is made, and each answer tells its weights' version."""
+    """POST /inference/v1/generate of a server with --enable-scale-out: no text is made, and each answer tells its weights' version.
 
-    def ask(self, prompt: Sequence[int], sampling: Sampling, *, seed: int, stops: Sequence[int], model: str) -> tuple[str, Body]:
-        return self._generate(prompt, model, **_settings(sampling, seed, stops))
+    A prompt has one place for each of its pictures; the server makes as many of it as it reads pieces of the picture, and tells them.
+    """
+
+    sends_pictures = True
+
+    def ask(self, asked: Asked, sampling: Sampling, *, seed: int, stops: Sequence[int], model: str) -> tuple[str, Body]:
+        route, body = self._generate(asked.prompt, model, **_settings(sampling, seed, stops, asked.banned))
+        parts = [{"type": "image_url", "url": url} for url in asked.pictures]
+        return route, {**body, "content_parts": parts, "return_token_ids": True} if parts else body
 
     def read(self, body: object) -> Answer:
         choice = choice_of(body)
@@ -80,7 +90,9 @@ class Generate(VLLM):
             )
         versions = [str(span["version"]) for span in spans]
         logprobs = _logprobs(choice.get("logprobs"), ids)
-        return answer_of(ids, logprobs, choice.get("finish_reason"), model=text_of(body, "model"), versions=versions)
+        told = body.get("prompt_token_ids") if isinstance(body, Mapping) else None
+        prompt = told if isinstance(told, list) else None
+        return answer_of(ids, logprobs, choice.get("finish_reason"), model=text_of(body, "model"), versions=versions, prompt=prompt)
 
     def logprobs(self, ids: Sequence[int], *, model: str) -> tuple[str, Body]:
         return self._generate(ids, model, max_tokens=1, temperature=0.0, prompt_logprobs=1)
@@ -93,10 +105,10 @@ class Generate(VLLM):
         return "/inference/v1/generate", {"model": model, "token_ids": list(prompt), "sampling_params": drawn, "stream": False}
 
 
-def _settings(sampling: Sampling, seed: int, stops: Sequence[int]) -> dict[str, object]:
+def _settings(sampling: Sampling, seed: int, stops: Sequence[int], banned: Sequence[int]) -> dict[str, object]:
     """The server's own end of text may be another one; with `ignore_eos` only ours ends an answer."""
     ends = {"max_tokens": sampling.max_new_tokens, "stop_token_ids": list(stops), "ignore_eos": True}
-    return {**ends, "seed": seed, "logprobs": 0, **drawing(sampling)}
+    return {**ends, "seed": seed, "logprobs": 0, **drawing(sampling, banned)}
 
 
 def _logprobs(told: object, ids: Sequence[object]) -> list[object]:

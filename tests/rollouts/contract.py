@@ -177,6 +177,7 @@ def a_server_tells_its_settings(server: Served) -> None:
 
 def routes_of_development_answer(server: Served) -> None:
     assert server.ask("/reset_prefix_cache", {}) == Told(200, {"success": True})
+    assert server.ask("/reset_mm_cache", {}) == server.ask("/reset_encoder_cache", {}) == Told(200, "")
     assert server.ask("/pause", {}) == Told(200, {"status": "paused"}) and server.ask("/is_paused").body == {"is_paused": True}
     assert server.ask("/resume", {}) == Told(200, {"status": "resumed"}) and server.ask("/is_paused").body == {"is_paused": False}
     assert server.ask("/is_sleeping") == Told(200, {"is_sleeping": False})

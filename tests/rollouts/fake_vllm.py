@@ -32,6 +32,8 @@ class VLLMRoutes(Holding):
             "/v1/unload_lora_adapter": self._unload,
             "/collective_rpc": self._rpc,
             "/reset_prefix_cache": self._reset_prefix_cache,
+            "/reset_mm_cache": self._done,
+            "/reset_encoder_cache": self._done,
             "/update_weight_version": self._name_weights,
             "/pause": self._pause,
             "/resume": self._resume,
@@ -104,6 +106,9 @@ class VLLMRoutes(Holding):
         if not self.stale:
             self.load_model(folder)
         return web.json_response({"results": [None]})
+
+    async def _done(self, _: web.Request) -> web.Response:
+        return web.Response()
 
     async def _reset_prefix_cache(self, request: web.Request) -> web.Response:
         done = not self.at_once or request.query.get("reset_running_requests") == "true"

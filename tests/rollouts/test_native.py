@@ -297,7 +297,7 @@ def test_chunks_are_answered_together_and_handed_out_in_order(tmp_path: Path, mo
     monkeypatch.setattr(Decoder, "step", counted)
     asked, engine = requests(policy, group=4), ready(NativeEngine(batch=8), policy)
     chunks, found, ends = [asked[:5], [], asked[5:12], asked[12:]], [], []
-    for samples in engine.stream(chunks, SAMPLINGS[0]):
+    for _, samples in engine.stream(chunks, SAMPLINGS[0]):
         assert torch.is_grad_enabled()
         found.append(samples)
         ends.append(len(steps))
@@ -309,7 +309,7 @@ def test_chunks_are_answered_together_and_handed_out_in_order(tmp_path: Path, mo
     for chunk in chunks[:1] + chunks[2:]:
         engine.generate(chunk, SAMPLINGS[0])
     assert together < len(steps)
-    assert list(engine.stream([], SAMPLINGS[0])) == [] and list(engine.stream([[], []], SAMPLINGS[0])) == [[], []]
+    assert list(engine.stream([], SAMPLINGS[0])) == [] and list(engine.stream([[], []], SAMPLINGS[0])) == [(0, []), (1, [])]
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""A real vLLM on the CPU answers prompts with images by the trainer's weights: `make test-vllm`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rollouts.vllm_server import ServerProcess, vllm
+from squares import Corner, write_squares
+from test_http import move
+from toy_text import trainer
+
+from callbacks.reward_scoring import RewardScoring
+from datamodules.prompts_text import TextPrompts
+from lit_rl.methods.grpo import GRPO
+from lit_rl.miniatures.vlm import Family, build_vlm
+from lit_rl.policies.vision_language import VisionLanguageModel
+from lit_rl.policies.weights.lora import LoraSettings
+from lit_rl.rollouts.answers import Answers
+from lit_rl.rollouts.base import Request, RolloutError, Sampling
+from lit_rl.rollouts.http import HTTPEngine
+from lit_rl.rollouts.probe import trainer_logprobs
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+LORA = LoraSettings(rank=8, alpha=16)
+SIZES: Sequence[Sequence[tuple[int, int]]] = [[(64, 64)], [(96, 64)], [(64, 64), (128, 96)], [(100, 70)], [(20, 300)], [(600, 600)], []]
+OPTIONS = ["--max-model-len", "512", "--enable-scale-out", "--logprobs-mode", "raw_logprobs"]
+CLOSE = 1e-4
+
+
+def served(root: Path, family: Family, kind: Any, *options: str) -> Iterator[tuple[ServerProcess, Path]]:
+    model = build_vlm(root / "model", family=family, characters="1234?", vision_hidden=64)
+    server = vllm(kind, model, root / "log", *OPTIONS, *options)
+    server.start()
+    try:
+        yield server, model
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, Path]]:
+    yield from served(tmp_path_factory.mktemp("adapters"), "qwen25_vl", "adapters")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, adapters: tuple[ServerProcess, Path]) -> Iterator[tuple[ServerProcess, Path]]:
+    """The server of adapters is stopped first."""
+    adapters[0].stop()
+    yield from served(tmp_path_factory.mktemp("whole"), "qwen3_vl", "whole")
+
+
+def engine_of(server: ServerProcess, folder: Path, **settings: Any) -> HTTPEngine:
+    return HTTPEngine(server.url, sync_dir=str(folder / "sync"), dialect="vllm", probe="1234?1", probe_tolerance=CLOSE, **settings)
+
+
+def requests(policy: VisionLanguageModel, copies: int = 1) -> list[Request]:
+    import numpy as np
+
+    found = []
+    for i, sizes in enumerate(SIZES):
+        content: list[dict[str, str]] = [{"type": "image"} for _ in sizes] + [{"type": "text", "text": "1?"}]
+        ids = policy.encode([{"role": "user", "content": content}])
+        pictures = [torch.from_numpy(np.random.RandomState(n).randint(0, 255, (3, *size), dtype=np.uint8)) for n, size in enumerate(sizes)]
+        prompt, _ = policy.with_pictures(ids, [False] * len(ids), sizes)
+        found += [Request(prompt, (i, n), policy.media(pictures)) for n in range(copies)]
+    return found
+
+
+def gap(policy: VisionLanguageModel, asked: Sequence[Request], engine: HTTPEngine) -> float:
+    sampling = Sampling(max_new_tokens=6)
+    samples = engine.generate(asked, sampling)
+    assert not {i for sample in samples for i in sample.ids} & set(policy.banned_ids)
+    rows = [(request.prompt, sample.ids) for request, sample in zip(asked, samples)]
+    mine = trainer_logprobs(policy, rows, temperature=1.0, media=[request.media for request in asked])
+    return max(abs(a - b) for row, sample in zip(mine, samples) for a, b in zip(row, sample.logprobs))
+
+
+def loaded(model: Path, **settings: Any) -> VisionLanguageModel:
+    torch.manual_seed(0)
+    policy = VisionLanguageModel(str(model), **settings)
+    policy.load()
+    move(policy, 0.05)
+    return policy
+
+
+def holds_after_every_push(server: ServerProcess, model: Path, folder: Path, lora: LoraSettings | None) -> None:
+    policy = loaded(model, lora=lora)
+    engine = engine_of(server, folder)
+    engine.setup(policy, rank=0, world_size=1)
+    try:
+        for version in range(3):
+            move(policy, 0.02)
+            engine.update_weights(version)
+            assert gap(policy, requests(policy, 2), engine) < CLOSE
+    finally:
+        engine.close()
+
+
+def test_answers_to_images_have_the_trainers_log_probabilities_after_every_adapter(
+    adapters: tuple[ServerProcess, Path], tmp_path: Path
+) -> None:
+    holds_after_every_push(*adapters, tmp_path, LORA)
+
+
+def test_a_vision_tower_that_the_server_leaves_out_is_found_by_its_answers_to_images(
+    adapters: tuple[ServerProcess, Path], tmp_path: Path
+) -> None:
+    """Without --enable-tower-connector-lora vLLM takes such an adapter and leaves its tower out; prompts of text do not show it."""
+    server, model = adapters
+    policy = loaded(model, lora=LORA, train_vision=True)
+    engine = engine_of(server, tmp_path)
+    engine.setup(policy, rank=0, world_size=1)
+    try:
+        engine.update_weights(0)
+        with pytest.raises(RolloutError, match="log-probabilities of its own answers are .* from the trainer's on average"):
+            engine.generate(requests(policy), Sampling(max_new_tokens=6))
+    finally:
+        engine.close()
+
+
+def test_a_run_trains_on_answers_of_the_server_to_images(adapters: tuple[ServerProcess, Path], tmp_path: Path) -> None:
+    """Three iterations: each answer is drawn by the weights that train, and the weights move."""
+    server, model = adapters
+    answers = Answers(engine=engine_of(server, tmp_path), sampling=Sampling(max_new_tokens=2), old_logprobs="recompute")
+    adam = partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.0)
+    method = GRPO(VisionLanguageModel(str(model), lora=LORA), prompts_per_iteration=8, group_size=8, answers=answers, optimizer=adam)
+    run = trainer(max_epochs=3, limit_val_batches=0, callbacks=[RewardScoring({"corner": Corner()})])
+    run.fit(method, datamodule=TextPrompts(train=str(write_squares(tmp_path, 64))))
+    assert abs(float(run.callback_metrics["rollout_kl"])) < 1e-5
+    assert any(weight.any() for name, weight in method.policy.trainable() if "lora_B" in name)
+
+
+def test_answers_to_images_have_the_trainers_log_probabilities_after_every_exchange_of_all_weights(
+    whole: tuple[ServerProcess, Path], tmp_path: Path
+) -> None:
+    """Last, for it ends the server of adapters."""
+    holds_after_every_push(*whole, tmp_path, None)
