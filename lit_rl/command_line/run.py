@@ -33,6 +33,7 @@ from lit_rl.command_line.class_change import install, replaced_components
 from lit_rl.command_line.dotted import imported_class
 from lit_rl.command_line.errors import explain
 from lit_rl.command_line.failures import go_on, what_ended
+from lit_rl.command_line.out_of_memory import out_of_memory
 from lit_rl.command_line.renamed import CONFIG_VERSION, other_version
 from lit_rl.command_line.saved_config import SavedConfig
 from lit_rl.command_line.usual import RunFolder, filled_in
@@ -170,7 +171,7 @@ class CLI(LightningCLI):
         except (RewardError, RolloutError) as error:
             self._stop(f"{error}{self._go_on(subcommand)}", code=1)
         except BaseException as error:
-            sentence = None if isinstance(error, KeyboardInterrupt | SystemExit) else what_ended(error)
+            sentence = None if isinstance(error, KeyboardInterrupt | SystemExit) else what_ended(error) or self._memory(error)
             if sentence is None:
                 if note := self._go_on(subcommand).removeprefix("; "):
                     error.add_note(note)
@@ -178,6 +179,10 @@ class CLI(LightningCLI):
             self._stop(f"{sentence}{self._go_on(subcommand)}", code=1)
         finally:
             release()
+
+    def _memory(self, error: BaseException) -> str | None:
+        trainer = getattr(self, "trainer", None)
+        return out_of_memory(error, getattr(self, "model", None), getattr(trainer, "accumulate_grad_batches", 1))
 
     def _go_on(self, subcommand: str) -> str:
         folders = self._checkpoint_folders()
