@@ -117,7 +117,9 @@ class Unscored(Scorer):
     def __init__(self) -> None:
         self.count = 0
 
-    def submit(self, media: Tensor, info: Sequence[Info]) -> None:
+    submitted = 0
+
+    def submit(self, media: Tensor, info: Sequence[Info], *, place: int | None = None) -> None:
         self.count += len(info)
 
     def gather(self) -> dict[str, Tensor]:

@@ -36,4 +36,4 @@ def with_media(rollout: TokenRollout, policy: TokenPolicy, data: object) -> Toke
     if policy.banned_ids:
         banned = torch.isin(rollout.tokens[:, 1:], torch.tensor(policy.banned_ids, device=rollout.tokens.device)) & rollout.mask
         rollout = replace(rollout, mask=rollout.mask & ~banned.any(1, keepdim=True))
-    return replace(rollout, media=media)
+    return replace(rollout, media=media) if media else rollout

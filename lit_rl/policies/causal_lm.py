@@ -218,9 +218,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         return spread(new), None if entropies is None else spread(entropies)
 
     def look(self, inputs: Tensor, chosen: Tensor, media: Media) -> tuple[Tensor, Tensor | None, Pictures | None]:
-        """See `TokenPolicy.look`. Raises ConfigError where there are media."""
-        if any(media):
-            raise ConfigError(f"{type(self).__name__} reads text only, and the rollout has images")
+        """See `TokenPolicy.look`: the model sees no media, which a method may have noted for itself."""
         return inputs, None, None
 
     def plain_logprobs(self, ids: Tensor, media: Sequence[Tensor] = ()) -> Tensor:

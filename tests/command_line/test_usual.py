@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from toy import toy_config
 
 from lit_rl.command_line.usual import USUAL, filled_in
+from lit_rl.command_line.usual_classes import USUAL_CLASSES
 from lit_rl.doctor.runs import parse
 from lit_rl.errors import ConfigError
 
@@ -61,7 +62,7 @@ def test_every_run_has_the_usual_callbacks_around_its_own(tmp_path: Path) -> Non
     run = complete(toy_run(tmp_path))
     order = [spec.class_path for spec in run.trainer.callbacks]
     own = order.index("callbacks.reward_scoring.RewardScoring")
-    usual = [usual.class_path.replace("sample_texts.SampleTexts", "sample_gallery.SampleGallery") for usual in USUAL.values()]
+    usual = [paths[-1] for paths in USUAL_CLASSES.values()]
     assert order[:own] + order[own + 1 :] == usual
     assert named(run, "ModelCheckpoint")[0].save_last is True
 
@@ -88,7 +89,7 @@ def test_null_leaves_one_out(tmp_path: Path, name: str) -> None:
     file = toy_run(tmp_path)
     all_of_them, fewer = complete(file).trainer.callbacks, complete(file, f"--run.callbacks.{name}", "null").trainer.callbacks
     (left_out,) = [spec.class_path for spec in all_of_them if spec.class_path not in {other.class_path for other in fewer}]
-    assert issubclass(*map(_imported, (left_out, USUAL[name].class_path))) or name == "samples"
+    assert issubclass(_imported(left_out), tuple(map(_imported, USUAL_CLASSES[name])))
 
 
 def _imported(path: str) -> Any:
