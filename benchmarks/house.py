@@ -235,7 +235,7 @@ def figures() -> dict[str, Figure]:
 
 
 def step_figures() -> dict[str, Figure]:
-    """Of each shipped recipe in `benchmarks.steps`, which trains a miniature for an iteration."""
+    """The files that a step of each shipped recipe in `benchmarks.steps` enters; a miniature trains for an iteration."""
     from benchmarks.steps import RECIPES, step_files
 
     entered = {recipe: sorted(step_files(recipe)) for recipe in RECIPES}

@@ -136,7 +136,7 @@ def train(case: str, folder: Path, iterations: int) -> None:
 
 
 def turn(case: str, folder: Path, iterations: int, *, together: bool) -> list[dict[str, Any]]:
-    """What both processes of an arm print."""
+    """The lines that both processes of an arm print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

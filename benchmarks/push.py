@@ -1,4 +1,4 @@
-"""What a push of whole weights costs under FSDP2: the search for a change, the gathering on the first process, the files.
+"""The cost of a push of whole weights under FSDP2: the search for a change, the gathering on the first process, the files.
 
     python -m benchmarks.push [--hidden 768 --layers 6 --vocabulary 16384]
 

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def entered(call: Callable[[], T]) -> tuple[T, set[str]]:
-    """What `call` returns, and the files of ours whose functions it enters, but for FORMULAS."""
+    """The result of `call`, and the files of ours whose functions it enters, but for FORMULAS."""
     found: set[str] = set()
 
     def look(frame: FrameType, event: str, _: object) -> None:

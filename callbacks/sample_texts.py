@@ -100,6 +100,12 @@ class SampleTexts(RLCallback):
         return text if len(text) <= self.max_characters else f"{text[:half]} [...] {text[-half:]}"
 
 
-def prompt_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
-    """A prompt as one text: of a conversation who said what."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn.get('content', '')}" for turn in prompt)
+def prompt_text(prompt: str | Sequence[Mapping[str, object]]) -> str:
+    """A prompt as one text: of a conversation who said what, with `<image>` for each image."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {_said(turn.get('content', ''))}" for turn in prompt)
+
+
+def _said(content: object) -> str:
+    if not isinstance(content, list):
+        return str(content)
+    return "".join("<image>" if part["type"] == "image" else str(part["text"]) for part in content)

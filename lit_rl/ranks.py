@@ -77,7 +77,7 @@ def gather_pieces(piece: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
 
 def gather_pieces_to_first(piece: Tensor, group: ProcessGroup | None = None) -> Tensor | None:
-    """As `gather_pieces` on the first process; None on the others, which send their own and receive nothing. Collective."""
+    """The result of `gather_pieces` on the first process; None on the others, which send their own and receive nothing. Collective."""
     first, world = torch.distributed.get_rank() == 0, torch.distributed.get_world_size(group)
     pieces = piece.new_empty(world, piece.numel()) if first else None
     torch.distributed.gather(piece.contiguous(), None if pieces is None else list(pieces), dst=0, group=group)

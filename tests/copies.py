@@ -26,6 +26,11 @@ def keep_all(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
 
 
+def every_step(folder: Path) -> ModelCheckpoint:
+    """`folder`/epoch=0-step=1.ckpt and so on."""
+    return ModelCheckpoint(dirpath=folder, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=1)
+
+
 class OneFrozen(ToyPolicy):
     """Trains all weights but the first, so that copies of another policy's are of other weights."""
 

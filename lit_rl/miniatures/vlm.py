@@ -36,7 +36,7 @@ CHAT_TEMPLATE = (
     "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""As Qwen's own, without its system message."""
+"""Qwen's own template without its system message."""
 
 PATCH = {"qwen25_vl": 14, "qwen3_vl": 16}
 

@@ -230,7 +230,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
 
     # ------------------------------------------------------------------ saving
     def float32_weights(self) -> Collection[str]:
-        """Those that transformers reads in float32 whatever dtype is asked for."""
+        """The weights that transformers reads in float32 whatever dtype is asked for."""
         lm = self.network.lm
         parts = [*(lm._keep_in_fp32_modules or ()), *(lm._keep_in_fp32_modules_strict or ())]
         return {name for name, _ in self.trainable() if any(part in name for part in parts)}

@@ -105,7 +105,7 @@ class DeepGenPolicy(SD3Policy):
         return self.lora is None and "transformer" in self.train_parts
 
     def learning_rates(self) -> Mapping[str, float]:
-        """By the beginnings of the parts' names."""
+        """The rate of each part that has its own, by the beginning of its parameters' names."""
         return {STARTS[part]: rate for part, rate in self.rates.items()}
 
     # ------------------------------------------------------------------ loading
@@ -156,7 +156,7 @@ class DeepGenPolicy(SD3Policy):
         return [*blocks_of(network.language), *(block for bridge in bridges for block in blocks_of(bridge.connector))]
 
     def recompute(self, network: nn.Module) -> None:
-        """In the conditioner, too."""
+        """The conditioner's layers keep no activations either."""
         if isinstance(network, Conditioner):
             recompute(self.blocks(network))
         else:

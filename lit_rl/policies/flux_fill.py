@@ -118,7 +118,7 @@ class FluxFillPolicy(FluxPolicy):
         return cond
 
     def condition_shapes(self, before: int = 0) -> dict[str, tuple[int, ...]]:
-        """Those of `FluxPolicy`, the channels beside the noisy latents, and the style's features."""
+        """The shapes of `FluxPolicy`, the channels beside the noisy latents, and the style's features."""
         length, channels = self.latent_shape()
         shapes = super().condition_shapes(before) | {"fill": (length, self._pipe.transformer.config.in_channels - channels)}
         return shapes | ({FEATURES: (self._pipe.style_encoder.config.hidden_size,)} if self.style else {})

@@ -41,7 +41,7 @@ class SD3Policy(DiffusersFlowPolicy):
         return self.guidance_scale > 1
 
     def condition_shapes(self, before: int = 0) -> dict[str, tuple[int, ...]]:
-        """With CLIP's tokens before those of T5."""
+        """The shapes with CLIP's tokens before those of T5."""
         return super().condition_shapes(before + self._pipe.text_encoder.config.max_position_embeddings)
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:

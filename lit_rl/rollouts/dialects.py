@@ -56,7 +56,7 @@ class Dialect(ABC):
     """Where a server tells the version of its whole weights, if their answers do not."""
 
     settings_route: str | None = None
-    """Where a server may tell its settings, the dtype among them."""
+    """The route by which a server may tell its settings, the dtype among them."""
 
     sends_pictures = False
     """True when requests may hold pictures."""

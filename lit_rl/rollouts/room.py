@@ -62,7 +62,7 @@ def host_memory() -> int:
 def plan_rows(
     requests: Sequence[Request], new_tokens: int, *, need: Need, memory: int, most: int | None, max_tokens: int | None, device: str
 ) -> Plan:
-    """As many rows as fit, at most `most` and one for each request; at least one.
+    """The rows that fit, at most `most` and one for each request; at least one.
 
     max_tokens: Tokens, prompts included, for which keys and values may be kept at once. Prompts are shared where that saves time, and where
     fewer answers would fit otherwise.

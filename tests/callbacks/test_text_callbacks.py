@@ -71,3 +71,5 @@ def test_a_run_says_answers_and_tokens(folder: Path) -> None:
 
 def test_a_conversation_is_told_turn_by_turn() -> None:
     assert prompt_text([{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]) == "system: be brief\nuser: hi"
+    seen = [{"type": "image"}, {"type": "text", "text": "which?"}]
+    assert prompt_text([{"role": "user", "content": seen}, {"role": "assistant"}]) == "user: <image>which?\nassistant: "

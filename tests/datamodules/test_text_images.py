@@ -108,6 +108,29 @@ def test_a_row_may_hold_pictures_of_pillow(tmp_path: Path) -> None:
     assert np.array_equal(np.array(Image.open(BytesIO(row["images"][0]))), np.array(Image.open(BytesIO(png()))))  # type: ignore[index]
 
 
+def test_pictures_of_every_mode_are_read_upright_as_large_as_their_places(tmp_path: Path, policy: VisionLanguageModel) -> None:
+    """Grey, with a palette, half transparent, of 16 bits, turned by EXIF, and as large as a camera's."""
+    pixels = Image.open(BytesIO(png(size=(90, 200))))
+    turned = pixels.getexif()
+    turned[0x0112] = 6
+    kinds = {
+        "grey.png": pixels.convert("L"),
+        "palette.png": pixels.convert("P"),
+        "clear.png": pixels.convert("RGBA"),
+        "deep.png": Image.fromarray(np.linspace(0, 65535, 90 * 200).reshape(90, 200).astype(np.uint16)),
+        "large.jpg": pixels.resize((4032, 3024)),
+    }
+    for name, image in kinds.items():
+        image.save(tmp_path / name)
+    pixels.save(tmp_path / "turned.jpg", exif=turned)
+    names = [*kinds, "turned.jpg"]
+    data = ready(TextPrompts(train=written(tmp_path, [{"prompt": user("?"), "images": [name]} for name in names])), policy)
+    for name, row in zip(names, data.train_prompts, strict=True):
+        (picture,) = data.media(row)
+        assert policy.misplaced(data.prompt_ids(row), [picture]) == "", name
+        assert (picture.shape[1] > picture.shape[2]) == (name == "turned.jpg"), name
+
+
 def test_relative_paths_count_from_the_folder_of_the_file_or_from_the_one_that_is_given(
     tmp_path: Path, policy: VisionLanguageModel
 ) -> None:

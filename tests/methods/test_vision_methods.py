@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from copies import every_step
 from squares import Corner, write_ragged, write_squares
 from toy_text import trainer, weights
 
@@ -143,8 +143,7 @@ def test_a_step_does_not_depend_on_how_rows_of_0_to_3_pictures_are_cut_up(name: 
 @pytest.mark.parametrize("stop", ["epoch=1-step=3", "epoch=0-step=2"])
 def test_pictures_of_a_rollout_survive_a_stop(model: str, ragged: str, root: Path, tmp_path: Path, stop: str) -> None:
     lora = {"lora": LoraSettings(rank=4, alpha=8)}
-    keep = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, filename="{epoch}-{step}", every_n_train_steps=1)
-    whole = trained("grpo", model, ragged, root, settings=lora, max_epochs=2, callbacks=[keep], enable_checkpointing=True)
+    whole = trained("grpo", model, ragged, root, settings=lora, max_epochs=2, callbacks=[every_step(tmp_path)], enable_checkpointing=True)
     again = trained("grpo", model, ragged, root, settings=lora, max_epochs=2, ckpt_path=str(tmp_path / f"{stop}.ckpt"))
     assert torch.equal(weights(whole), weights(again))
 

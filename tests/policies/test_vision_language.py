@@ -246,6 +246,20 @@ def test_exports_load_in_stock_transformers_and_peft(folders: dict[str, Path], t
                 torch.testing.assert_close(continued.logprobs(*batch[:3], media=batch[3])[0], trained, atol=5e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_whose_output_layer_is_its_embedding_is_exported_as_such(tmp_path: Path, family: Family) -> None:
+    """The smallest Qwen2.5-VL and Qwen3-VL are such models."""
+    policy = loaded(build_vlm(tmp_path / "tied", family=family, tied=True))
+    batch = rows(policy, LAYOUTS[:3])
+    for _, parameter in policy.trainable():
+        parameter.data += 0.02 * torch.randn(parameter.shape)
+    with torch.no_grad():
+        trained, _ = policy.logprobs(*batch[:3], media=batch[3])
+    (tmp_path / "out").mkdir()
+    policy.save(tmp_path / "out", {name: p.detach() for name, p in policy.trainable()})
+    torch.testing.assert_close(stock(loaded(tmp_path / "out"), batch, LAYOUTS[:3]), trained, atol=5e-5, rtol=0)
+
+
 # ---------------------------------------------------------------------- generation
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generated_answers_have_the_log_probabilities_that_train_and_no_token_of_pictures(folders: dict[str, Path], family: Family) -> None:

@@ -234,9 +234,9 @@ def test_a_prompt_is_read_once_for_all_who_ask_it(tmp_path: Path, monkeypatch: p
     assert sorted(read) == sorted({tuple(request.prompt) for request in asked})
 
 
-def test_rows_stay_busy_while_somebody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer that has ended leaves its row to the next request: far fewer steps than batch after batch would take."""
-    policy, steps = policy_of(tmp_path), []
+def rows_of_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """It gets the number of rows of each step of the decoder."""
+    steps: list[int] = []
     original = Decoder.step
 
     def counted(self: Decoder, tokens: Any, *rest: Any, **options: Any) -> Any:
@@ -244,6 +244,12 @@ def test_rows_stay_busy_while_somebody_waits(tmp_path: Path, monkeypatch: pytest
         return original(self, tokens, *rest, **options)
 
     monkeypatch.setattr(Decoder, "step", counted)
+    return steps
+
+
+def test_rows_stay_busy_while_somebody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that has ended leaves its row to the next request: far fewer steps than batch after batch would take."""
+    policy, steps = policy_of(tmp_path), rows_of_steps(monkeypatch)
     answers = ready(NativeEngine(batch=4), policy).generate(requests(policy, group=8), Sampling(max_new_tokens=60))
     assert sum(steps) == sum(len(answer.ids) - 1 for answer in answers)  # nothing is computed for who has ended
     lengths = [len(answer.ids) for answer in answers]
@@ -287,14 +293,7 @@ def test_the_cache_is_never_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_chunks_are_answered_together_and_handed_out_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that end are filled by the next chunk's; the first chunk is there before the last one has ended."""
-    policy, steps = policy_of(tmp_path), []
-    original = Decoder.step
-
-    def counted(self: Decoder, tokens: Any, *rest: Any, **options: Any) -> Any:
-        steps.append(len(tokens))
-        return original(self, tokens, *rest, **options)
-
-    monkeypatch.setattr(Decoder, "step", counted)
+    policy, steps = policy_of(tmp_path), rows_of_steps(monkeypatch)
     asked, engine = requests(policy, group=4), ready(NativeEngine(batch=8), policy)
     chunks, found, ends = [asked[:5], [], asked[5:12], asked[12:]], [], []
     for _, samples in engine.stream(chunks, SAMPLINGS[0]):

@@ -10,7 +10,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from copies import every_step
 from scenarios import STRATEGIES, held
 from torch import Tensor
 from toy_text import Digits, policy, trainer
@@ -90,7 +90,7 @@ def fit(
     module = METHODS[method](policy(Path(model), lora=adapter, keep_reference=True, gradient_checkpointing=True), **more, **chosen)
     average = EMA(0.5)
     callbacks = [RewardScoring({"odd": Odd()}), average, RngState()]
-    callbacks += [ModelCheckpoint(dirpath=at, save_top_k=-1, filename="{epoch}-{step}", every_n_train_steps=1)] if save else []
+    callbacks += [every_step(at)] if save else []
     run = trainer(
         max_epochs=3, limit_val_batches=0, accumulate_grad_batches=parts, gradient_clip_val=clip, enable_checkpointing=save,
         strategy=STRATEGIES[strategy](), devices=1 if strategy == "one" else 2, callbacks=callbacks,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from copies import every_step
 from scenarios import STRATEGIES
 from squares import Corner
 from toy_text import trainer
@@ -75,7 +75,7 @@ def fit(
     engine = HFEngine(batch=4) if strategy in ("one-hf", "ddp") else Scripted()
     module = method_of(method, policy, engine=engine)
     callbacks = [RngState(), *([] if method == "sft" else [RewardScoring({"corner": Corner()})])]
-    callbacks += [ModelCheckpoint(dirpath=at, save_top_k=-1, filename="{epoch}-{step}", every_n_train_steps=1)] if save else []
+    callbacks += [every_step(at)] if save else []
     alone = strategy.startswith("one")
     run = trainer(
         max_epochs=2,

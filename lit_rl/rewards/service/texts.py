@@ -8,10 +8,12 @@ data. Rows may be left out.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import date, time
+from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -119,7 +121,8 @@ def _plain_row(info: Info) -> dict[str, Plain]:
 
 
 def _plain(value: object, column: str, info: Info) -> Plain:
-    """A column's value as JSON has it: arrays as lists, days and times as ISO 8601, what is not finite as null."""
+    """A column's value as JSON has it: arrays as lists, days and times as ISO 8601, paths as text, bytes of images as `data:` URLs, what is
+    not finite as null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | int):
@@ -132,6 +135,10 @@ def _plain(value: object, column: str, info: Info) -> Plain:
         return _plain(value.tolist(), column, info)
     if isinstance(value, date | time):
         return value.isoformat()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, bytes) and column == "images":
+        return f"data:application/octet-stream;base64,{base64.b64encode(value).decode()}"
     prompt = str(info.get("id") or info["prompt"])[:60]
     raise RewardError(
         f"column {column!r} of prompt {prompt!r} is {type(value).__name__}, which cannot go to a reward server as JSON: leave the column "

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from test_app import Gate, aio, error_of, picture, png, served, single, until
 from torch import Tensor
 
+from datamodules.text_images import sources
 from lit_rl.rewards.base import Reward, RewardError, TextReward
 from lit_rl.rewards.client import HTTPReward
 from lit_rl.rewards.jpeg import JPEGSizeReward
@@ -97,6 +98,15 @@ def test_what_is_encoded_is_decoded(samples: list[tuple[str, str, dict]]) -> Non
     batch = decode_texts(encode_texts(texts, infos, request_id="r-1"))
     assert batch.texts == texts and batch.infos == [dict(info) for info in infos] and batch.request_id == "r-1"
     assert decode_text(json.loads(encode_text(texts[0], infos[0]))) == (texts[0], dict(infos[0]))
+
+
+def test_rows_with_images_arrive(tmp_path: Path) -> None:
+    """A path as text, what is in a file as a `data:` URL, which datamodules read again."""
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+    sent = row("4", prompt=prompt, images=[tmp_path / "a.png", b"\x89PNG"])
+    (info,) = decode_texts(encode_texts(["a"], [sent], request_id="")).infos
+    assert info["prompt"] == prompt and info["images"][0] == str(tmp_path / "a.png")
+    assert sources(info["images"], key="images", folder=tmp_path) == sent["images"]
 
 
 def test_an_answer_arrives_with_what_rewards_look_at() -> None:
