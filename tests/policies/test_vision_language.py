@@ -211,9 +211,14 @@ def test_a_model_of_text_refuses_pictures_and_is_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=4, alpha=8)], ids=["full", "lora"])
 @pytest.mark.parametrize("train_vision", [False, True])
-def test_the_tower_is_trained_on_request_only(folders: dict[str, Path], family: Family, lora: Any, train_vision: bool) -> None:
+def test_the_tower_is_trained_on_request_only(
+    folders: dict[str, Path], family: Family, lora: Any, train_vision: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     policy = loaded(folders[family], lora=lora, train_vision=train_vision)
     names = [name for name, _ in policy.trainable()]
+    if lora:
+        assert ("linear layers beside the decoder" in caplog.text) == train_vision
     assert any(".visual." in name for name in names) == train_vision
     assert all("language_model.layers" in name or ".visual." in name or lora is None for name in names)
     assert any(".visual." in key for key in policy.checkpoint_keys()) == train_vision

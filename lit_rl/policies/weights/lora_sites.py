@@ -116,14 +116,21 @@ def coverage(lm: PreTrainedModel, sites: Sites) -> str:
     for name, size in sizes.items():
         if name not in chosen:
             rest[re.sub(r"^.*?\.\d+\.", "", name).removesuffix(".weight")] += size
-    parts = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in (*sites.layers, *sites.experts)})
+    inside = [name.removesuffix(".weight") for name in (*sites.layers, *sites.experts) if name.startswith(blocks)]
+    parts = sorted({name.rpartition(".")[2] for name in inside})
     said = f"LoRA sits on {1 - sum(rest.values()) / total:.1%} of the weights of the decoder layers ({', '.join(parts)})"
+    said += f", and on {beside} linear layers beside the decoder" if (beside := len(_names_beside(lm, sites))) else ""
     if not rest:
         return said
     left = ", ".join(f"{name} {size / total:.1%}" for name, size in rest.most_common(8))
     past = sorted({name.rpartition(".")[2] for name, _ in _linear(lm) if name.startswith(blocks) and bypassed(lm, name)})
     why = f" (kernels read the weights of {', '.join(past)} past an adapter)" if past else ""
     return f"{said}; left out: {left}{why}. lora.targets chooses other layers, by the ends of their names"
+
+
+def _names_beside(lm: PreTrainedModel, sites: Sites) -> list[str]:
+    inside, head = _reach(lm)
+    return [name for name in sites.layers if not name.startswith(inside) and name != head]
 
 
 def bypassed(lm: PreTrainedModel, name: str) -> bool:
