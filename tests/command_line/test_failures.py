@@ -138,7 +138,8 @@ def test_a_process_that_ends_or_freezes_ends_the_others(tmp_path: Path, rank: in
         until(lambda: gone(other), 120)
         said = (tmp_path / "run" / "log").read_text()
         assert "Traceback" not in said and f"--ckpt_path {tmp_path / 'run/checkpoints'}/" in said, said[-6000:]
-        assert not rank or gone(victim)  # a frozen one by the first
+        if rank:
+            until(lambda: gone(victim), 60)  # a frozen one is ended by the first
     finally:
         end_group(process)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,7 +42,19 @@ OFFLOADS = frozenset({"optimizer", "parameters"})
 
 
 def allocated(work: Callable[[], object]) -> int:
-    """The most bytes that torch's allocator had given out at once during `work`, beyond those from before it."""
+    """The most bytes that torch's allocator had given out at once during `work`, beyond those from before it.
+
+    No cycle of Python objects is collected meanwhile: tensors that an earlier test left in one would be counted as freed by `work`.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        return _most(work)
+    finally:
+        gc.enable()
+
+
+def _most(work: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
     events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
