@@ -37,7 +37,7 @@ from datamodules.base import PromptDataModule
 from lit_rl.methods.flow_grpo import FlowGRPO
 from lit_rl.miniatures.images import build_sd3
 from lit_rl.policies.sd3 import SD3Policy
-from lit_rl.rewards.base import Reward, Scorer
+from lit_rl.rewards.base import Reward, RewardQueue
 from lit_rl.rewards.client import HTTPReward
 from lit_rl.types import Info
 
@@ -109,7 +109,7 @@ def server(latency: Any) -> Iterator[str]:
         process.join()
 
 
-class Unscored(Scorer):
+class NoRewards(RewardQueue):
     """Takes everything and knows nothing: the rollout alone."""
 
     weights: Mapping[str, float] = {"pixel": 1.0}
@@ -129,10 +129,10 @@ class Unscored(Scorer):
 
 @dataclass
 class Arm:
-    """A scorer, how long its scoring takes as a share of the rollout, and the seconds that were measured, one entry per round."""
+    """A reward queue, how long its scoring takes as a share of the rollout, and the seconds that were measured, one entry per round."""
 
     name: str
-    scorer: Scorer
+    reward_queue: RewardQueue
     share: float
     rollout: list[float] = field(default_factory=list)  # alone, in the iteration before
     scoring: list[float] = field(default_factory=list)  # alone, of the same images
@@ -145,7 +145,7 @@ class Rounds(RLCallback):
 
     def __init__(self, arms: Sequence[Arm], latency: Any) -> None:
         self.arms, self.latency = arms, latency
-        self.unscored = Unscored()
+        self.no_rewards = NoRewards()
         self.rollouts: list[float] = []
 
     def on_train_epoch_start(self, trainer: L.Trainer, method: L.LightningModule) -> None:
@@ -153,9 +153,9 @@ class Rounds(RLCallback):
         number, scored = divmod(trainer.current_epoch - 2, 2)
         self.arm = self.arms[number % len(self.arms)] if scored and number >= 0 else None
         self.chunks: list[tuple[Tensor, Sequence[Info]]] = []
-        method.scorer = self.unscored
+        method.reward_queue = self.no_rewards
         if self.arm:
-            method.scorer = self.arm.scorer
+            method.reward_queue = self.arm.reward_queue
             images = method.prompts_per_iteration * method.group_size
             self.latency.value = self.arm.share * statistics.median(self.rollouts) / images
 
@@ -180,8 +180,8 @@ class Rounds(RLCallback):
         if self.arm:
             began = time.perf_counter()
             for media, info in self.chunks:
-                self.arm.scorer.submit(media, info)
-            self.arm.scorer.gather()
+                self.arm.reward_queue.submit(media, info)
+            self.arm.reward_queue.gather()
             self.arm.scoring.append(time.perf_counter() - began)
             self.arm.rollout.append(self.rollouts[-1])
 

@@ -16,7 +16,7 @@ from callbacks.base import Method, RLCallback, check_alone, method_of
 from lit_rl.errors import ConfigError
 from lit_rl.ranks import gather_objects
 from lit_rl.rewards.background import Background
-from lit_rl.rewards.base import Reward, RewardError, Scorer
+from lit_rl.rewards.base import Reward, RewardError, RewardQueue
 from lit_rl.rewards.chunks import Chunk, checked, concatenated
 from lit_rl.rewards.pseudo import DEBUG_VARIABLE, is_dry_run, stand_ins
 from lit_rl.rewards.weights import resolve_weights
@@ -25,7 +25,7 @@ from lit_rl.types import Info, Rollout
 log = logging.getLogger(__name__)
 
 
-class RewardScoring(RLCallback, Scorer):
+class RewardScoring(RLCallback, RewardQueue):
     """Owns the rewards: chunks are submitted while the next one is sampled, `gather` waits for what is still under way.
 
     With DISABLE_RL_REWARD_MODEL=true in the environment no reward is asked: every score is a hash of prompt and pixels.
@@ -62,9 +62,9 @@ class RewardScoring(RLCallback, Scorer):
     # -- Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module its scorer and every reward its place. A reward that cannot start stops all ranks, before any model is loaded."""
-        check_alone(trainer, RewardScoring, "the method has one scorer; name all rewards under `rewards` of one")
-        method_of(pl_module).scorer = self
+        """Give the module its queue, and every reward its place. A reward that cannot start stops all ranks before models load."""
+        check_alone(trainer, RewardScoring, "the method has one queue of rewards; name all rewards under `rewards` of one")
+        method_of(pl_module).reward_queue = self
         if stage == "predict":
             return
         if is_dry_run():
@@ -107,7 +107,7 @@ class RewardScoring(RLCallback, Scorer):
         """End the scoring thread."""
         self.close()  # Lightning does not call a callback's teardown after an error
 
-    # -- Scorer
+    # -- queue
 
     @property
     def highest(self) -> Mapping[str, float]:
@@ -134,7 +134,7 @@ class RewardScoring(RLCallback, Scorer):
         self._chunks.append(Chunk(len(info), futures, len(self._chunks) if place is None else place))
 
     def gather(self) -> dict[str, Tensor]:
-        """Await the scores of all chunks; see `Scorer.gather`."""
+        """Await the scores of all chunks; see `RewardQueue.gather`."""
         started = time.perf_counter()
         chunks, self._chunks = sorted(self._chunks, key=lambda chunk: chunk.place), []
         total = sum(chunk.size for chunk in chunks)

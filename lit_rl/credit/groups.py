@@ -67,10 +67,10 @@ def per_reward_advantages(rewards: Rewards, group: Int[Tensor, "B"], *, weights:
     However large a reward's numbers are, its say is w_k; a reward that is constant in a group says nothing there. A row that lacks any
     reward that counts is left out of all of them.
     """
-    scored = ~total_reward(rewards, weights).isnan()
+    has_reward = ~total_reward(rewards, weights).isnan()
     result = torch.zeros_like(next(iter(rewards.values())))
     for name, weight in _weight_rows(rewards, weights).items():
-        known = torch.where(scored, rewards[name], torch.nan)
+        known = torch.where(has_reward, rewards[name], torch.nan)
         result = result + torch.where(weight == 0, 0.0, weight * group_advantages(known, group, **options))
     return result
 
@@ -90,10 +90,12 @@ def gdpo_advantages(
     """
     options: dict[str, Any] = {"ddof": ddof, "eps": eps, "std_floor": std_floor}
     combined = per_reward_advantages({k: r.double() for k, r in rewards.items()}, group, weights=weights, std="group", **options)
-    scored = ~total_reward(rewards, weights).isnan()
-    batch = _statistics(combined, torch.zeros_like(group), scored, ddof=ddof)
+    has_reward = ~total_reward(rewards, weights).isnan()
+    batch = _statistics(combined, torch.zeros_like(group), has_reward, ddof=ddof)
     index = _index(group)
-    counts = torch.stack([_informative(rewards[k].double(), index, scored) & (w != 0) for k, w in _weight_rows(rewards, weights).items()])
+    counts = torch.stack(
+        [_informative(rewards[k].double(), index, has_reward) & (w != 0) for k, w in _weight_rows(rewards, weights).items()]
+    )
     result = torch.where(counts.any(0), (combined - batch.mean) / (batch.std.clamp(min=std_floor) + eps), 0.0)
     return result.to(next(iter(rewards.values())).dtype)
 

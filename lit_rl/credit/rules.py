@@ -114,7 +114,7 @@ class Credit(ABC):
         group: Int[Tensor, "B"],
         mask: Bool[Tensor, "B S"],
         *,
-        scored: Bool[Tensor, "B"],
+        has_reward: Bool[Tensor, "B"],
         total: Reduce,
         trajectory: Int[Tensor, "B"] | None = None,
         everywhere: Everywhere = here,
@@ -122,7 +122,7 @@ class Credit(ABC):
         """Advantages, 0 where the mask is False.
 
         rewards: float64, of each token; a trajectory of several rows has its score once, in `lit_rl.credit.trajectories.closing_rows`.
-        scored: rows that have a reward. trajectory: ids of the trajectories that rows belong to; None: each is one.
+        has_reward: rows that have a reward. trajectory: ids of the trajectories that rows belong to; None: each is one.
         """
 
 
@@ -135,12 +135,12 @@ class GroupCredit(Credit):
         group: Tensor,
         mask: Tensor,
         *,
-        scored: Tensor,
+        has_reward: Tensor,
         total: Reduce,
         trajectory: Tensor | None = None,
         everywhere: Everywhere = here,
     ) -> Tensor:
-        scores = torch.where(scored, rewards.sum(1), torch.nan)
+        scores = torch.where(has_reward, rewards.sum(1), torch.nan)
         columns = (scores, group, mask.sum(1)) if trajectory is None else (scores, group, mask.sum(1), trajectory)
         return spread(everywhere(partial(one_vote, self.relative), *columns), mask)
 
@@ -213,7 +213,7 @@ class Returns(Credit):
         group: Tensor,
         mask: Tensor,
         *,
-        scored: Tensor,
+        has_reward: Tensor,
         total: Reduce,
         trajectory: Tensor | None = None,
         everywhere: Everywhere = here,
@@ -232,12 +232,12 @@ class ReturnsBaseline(GroupCredit):
         group: Tensor,
         mask: Tensor,
         *,
-        scored: Tensor,
+        has_reward: Tensor,
         total: Reduce,
         trajectory: Tensor | None = None,
         everywhere: Everywhere = here,
     ) -> Tensor:
-        lead = super().__call__(rewards, group, mask, scored=scored, total=total, trajectory=trajectory, everywhere=everywhere)
+        lead = super().__call__(rewards, group, mask, has_reward=has_reward, total=total, trajectory=trajectory, everywhere=everywhere)
         return whiten(lead, mask, total=total)
 
     def relative(self, scores: Tensor, group: Tensor, lengths: Tensor) -> Tensor:

@@ -30,12 +30,12 @@ def trajectory_numbers(group: Int[Tensor, "B"], trajectory: Int[Tensor, "B"] | N
     return first.argsort().argsort()[number]
 
 
-def voters(group: Int[Tensor, "B"], trajectory: Int[Tensor, "B"] | None, scored: Bool[Tensor, "B"]) -> Int[Tensor, "T"]:
+def voters(group: Int[Tensor, "B"], trajectory: Int[Tensor, "B"] | None, has_reward: Bool[Tensor, "B"]) -> Int[Tensor, "T"]:
     """The row that votes for each trajectory: its first scored one, or its first where none is."""
     if trajectory is None:
         return torch.arange(len(group), device=group.device)
     number = trajectory_numbers(group, trajectory)
-    best, any_row = _first_rows(number, scored), _first_rows(number, torch.ones_like(scored))
+    best, any_row = _first_rows(number, has_reward), _first_rows(number, torch.ones_like(has_reward))
     return torch.where(best < len(number), best, any_row)
 
 

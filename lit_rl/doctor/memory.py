@@ -163,7 +163,7 @@ def lengths(method: LitTokens, data: Namespace | None) -> Lengths:
     whole, prompt = int(options.get("max_length") or 0), int(options.get("max_prompt_length") or 0)
     answer = method.answers.sampling.max_new_tokens if method.answers is not None and prompt else 0
     row = max(whole, prompt + answer if prompt else 0) or 4096
-    return Lengths(prompt=prompt if answer else 0, row=row, scored=row - 1 if whole >= row else answer)
+    return Lengths(prompt=prompt if answer else 0, row=row, trained=row - 1 if whole >= row else answer)
 
 
 def findings(

@@ -29,11 +29,11 @@ Blocks = Mapping[nn.Module, Sequence[nn.Module]]
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Tokens of the longest prompt, of the longest row that is trained, and of those of its tokens that are scored."""
+    """Tokens of the longest prompt, of the longest row that is trained, and of those of its tokens that count in the loss."""
 
     prompt: int
     row: int
-    scored: int
+    trained: int
 
 
 def freed(networks: Blocks) -> None:
@@ -74,7 +74,7 @@ def of_tokens(method: LitTokens, critic: Critic | None, networks: Blocks, placem
 
 def _trained_tokens(method: LitTokens, critic: Critic | None, rows: int, lengths: Lengths, lower: torch.dtype | None) -> float:
     tokens = torch.zeros(rows, lengths.row - 1, dtype=torch.long)
-    places = torch.zeros(rows * lengths.scored, dtype=torch.long)
+    places = torch.zeros(rows * lengths.trained, dtype=torch.long)
     look = bool(getattr(method, "entropy_coef", 0))
     with Ledger() as ledger:
         with mixed(lower):

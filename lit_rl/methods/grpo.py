@@ -57,7 +57,7 @@ class GRPO(LitPolicyGradient):
             rewards,
             rollout.group,
             rollout.mask,
-            scored=total.isfinite(),
+            has_reward=total.isfinite(),
             total=self.sum_of_ranks,
             trajectory=rollout.columns.get("trajectory"),
             everywhere=self.everywhere,
@@ -103,8 +103,8 @@ class GRPO(LitPolicyGradient):
         parts = {} if self.dynamic_sampling is None else options_of(self.dynamic_sampling, "model.dynamic_sampling")
         return super().stored_options() | parts
 
-    def scored(self) -> TokenRollout:
-        return super().scored() if self.dynamic_sampling is None else self.dynamic_sampling.fill(self)
+    def rollout_with_rewards(self) -> TokenRollout:
+        return super().rollout_with_rewards() if self.dynamic_sampling is None else self.dynamic_sampling.fill(self)
 
     def frozen_now(self) -> Iterable[nn.Parameter]:
         return self.parameters() if self.rollout_metrics.get("dapo/groups") == 0 else ()

@@ -136,9 +136,9 @@ class MixedGSPO(LitPolicyGradient):
         if not self.all_ranks(answers).numel():
             return rollout
         with self.phase("score"):
-            scores = self.scores().gather()
+            found = self.queue().gather()
         nothing = torch.full((len(rollout),), torch.nan, dtype=torch.float64)
-        return replace(rollout, rewards={name: nothing.index_put((answers.cpu(),), values) for name, values in scores.items()})
+        return replace(rollout, rewards={name: nothing.index_put((answers.cpu(),), values) for name, values in found.items()})
 
     def credit(self, rollout: TokenRollout) -> TokenRollout:
         rollout = self.without_broken(rollout)
@@ -160,8 +160,8 @@ class MixedGSPO(LitPolicyGradient):
     def with_advantages(self, rollout: TokenRollout, total: Tensor) -> TokenRollout:
         answers = replace(rollout, mask=rollout.mask & ~is_given(rollout)[:, None])
         earned = self.everywhere(win_rates, total, rollout.group) if self.self_play == "winrate" else total
-        rewards, scored = self.token_rewards(answers, earned), total.isfinite()
-        advantages = self.rule(rewards, rollout.group, answers.mask, scored=scored, total=self.sum_of_ranks, everywhere=self.everywhere)
+        rewards, group, known = self.token_rewards(answers, earned), rollout.group, total.isfinite()
+        advantages = self.rule(rewards, group, answers.mask, has_reward=known, total=self.sum_of_ranks, everywhere=self.everywhere)
         return replace(rollout, advantages=advantages.float().where(rollout.mask, 0.0))
 
     def token_weights(self, rollout: TokenRollout) -> Tensor:

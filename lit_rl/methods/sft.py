@@ -50,7 +50,7 @@ class SFT(LitTokens):
 
     # ------------------------------------------------------------------ demonstrations for a rollout
     def generates(self) -> bool:
-        return self.scorer is not None or self.trainer.predicting
+        return self.reward_queue is not None or self.trainer.predicting
 
     def longest_sequence(self) -> int:
         return self.source(SupervisedSource).max_length
@@ -86,13 +86,13 @@ class SFT(LitTokens):
         new, _ = self.policy.logprobs(held_out.tokens, held_out.lengths, held_out.mask, media=held_out.media)
         mask = held_out.mask & real
         self._held_out += torch.stack([-(new * mask).sum().double(), mask.sum().double()]).cpu()
-        return super().validation_step(batch, batch_idx) if self.scorer is not None else {"prompts": batch}
+        return super().validation_step(batch, batch_idx) if self.reward_queue is not None else {"prompts": batch}
 
     def on_validation_epoch_end(self) -> None:
         total, tokens = self.sum_of_ranks(self._held_out.to(self.device)).tolist()
         self._held_out = torch.zeros_like(self._held_out)
         self.report({"val/loss": total / max(tokens, 1)}, bar=("val/loss",))
-        if self.scorer is not None:
+        if self.reward_queue is not None:
             super().on_validation_epoch_end()
 
     test_step = validation_step

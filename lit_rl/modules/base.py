@@ -30,7 +30,7 @@ from lit_rl.policies.base import Policy
 from lit_rl.ranks import gather_objects, gather_rows
 from lit_rl.replay.loader import ReplayLoader
 from lit_rl.replay.sources import PromptSource, S, datamodule_of, source_of
-from lit_rl.rewards.base import Scorer
+from lit_rl.rewards.base import RewardQueue
 from lit_rl.strategies.checks import check_strategy
 from lit_rl.types import Examples, Minibatch, Prompts
 
@@ -73,7 +73,7 @@ class LitRL(L.LightningModule, Method[R]):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.policy, self.seed = policy, seed
         self.supervised: Supervised | None = None
-        self.scorer: Scorer | None = None  # set by the callback that owns the rewards
+        self.reward_queue: RewardQueue | None = None  # set by the callback that owns the rewards
         self.micro_batches_per_update = 1  # of an optimizer step, on each process; `setup` counts them
         self.example_micro_batches, self.warmup_micro_batches = 0, 1  # beside those, and of a warm-up step
         self.rollout: R | None = None
@@ -97,13 +97,13 @@ class LitRL(L.LightningModule, Method[R]):
     def score(self, rollout: R) -> R:
         """Await the rewards of everything that `collect` submitted."""
         with self.phase("score"):
-            return replace(rollout, rewards=self.scores().gather())
+            return replace(rollout, rewards=self.queue().gather())
 
-    def scores(self) -> Scorer:
+    def queue(self) -> RewardQueue:
         """The rewards of the run. Raises ConfigError where it has none."""
-        if self.scorer is None:
+        if self.reward_queue is None:
             raise ConfigError("no rewards: add callbacks.reward_scoring.RewardScoring to trainer.callbacks")
-        return self.scorer
+        return self.reward_queue
 
     # ------------------------------------------------------------------ one iteration, served as an epoch, and its loss
     @property
@@ -150,13 +150,13 @@ class LitRL(L.LightningModule, Method[R]):
         self.zero_grad()  # Lightning lets go of gradients only before the next backward
         was_training = self.training
         self.eval()
-        rollout = self.scored()
+        rollout = self.rollout_with_rewards()
         self.train(was_training)
         rollout = self.credit(rollout)
         self.notify("on_rollout_end", rollout)
         return rollout
 
-    def scored(self) -> R:
+    def rollout_with_rewards(self) -> R:
         """ask -> collect -> score."""
         with self.rolling_out():
             rollout = self.collect(self.ask(self.iteration))
@@ -256,7 +256,7 @@ class LitRL(L.LightningModule, Method[R]):
             self.source(kind)
         if stage == "fit":
             check_optimizer(self.optimizer, self.lr_scheduler, self.supervised)
-            if self.scorer is None and self.needs_rewards():
+            if self.reward_queue is None and self.needs_rewards():
                 refuse_no_rewards(type(self).__name__)
 
     def check_geometry(self) -> None:
@@ -269,9 +269,9 @@ class LitRL(L.LightningModule, Method[R]):
 
     # ------------------------------------------------------------------ evaluation, checkpoints, and what a method asks others
     def on_validation_epoch_end(self) -> None:
-        rewards, batches, self.evaluated = self.scores().gather(), self.evaluated, []
+        rewards, batches, self.evaluated = self.queue().gather(), self.evaluated, []
         rewards, prompts = self.judged(rewards, batches), all_prompts(batches)
-        for name, metrics in summaries(rewards, prompts, highest=self.scores().highest):
+        for name, metrics in summaries(rewards, prompts, highest=self.queue().highest):
             self.report(metrics, bar=(name,) if name.count("/") == 1 else ())
         self.notify("on_evaluation_end", prompts, rewards)
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_rl.ranks import gather_objects
-from lit_rl.rewards.base import RewardError, Scorer
+from lit_rl.rewards.base import RewardError, RewardQueue
 from lit_rl.types import Info, Prompts
 
 NAMED = 5
@@ -54,14 +54,14 @@ def _summary(name: str, values: Tensor, highest: float | None) -> dict[str, floa
 
 
 def count_not_finite(
-    finite: Tensor, rewards: Mapping[str, Tensor], info: Sequence[Info], *, scorer: Scorer | None, where: str, what: str
+    finite: Tensor, rewards: Mapping[str, Tensor], info: Sequence[Info], *, reward_queue: RewardQueue | None, where: str, what: str
 ) -> int:
     """Count the samples here that are not finite over all processes, and name their prompts in a warning. Collective.
 
     finite: Bool "B". where, what: for the message. Raises RewardError on all processes if they and those without a score are more than
     the run can do without.
     """
-    lost, weights = ~finite.cpu(), scorer.weights if scorer is not None else {}
+    lost, weights = ~finite.cpu(), reward_queue.weights if reward_queue is not None else {}
     present = [values.isfinite() for name, values in rewards.items() if weights.get(name)]
     failed = torch.stack([lost, *(~known.cpu() for known in present)]).any(0)
     prompts = [str(info[i]["prompt"]) for i in lost.nonzero()[:, 0].tolist()]
@@ -70,11 +70,11 @@ def count_not_finite(
     if not names:
         return 0
     sentence = f"{where}: {len(names)} of {total} samples are not finite ({what}): {named(names)}"
-    allowed = total - 1 if scorer is None else scorer.max_failed_fraction * total
+    allowed = total - 1 if reward_queue is None else reward_queue.max_failed_fraction * total
     if sum(lacking for _, lacking, _ in everyone) > allowed:
         raise RewardError(
             f"{sentence}. They have no score, and more samples have none than "
-            + (f"max_failed_fraction={scorer.max_failed_fraction} allows" if scorer else "can be left out")
+            + (f"max_failed_fraction={reward_queue.max_failed_fraction} allows" if reward_queue else "can be left out")
             + ". Look at the precision first: a VAE or text encoder may overflow in float16 (model.policy.vae_dtype, dtype, "
             "trainer.precision); continue with --ckpt_path last"
         )

@@ -129,7 +129,7 @@ class LitFlow(LitRL[FlowRollout]):
         """
         (media, whole), info = self.policy.picture(x.float()), [prompts.info[i] for i in chunk]
         self._finite.append(whole if finite is None else whole & finite.cpu())
-        self.scores().submit(media, info)
+        self.queue().submit(media, info)
         self.notify("on_rollout_chunk", media, info, len(prompts))
 
     def examples(self, step: int, part: int, parts: int) -> Examples:
@@ -150,7 +150,7 @@ class LitFlow(LitRL[FlowRollout]):
     # ------------------------------------------------------------------ evaluation and prediction
     def validation_step(self, batch: Prompts, batch_idx: int) -> dict[str, Any]:
         media, finite = render(self, batch)
-        self.scores().submit(media, batch.info)
+        self.queue().submit(media, batch.info)
         self.evaluated.append(batch)
         self._finite.append(finite)
         return {"media": media, "prompts": batch}
@@ -209,9 +209,9 @@ class LitFlow(LitRL[FlowRollout]):
         return -(-pairs // self.updates)
 
     # ------------------------------------------------------------------ score and credit
-    def scored(self) -> FlowRollout:
+    def rollout_with_rewards(self) -> FlowRollout:
         self._finite = []
-        return super().scored()
+        return super().rollout_with_rewards()
 
     def score(self, rollout: FlowRollout) -> FlowRollout:
         """As in the base class; what is not finite has no score."""
@@ -223,7 +223,7 @@ class LitFlow(LitRL[FlowRollout]):
     def scored_finite(self, rewards: dict[str, Tensor], idle: Tensor, info: Sequence[Info], *, where: str) -> tuple[dict[str, Tensor], int]:
         """NaN for samples that are not finite, and how many these are on all processes. idle: Bool "B", those that do not count."""
         finite, self._finite = torch.cat(self._finite) | idle, []
-        count = count_not_finite(finite, rewards, info, scorer=self.scorer, where=where, what=WHAT)
+        count = count_not_finite(finite, rewards, info, reward_queue=self.reward_queue, where=where, what=WHAT)
         return {name: values.where(finite, torch.nan) for name, values in rewards.items()}, count
 
     def check_reference(self, kl_coef: float) -> None:
@@ -241,7 +241,7 @@ class LitFlow(LitRL[FlowRollout]):
         """Advantages over the groups of all processes; weights so that each optimizer step is the mean over its pairs."""
         group, asked = self.all_ranks(rollout.group).cpu(), self.data.prompts(self.iteration, self.prompts_per_iteration)
         info = [asked[g] for g in group.tolist()]
-        weights = weights_of_rows(info, self.scores().weights)
+        weights = weights_of_rows(info, self.queue().weights)
         rewards = {name: self.all_ranks(rollout.rewards[name].to(self.device)).cpu() for name in weights}
         total = total_reward(rewards, weights)
         prompts = [str(row["prompt"]) for row in info]

@@ -101,7 +101,7 @@ class LitPolicyGradient(LitTokens):
 
     # ------------------------------------------------------------------ collect
     def collect(self, prompts: Prompts) -> TokenRollout:
-        """Generate, and compute what training needs of the answers while their scores are under way."""
+        """Generate, and compute what training needs of the answers while their rewards are under way."""
         if self.answers.asynchronous:
             return self.annotate(with_media(self.sample_ahead(prompts), self.policy, self.data))
         self.answers.engine.update_weights(self.iteration)
@@ -166,23 +166,23 @@ class LitPolicyGradient(LitTokens):
 
     def total(self, rollout: TokenRollout) -> Tensor:
         """Float64 "B": the weighted rewards, NaN where one is missing."""
-        weights = {name: weight for name, weight in self.scores().weights.items() if weight}
+        weights = {name: weight for name, weight in self.queue().weights.items() if weight}
         return total_reward({name: rollout.rewards[name] for name in weights}, weights).to(self.device)
 
     def token_rewards(self, rollout: TokenRollout, total: Tensor) -> Tensor:
         """Float64 "B S": the reward, less what its length costs, at an answer's last token; minus the divergence at each.
 
-        A trajectory of several rows has its reward once, at the end of its last row that is scored.
+        A trajectory of several rows has its reward once, at the end of its last row that has one.
         """
-        scores = total.nan_to_num()
+        at_end = total.nan_to_num()
         if (trajectory := rollout.columns.get("trajectory")) is not None:
             payable = total.isfinite() & rollout.mask.any(1)  # a row without a token has no place for a reward
-            scores = scores.where(self.everywhere(closing_rows, rollout.group, trajectory, payable), 0.0)
-        scores = scores + self.length_penalty(rollout.mask.sum(1), limit=self.answers.sampling.max_new_tokens)
+            at_end = at_end.where(self.everywhere(closing_rows, rollout.group, trajectory, payable), 0.0)
+        at_end = at_end + self.length_penalty(rollout.mask.sum(1), limit=self.answers.sampling.max_new_tokens)
         if not self.kl_in_reward.coef:
-            return token_rewards(scores, rollout.mask)
+            return token_rewards(at_end, rollout.mask)
         kl = kl_estimate(rollout.logprobs, rollout.streams["reference"], kind=self.reward_kl.kind)
-        rewards = token_rewards(scores, rollout.mask, kl=kl, kl_coef=self.kl_in_reward.coef)
+        rewards = token_rewards(at_end, rollout.mask, kl=kl, kl_coef=self.kl_in_reward.coef)
         self.adapt_kl(kl, rollout.mask)
         return rewards
 

@@ -34,7 +34,7 @@ class Method(ABC, Generic[R]):
 
     @abstractmethod
     def collect(self, prompts: Prompts) -> R:
-        """Let the policy act on `prompts` and submit each finished chunk to `self.scorer` while the next one is sampled."""
+        """Let the policy act on `prompts` and submit each finished chunk to `self.reward_queue` while the next one is sampled."""
 
     @abstractmethod
     def credit(self, rollout: R) -> R:

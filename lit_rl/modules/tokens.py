@@ -132,7 +132,7 @@ class LitTokens(LitRL[TokenRollout]):
 
     def check_sampler(self) -> None:
         """Raise ConfigError unless an engine over the training weights samples with the log-probabilities that train."""
-        if self.answers is None or (self.scorer is None and not self.trainer.predicting):
+        if self.answers is None or (self.reward_queue is None and not self.trainer.predicting):
             return
         mixed = "mixed" in str(self.trainer.precision)
         autocast = self.trainer.precision_plugin.forward_context() if mixed else None
@@ -258,7 +258,7 @@ class LitTokens(LitRL[TokenRollout]):
         finite = self.finite(rollout)
         what = "log-probabilities of policy, sampler or reference, or values"
         where = f"iteration {self.iteration + 1}"
-        self.non_finite = count_not_finite(finite, rollout.rewards, rollout.info, scorer=self.scorer, where=where, what=what)
+        self.non_finite = count_not_finite(finite, rollout.rewards, rollout.info, reward_queue=self.reward_queue, where=where, what=what)
         return without_rows(rollout, finite) if self.non_finite else rollout
 
     def count_actions(self, batch: Minibatch) -> int:

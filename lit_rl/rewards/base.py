@@ -86,7 +86,7 @@ class TextReward(Reward[Sequence[str]]):
         """Scores by output name, each Float "B". media: B answers; info: the B prompts with what their rows say about the right answer."""
 
 
-class Scorer(ABC):
+class RewardQueue(ABC):
     """The rewards of a run as a method sees them; implemented by the callback that owns them (`callbacks.reward_scoring.RewardScoring`)."""
 
     @abstractmethod

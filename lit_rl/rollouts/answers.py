@@ -14,7 +14,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.ranks import gather_to_first
-from lit_rl.rewards.base import Scorer
+from lit_rl.rewards.base import RewardQueue
 from lit_rl.rollouts.ahead import Ahead, SavedAhead
 from lit_rl.rollouts.base import EvalSampling, Request, RolloutEngine, Sample, Sampling
 from lit_rl.rollouts.hf import HFEngine
@@ -32,7 +32,7 @@ class Run(Protocol):
     """Parts of a method that generation needs."""
 
     policy: TokenPolicy
-    scorer: Scorer | None
+    reward_queue: RewardQueue | None
 
     @property
     def data(self) -> object: ...
@@ -142,7 +142,7 @@ class Answers:
         requests = self.requests(run, prompt_ids, keys, prompts.info)
         answers: list[list[Sample]] = [[] for _ in chunks]
         texts: dict[int, list[Answer]] = {}  # of chunks that the callbacks have not been told of, which is done in order
-        told, before = 0, 0 if run.scorer is None else run.scorer.submitted
+        told, before = 0, 0 if run.reward_queue is None else run.reward_queue.submitted
         for place, samples in self.engine.stream([requests[chunk] for chunk in chunks], sampling):
             chunk, answers[place] = chunks[place], samples
             texts[place] = self._score(run, samples, prompt_ids[chunk], prompts.info[chunk], place=before + place)
@@ -165,8 +165,8 @@ class Answers:
     ) -> list[Answer]:
         """The texts of answers, submitted for scoring."""
         texts = [run.policy.reply(sample.ids, prompt_ids=ids, info=row) for sample, ids, row in zip(samples, prompt_ids, info, strict=True)]
-        if run.scorer is not None and texts:
-            run.scorer.submit(texts, info, place=place)
+        if run.reward_queue is not None and texts:
+            run.reward_queue.submit(texts, info, place=place)
         return texts
 
     def evaluate(self, run: Run, prompts: Prompts) -> list[str]:

@@ -110,16 +110,16 @@ def test_scores_come_in_order_of_submission(scoring: list, seed: int) -> None:
             await asyncio.sleep(draw.uniform(0, 0.02))
             return self.score(media, info)
 
-    scorer = RewardScoring({"a": Late("a"), "b": Late("b")}, weights={"a": 1.0, "b": 2.0})
-    scoring.append(scorer)
+    queue = RewardScoring({"a": Late("a"), "b": Late("b")}, weights={"a": 1.0, "b": 2.0})
+    scoring.append(queue)
     for _ in range(2):  # two iterations
         reds = [[draw.randrange(256) for _ in range(draw.randrange(1, 5))] for _ in range(draw.randrange(1, 9))]
         for chunk in reds:
-            scorer.submit(red_images(chunk), info(len(chunk)))
-        scores = scorer.gather()
+            queue.submit(red_images(chunk), info(len(chunk)))
+        scores = queue.gather()
         flat = [float(r) for chunk in reds for r in chunk]
         assert {name: (s.dtype, s.tolist()) for name, s in scores.items()} == {n: (torch.float64, flat) for n in "ab"}
-    assert scorer.weights == {"a": 1.0, "b": 2.0}
+    assert queue.weights == {"a": 1.0, "b": 2.0}
 
 
 def test_nothing_submitted_gives_nothing(scoring: list) -> None:
@@ -139,14 +139,14 @@ def test_submit_returns_before_anything_is_scored_and_chunks_overlap(scoring: li
                 await asyncio.sleep(0.002)
             return self.score(media, info)
 
-    scorer = RewardScoring([Waiting()])
-    scoring.append(scorer)
+    queue = RewardScoring([Waiting()])
+    scoring.append(queue)
     for i in range(6):
-        scorer.submit(red_images([i]), info(1))
+        queue.submit(red_images([i]), info(1))
     while len(arrived) < 6:
         time.sleep(0.002)
     everyone.set()
-    assert scorer.gather()["red"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert queue.gather()["red"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_reward_in_this_process_sees_one_chunk_at_a_time_and_two_rewards_run_together(scoring: list) -> None:
@@ -161,11 +161,11 @@ def test_a_reward_in_this_process_sees_one_chunk_at_a_time_and_two_rewards_run_t
             busy[self.name] -= 1
             return super().score(media, info)
 
-    scorer = RewardScoring([Counting("a"), Counting("b")], weights={"a": 1})
-    scoring.append(scorer)
+    queue = RewardScoring([Counting("a"), Counting("b")], weights={"a": 1})
+    scoring.append(queue)
     for i in range(4):
-        scorer.submit(red_images([i]), info(1))
-    assert scorer.gather()["b"].tolist() == [0, 1, 2, 3]
+        queue.submit(red_images([i]), info(1))
+    assert queue.gather()["b"].tolist() == [0, 1, 2, 3]
     assert most == {"a": 1, "b": 1}
 
 
@@ -201,9 +201,9 @@ def test_the_main_score_of_a_reward_that_declares_nothing_is_the_first_that_it_a
     class Undeclared(Two):
         outputs = ()
 
-    scoring.append(scorer := RewardScoring([Undeclared()]))
-    scorer.submit(red_images([3]), info(1))
-    assert scorer.gather()["similarity"].tolist() == [3] and scorer.weights == {"similarity": 1.0, "confidence": 0.0}
+    scoring.append(queue := RewardScoring([Undeclared()]))
+    queue.submit(red_images([3]), info(1))
+    assert queue.gather()["similarity"].tolist() == [3] and queue.weights == {"similarity": 1.0, "confidence": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -225,11 +225,11 @@ def test_wrong_settings_are_told_before_anything_runs(rewards: object, options: 
 
 
 def test_names_that_are_not_declared_are_checked_at_the_first_gather(scoring: list) -> None:
-    scorer = RewardScoring([Red(declare=False)], weights={"blue": 1.0})
-    scoring.append(scorer)
-    scorer.submit(red_images([1]), info(1))
+    queue = RewardScoring([Red(declare=False)], weights={"blue": 1.0})
+    scoring.append(queue)
+    queue.submit(red_images([1]), info(1))
     with pytest.raises(RewardError, match=r"weights name \['blue'\], but the rewards give \['red'\]"):
-        scorer.gather()
+        queue.gather()
 
 
 def test_rewards_without_a_label_are_called_by_their_class() -> None:
@@ -240,33 +240,33 @@ def test_rewards_without_a_label_are_called_by_their_class() -> None:
 
 
 def test_a_chunk_that_raises_is_nan_and_logged_once(scoring: list, caplog: pytest.LogCaptureFixture) -> None:
-    scorer = RewardScoring({"ocr": Red(), "other": Red("other")}, weights={"red": 1}, max_failed_fraction=0.5)
-    scoring.append(scorer)
+    queue = RewardScoring({"ocr": Red(), "other": Red("other")}, weights={"red": 1}, max_failed_fraction=0.5)
+    scoring.append(queue)
     with caplog.at_level(logging.WARNING):
         for text in ("a", "raise", "a", "raise"):
-            scorer.submit(red_images([7, 8]), info(2, text) if text == "a" else [{"prompt": text}, {"prompt": "a"}])
+            queue.submit(red_images([7, 8]), info(2, text) if text == "a" else [{"prompt": text}, {"prompt": "a"}])
         # `other` raises too, but has no weight: it may fail
-        scores = scorer.gather()
+        scores = queue.gather()
     assert scores["red"].tolist() == pytest.approx([7, 8, math.nan, math.nan] * 2, nan_ok=True)
     logged = [r.message for r in caplog.records if "left samples without a score" in r.message]
     assert len(logged) == 2 and "reward ocr" in logged[0] and "RuntimeError: no such glyph" in logged[0]
-    assert scorer.metrics()["reward/red/failed_fraction"] == 0.5
+    assert queue.metrics()["reward/red/failed_fraction"] == 0.5
 
 
 def test_too_many_failures_stop_the_run(scoring: list) -> None:
-    scorer = RewardScoring({"ocr": Red()}, max_failed_fraction=0.2)
-    scoring.append(scorer)
+    queue = RewardScoring({"ocr": Red()}, max_failed_fraction=0.2)
+    scoring.append(queue)
     for text in ("raise", "a", "a", "a", "a"):
-        scorer.submit(red_images([1]), info(1, text))
-    assert scorer.gather()["red"].isnan().sum() == 1  # exactly the allowed fraction
+        queue.submit(red_images([1]), info(1, text))
+    assert queue.gather()["red"].isnan().sum() == 1  # exactly the allowed fraction
     for text in ("raise", "raise", "a", "a", "a"):
-        scorer.submit(red_images([1]), info(1, text))
+        queue.submit(red_images([1]), info(1, text))
     with pytest.raises(
         RewardError, match=r"2 of 5 samples got no score.*max_failed_fraction=0\.2.*ocr: RuntimeError: no such glyph.*deadline_s"
     ):
-        scorer.gather()
-    scorer.submit(red_images([3]), info(1))
-    assert scorer.gather()["red"].tolist() == [3]
+        queue.gather()
+    queue.submit(red_images([3]), info(1))
+    assert queue.gather()["red"].tolist() == [3]
 
 
 def test_scores_without_a_weight_may_fail(scoring: list) -> None:
@@ -274,18 +274,18 @@ def test_scores_without_a_weight_may_fail(scoring: list) -> None:
         def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
             return {**super().score(media, info), "confidence": torch.full((len(info),), math.nan)}
 
-    scorer = RewardScoring([Unsure()], weights={"similarity": 1.0}, max_failed_fraction=0.0)
-    scoring.append(scorer)
-    scorer.submit(red_images([1, 2]), info(2))
-    assert scorer.gather()["confidence"].isnan().all()
-    assert scorer.metrics()["reward/confidence/failed_fraction"] == 1.0
+    queue = RewardScoring([Unsure()], weights={"similarity": 1.0}, max_failed_fraction=0.0)
+    scoring.append(queue)
+    queue.submit(red_images([1, 2]), info(2))
+    assert queue.gather()["confidence"].isnan().all()
+    assert queue.metrics()["reward/confidence/failed_fraction"] == 1.0
 
 
 def test_infinity_is_no_score(scoring: list) -> None:
-    scorer = RewardScoring([Red()], max_failed_fraction=0.5)
-    scoring.append(scorer)
-    scorer.submit(red_images([1, 2]), [{"prompt": "inf"}, {"prompt": "a"}])
-    assert scorer.gather()["red"].tolist() == pytest.approx([math.nan, 2], nan_ok=True)
+    queue = RewardScoring([Red()], max_failed_fraction=0.5)
+    scoring.append(queue)
+    queue.submit(red_images([1, 2]), [{"prompt": "inf"}, {"prompt": "a"}])
+    assert queue.gather()["red"].tolist() == pytest.approx([math.nan, 2], nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -302,11 +302,11 @@ def test_a_reward_that_breaks_its_contract_stops_the_run(scoring: list, answer: 
         def score(self, media: Tensor, info: Sequence[Info]) -> Mapping[str, Tensor]:
             return answer
 
-    scorer = RewardScoring({"ocr": Broken()}, max_failed_fraction=1.0)
-    scoring.append(scorer)
-    scorer.submit(red_images([1, 2]), info(2))
+    queue = RewardScoring({"ocr": Broken()}, max_failed_fraction=1.0)
+    scoring.append(queue)
+    queue.submit(red_images([1, 2]), info(2))
     with pytest.raises(RewardError, match=message):
-        scorer.gather()
+        queue.gather()
 
 
 @pytest.mark.parametrize(
@@ -329,19 +329,19 @@ def test_texts_go_to_rewards_that_read(scoring: list, monkeypatch: pytest.Monkey
         def score(self, media: Sequence[str], info: Sequence[Info]) -> Mapping[str, Tensor]:
             return {"length": torch.tensor([float(len(text)) for text in media])}
 
-    scoring.append(scorer := RewardScoring({"length": Length()}))
-    scorer.submit(["a", "bcd"], info(2))
-    assert scorer.gather()["length"].tolist() == [1.0, 3.0]
+    scoring.append(queue := RewardScoring({"length": Length()}))
+    queue.submit(["a", "bcd"], info(2))
+    assert queue.gather()["length"].tolist() == [1.0, 3.0]
     with pytest.raises(RewardError, match="makes images, which reward length does not score"):
-        scorer.submit(red_images([1]), info(1))
+        queue.submit(red_images([1]), info(1))
     with pytest.raises(RewardError, match="makes texts, which reward Red does not score"):
         RewardScoring([Red()]).submit(["a"], info(1))
 
 
 def test_a_dry_run_scores_texts_too(scoring: list) -> None:
-    scoring.append(scorer := RewardScoring([PseudoReward()]))
-    scorer.submit(["a", "b", "a"], info(3))
-    first, second, again = scorer.gather()["pseudo"].tolist()
+    scoring.append(queue := RewardScoring([PseudoReward()]))
+    queue.submit(["a", "b", "a"], info(3))
+    first, second, again = queue.gather()["pseudo"].tolist()
     assert first == again != second and 0 <= first < 1
 
 
@@ -363,47 +363,47 @@ def test_close_cancels_what_is_under_way_and_submit_starts_again(scoring: list) 
             return self.score(media, info)
 
     reward = Endless()
-    scorer = RewardScoring([reward])
-    scorer.submit(red_images([1]), info(1))
+    queue = RewardScoring([reward])
+    queue.submit(red_images([1]), info(1))
     assert started.wait(10) and our_threads() == ["reward-scoring"]
-    scorer.on_exception(fake_trainer(), SimpleNamespace(), RuntimeError("a crash"))
-    scorer.teardown(fake_trainer(), SimpleNamespace(), "fit")
+    queue.on_exception(fake_trainer(), SimpleNamespace(), RuntimeError("a crash"))
+    queue.teardown(fake_trainer(), SimpleNamespace(), "fit")
     assert cancelled.wait(10) and our_threads() == [] and reward.closed == 1
     reward.patient = False
-    scorer.submit(red_images([2]), info(1))
-    assert scorer.gather()["red"].tolist() == [2]  # the cancelled chunk does not come back
-    scoring.append(scorer)
+    queue.submit(red_images([2]), info(1))
+    assert queue.gather()["red"].tolist() == [2]  # the cancelled chunk does not come back
+    scoring.append(queue)
 
 
-def _in_fork(scorer: RewardScoring, channel: mp.connection.Connection) -> None:
-    scorer.submit(red_images([9]), info(1))
-    channel.send(scorer.gather()["red"].tolist())
-    scorer.close()
+def _in_fork(queue: RewardScoring, channel: mp.connection.Connection) -> None:
+    queue.submit(red_images([9]), info(1))
+    channel.send(queue.gather()["red"].tolist())
+    queue.close()
 
 
 def test_forked_and_pickled_scorers_start_afresh(scoring: list) -> None:
-    scorer = RewardScoring([Red()])
-    scoring.append(scorer)
-    scorer.submit(red_images([1]), info(1))
+    queue = RewardScoring([Red()])
+    scoring.append(queue)
+    queue.submit(red_images([1]), info(1))
     ours, theirs = mp.Pipe()
-    child = mp.get_context("fork").Process(target=_in_fork, args=(scorer, theirs))
+    child = mp.get_context("fork").Process(target=_in_fork, args=(queue, theirs))
     child.start()
     assert ours.poll(30) and ours.recv() == [9]
     child.join(10)
     assert child.exitcode == 0
-    copy = pickle.loads(pickle.dumps(scorer))
+    copy = pickle.loads(pickle.dumps(queue))
     scoring.append(copy)
     copy.submit(red_images([4]), info(1))
     assert copy.gather()["red"].tolist() == [4]
-    assert scorer.gather()["red"].tolist() == [1]
+    assert queue.gather()["red"].tolist() == [1]
 
 
 def test_setup_gives_the_module_its_scorer_and_rewards_their_place() -> None:
     reward, module = Red(), SimpleNamespace()
-    scorer = RewardScoring([reward])
-    scorer.setup(fake_trainer(), module, "predict")
-    assert module.scorer is scorer and reward.places == []  # rendering needs no reward server
-    scorer.setup(fake_trainer(), module, "fit")
+    queue = RewardScoring([reward])
+    queue.setup(fake_trainer(), module, "predict")
+    assert module.reward_queue is queue and reward.places == []  # rendering needs no reward server
+    queue.setup(fake_trainer(), module, "fit")
     assert reward.places == [(0, 1, "cpu")]
 
 
@@ -414,17 +414,17 @@ def test_an_unreachable_server_stops_setup() -> None:
 
 def test_debug_mode_needs_no_server(scoring: list, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Guide: DISABLE_RL_REWARD_MODEL=true trains without a server. Same names and weights, scores in [0, 1) that depend on the image."""
-    scorer = RewardScoring(
+    queue = RewardScoring(
         {"http": HTTPReward(RedServer().url, ["vlm_score"]), "own": Red(declare=False)}, weights={"vlm_score": 1, "red": 2}
     )
-    scoring.append(scorer)
+    scoring.append(queue)
     monkeypatch.setenv("DISABLE_RL_REWARD_MODEL", "true")
     with caplog.at_level(logging.WARNING):
-        scorer.setup(fake_trainer(), SimpleNamespace(), "fit")
+        queue.setup(fake_trainer(), SimpleNamespace(), "fit")
     assert "NO REWARD MODEL IS ASKED" in caplog.text
-    scorer.submit(red_images([1, 2, 1]), info(3))
-    scores = scorer.gather()
-    assert list(scores) == ["vlm_score", "red"] and scorer.weights == {"vlm_score": 1, "red": 2}
+    queue.submit(red_images([1, 2, 1]), info(3))
+    scores = queue.gather()
+    assert list(scores) == ["vlm_score", "red"] and queue.weights == {"vlm_score": 1, "red": 2}
     for values in scores.values():
         assert ((values >= 0) & (values < 1)).all() and len(set(values.tolist())) > 1
     for value, why in {
@@ -434,7 +434,7 @@ def test_debug_mode_needs_no_server(scoring: list, monkeypatch: pytest.MonkeyPat
     }.items():
         monkeypatch.setenv("DISABLE_RL_REWARD_MODEL", value)
         with pytest.raises(ConfigError, match=why):
-            scorer.setup(fake_trainer(), SimpleNamespace(), "fit")
+            queue.setup(fake_trainer(), SimpleNamespace(), "fit")
 
 
 def test_yaml_with_labels_and_with_a_list() -> None:
@@ -448,17 +448,17 @@ def test_yaml_with_labels_and_with_a_list() -> None:
             "class_path": "callbacks.reward_scoring.RewardScoring",
             "init_args": {"rewards": rewards, "weights": {"ocr_similarity": 1.0}},
         }
-        scorer = parser.instantiate_classes(parser.parse_args([f"--scoring={json.dumps(spec)}"])).scoring
-        assert isinstance(next(iter(scorer.rewards.values())), HTTPReward)
+        queue = parser.instantiate_classes(parser.parse_args([f"--scoring={json.dumps(spec)}"])).scoring
+        assert isinstance(next(iter(queue.rewards.values())), HTTPReward)
 
 
 # -- the whole way: a loop like training, through faults
 
 
-def iterate(scorer: RewardScoring, reds: list[list[int]]) -> Tensor:
+def iterate(queue: RewardScoring, reds: list[list[int]]) -> Tensor:
     for chunk in reds:
-        scorer.submit(red_images(chunk), info(len(chunk)))
-    return scorer.gather()["red"]
+        queue.submit(red_images(chunk), info(len(chunk)))
+    return queue.gather()["red"]
 
 
 def test_training_goes_on_through_faults(scoring: list, server: RedServer) -> None:
@@ -474,12 +474,12 @@ def test_training_goes_on_through_faults(scoring: list, server: RedServer) -> No
     ]
     plan = [draw.choice(kinds) if draw.random() < 1 / 3 else Fault("ok") for _ in range(2000)]
     with FaultProxy(server.url, plan) as proxy:
-        scorer = RewardScoring({"judge": HTTPReward(proxy.url, ["red"], samples_per_request=2, probe_s=0.05)}, max_failed_fraction=0.9)
-        scoring.append(scorer)
+        queue = RewardScoring({"judge": HTTPReward(proxy.url, ["red"], samples_per_request=2, probe_s=0.05)}, max_failed_fraction=0.9)
+        scoring.append(queue)
         lost, requests = 0, 0
         for _ in range(30):
             reds = [[draw.randrange(256) for _ in range(4)] for _ in range(4)]
-            scores, metrics = iterate(scorer, reds), scorer.metrics()
+            scores, metrics = iterate(queue, reds), queue.metrics()
             truth = torch.tensor([r / 255 for chunk in reds for r in chunk], dtype=torch.float64)
             assert (scores.isnan() | (scores == truth)).all()
             assert metrics["reward/red/failed_fraction"] == scores.isnan().double().mean()
@@ -493,8 +493,8 @@ def test_training_goes_on_through_faults(scoring: list, server: RedServer) -> No
 
 def test_training_survives_a_server_that_is_killed_and_restarted(scoring: list, server: RedServer) -> None:
     proxy = FaultProxy(server.url, (Fault("slow", seconds=0.01) for _ in range(10_000))).start()
-    scorer = RewardScoring([HTTPReward(proxy.url, ["red"], samples_per_request=1, concurrency=2, breaker_after=2, probe_s=0.05)])
-    scoring.append(scorer)
+    queue = RewardScoring([HTTPReward(proxy.url, ["red"], samples_per_request=1, concurrency=2, breaker_after=2, probe_s=0.05)])
+    scoring.append(queue)
     restarted = threading.Event()
 
     def kill_and_restart() -> None:
@@ -509,21 +509,21 @@ def test_training_survives_a_server_that_is_killed_and_restarted(scoring: list, 
     killer.start()
     iterations = 0
     while not restarted.is_set() or iterations < 10:
-        assert iterate(scorer, [[i, i + 1] for i in range(5)]).tolist() == [r / 255 for i in range(5) for r in (i, i + 1)]
+        assert iterate(queue, [[i, i + 1] for i in range(5)]).tolist() == [r / 255 for i in range(5) for r in (i, i + 1)]
         iterations += 1
     killer.join()
     proxy.stop()
-    metrics = scorer.metrics()
+    metrics = queue.metrics()
     assert metrics["reward/HTTPReward/breaker_opened"] >= 1 and metrics["reward/HTTPReward/retries"] >= 2
     assert metrics["reward/HTTPReward/failures"] == 0
 
 
 def test_a_server_that_stays_dead_stops_the_run_with_one_sentence(scoring: list) -> None:
     url = RedServer().url
-    scorer = RewardScoring({"judge": HTTPReward(url, ["red"], deadline_s=0.5, probe_s=0.1)})
-    scoring.append(scorer)
+    queue = RewardScoring({"judge": HTTPReward(url, ["red"], deadline_s=0.5, probe_s=0.1)})
+    scoring.append(queue)
     with pytest.raises(RewardError, match=rf"4 of 4 samples got no score.*judge: reward server {url}.*deadline_s") as raised:
-        iterate(scorer, [[1, 2], [3, 4]])
+        iterate(queue, [[1, 2], [3, 4]])
     assert "\n" not in str(raised.value)
 
 
@@ -541,20 +541,20 @@ def test_our_server_killed_and_started_again_costs_no_score(scoring: list, tmp_p
         port = free.getsockname()[1]
     server = start_server(port, tmp_path / "ready")
     try:
-        scorer = RewardScoring([HTTPReward(f"127.0.0.1:{port}", ["pseudo"], samples_per_request=1, concurrency=1, probe_s=0.1)])
-        scoring.append(scorer)
+        queue = RewardScoring([HTTPReward(f"127.0.0.1:{port}", ["pseudo"], samples_per_request=1, concurrency=1, probe_s=0.1)])
+        scoring.append(queue)
         while not (tmp_path / "ready").exists():
             assert server.poll() is None, "the server did not start"
             time.sleep(0.05)
-        scorer.setup(fake_trainer(), SimpleNamespace(), "fit")
+        queue.setup(fake_trainer(), SimpleNamespace(), "fit")
         media = torch.arange(200 * 3 * 32 * 32).remainder(251).to(torch.uint8).reshape(200, 3, 32, 32)
         for chunk in media.split(50):
-            scorer.submit(chunk, info(50))
+            queue.submit(chunk, info(50))
         server.kill()
         server.wait()
         server = start_server(port, tmp_path / "again")
-        assert scorer.gather()["pseudo"].tolist() == pytest.approx(PseudoReward().score(media, info(200))["pseudo"].tolist())
-        assert scorer.metrics()["reward/HTTPReward/retries"] >= 1
+        assert queue.gather()["pseudo"].tolist() == pytest.approx(PseudoReward().score(media, info(200))["pseudo"].tolist())
+        assert queue.metrics()["reward/HTTPReward/retries"] >= 1
     finally:
         server.kill()
         server.wait()
@@ -574,10 +574,10 @@ class Loop(L.LightningModule):
         return [1, 2, 3]
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
-        self.scorer.submit(red_images([batch]), info(1))
+        self.reward_queue.submit(red_images([batch]), info(1))
         if self.crash:
             raise RuntimeError("a crash between submit and gather")
-        self.seen += self.scorer.gather()["red"].tolist()
+        self.seen += self.reward_queue.gather()["red"].tolist()
         return self.weight
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -614,20 +614,20 @@ def _rank(rank: int, port: int, channel: mp.connection.Connection) -> None:
     )
     said = []
 
-    def attempt(scorer: RewardScoring, *texts: str) -> None:
+    def attempt(queue: RewardScoring, *texts: str) -> None:
         for text in texts:
-            scorer.submit(red_images([rank]), info(1, text))
+            queue.submit(red_images([rank]), info(1, text))
         try:
-            said.append(scorer.gather()["red"].tolist())
-            said.append(scorer.metrics()["reward/red/failed_fraction"])
+            said.append(queue.gather()["red"].tolist())
+            said.append(queue.metrics()["reward/red/failed_fraction"])
         except RewardError as error:
             said.append(str(error))
 
-    scorer = RewardScoring([Red()], max_failed_fraction=0.25)
-    scorer.setup(trainer, SimpleNamespace(), "fit")
-    attempt(scorer, *(["raise", "a"] if rank == 1 else ["a", "a"]))  # 1 of 4: allowed
-    attempt(scorer, *(["raise", "raise"] if rank == 1 else ["a", "a"]))  # 2 of 4: both stop
-    scorer.close()
+    queue = RewardScoring([Red()], max_failed_fraction=0.25)
+    queue.setup(trainer, SimpleNamespace(), "fit")
+    attempt(queue, *(["raise", "a"] if rank == 1 else ["a", "a"]))  # 1 of 4: allowed
+    attempt(queue, *(["raise", "raise"] if rank == 1 else ["a", "a"]))  # 2 of 4: both stop
+    queue.close()
     picky = RewardScoring([Picky()])
     try:
         picky.setup(trainer, SimpleNamespace(), "fit")
@@ -678,15 +678,15 @@ def test_rewards_that_count_look_at_the_rows_before_they_start() -> None:
     trainer = fake_trainer()
     trainer.datamodule = SimpleNamespace(rows_to_score=lambda stage: iter(rows if stage == "fit" else ()))
     choosy = Choosy()
-    scorer = RewardScoring({"red": Red(), "choosy": choosy}, weights={"similarity": 1.0})
+    queue = RewardScoring({"red": Red(), "choosy": choosy}, weights={"similarity": 1.0})
     with pytest.raises(ConfigError, match=r"1 prompt does not say which text.*\n.*test\.txt:3: 'a cat'"):
-        scorer.setup(trainer, SimpleNamespace(), "fit")
+        queue.setup(trainer, SimpleNamespace(), "fit")
     assert not choosy.places
     server = HTTPReward("127.0.0.1:1", ["vlm_score", "ocr_similarity"])
     RewardScoring({"judge": server}, weights={"vlm_score": 1.0}).check(trainer.datamodule, "fit")
     for weights in ({"vlm_score": 1.0, "ocr_similarity": 0.1}, {"ocr_similarity": 1.0}):
         with pytest.raises(ConfigError, match="1 prompt does not say which text"):
             RewardScoring({"judge": server}, weights=weights).check(trainer.datamodule, "fit")
-    scorer.setup(trainer, SimpleNamespace(), "validate")
+    queue.setup(trainer, SimpleNamespace(), "validate")
     RewardScoring({"red": Red(), "choosy": choosy}, weights={"red": 1.0}).setup(trainer, SimpleNamespace(), "fit")  # logged, no more
     assert len(choosy.places) == 2

@@ -19,7 +19,7 @@ from lit_rl.methods.grpo import GRPO
 def relative(rule: MaxRL, scores: Tensor, group: Tensor) -> Tensor:
     """Advantages of answers of one token each."""
     mask = torch.ones(len(scores), 1, dtype=torch.bool)
-    return rule(scores[:, None], group, mask, scored=~scores.isnan(), total=lambda x: x)[:, 0]
+    return rule(scores[:, None], group, mask, has_reward=~scores.isnan(), total=lambda x: x)[:, 0]
 
 
 def test_by_hand() -> None:

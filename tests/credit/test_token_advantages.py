@@ -120,7 +120,7 @@ def test_overlong_by_hand():
 
 
 def test_dynamic_sampling_by_hand():
-    """Group 0 differs (its middle row has advantage 0 and stays), 1 does not, 2 is alone, 3 could not be scored."""
+    """Group 0 differs (its middle row has advantage 0 and stays), 1 does not, 2 is alone, 3 has no reward."""
     metric, group = f64(0, 0.5, 1, 1, 1, 1, NAN, NAN), torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])
     assert groups_that_teach(metric, group).tolist() == [True, True, True, False, False, True, False, False]
 

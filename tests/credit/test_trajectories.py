@@ -56,10 +56,10 @@ def test_no_rows_are_no_trajectories() -> None:
 # ---------------------------------------------------------------------- advantages by hand
 def of_rule(rule: GroupCredit, scores: Tensor, group: Tensor, mask: Tensor, trajectory: Tensor | None = None) -> Tensor:
     """Advantages of rows whose trajectories have these scores."""
-    scored = scores.isfinite()
-    paid = scored if trajectory is None else closing_rows(group, trajectory, scored & mask.any(1))
+    has_reward = scores.isfinite()
+    paid = has_reward if trajectory is None else closing_rows(group, trajectory, has_reward & mask.any(1))
     rewards = place_scores(scores.nan_to_num().where(paid, 0.0).double(), mask)
-    return rule(rewards, group, mask, scored=scored, total=lambda x: x, trajectory=trajectory)
+    return rule(rewards, group, mask, has_reward=has_reward, total=lambda x: x, trajectory=trajectory)
 
 
 def test_an_episode_of_many_turns_has_one_vote() -> None:
@@ -81,7 +81,9 @@ def test_a_turn_without_a_score_leaves_its_episode_its_own() -> None:
 def test_rules_that_follow_tokens_refuse_turns() -> None:
     mask = torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ConfigError, match="model.credit=Returns follows rewards from token to token.*credit.rules.Group"):
-        Returns()(torch.zeros(2, 3), torch.zeros(2).long(), mask, scored=mask[:, 0], total=lambda x: x, trajectory=torch.zeros(2).long())
+        Returns()(
+            torch.zeros(2, 3), torch.zeros(2).long(), mask, has_reward=mask[:, 0], total=lambda x: x, trajectory=torch.zeros(2).long()
+        )
 
 
 def test_statistics_count_episodes() -> None:

@@ -36,7 +36,7 @@ from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Sampling
 
 SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 2000}
-LENGTHS = Lengths(prompt=40, row=128, scored=80)
+LENGTHS = Lengths(prompt=40, row=128, trained=80)
 ROWS = 6
 OFFLOADS = frozenset({"optimizer", "parameters"})
 
@@ -87,7 +87,7 @@ def real_step(method: GRPO, autocast: torch.dtype | None) -> Callable[[], None]:
     phases.freed({network: () for network in policy.networks()})
     tokens, lengths = torch.ones(ROWS, LENGTHS.row, dtype=torch.long), torch.full((ROWS,), LENGTHS.row)
     mask = torch.zeros(ROWS, LENGTHS.row - 1, dtype=torch.bool)
-    mask[:, -LENGTHS.scored :] = True
+    mask[:, -LENGTHS.trained :] = True
 
     def step() -> None:
         with mixed(autocast):
@@ -287,9 +287,9 @@ def test_the_longest_rows_follow_from_data_and_sampling(lm: Path) -> None:
 
     method = grpo(lm)
     answer = LENGTHS.row - LENGTHS.prompt
-    assert lengths(method, Namespace(init_args=Namespace(max_prompt_length=40))) == Lengths(prompt=40, row=128, scored=answer)
+    assert lengths(method, Namespace(init_args=Namespace(max_prompt_length=40))) == Lengths(prompt=40, row=128, trained=answer)
     mixed = Namespace(init_args=Namespace(max_prompt_length=40, max_length=200))
-    assert lengths(method, mixed) == Lengths(prompt=40, row=200, scored=199)
+    assert lengths(method, mixed) == Lengths(prompt=40, row=200, trained=199)
     assert phases.micro_batch_rows(method, Placement(processes=3), LENGTHS) == 2
     assert phases.micro_batch_rows(method, Placement(accumulate=4), LENGTHS) == 2
 

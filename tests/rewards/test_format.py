@@ -122,7 +122,7 @@ def test_an_answer_is_a_text_and_travels_to_other_processes() -> None:
 def test_methods_hand_rewards_what_the_prompt_opened(tmp_path: Path) -> None:
     model = policy(model_folder(tmp_path / "lm", characters=PRINTABLE))
     method, submitted = GRPO(model, group_size=2, prompts_per_iteration=1), []
-    method.scorer = SimpleNamespace(submit=lambda media, info, place: submitted.extend(media))  # type: ignore[assignment]
+    method.reward_queue = SimpleNamespace(submit=lambda media, info, place: submitted.extend(media))  # type: ignore[assignment]
     ids = [model.encode(text) for text in ("2+2? <think>", "a</think>4")]
     samples = [Sample(ids[1], [0.0] * len(ids[1]), "stop")]
     method.answers.submit(method, samples, [ids[0]], [{"prompt": "2+2? <think>"}], tell=False, total=1)

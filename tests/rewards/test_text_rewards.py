@@ -224,13 +224,13 @@ def test_a_failure_names_function_place_row_and_reason(tmp_path: Path, body: str
     reward = function(tmp_path, f"{HEAD}):\n    {body}\n")
     assert math.isnan(verdict(reward)) and reward.counters() == {"timeouts": 0, "errors": 1}
     assert re.fullmatch(rf"{tmp_path}/reward.py:1: compute_score: .*{why}.*for row 'row-7'", reward.last_error), reward.last_error
-    scorer = RewardScoring([reward])
-    set_up(scorer, None)
-    scorer.submit(["18"], [{"prompt": "p", "id": "row-7"}])
+    queue = RewardScoring([reward])
+    set_up(queue, None)
+    queue.submit(["18"], [{"prompt": "p", "id": "row-7"}])
     with pytest.raises(RewardError, match=r"FunctionReward: .*reward.py:1: compute_score: .*correct the function") as caught:
-        scorer.gather()
+        queue.gather()
     assert "server" not in str(caught.value)
-    scorer.close()
+    queue.close()
 
 
 @pytest.mark.parametrize(

@@ -57,12 +57,12 @@ def credited(rows: list[list[int]], rule: str, columns: dict[str, list[float]]) 
     rank, _ = rank_and_size()
     mine = torch.tensor(rows[rank], dtype=torch.long)
     scores, group, trajectory, lengths = (torch.tensor(columns[name])[mine] for name in ("scores", "group", "trajectory", "lengths"))
-    mask, scored = torch.arange(4) < lengths[:, None], scores.isfinite()
-    paid = on_all_rows(closing_rows, group, trajectory, scored & mask.any(1))
+    mask, has_reward = torch.arange(4) < lengths[:, None], scores.isfinite()
+    paid = on_all_rows(closing_rows, group, trajectory, has_reward & mask.any(1))
     rewards = place_scores(scores.double().nan_to_num().where(paid, 0.0), mask)
     made: GroupCredit = getattr(rules, rule)()
     advantages = made(
-        rewards, group, mask, scored=scored, total=sum_over_ranks, trajectory=trajectory, everywhere=on_all_rows
+        rewards, group, mask, has_reward=has_reward, total=sum_over_ranks, trajectory=trajectory, everywhere=on_all_rows
     )  # fmt: skip
     spent = on_all_rows(trajectory_sums, mask.sum(1), group, trajectory)
     sequences = int(sum_over_ranks(on_all_rows(closing_rows, group, trajectory, mask.any(1)).sum()))
