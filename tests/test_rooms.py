@@ -12,7 +12,7 @@ FLOORS: Sequence[Sequence[str]] = (
     ("lit_rl.types", "lit_rl.seeding", "lit_rl.own_code", "lit_rl.ranks", "lit_rl.net"),
     ("lit_rl.losses", "lit_rl.samplers"),
     ("lit_rl.credit", "lit_rl.miniatures"),
-    ("lit_rl.checkpoints", "lit_rl.rewards"),
+    ("lit_rl.checkpoints", "lit_rl.envs", "lit_rl.rewards"),
     ("lit_rl.policies",),
     ("lit_rl.rollouts", "lit_rl.strategies"),
     ("lit_rl.replay",),

@@ -1,0 +1,1 @@
+"""Worlds that answer back: desktops, browsers, phones, games, behind one asynchronous protocol."""
