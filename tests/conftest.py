@@ -1,5 +1,6 @@
 """One thread per process, shapes of the pure rooms checked, golden folder."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -20,6 +21,11 @@ install_import_hook(
     ["lit_rl.samplers", "lit_rl.losses", "lit_rl.credit"],
     "beartype.beartype",
 )
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays; collectors that look through it again and again take a fifth of the time in which options are parsed."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

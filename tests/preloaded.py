@@ -1,5 +1,6 @@
 """What the processes of `forked` have imported before they begin. Nothing here may start a thread: only one of them is forked."""
 
+import gc
 import os
 
 import deepspeed.utils.nvtx
@@ -21,3 +22,5 @@ if len(os.listdir("/proc/self/task")) > 1:
     raise RuntimeError("an import has started a thread, which a fork would leave behind")
 
 deepspeed.utils.nvtx.enable_nvtx = False  # marks for NVIDIA's profiler, two calls around each of DeepSpeed's
+
+gc.freeze()  # what is there by now stays: a fork's collector neither looks through it nor copies its pages

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import lightning as L
 import yaml
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -29,12 +29,14 @@ class SavedConfig(SaveConfigCallback):
         folder = trainer.log_dir or trainer.default_root_dir  # broadcast by the first process
         if not trainer.is_global_zero:
             return
-        if "://" not in str(folder):
-            Path(folder).mkdir(parents=True, exist_ok=True)
+        text = self.parser.dump(self.config, skip_none=False)
         name = "config.yaml" if stage == "fit" else f"config-{TrainerFn(stage).value}.yaml"
-        self.parser.save(self.config, f"{folder}/{name}", skip_none=False, overwrite=True, multifile=self.multifile)
+        files = get_filesystem(folder)
+        files.makedirs(folder, exist_ok=True)
+        with files.open(f"{folder}/{name}", "w") as stream:
+            stream.write(text)
         if stage == "fit" and not is_trial(trainer):
-            options = without_secrets(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+            options = without_secrets(yaml.safe_load(text))
             for logger in trainer.loggers:
                 logger.log_hyperparams(options)
 
