@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Key = int | str
+CPU = torch.device("cpu")
 
 
 def seed_of(*key: Key) -> int:
@@ -22,12 +23,15 @@ def generator(*key: Key) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-def normal(keys: Sequence[tuple[Key, ...]], shape: Sequence[int]) -> Tensor:
-    """Standard normal Float32 "B *shape" on the CPU; row i depends on `keys[i]` alone."""
-    drawn, source = torch.empty(len(keys), *shape), torch.Generator()
+def normal(keys: Sequence[tuple[Key, ...]], shape: Sequence[int], device: torch.device = CPU) -> Tensor:
+    """Standard normal Float32 "B *shape", drawn on the CPU; row i depends on `keys[i]` alone.
+
+    To a GPU it goes from pinned memory, without waiting for what the GPU is at: so this process draws ahead, while the GPU computes.
+    """
+    drawn, source = torch.empty(len(keys), *shape, pin_memory=device.type == "cuda"), torch.Generator()
     for row, key in zip(drawn, keys, strict=True):
         row.normal_(generator=source.manual_seed(seed_of(*key)))
-    return drawn
+    return drawn.to(device, non_blocking=True)
 
 
 def uniforms(keys: Sequence[tuple[Key, ...]], count: int) -> Tensor:

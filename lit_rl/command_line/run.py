@@ -36,7 +36,7 @@ from lit_rl.command_line.failures import go_on, what_ended
 from lit_rl.command_line.out_of_memory import out_of_memory
 from lit_rl.command_line.renamed import CONFIG_VERSION, other_version
 from lit_rl.command_line.saved_config import SavedConfig
-from lit_rl.command_line.usual import RunFolder, filled_in
+from lit_rl.command_line.usual import RunFolder, filled_in, set_float32_matmul
 from lit_rl.command_line.yaml_files import broken_yaml, missing_file
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL
@@ -134,6 +134,7 @@ class CLI(LightningCLI):
         if is_trial(trainer):  # Lightning's own would still write last.ckpt at the end
             trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
         AtomicCheckpointIO.install(trainer)
+        set_float32_matmul(self.given[self.subcommand].run.float32_matmul, trainer.strategy.root_device)
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, object], callbacks: list[L.Callback]) -> L.Trainer:

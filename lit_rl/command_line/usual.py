@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import lightning as L
+import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 
@@ -21,6 +22,7 @@ from callbacks.throughput import Throughput
 from lit_rl.command_line.dotted import imported, imported_class
 from lit_rl.command_line.usual_classes import USUAL_CLASSES
 from lit_rl.errors import ConfigError
+from lit_rl.policies.by_device import has_tensor_cores
 
 Options = dict[str, object]
 
@@ -56,11 +58,21 @@ class RunFolder:
         dir: The folder of all runs.
         name: The run's folder in it; trainer.default_root_dir, or "run", if left out.
         callbacks: Callbacks that every run has; {NAME: null} leaves one out.
+        float32_matmul: How products of float32 matrices are computed: highest (float32), high (TF32 on a GPU) or medium (bfloat16), see
+            `torch.set_float32_matmul_precision`. None = high on an NVIDIA GPU of compute capability 8.0 or later, else highest.
     """
 
     dir: str = "outputs"
     name: str | None = None
     callbacks: UsualCallbacks = field(default_factory=UsualCallbacks)
+    float32_matmul: Literal["highest", "high", "medium"] | None = None
+
+
+def set_float32_matmul(asked: str | None, device: torch.device) -> str:
+    """Set how this process multiplies float32 matrices, by `run.float32_matmul` or by the device. Returns what was set."""
+    chosen = asked or ("high" if has_tensor_cores(device) else "highest")
+    torch.set_float32_matmul_precision(chosen)
+    return chosen
 
 
 class Usual(NamedTuple):

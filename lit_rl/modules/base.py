@@ -21,7 +21,7 @@ from lit_rl.modules.evaluation import all_prompts, summaries
 from lit_rl.modules.hooks import notify, phase
 from lit_rl.modules.meters import Meters
 from lit_rl.modules.method import Method, R
-from lit_rl.modules.models import load_policy, shard_models
+from lit_rl.modules.models import load_policy, place_of, shard_models
 from lit_rl.modules.optimization import check_length, check_optimizer, configured, forget_moments, leave_out_not_finite, parameter_groups
 from lit_rl.modules.reporting import Report, name_iteration, report_step
 from lit_rl.modules.resume import Resume, check_prompts
@@ -240,7 +240,8 @@ class LitRL(L.LightningModule, Method[R]):
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # see ReplayLoader
             self.check_geometry()
             self.accumulate()
-        load_policy(self.policy, drops=self.drops, training=stage == "fit", method=type(self).__name__)
+        place, training = place_of(self.trainer), stage == "fit"
+        load_policy(self.policy, place=place, drops=self.drops, training=training, method=type(self).__name__)
 
     def configure_model(self) -> None:
         shard_models(self.trainer.strategy, self.models())

@@ -115,7 +115,7 @@ class LitFlow(LitRL[FlowRollout]):
 
     def noise(self, keys: Sequence[tuple[Key, ...]]) -> Tensor:
         """Standard normal latents "B *D" on the device; row i is a function of `keys[i]`."""
-        return normal(keys, self.policy.latent_shape()).to(self.device)
+        return normal(keys, self.policy.latent_shape(), self.device)
 
     def row_keys(self, prompts: Prompts) -> list[tuple[Key, ...]]:
         """The key from which the noise of each trajectory is drawn. It never holds its place in a micro-batch or on a rank."""

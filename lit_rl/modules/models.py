@@ -4,19 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning.pytorch.strategies import Strategy
+import lightning as L
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_rl.checkpoints.layout import Shardable
 from lit_rl.policies.base import Policy
+from lit_rl.policies.by_device import Place, settle
 from lit_rl.policies.trained import TrainedPolicy
 from lit_rl.strategies.checks import check_experts_reached
 from lit_rl.strategies.fsdp2 import FSDP2Strategy
 
 
-def load_policy(policy: Policy, *, drops: bool, training: bool, method: str) -> None:
-    """Load the weights, set dropout, and tell how much is trained. drops: dropout is active while the method trains."""
+def place_of(trainer: L.Trainer) -> Place:
+    """The device and the precision that a trainer computes with."""
+    half = str(trainer.precision) in ("bf16-mixed", "16-mixed")
+    fetches = isinstance(trainer.strategy, DeepSpeedStrategy) and trainer.strategy.zero_stage_3
+    return Place(trainer.strategy.root_device, half=half, fetches=fetches)
+
+
+def load_policy(policy: Policy, *, place: Place, drops: bool, training: bool, method: str) -> None:
+    """Load the weights, choose what depends on the device, set dropout, and tell how much is trained.
+
+    drops: dropout is active while the method trains.
+    """
     policy.load()
+    for sentence in settle(policy, place):
+        rank_zero_info(sentence)
     if isinstance(policy, TrainedPolicy):
         policy.drops = drops
         if policy.lora and policy.lora.dropout and not drops and training:

@@ -43,12 +43,13 @@ class CausalLM(TrainedPolicy, TokenPolicy):
             of an earlier stage: its base is read, and `lora.initial` is that folder.
         lora, keep_reference: See `TrainedPolicy`. LoRA sits on every linear layer of the blocks unless it names its targets.
         gradient_checkpointing: Recompute each block in the backward pass.
-        compile: `torch.compile` each block; pays on a GPU only.
+        compile: `torch.compile` each block; pays on a GPU only, and less than for images, as lengths differ between micro-batches.
         dtype: Of the frozen weights: with LoRA those of the base, else those of a kept reference. What is trained is float32.
         padding_free: Put the sequences of a micro-batch side by side in one row, without padding. Pays with "flash_attention_2"; on a CPU
             padding costs less than the block-diagonal mask. Models that do not keep sequences apart there (with states, convolutions,
             positions of their own) are refused when training starts.
-        attention: Implementation, as transformers names it ("sdpa", "flash_attention_2", "eager"); None = its own choice.
+        attention: Implementation, as transformers names it ("sdpa", "flash_attention_2", "eager"); None = its own choice, and with
+            `padding_free` flash_attention_2 on an NVIDIA GPU that has it, see `lit_rl.policies.by_device.Place`.
         chat_template: Jinja text, or a file that holds it, instead of the tokenizer's own.
         chat_template_kwargs: For the template, e.g. {enable_thinking: false}.
         revision: Of a hub repository.
@@ -107,9 +108,8 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         for network in self.networks():
             if self.gradient_checkpointing:
                 recompute(self.blocks(network))
-            if self.compile_blocks:
-                for block in self.blocks(network):
-                    block.compile()
+        if self.compile_blocks:
+            self.compile_each(dynamic=True)
 
     def _read(self) -> PreTrainedModel:
         return read_lm(self.pretrained, dtype=torch.float32 if self.full else self.dtype, attention=self.attention, **self.source)

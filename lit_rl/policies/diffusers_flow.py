@@ -40,7 +40,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         max_sequence_length: Tokens of the T5 encoder; 0 only for a pipeline without one.
         lora, keep_reference: See `TrainedPolicy`.
         gradient_checkpointing: Recompute each block in the backward pass.
-        compile: `torch.compile` each block; pays on a GPU only.
+        compile: `torch.compile` each block; None = on an NVIDIA GPU where it pays, see `lit_rl.policies.by_device.Place`.
         dtype: Of the frozen weights: text encoders, and with LoRA the base network. Adapters are float32 always.
         vae_dtype: Of the VAE. Images that are not finite in 16 bits, in which some VAEs overflow, are decoded again in float32.
         offload_text_encoders: Keep the text encoders on the CPU between two calls of `encode`.
@@ -68,7 +68,7 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         lora: LoraSettings | None = None,
         keep_reference: bool = False,
         gradient_checkpointing: bool = False,
-        compile: bool = False,
+        compile: bool | None = None,
         dtype: Dtype = "float32",
         vae_dtype: Dtype = "float32",
         offload_text_encoders: bool = True,
@@ -141,9 +141,8 @@ class DiffusersFlowPolicy(TrainedPolicy, FlowPolicy):
         for network in self.networks():
             if self.gradient_checkpointing:
                 self.recompute(network)
-            if self.compile_blocks:
-                for block in self.blocks(network):
-                    block.compile()
+        if self.compile_blocks:
+            self.compile_each(dynamic=False)
 
     def recompute(self, network: nn.Module) -> None:
         """Have each block of a network keep no activations for the backward pass."""

@@ -31,6 +31,19 @@ class TrainedPolicy(ReferencedPolicy):
         self.adapter: Geometry | None = None  # layers and strengths of the trained adapter, for checkpoints
         self.drops = False
 
+    compile_blocks: bool | None = False
+    """Blocks are compiled when they are read; None leaves that to `lit_rl.policies.by_device.settle`."""
+
+    def compile_each(self, *, dynamic: bool) -> None:
+        """`torch.compile` each block of each network.
+
+        dynamic: Once for all shapes, else for each shape anew. Either way a resumed run rounds as one that was not interrupted, which
+        torch's own choice, sizes that become dynamic when they change, does not promise.
+        """
+        for network in self.networks():
+            for block in self.blocks(network):
+                block.compile(dynamic=dynamic)
+
     @property
     def full(self) -> bool:
         """Every weight of the network is trained."""

@@ -27,14 +27,17 @@ class NativeEngine(RolloutEngine):
     Args:
         batch: Answers under way at most; None = as many as fit into 70 % of a GPU's free memory, or a quarter of the host's.
         max_batch_tokens: Tokens with their prompts for which keys and values may be kept at once, if that is less; None = no such limit.
+        cuda_graphs: Replay each step of decoding as a CUDA graph: for small models, where launching kernels takes longer than they do. Each
+            row then holds its prompt itself, and all rows are computed until the last answer ends. On a CPU the same steps without a graph.
     """
 
-    def __init__(self, batch: int | None = None, max_batch_tokens: int | None = None) -> None:
+    def __init__(self, batch: int | None = None, max_batch_tokens: int | None = None, cuda_graphs: bool = False) -> None:
         for name, value in {"batch": batch, "max_batch_tokens": max_batch_tokens}.items():
             if value is not None and value < 1:
                 raise ConfigError(f"engine.{name}={value} must be at least 1")
         self.batch = batch
         self.max_batch_tokens = max_batch_tokens
+        self.cuda_graphs = cuda_graphs
         self.fallback: HFEngine | None = None
 
     def setup(self, policy: TokenPolicy, *, rank: int, world_size: int) -> None:
@@ -67,7 +70,8 @@ class NativeEngine(RolloutEngine):
         reshard(self.policy.network)
         lm = self.policy.network.lm
         decoder = Decoder(lm)
-        answers = UnderWay(decoder, requests, sampling, self.policy.stop_ids, plan=self.plan(decoder, requests, sampling))
+        plan = self.plan(decoder, requests, sampling)
+        answers = UnderWay(decoder, requests, sampling, self.policy.stop_ids, plan=plan, static=self.cuda_graphs)
         first = 0
         for place, chunk in enumerate(chunks):
             places = range(first, first + len(chunk))
@@ -87,5 +91,6 @@ class NativeEngine(RolloutEngine):
             memory=memory_for_answers(device, self.processes),
             most=self.batch,
             max_tokens=self.max_batch_tokens,
+            may_share=not self.cuda_graphs,
             device=device.type,
         )

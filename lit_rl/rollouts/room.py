@@ -60,12 +60,20 @@ def host_memory() -> int:
 
 
 def plan_rows(
-    requests: Sequence[Request], new_tokens: int, *, need: Need, memory: int, most: int | None, max_tokens: int | None, device: str
+    requests: Sequence[Request],
+    new_tokens: int,
+    *,
+    need: Need,
+    memory: int,
+    most: int | None,
+    max_tokens: int | None,
+    device: str,
+    may_share: bool = True,
 ) -> Plan:
     """The rows that fit, at most `most` and one for each request; at least one.
 
     max_tokens: Tokens, prompts included, for which keys and values may be kept at once. Prompts are shared where that saves time, and where
-    fewer answers would fit otherwise.
+    fewer answers would fit otherwise; never where not `may_share`.
     """
     if not requests:
         return Plan(1, False)
@@ -77,6 +85,6 @@ def plan_rows(
     repeated = 1 - distinct / len(requests)
     saved = min(wanted, max(alone, together)) * repeated * sum(lengths) / len(lengths) * need.numbers
     shared = saved >= WORTH_SHARING.get(device, WORTH_SHARING["cuda"]) or (alone < wanted and together > alone)
-    if shared and together < distinct:  # each of few rows may have a prompt of its own
+    if not may_share or together < distinct:  # each of few rows may have a prompt of its own
         shared = False
     return Plan(max(1, min(wanted, together if shared else alone)), shared)

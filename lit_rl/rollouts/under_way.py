@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_rl.rollouts.base import Request, Sample, Sampling
 from lit_rl.rollouts.cache import Siblings
 from lit_rl.rollouts.decoder import Decoder
+from lit_rl.rollouts.graphs import StaticSteps
 from lit_rl.rollouts.room import Plan
 from lit_rl.samplers.tokens import draw_tokens
 from lit_rl.seeding import uniforms
@@ -28,6 +29,7 @@ class UnderWay:
         stops: Collection[int],
         *,
         plan: Plan,
+        static: bool = False,
     ) -> None:
         self.decoder, self.requests, self.sampling, self.stops = decoder, requests, sampling, set(stops)
         self.rows, self.shared, self.steps = plan.rows, plan.shared, 0
@@ -42,6 +44,7 @@ class UnderWay:
         self.siblings: Siblings | None = None
         self.awaited: Awaited | None = None
         self._take_memory()
+        self.static = StaticSteps(decoder, self.cache) if static else None
 
     def _take_memory(self) -> None:
         device, most, rows = self.decoder.embedding.device, self.sampling.max_new_tokens, self.rows
@@ -122,17 +125,24 @@ class UnderWay:
     def proceed(self) -> None:
         """One more token for every answer under way."""
         rows = slice(0, len(self.under_way))
+        last, position, place = self.state[:, rows]
+        newest = max(self.offset) + self.steps
+        if self.static is not None:
+            logits = self.static(last, position, newest=newest)
+        else:
+            columns = None
+            if newest > min(self.offset) + self.steps:
+                columns = place - self.first[rows] - 1 if self.shared else position
+            logits = self.decoder.step(last, position, self.cache, self.related(), newest=newest, columns=columns)
+        self.steps += 1
+        self.draw(logits, rows)
+
+    def related(self) -> Siblings | None:
+        """The rows by their prompts, where siblings share those."""
         if self.shared and self.siblings is None:
             lengths = [len(self.requests[prompt].prompt) for prompt in self.places]
             self.siblings = Siblings.of(self.place_of, lengths, self.state.device)
-        last, position, place = self.state[:, rows]
-        newest = max(self.offset)
-        columns = None
-        if newest > min(self.offset):
-            columns = place - self.first[rows] - 1 if self.shared else position
-        logits = self.decoder.step(last, position, self.cache, self.siblings, newest=newest + self.steps, columns=columns)
-        self.steps += 1
-        self.draw(logits, rows)
+        return self.siblings
 
     def draw(self, logits: Tensor, rows: slice) -> None:
         """Choose a token for each of the rows, and retire those that it ends."""
