@@ -1,4 +1,5 @@
-"""configs/base/*.yaml say where a run happens, and nothing about what it is; lora.yaml says what is trained of a language model."""
+"""configs/base/*.yaml say where a run happens, and nothing about what it is. Two are laid over: lora.yaml says what is trained of a
+language model, trackers.yaml who shows the curves."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from lit_rl.strategies.fsdp2 import FSDP2Strategy
 from lit_rl.strategies.zero import ZeroStrategy
 
 ROOT = Path(__file__).parent.parent
-BASES = sorted(path for path in (ROOT / "configs" / "base").glob("*.yaml") if path.stem != "lora")
+BASES = sorted(path for path in (ROOT / "configs" / "base").glob("*.yaml") if path.stem not in ("lora", "trackers"))
 RUN = ROOT / "configs" / "flow_grpo" / "flux_ocr.yaml"
 STRATEGIES: dict[str, type] = {"cpu": str, "one_gpu": str, "ddp": DDPStrategy, "fsdp": FSDP2Strategy}
 
@@ -57,6 +58,17 @@ def test_base_is_laid_under_any_run(base: Path, monkeypatch: pytest.MonkeyPatch,
 def test_all_bases_are_there() -> None:
     names = {"cpu", "one_gpu", "ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"}
     assert {base.stem for base in BASES} == names
+
+
+def test_trackers_are_laid_over_any_run_and_stay_in_its_folder() -> None:
+    from lit_rl.doctor.runs import parse
+
+    overlay = ROOT / "configs/base/trackers.yaml"
+    loggers = parse(["--config", str(RUN), "--config", str(overlay), "--run.name", "signs"]).trainer.logger
+    assert [logger.class_path for logger in loggers] == ["callbacks.trackers.WandB", "callbacks.trackers.SwanLab"]
+    assert {(logger.init_args.save_dir, logger.init_args.name, logger.init_args.mode) for logger in loggers} == {
+        ("outputs/signs", "signs", None)
+    }
 
 
 def test_lora_is_laid_over_any_run_of_a_language_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ from lit_rl.checkpoints.files import AtomicCheckpointIO, check_unused
 from lit_rl.checkpoints.version import check_file
 from lit_rl.command_line.class_change import install, replaced_components
 from lit_rl.command_line.dotted import imported_class
+from lit_rl.command_line.environment import fill_in, sources
 from lit_rl.command_line.errors import explain
 from lit_rl.command_line.failures import go_on, what_ended
 from lit_rl.command_line.out_of_memory import out_of_memory
@@ -63,6 +64,12 @@ class Parser(LightningArgumentParser):
         """The sentence that says what is wrong, without pages of usage around it."""
         sys.stderr.write(f"error: {explain(message, sys.argv)}\n")
         raise SystemExit(2)
+
+    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
+        """The options with those of the environment, and comments that say which these are: --print_config asks before all is parsed."""
+        options = fill_in(namespace.clone())
+        comments = "".join(f"# {line}\n" for line in sources(options))
+        return f"{super().dump(options, *args, **kwargs)}{comments}"
 
 
 class CLI(LightningCLI):
@@ -104,6 +111,10 @@ class CLI(LightningCLI):
         if broken := missing_file(sys.argv) or broken_yaml(sys.argv) or other_version(sys.argv):
             self.parser.error(broken)
         super().parse_arguments(parser, args)
+        try:
+            fill_in(self.config[self.config.subcommand])
+        except ConfigError as error:
+            self.parser.error(str(error))
         expand_home(self.config)
 
     def instantiate_classes(self) -> None:

@@ -19,6 +19,7 @@ from callbacks.rng_state import RngState
 from callbacks.sample_gallery import SampleGallery
 from callbacks.sample_texts import SampleTexts
 from callbacks.throughput import Throughput
+from callbacks.trackers import SwanLab, WandB
 from lit_rl.command_line.dotted import imported, imported_class
 from lit_rl.command_line.usual_classes import USUAL_CLASSES
 from lit_rl.errors import ConfigError
@@ -104,6 +105,8 @@ def filled_in(options: Namespace) -> Namespace:
     if trainer.logger in (None, True):
         logger = {"save_dir": str(folder), "name": "logs", "version": ""}
         trainer.logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=Namespace(**logger))
+    for spec in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
+        _place_logger(spec, folder, run.run.name)
     own = trainer.callbacks or []
     own = list(own) if isinstance(own, list) else [own]
     usual = dict(_usual(run, own))
@@ -162,6 +165,14 @@ def _checked(name: str, class_path: str, options: Options) -> Namespace:
     except ArgumentError as error:
         given = ", ".join(f"{key}: {value}" for key, value in options.items())
         raise ConfigError(f"run.callbacks.{name} are options of {class_path}, which does not take {{{given}}}: {error}") from error
+
+
+def _place_logger(spec: object, folder: Path, name: str | None) -> None:
+    """Fill in where a logger of this project writes, and its run's name. Changes `spec`."""
+    cls = imported_class(spec.class_path) if isinstance(spec, Namespace) else None
+    if isinstance(spec, Namespace) and cls is not None and issubclass(cls, WandB | SwanLab):
+        spec.init_args.save_dir = spec.init_args.save_dir or str(folder)
+        spec.init_args.name = spec.init_args.name or name
 
 
 def _place(spec: Namespace, folder: Path, every: list[Namespace]) -> None:

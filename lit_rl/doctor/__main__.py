@@ -13,13 +13,18 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from lit_rl.doctor import machine, servers
 from lit_rl.doctor.report import Finding, as_json, count, problem, show
 from lit_rl.errors import ConfigError
 from lit_rl.net.addresses import token_from_environment
+from lit_rl.net.environment import SECRETS
 from lit_rl.net.gpus import gpus
 from lit_rl.own_code import use_working_folder
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,6 +64,7 @@ def findings(args: argparse.Namespace, rest: Sequence[str]) -> Iterator[Finding]
     if sentence:
         yield problem("run", sentence)
     if run:
+        yield from of_environment(run.config)
         yield from run.findings()
         train = run.gpu_ids()
     if train or launch:
@@ -73,6 +79,15 @@ def findings(args: argparse.Namespace, rest: Sequence[str]) -> Iterator[Finding]
         except ConfigError as error:
             yield problem("reward servers", str(error))
         yield from servers.of_environment(args.urls, processes=processes, token=token)
+
+
+def of_environment(config: Namespace) -> Iterator[Finding]:
+    """The options of a run that the environment's variables give, or would, and the secrets that are set."""
+    from lit_rl.command_line.environment import sources
+
+    yield from (ok("environment", line) for line in sources(config))
+    if there := [name for name in SECRETS if os.environ.get(name)]:
+        yield ok("environment", f"{', '.join(there)}: set, and not shown")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

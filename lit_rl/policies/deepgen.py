@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lit_rl.checkpoints.deepgen import check_checkpoint, check_whole, read_deepgen, split_parts
 from lit_rl.errors import ConfigError, listed
+from lit_rl.net.environment import DEEPGEN, variable_of
 from lit_rl.policies.conditioner import Conditioner, blocks_of
-from lit_rl.policies.deepgen_files import ENVIRONMENT, check_sd3_folder, read_sd3, read_transformer, write_export
+from lit_rl.policies.deepgen_files import check_sd3_folder, read_sd3, read_transformer, write_export
 from lit_rl.policies.deepgen_parts import FrozenBridge, FrozenLanguageAdapter, build_conditioner
 from lit_rl.policies.frozen import filled_up
 from lit_rl.policies.language_model import check_folder, recompute
@@ -74,7 +75,7 @@ class DeepGenPolicy(SD3Policy):
         **kwargs: Any,
     ) -> None:
         given = {"pretrained": pretrained, "language_model": language_model, "checkpoint": checkpoint}
-        found = {o: given_or_set(v, option=f"model.policy.{o}", variable=ENVIRONMENT[o]) for o, v in given.items()}
+        found = {o: given_or_set(v, option=f"model.policy.{o}", variable=variable_of(DEEPGEN, o)) for o, v in given.items()}
         super().__init__(found["pretrained"], max_sequence_length=max_sequence_length, **kwargs)
         self.language_folder, self.checkpoint = check_folder(found["language_model"]), check_checkpoint(found["checkpoint"])
         self.train_parts = _checked_parts(["transformer"] if train is None else list(train), learning_rates or {}, self.lora)

@@ -19,13 +19,6 @@ from lit_rl.policies.weights.adapters import TRAINED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ENVIRONMENT = {
-    "pretrained": "SD3_5_MODEL_NAME_OR_PATH",
-    "language_model": "QWEN2_5_VL_MODEL_NAME_OR_PATH",
-    "checkpoint": "CHECKPOINT",
-}
-"""Variables of DeepGen's guide by the option whose value they are where it is not given."""
-
 TRANSFORMER, PIPELINE = "SD3Transformer2DModel", "StableDiffusion3Pipeline"
 EXPORT = "model.safetensors"
 
