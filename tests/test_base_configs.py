@@ -57,6 +57,7 @@ def test_base_is_laid_under_any_run(base: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_all_bases_are_there() -> None:
     names = {"cpu", "one_gpu", "ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"}
+    names |= {"deepspeed_zero3_sd3"}  # DeepGen's fourth
     assert {base.stem for base in BASES} == names
 
 

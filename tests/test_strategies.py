@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,64 @@ def test_deepspeed_json_of_ones_own_keeps_what_it_says() -> None:
     assert isinstance(built.config, dict)
     assert built.config["zero_optimization"]["stage3_param_persistence_threshold"] == 7
     assert built.config["zero_force_ds_cpu_optimizer"] is False
+
+
+ADAMW = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}
+SIZES: dict[str, Any] = {"stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9, "sub_group_size": 1e9}
+AUTO = dict.fromkeys(("gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping"), "auto")
+DEEPGEN: dict[str, dict[str, Any]] = {
+    "zero2": {
+        **AUTO, "fp16": {"enabled": "auto", "loss_scale": 0}, "bf16": {"enabled": "auto"}, "optimizer": ADAMW, "steps_per_print": 100,
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none", "pin_memory": True}, "reduce_bucket_size": 2e8},
+    },
+    "zero3": {
+        "fp16": {"enabled": False}, "bf16": {"enabled": True}, "train_batch_size": 32, "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1, "load_module_strict": False, "wall_clock_breakdown": False,
+        "zero_optimization": {
+            "stage": 3, "overlap_comm": True, "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto", **SIZES,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+    },
+    "zero3_offload": {
+        **AUTO, "optimizer": ADAMW,
+        "zero_optimization": {
+            "stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}, "offload_param": {"device": "cpu", "pin_memory": True},
+            **SIZES, "gather_16bit_weights_on_model_save": True,
+        },
+    },
+}  # fmt: skip
+"""JSONs in the form of DeepGen-RL's."""
+
+
+@pytest.mark.parametrize("name", DEEPGEN)
+def test_deepgens_json_fits_any_number_of_processes(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Sizes of batches that fit 32 GPUs alone, "auto", and what the run decides are left out; DeepSpeed reads the rest."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    (tmp_path / "own.json").write_text(json.dumps(DEEPGEN[name]))
+    with caplog.at_level("INFO"):
+        built = ZeroStrategy(config=str(tmp_path / "own.json"))
+    assert isinstance(built.config, dict) and "auto" not in json.dumps(built.config)
+    assert not built.config.keys() & {*AUTO, "fp16", "bf16", "optimizer"}
+    assert ("train_batch_size (the method's options)" in caplog.text) == (name == "zero3")
+    asked = DEEPGEN[name]["zero_optimization"]
+    read = DeepSpeedConfig({**built.config, "train_micro_batch_size_per_gpu": 4}).zero_config
+    assert (read.stage, bool(read.overlap_comm)) == (asked["stage"], asked.get("overlap_comm", asked["stage"] == 3))
+    assert read.gather_16bit_weights_on_model_save == (asked["stage"] == 3)
+    assert (read.offload_param is not None) == (name == "zero3_offload")
+    assert asked["stage"] == 2 or (read.param_persistence_threshold == 0 and read.max_live_parameters == 1e9)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("{", "is not JSON"), ("[1]", "holds no mapping"), (None, "cannot be read: No such file")],
+    ids=["broken", "list", "gone"],
+)
+def test_a_json_that_cannot_be_read_is_told(text: str | None, told: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "own.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"trainer.strategy.init_args.config: .*own.json {told}"):
+        ZeroStrategy(config=str(tmp_path / "own.json"))
 
 
 def write(folder: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What a run of DeepGen has trained, from whatever it was saved as: tensors that stay on the disk until they are read (`mmap`).
+"""Reads the trained weights of a run of DeepGen, whatever they were saved as: tensors stay on the disk until they are used (`mmap`).
 
 Names are the file's own where DeepGen's trainer or an export wrote it; those of this project's checkpoints become DeepGen's.
 """

@@ -18,6 +18,7 @@ from lit_rl.checkpoints.layout import check_layout, checkpoint_keys, checkpoint_
 from lit_rl.checkpoints.restricted import deepspeed_reads_plain_files
 from lit_rl.errors import ConfigError
 from lit_rl.policies.weights.shards import gathered
+from lit_rl.strategies.deepspeed_json import read_json
 from lit_rl.strategies.folders import check_intact, check_moments, refuse_nan, replaced
 
 LAYOUT_FILE = "weights.json"
@@ -36,12 +37,14 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     Args:
         stage: 1, 2 or 3.
-        config: DeepSpeed's own JSON, as a file or a mapping; replaces all other arguments.
+        config: DeepSpeed's own JSON, as a file or a mapping; replaces all other arguments. What the run decides (batch sizes, precision,
+            clipping, optimizer, schedule) and values "auto" are left out of it, so that it fits any number of processes.
         kwargs: See `lightning.pytorch.strategies.DeepSpeedStrategy` (offload_optimizer, offload_parameters, overlap_comm, ...).
     """
 
     def __init__(self, *, stage: Literal[1, 2, 3] = 2, config: str | dict[str, object] | None = None, **kwargs: Any) -> None:
-        super().__init__(stage=stage, config=config, logging_batch_size_per_gpu=1, **kwargs)
+        own = None if config is None else {"zero_allow_untested_optimizer": True, **read_json(config)}
+        super().__init__(stage=stage, config=own, logging_batch_size_per_gpu=1, **kwargs)
         assert isinstance(self.config, dict)
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         zero = self.config.setdefault("zero_optimization", {})
