@@ -16,7 +16,7 @@ import yaml
 
 from datamodules.inpainting import Inpainting
 from lit_rl.command_line.usual import RunFolder, UsualCallbacks
-from lit_rl.credit.rules import Advantage
+from lit_rl.credit.advantage import Advantage
 from lit_rl.doctor.__main__ import parser as doctor_parser
 from lit_rl.losses.flow import FlowKL
 from lit_rl.losses.point_surrogates import NFT

@@ -15,7 +15,8 @@ from datamodules.prompts_text import TextPrompts
 from datamodules.supervised import SupervisedText
 from lit_rl import prepare
 from lit_rl.command_line.usual import RunFolder, UsualCallbacks
-from lit_rl.credit.rules import GAE, LengthPenalty
+from lit_rl.credit.length_penalty import LengthPenalty
+from lit_rl.credit.rules import GAE
 from lit_rl.losses.kl import KL, RewardKL
 from lit_rl.losses.surrogates import Clip
 from lit_rl.methods.dpo import DPO

@@ -23,7 +23,7 @@ from callbacks.graceful_stop import GracefulStop
 from callbacks.old_policy import EMAOldPolicy, OldPolicySync
 from callbacks.reward_scoring import RewardScoring
 from callbacks.rng_state import RngState
-from lit_rl.credit.rules import Advantage
+from lit_rl.credit.advantage import Advantage
 from lit_rl.errors import ConfigError
 from lit_rl.losses.kl import KL, RewardKL
 from lit_rl.losses.surrogates import Clip

@@ -6,7 +6,8 @@ Rows with the same group and the same id in `trajectory` are of one trajectory; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -14,6 +15,12 @@ from torch import Tensor
 
 Everywhere = Callable[..., Tensor]
 """(function, *columns) -> the rows here of what the function makes of all processes' rows, such as `lit_rl.ranks.on_all_rows`."""
+
+
+Columns = Mapping[str, Tensor]
+"""Name -> "B ...", something about each row, see `lit_rl.types.Rollout`."""
+
+NO_COLUMNS: Columns = MappingProxyType({})
 
 
 def here(of: Callable[..., Tensor], *columns: Tensor) -> Tensor:
@@ -72,6 +79,29 @@ def one_vote(
     first = _first_rows(number, torch.ones_like(number, dtype=torch.bool))
     columns = trajectory_sums(scores, group, trajectory), group, trajectory_sums(lengths, group, trajectory)
     return of(*(column[first] for column in columns))[number]
+
+
+class Episodes:
+    """Rows of one trajectory behind each other, in their order: T trajectories of K rows at most.
+
+    For what follows rewards from token to token. The rows of a trajectory must all be here, which those that one process played are.
+    """
+
+    def __init__(self, group: Int[Tensor, "B"], trajectory: Int[Tensor, "B"] | None) -> None:
+        number = trajectory_numbers(group, trajectory)
+        size, count = len(number), int(number.max()) + 1 if len(number) else 0
+        before = (number[:, None] == number[None, :]).tril(-1).sum(1)
+        self.place = torch.full((count, int(before.max()) + 1 if size else 0), size, device=group.device)
+        self.place[number, before] = torch.arange(size, device=group.device)
+        self.rows = number, before
+
+    def joined(self, x: Shaped[Tensor, "B S"]) -> Shaped[Tensor, "T L"]:
+        """The rows of each trajectory as one; 0 where it has fewer than K."""
+        return torch.cat([x, torch.zeros_like(x[:1])])[self.place].flatten(1)
+
+    def as_rows(self, x: Shaped[Tensor, "T L"]) -> Shaped[Tensor, "B S"]:
+        """The inverse of `joined`."""
+        return x.unflatten(1, (self.place.shape[1], -1))[self.rows]
 
 
 def _first_rows(number: Int[Tensor, "B"], among: Bool[Tensor, "B"]) -> Int[Tensor, "T"]:

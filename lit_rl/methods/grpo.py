@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lit_rl.checkpoints.options import options_of
-from lit_rl.credit.rules import Credit, Group, LeaveOneOut, LengthPenalty, Returns
+from lit_rl.credit.length_penalty import LengthPenalty
+from lit_rl.credit.rules import Credit, Group, LeaveOneOut, Returns
 from lit_rl.credit.weights import Aggregation
 from lit_rl.errors import ConfigError
 from lit_rl.losses.off_policy import sampler_kl
@@ -59,7 +60,7 @@ class GRPO(LitPolicyGradient):
             rollout.mask,
             has_reward=total.isfinite(),
             total=self.sum_of_ranks,
-            trajectory=rollout.columns.get("trajectory"),
+            columns=rollout.columns,
             everywhere=self.everywhere,
         )
         return replace(rollout, advantages=advantages.float().where(rollout.mask, 0.0))

@@ -11,7 +11,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_rl.credit.rules import GAE, refuse_trajectories
+from lit_rl.credit.rules import GAE
+from lit_rl.credit.trajectories import Episodes
 from lit_rl.errors import ConfigError
 from lit_rl.losses.masked import COUNT_EPS
 from lit_rl.losses.off_policy import sampler_kl
@@ -123,9 +124,9 @@ class PPO(LitPolicyGradient):
         return self.critic.values(batch.tokens, batch.lengths, batch.mask, media=batch.media, beside=self.policy)
 
     def with_advantages(self, rollout: TokenRollout, total: Tensor) -> TokenRollout:
-        refuse_trajectories(rollout.columns.get("trajectory"), type(self.rule).__name__)
         mask, values = rollout.mask, rollout.streams["values"].double()
-        advantages, returns = self.rule(self.token_rewards(rollout, total), values, mask, total=self.sum_of_ranks)
+        episodes = Episodes(rollout.group, rollout.columns["trajectory"]) if "trajectory" in rollout.columns else None
+        advantages, returns = self.rule(self.token_rewards(rollout, total), values, mask, total=self.sum_of_ranks, episodes=episodes)
         self.rollout_metrics |= self.explain(values, returns, mask)
         return replace(rollout.with_streams(returns=returns.float()), advantages=advantages.float().where(mask, 0.0))
 

@@ -13,9 +13,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lit_rl.credit.advantage import Advantage
 from lit_rl.credit.groups import group_metrics, total_reward
 from lit_rl.credit.row_weights import weights_of_rows
-from lit_rl.credit.rules import Advantage
 from lit_rl.errors import ConfigError
 from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.base import LitRL

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lit_rl.checkpoints.options import REMEDY
 from lit_rl.credit.groups import total_reward
-from lit_rl.credit.rules import LengthPenalty
+from lit_rl.credit.length_penalty import LengthPenalty
 from lit_rl.credit.tokens import token_rewards
 from lit_rl.credit.trajectories import closing_rows
 from lit_rl.errors import ConfigError

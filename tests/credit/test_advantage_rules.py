@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_rl.credit.advantage import Advantage
 from lit_rl.credit.groups import gdpo_advantages, group_advantages, per_reward_advantages
-from lit_rl.credit.rules import Advantage
 from lit_rl.errors import ConfigError
 
 GROUP = torch.tensor([0, 0, 0, 1, 1, 1])

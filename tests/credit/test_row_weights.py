@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from toy import Brightness, Metrics, ToyData, toy_method, toy_trainer
 
+from lit_rl.credit.advantage import Advantage
 from lit_rl.credit.groups import group_advantages, total_reward
 from lit_rl.credit.row_weights import weights_of_rows
-from lit_rl.credit.rules import Advantage
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import Reward
 from lit_rl.types import Info

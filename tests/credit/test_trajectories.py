@@ -12,11 +12,10 @@ from torch import Tensor
 
 from lit_rl.credit.groups import group_metrics
 from lit_rl.credit.maxrl import MaxRL
-from lit_rl.credit.rules import Group, GroupCredit, LeaveOneOut, LengthWeighted, PassAtK, Returns, ReturnsBaseline
+from lit_rl.credit.rules import Group, GroupCredit, LeaveOneOut, LengthWeighted, PassAtK, ReturnsBaseline
 from lit_rl.credit.tokens import groups_that_teach, place_scores
 from lit_rl.credit.trajectories import closing_rows, trajectory_numbers, trajectory_sums, voters
 from lit_rl.credit.weights import token_weights
-from lit_rl.errors import ConfigError
 
 RULES = [Group(), Group(std=False), LeaveOneOut(), LengthWeighted(), PassAtK(), MaxRL(), ReturnsBaseline()]
 by_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
@@ -59,7 +58,9 @@ def of_rule(rule: GroupCredit, scores: Tensor, group: Tensor, mask: Tensor, traj
     has_reward = scores.isfinite()
     paid = has_reward if trajectory is None else closing_rows(group, trajectory, has_reward & mask.any(1))
     rewards = place_scores(scores.nan_to_num().where(paid, 0.0).double(), mask)
-    return rule(rewards, group, mask, has_reward=has_reward, total=lambda x: x, trajectory=trajectory)
+    return rule(
+        rewards, group, mask, has_reward=has_reward, total=lambda x: x, columns={} if trajectory is None else {"trajectory": trajectory}
+    )
 
 
 def test_an_episode_of_many_turns_has_one_vote() -> None:
@@ -76,14 +77,6 @@ def test_a_turn_without_a_score_leaves_its_episode_its_own() -> None:
     trajectory, mask = torch.tensor([0, 0, 1, 2]), torch.ones(4, 1, dtype=torch.bool)
     found = of_rule(Group(std=False), scores, torch.zeros(4, dtype=torch.long), mask, trajectory)[:, 0]
     assert found.tolist() == [0.5, 0.5, -0.5, 0.0], "trajectory 2 has no score at all"
-
-
-def test_rules_that_follow_tokens_refuse_turns() -> None:
-    mask = torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(ConfigError, match="model.credit=Returns follows rewards from token to token.*credit.rules.Group"):
-        Returns()(
-            torch.zeros(2, 3), torch.zeros(2).long(), mask, has_reward=mask[:, 0], total=lambda x: x, trajectory=torch.zeros(2).long()
-        )
 
 
 def test_statistics_count_episodes() -> None:

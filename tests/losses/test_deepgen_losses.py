@@ -17,8 +17,8 @@ import torch
 from golden_numbers import assert_close, load
 from torch import Tensor
 
+from lit_rl.credit.advantage import Advantage
 from lit_rl.credit.groups import total_reward
-from lit_rl.credit.rules import Advantage
 from lit_rl.losses.flow import KLKind, gaussian_kl
 from lit_rl.losses.nft import nft_loss, optimality
 from lit_rl.losses.policy_gradient import clipped_ratio_loss, guard_logratio

@@ -16,7 +16,7 @@ from toy_text import Digits, model_folder, policy, trainer, weights
 
 from callbacks.reward_scoring import RewardScoring
 from callbacks.sample_texts import SampleTexts
-from lit_rl.credit.rules import LengthPenalty
+from lit_rl.credit.length_penalty import LengthPenalty
 from lit_rl.errors import ConfigError
 from lit_rl.losses.surrogates import Clip
 from lit_rl.methods.grpo import DAPO

@@ -15,7 +15,7 @@ from torch import Tensor
 from toy import ToyData, ToyPolicy, toy_trainer, weights, with_parts
 
 from callbacks.old_policy import EMAOldPolicy, OldPolicySync
-from lit_rl.credit.rules import Advantage
+from lit_rl.credit.advantage import Advantage
 from lit_rl.errors import ConfigError
 from lit_rl.losses.point_surrogates import NFT, Matching
 from lit_rl.methods.diffusion_nft import AWM, DiffusionNFT

@@ -14,7 +14,8 @@ from torch import Tensor
 from toy_text import Digits, policy, trainer, weights, weights_of
 
 from datamodules.supervised import SupervisedText
-from lit_rl.credit.rules import LengthPenalty, LengthWeighted, PassAtK, ReturnsBaseline
+from lit_rl.credit.length_penalty import LengthPenalty
+from lit_rl.credit.rules import LengthWeighted, PassAtK, ReturnsBaseline
 from lit_rl.errors import ConfigError
 from lit_rl.losses.kl import KL, RewardKL
 from lit_rl.losses.off_policy import Correction

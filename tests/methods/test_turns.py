@@ -10,9 +10,8 @@ import pytest
 import torch
 from toy_text import Digits, policy, trainer
 
-from lit_rl.credit.rules import LengthPenalty, Returns
+from lit_rl.credit.length_penalty import LengthPenalty
 from lit_rl.credit.trajectories import trajectory_numbers
-from lit_rl.errors import ConfigError
 from lit_rl.methods.grpo import DAPO, GRPO
 from lit_rl.methods.ppo import PPO
 from lit_rl.modules.dynamic import DynamicSampling
@@ -78,7 +77,11 @@ def test_episodes_of_two_answers(sorting_lm: Path, method: type[GRPO]) -> None:
     assert made.rollout_metrics["group_size_mean"] == 3.0 and made.rollout_metrics["samples"] == 24
 
 
-@pytest.mark.parametrize(("method", "settings"), [(TurnsGRPO, {"credit": Returns()}), (TurnsPPO, {})])
-def test_rules_that_follow_tokens_are_refused(sorting_lm: Path, method: type[Any], settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="are turns of episodes: use a rule that compares whole episodes"):
-        run(sorting_lm, method, **settings)
+def test_a_critic_learns_the_reward_of_the_whole_episode(sorting_lm: Path) -> None:
+    """Without discount the return of every token of both turns is the reward, which is paid at the end of the second."""
+    rollout = run(sorting_lm, TurnsPPO).rollout
+    number = trajectory_numbers(rollout.group, rollout.columns["trajectory"])
+    for episode in range(int(number.max()) + 1):
+        rows = number == episode
+        returns = rollout.streams["returns"][rows][rollout.mask[rows]]
+        torch.testing.assert_close(returns, rollout.rewards["exact"][rows][-1].float().expand_as(returns), atol=1e-5, rtol=0)

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from toy import Brightness, Broken, Metrics, ToyData, toy_method, toy_trainer, weights
 
-from lit_rl.credit.rules import Advantage
+from lit_rl.credit.advantage import Advantage
 from lit_rl.errors import ConfigError
 from lit_rl.losses.step_surrogates import DPPO
 from lit_rl.methods.flow_grpo import DanceGRPO, FlowGRPO, FlowGRPOFast, GRPOGuard, MixGRPO

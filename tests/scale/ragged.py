@@ -62,7 +62,7 @@ def credited(rows: list[list[int]], rule: str, columns: dict[str, list[float]]) 
     rewards = place_scores(scores.double().nan_to_num().where(paid, 0.0), mask)
     made: GroupCredit = getattr(rules, rule)()
     advantages = made(
-        rewards, group, mask, has_reward=has_reward, total=sum_over_ranks, trajectory=trajectory, everywhere=on_all_rows
+        rewards, group, mask, has_reward=has_reward, total=sum_over_ranks, columns={"trajectory": trajectory}, everywhere=on_all_rows
     )  # fmt: skip
     spent = on_all_rows(trajectory_sums, mask.sum(1), group, trajectory)
     sequences = int(sum_over_ranks(on_all_rows(closing_rows, group, trajectory, mask.any(1)).sum()))

@@ -26,7 +26,7 @@ from callbacks.reward_scoring import RewardScoring
 from callbacks.rng_state import RngState
 from datamodules.base import PromptDataModule
 from datamodules.mixed import PromptsAndPairs
-from lit_rl.credit.rules import Advantage
+from lit_rl.credit.advantage import Advantage
 from lit_rl.errors import ConfigError
 from lit_rl.losses.off_policy import Correction
 from lit_rl.methods.diffusion_nft import DiffusionNFT
