@@ -13,13 +13,17 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.base import Method, RLCallback, check_alone, method_of
+from lit_rl.credit.row_weights import counting
 from lit_rl.errors import ConfigError
 from lit_rl.ranks import gather_objects
 from lit_rl.rewards.background import Background
 from lit_rl.rewards.base import Reward, RewardError, RewardQueue
-from lit_rl.rewards.chunks import Chunk, checked, concatenated
+from lit_rl.rewards.chunks import Scores, Table, Task, checked
+from lit_rl.rewards.failures import Failures
+from lit_rl.rewards.measures import Measures, share
 from lit_rl.rewards.pseudo import DEBUG_VARIABLE, is_dry_run, stand_ins
-from lit_rl.rewards.weights import resolve_weights
+from lit_rl.rewards.submissions import Media, Submissions, handed_back
+from lit_rl.rewards.weights import check_rows, resolve_weights
 from lit_rl.types import Info, Rollout
 
 log = logging.getLogger(__name__)
@@ -55,9 +59,8 @@ class RewardScoring(RLCallback, RewardQueue):
         self.max_failed_fraction = max_failed_fraction
         self._given_weights = weights
         self._use(self.rewards)
-        self._metrics: dict[str, float] = {}
+        self._measures = Measures()
         self._background: Background | None = None
-        self._chunks: list[Chunk] = []
 
     # -- Lightning's hooks
 
@@ -74,14 +77,17 @@ class RewardScoring(RLCallback, RewardQueue):
             self._use(self.rewards)
         if self._given_weights is None and len(self._weights) > 1:
             log.info("RewardScoring has no weights, so these hold: %s", self._weights)
+        self._submissions.groups.size = int(getattr(pl_module, "group_size", 1))
         problem: Exception | None = None
         try:
+            if stage == "fit" and self._submissions.groups.size == 1 and self._submissions.comparing:
+                raise ConfigError(f"reward {self._submissions.comparing[0]} compares the samples of a group: set model.group_size above 1")
             self.check(getattr(trainer, "datamodule", None), stage)
             for reward in self._rewards.values():
                 reward.setup(rank=trainer.global_rank, world_size=trainer.world_size, device=str(trainer.strategy.root_device))
         except Exception as error:  # re-raised below, after the other ranks know
             problem = error
-        failed = _share([float(problem is not None)])[:, 0]
+        failed = share([float(problem is not None)])[:, 0]
         if failed.any():
             message = gather_objects(str(problem))[int(failed.argmax())]
             raise problem or ConfigError(message)
@@ -89,6 +95,8 @@ class RewardScoring(RLCallback, RewardQueue):
     def check(self, datamodule: object, stage: str) -> None:
         """Have the rewards look at the rows that they will score. Raises ConfigError; scores that count nothing may be missing."""
         rows = getattr(datamodule, "rows_to_score", None)
+        if len(self._names) == len(self._rewards):
+            check_rows(getattr(datamodule, "reward_places", {}), self._weights)
         for label, reward in self._rewards.items():
             names = self._names.get(label)
             reward.counted = None if names is None else [name for name in names if self._weights.get(name, 1)]
@@ -116,9 +124,9 @@ class RewardScoring(RLCallback, RewardQueue):
 
     @property
     def submitted(self) -> int:
-        return len(self._chunks)
+        return len(self._submissions.chunks)
 
-    def submit(self, media: Tensor | Sequence[str], info: Sequence[Info], *, place: int | None = None) -> None:
+    def submit(self, media: Media, info: Sequence[Info], *, groups: Sequence[int] | None = None, place: int | None = None) -> None:
         """Queue a chunk. Raises RewardError where a reward does not score its kind."""
         if isinstance(media, Tensor) and (media.dtype != torch.uint8 or media.ndim != 4 or media.shape[1] != 3):
             raise ValueError(f"submit takes uint8 B 3 H W; got {media.dtype} {tuple(media.shape)}")
@@ -127,28 +135,27 @@ class RewardScoring(RLCallback, RewardQueue):
         medium = "images" if isinstance(media, Tensor) else "texts"
         if wrong := [label for label, reward in self._rewards.items() if reward.medium not in (None, medium)]:
             raise RewardError(f"this method makes {medium}, which reward {wrong[0]} does not score: name another one in RewardScoring")
-        if self._background is None or self._background.pid != os.getpid():
-            self._background, self._chunks = Background(), []
         media = media.detach().cpu() if isinstance(media, Tensor) else list(media)
-        futures = {label: self._background.start(label, reward, media, info) for label, reward in self._rewards.items()}
-        self._chunks.append(Chunk(len(info), futures, len(self._chunks) if place is None else place))
+        self._ready()
+        self._submissions.add(media, info, groups=groups, place=place, start=self._start)
 
     def gather(self) -> dict[str, Tensor]:
         """Await the scores of all chunks; see `RewardQueue.gather`."""
         started = time.perf_counter()
-        chunks, self._chunks = sorted(self._chunks, key=lambda chunk: chunk.place), []
-        total = sum(chunk.size for chunk in chunks)
-        scores: dict[str, Tensor] = {}
+        chunks, tasks = self._submissions.take(self._start)
+        table = Table(chunks)
         broken: Exception | None = None
         try:
-            scores = self._join(chunks)
-        except Exception as error:  # raised in _agree, after the other ranks know
+            self._join(table, tasks)
+        except Exception as error:  # raised in agree, after the other ranks know
             broken = error
         waited = time.perf_counter() - started
-        unscored = torch.stack([values.isnan() for name, values in scores.items() if self._weights[name]] or [torch.zeros(total)]).any(0)
-        self._agree(total, int(unscored.sum()), broken)
-        self._measure(scores, total, waited)
-        return scores
+        counts = counting(table.info, self._weights)
+        lost = [values.isnan() & counts[name] for name, values in table.scores.items() if name in counts]
+        failed = int(torch.stack(lost).any(0).sum()) if lost else 0
+        self._failures.agree(table.total, failed, broken, allowed=self.max_failed_fraction)
+        self._measures.take(table, self._rewards, waited, compared=[name for name, weight in self._weights.items() if weight])
+        return table.scores
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -156,93 +163,86 @@ class RewardScoring(RLCallback, RewardQueue):
         return self._weights
 
     def metrics(self) -> dict[str, float]:
-        """reward/<name>/failed_fraction, reward/<label>/<counter>, reward/wait_seconds (the longest): of the last `gather`, all ranks."""
-        return dict(self._metrics)
+        """Those of the last `gather`, over all ranks: see `lit_rl.rewards.measures.Measures`."""
+        return dict(self._measures.metrics)
 
     def close(self) -> None:
         """Cancel what is under way and end the thread. The next `submit` starts a new one."""
-        background, self._background, self._chunks = self._background, None, []
+        background, self._background = self._background, None
+        self._submissions.clear()
         if background is not None and background.pid == os.getpid():
             background.close(self._rewards.values())
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_background": None, "_chunks": []}
+        return {**self.__dict__, "_background": None, "_submissions": self._submissions.emptied()}
 
     def _use(self, rewards: dict[str, Reward]) -> None:
         """Take these rewards; check the names that they declare."""
         self._rewards = rewards
         self._names = {label: list(reward.outputs) for label, reward in rewards.items() if reward.outputs}
         self._weights = resolve_weights(self._names, self._given_weights, complete=len(self._names) == len(rewards))
-        self._errors: dict[str, str] = {}
+        self._failures = Failures(rewards)
+        self._submissions = Submissions(rewards, self._names)
 
-    def _join(self, chunks: Sequence[Chunk]) -> dict[str, Tensor]:
-        """Wait for all chunks; scores by name in order of submission. Raises RewardError when a reward breaks its contract."""
-        answers = {label: [self._await(label, chunk) for chunk in chunks] for label in self._rewards}
-        for label, rows in answers.items():
-            names = next((list(row) for row in rows if row is not None), [])
-            if not self._names.setdefault(label, names):
-                del self._names[label]
-                raise RewardError(f"reward {label} scored nothing: {self._errors.get(label, 'no sample was submitted')}")
-            for row in rows:
-                if row is not None and set(row) != set(self._names[label]):
-                    raise RewardError(f"reward {label} answered the scores {sorted(row)} instead of {sorted(self._names[label])}")
+    def _start(self, label: str, media: Media, info: Sequence[Info]) -> Future[Mapping[str, Tensor]]:
+        return self._ready().start(label, self._rewards[label], media, info)
+
+    def _ready(self) -> Background:
+        """The scoring thread of this process; what was submitted before it began is of no use."""
+        if self._background is None or self._background.pid != os.getpid():
+            self._background = Background()
+            self._submissions.clear()
+        return self._background
+
+    def _join(self, table: Table, tasks: Sequence[Task]) -> None:
+        """Wait for all tasks and write their scores. Raises RewardError when a reward breaks its contract."""
+        broken: Exception | None = None
+        answers: list[Scores | None] = []
+        for task in tasks:
+            try:
+                answers.append(None if task.future is None or broken else self._await(task, task.future))
+            except RewardError as error:  # raised below, after the groups of all processes have been handed back
+                answers, broken = [*answers, None], error
+        rows = handed_back(tasks, answers) if self._submissions.comparing else [(t.rows, a) for t, a in zip(tasks, answers, strict=True)]
+        if broken:
+            raise broken
+        for label in self._rewards:
+            own = [(places, scores) for task, (places, scores) in zip(tasks, rows, strict=True) if task.label == label]
+            names = self._learn(label, [scores for _, scores in own if scores is not None])
+            if label in self._submissions.comparing and not table.grouped:
+                continue
+            for name in names:
+                table.add(name)
+            for places, scores in own:
+                table.write(names, places, scores)
         self._weights = resolve_weights(self._names, self._given_weights, complete=True)
-        return {name: concatenated(answers[label], name, chunks) for label, names in self._names.items() for name in names}
 
-    def _await(self, label: str, chunk: Chunk) -> dict[str, Tensor] | None:
-        """Checked scores Float64 "B" of one chunk, or None if the reward raised."""
-        reward = self._rewards[label]
+    def _learn(self, label: str, answers: Sequence[Scores]) -> Sequence[str]:
+        """The names of a reward's scores. Raises RewardError where answers disagree, or nothing tells them."""
+        names = next((list(scores) for scores in answers), [])
+        if not self._names.setdefault(label, names):
+            del self._names[label]
+            raise RewardError(f"reward {label} scored nothing: {self._failures.errors.get(label, 'no sample was submitted')}")
+        for scores in answers:
+            if set(scores) != set(self._names[label]):
+                raise RewardError(f"reward {label} answered the scores {sorted(scores)} instead of {sorted(self._names[label])}")
+        return self._names[label]
+
+    def _await(self, task: Task, future: Future[Mapping[str, Tensor]]) -> Scores | None:
+        """Checked scores Float64 "B" of one task, or None if the reward raised."""
+        label, reward = task.label, self._rewards[task.label]
         try:
-            answer = chunk.futures[label].result()
+            answer = future.result()
         except RewardError:
             raise
         except Exception as error:
-            self._complain(label, f"{type(error).__name__}: {error}", error)
+            self._failures.complain(label, f"{type(error).__name__}: {error}", error)
             return None
-        scores = checked(answer, count=chunk.size, label=f"{label} ({type(reward).__name__})")
+        count = len(task.rows) if task.cut is None else len(task.cut.whole.rows)
+        scores = checked(answer, count=count, label=f"{label} ({type(reward).__name__})")
         if reward.last_error and any(not values.isfinite().all() for values in scores.values()):
-            self._complain(label, reward.last_error)
+            self._failures.complain(label, reward.last_error)
         return {name: values.where(values.isfinite(), math.nan) for name, values in scores.items()}
-
-    def _complain(self, label: str, text: str, error: Exception | None = None) -> None:
-        """Log the first failure of each reward; the rest is counted."""
-        if label not in self._errors:
-            log.warning(
-                "reward %s left samples without a score, which are masked: %s. Further failures are counted.", label, text, exc_info=error
-            )
-        self._errors[label] = text
-
-    def _agree(self, total: int, failed: int, broken: Exception | None) -> None:
-        """Raise the same RewardError on every rank if a reward is broken or too many samples failed on any of them. Collective."""
-        table = _share([total, failed, float(broken is not None)])
-        if table[:, 2].any():
-            raise RewardError(gather_objects(str(broken))[int(table[:, 2].argmax())]) from broken
-        all_total, all_failed = int(table[:, 0].sum()), int(table[:, 1].sum())
-        if all_failed > self.max_failed_fraction * all_total:
-            worst = int(table[:, 1].argmax())
-            told = [f"{label}: {text} ({self._rewards[label].remedy})" for label, text in self._errors.items()]
-            reasons = "; ".join(told) or "the reward itself answered NaN"
-            message = (
-                f"{all_failed} of {all_total} samples got no score, more than max_failed_fraction={self.max_failed_fraction} allows. "
-                f"Last reasons on rank {worst}: {reasons}. Raise max_failed_fraction if the loss is acceptable; "
-                "continue with --ckpt_path last"
-            )
-            raise RewardError(gather_objects(message)[worst])
-
-    def _measure(self, scores: Mapping[str, Tensor], total: int, waited: float) -> None:
-        """Fill `metrics`. Collective."""
-        failed = {f"reward/{name}/failed_fraction": float(values.isnan().sum()) for name, values in scores.items()}
-        counters = {f"reward/{label}/{k}": float(v) for label, reward in self._rewards.items() for k, v in reward.counters().items()}
-        table = _share([total, waited, *failed.values(), *counters.values()])
-        sums = dict(zip([*failed, *counters], table[:, 2:].sum(0).tolist(), strict=True))
-        samples = max(float(table[:, 0].sum()), 1.0)
-        self._metrics = {key: value / samples if key in failed else value for key, value in sums.items()}
-        self._metrics["reward/wait_seconds"] = float(table[:, 1].max())
-
-
-def _share(values: Sequence[float]) -> Tensor:
-    """This rank's numbers -> Float64 "ranks N" of all. Collective."""
-    return torch.tensor(gather_objects(list(values)), dtype=torch.float64)
 
 
 def _labelled(rewards: Sequence[Reward]) -> dict[str, Reward]:

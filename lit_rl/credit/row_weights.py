@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from lit_rl.credit.groups import Weights
 from lit_rl.errors import ConfigError
@@ -26,3 +27,17 @@ def weights_of_rows(info: Sequence[Info], weights: Mapping[str, float]) -> Weigh
             raise ConfigError(f"prompt {row.get('prompt')!r}: {KEY} names {unknown}, but the rewards give {sorted(weights)}")
     own = {name: [float(row[KEY].get(name, 0.0)) if KEY in row else weight for row in info] for name, weight in weights.items()}
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in own.items() if any(values)}
+
+
+def counting(info: Sequence[Info], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Bool "B" by score: the rows in which it counts, by their own weights or else by the run's."""
+    own = {name: [bool(row[KEY].get(name)) if KEY in row else bool(weight) for row in info] for name, weight in weights.items()}
+    return {name: torch.tensor(values, dtype=torch.bool) for name, values in own.items()}
+
+
+def asks_for(row: Info, names: Sequence[str] | None) -> bool:
+    """True where a row wants one of these scores computed: it has no weights of its own, or gives one of them a weight.
+
+    names: None for a reward whose scores are not known yet, which is always asked.
+    """
+    return KEY not in row or names is None or any(row[KEY].get(name) for name in names)

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lit_rl.credit.row_weights import counting
 from lit_rl.ranks import gather_objects
 from lit_rl.rewards.base import RewardError, RewardQueue
 from lit_rl.types import Info, Prompts
@@ -62,8 +63,9 @@ def count_not_finite(
     the run can do without.
     """
     lost, weights = ~finite.cpu(), reward_queue.weights if reward_queue is not None else {}
-    present = [values.isfinite() for name, values in rewards.items() if weights.get(name)]
-    failed = torch.stack([lost, *(~known.cpu() for known in present)]).any(0)
+    counts = counting(info, weights)
+    missing = [~values.isfinite().cpu() & counts[name] for name, values in rewards.items() if name in counts]
+    failed = torch.stack([lost, *missing]).any(0)
     prompts = [str(info[i]["prompt"]) for i in lost.nonzero()[:, 0].tolist()]
     everyone = gather_objects((prompts, int(failed.sum()), len(finite)))
     names, total = [name for rank, _, _ in everyone for name in rank], sum(size for _, _, size in everyone)

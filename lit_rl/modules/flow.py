@@ -129,7 +129,7 @@ class LitFlow(LitRL[FlowRollout]):
         """
         (media, whole), info = self.policy.picture(x.float()), [prompts.info[i] for i in chunk]
         self._finite.append(whole if finite is None else whole & finite.cpu())
-        self.queue().submit(media, info)
+        self.queue().submit(media, info, groups=prompts.group[chunk].tolist())
         self.notify("on_rollout_chunk", media, info, len(prompts))
 
     def examples(self, step: int, part: int, parts: int) -> Examples:

@@ -42,6 +42,12 @@ class Reward(ABC, Generic[M]):
     medium: Literal["images", "texts"] | None = "images"
     """The kind of samples that it scores; None for a reward that takes both."""
 
+    compares: bool = False
+    """True for a reward that compares the samples of a group: each call of `score` then has one whole group, and nothing else.
+
+    Evaluations have no groups, so such a reward is not asked there.
+    """
+
     last_error: str = ""
     """Why samples could last not be scored; becomes part of the message that stops a run."""
 
@@ -72,6 +78,10 @@ class Reward(ABC, Generic[M]):
         """Totals since the start worth logging (retries, failures, ...)."""
         return {}
 
+    def averages(self) -> Mapping[str, tuple[float, float]]:
+        """Sums and counts since the start whose quotients are worth logging (seconds of an answer, shares, ...)."""
+        return {}
+
     async def close(self) -> None:
         """Release sessions and threads; called once, on the scoring loop."""
 
@@ -90,9 +100,12 @@ class RewardQueue(ABC):
     """The rewards of a run as a method sees them; implemented by the callback that owns them (`callbacks.reward_scoring.RewardScoring`)."""
 
     @abstractmethod
-    def submit(self, media: Tensor | Sequence[str], info: Sequence[Info], *, place: int | None = None) -> None:
+    def submit(
+        self, media: Tensor | Sequence[str], info: Sequence[Info], *, groups: Sequence[int] | None = None, place: int | None = None
+    ) -> None:
         """Queue one decoded chunk, images uint8 "B 3 H W" on the CPU or B texts, and return at once.
 
+        groups: The group id of each sample, for rewards that compare; None in evaluations.
         place: Among the chunks of the same `gather`, whose scores come in this order; None = behind those that were submitted before.
         """
 

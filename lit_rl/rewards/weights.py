@@ -24,7 +24,7 @@ def resolve_weights(names: Mapping[str, Sequence[str]], given: Mapping[str, floa
                 )
             owner[name] = label
     if not complete:
-        return dict(given or {})
+        return {name: float(weight) for name, weight in (given or {}).items()}
     mains = {main_score(outputs): 1.0 for outputs in names.values() if outputs}
     if given is None and len(mains) > 1:
         raise ConfigError(
@@ -34,7 +34,19 @@ def resolve_weights(names: Mapping[str, Sequence[str]], given: Mapping[str, floa
         near = [match for name in unknown for match in difflib.get_close_matches(name, owner, n=1)]
         meant = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"weights name {unknown}, but the rewards give {sorted(owner)}{meant}")
-    return {name: (mains if given is None else given).get(name, 0.0) for name in owner}
+    return {name: float((mains if given is None else given).get(name, 0.0)) for name in owner}
+
+
+def check_rows(places: Mapping[str, str], weights: Mapping[str, float]) -> None:
+    """Raise ConfigError where rows of the data name a score that no reward gives. places: Where each name stands, `file: key`."""
+    for name, place in places.items():
+        if name not in weights:
+            near = difflib.get_close_matches(name, weights, n=1)
+            meant = f"; did you mean {near[0]}?" if near else "."
+            raise ConfigError(
+                f"{place} names the reward {name!r}, but the rewards of the run give {sorted(weights)}{meant} Add a reward that gives it "
+                "to RewardScoring's `rewards`"
+            )
 
 
 def main_score(outputs: Sequence[str]) -> str:

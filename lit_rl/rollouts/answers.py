@@ -145,28 +145,33 @@ class Answers:
         told, before = 0, 0 if run.reward_queue is None else run.reward_queue.submitted
         for place, samples in self.engine.stream([requests[chunk] for chunk in chunks], sampling):
             chunk, answers[place] = chunks[place], samples
-            texts[place] = self._score(run, samples, prompt_ids[chunk], prompts.info[chunk], place=before + place)
+            groups = prompts.group[chunk].tolist() if tell else None
+            texts[place] = self._score(run, samples, prompt_ids[chunk], prompts.info[chunk], groups, place=before + place)
             while told in texts:
                 if (of_chunk := texts.pop(told)) and tell:
                     run.notify("on_rollout_chunk", of_chunk, prompts.info[chunks[told]], len(prompts))
                 told += 1
         return prompt_ids, [sample for samples in answers for sample in samples]
 
-    def submit(
-        self, run: Run, samples: Sequence[Sample], prompt_ids: Sequence[Sequence[int]], info: Sequence[Info], *, tell: bool, total: int
-    ) -> None:
-        """Have answers scored and, if `tell`, tell the callbacks; `total`: answers of the rollout."""
-        texts = self._score(run, samples, prompt_ids, info)
-        if tell and texts:
-            run.notify("on_rollout_chunk", texts, info, total)
+    def submit(self, run: Run, samples: Sequence[Sample], prompt_ids: Sequence[Sequence[int]], prompts: Prompts) -> None:
+        """Have the answers of a rollout scored, and tell the callbacks."""
+        texts = self._score(run, samples, prompt_ids, prompts.info, prompts.group.tolist())
+        if texts:
+            run.notify("on_rollout_chunk", texts, prompts.info, len(prompts))
 
     def _score(
-        self, run: Run, samples: Sequence[Sample], prompt_ids: Sequence[Sequence[int]], info: Sequence[Info], place: int | None = None
+        self,
+        run: Run,
+        samples: Sequence[Sample],
+        prompt_ids: Sequence[Sequence[int]],
+        info: Sequence[Info],
+        groups: Sequence[int] | None,
+        place: int | None = None,
     ) -> list[Answer]:
         """The texts of answers, submitted for scoring."""
         texts = [run.policy.reply(sample.ids, prompt_ids=ids, info=row) for sample, ids, row in zip(samples, prompt_ids, info, strict=True)]
         if run.reward_queue is not None and texts:
-            run.reward_queue.submit(texts, info, place=place)
+            run.reward_queue.submit(texts, info, groups=groups, place=place)
         return texts
 
     def evaluate(self, run: Run, prompts: Prompts) -> list[str]:
@@ -192,7 +197,7 @@ class Answers:
         if answers is None:
             return None
         prompt_ids = self.ask(run, prompts)
-        self.submit(run, answers, prompt_ids, prompts.info, tell=True, total=len(prompts))
+        self.submit(run, answers, prompt_ids, prompts)
         return prompt_ids, answers
 
     def begin(self, run: Run, prompts: Prompts, keys: Keys, iteration: int) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from toy_text import model_folder, policy
 
 from lit_rl.methods.grpo import GRPO
@@ -17,7 +18,7 @@ from lit_rl.policies.chat import prompt_ids
 from lit_rl.policies.reply import reply
 from lit_rl.rewards.text.style import FormatReward
 from lit_rl.rollouts.base import Sample
-from lit_rl.types import Answer
+from lit_rl.types import Answer, Prompts
 
 ROLE = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
 HEADERS = {
@@ -122,8 +123,9 @@ def test_an_answer_is_a_text_and_travels_to_other_processes() -> None:
 def test_methods_hand_rewards_what_the_prompt_opened(tmp_path: Path) -> None:
     model = policy(model_folder(tmp_path / "lm", characters=PRINTABLE))
     method, submitted = GRPO(model, group_size=2, prompts_per_iteration=1), []
-    method.reward_queue = SimpleNamespace(submit=lambda media, info, place: submitted.extend(media))  # type: ignore[assignment]
+    method.reward_queue = SimpleNamespace(submit=lambda media, info, groups, place: submitted.extend(media))  # type: ignore[assignment]
     ids = [model.encode(text) for text in ("2+2? <think>", "a</think>4")]
     samples = [Sample(ids[1], [0.0] * len(ids[1]), "stop")]
-    method.answers.submit(method, samples, [ids[0]], [{"prompt": "2+2? <think>"}], tell=False, total=1)
+    method.notify = lambda *told: None  # type: ignore[method-assign]
+    method.answers.submit(method, samples, [ids[0]], Prompts(torch.tensor([0]), [{"prompt": "2+2? <think>"}]))
     assert submitted == ["a</think>4"] and FormatReward().score(submitted, [{}])["format"].tolist() == [1]

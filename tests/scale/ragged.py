@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
+from callbacks.reward_scoring import RewardScoring
 from lit_rl.credit import rules
 from lit_rl.credit.rules import GroupCredit
 from lit_rl.credit.tokens import place_scores
 from lit_rl.credit.trajectories import closing_rows, trajectory_sums
 from lit_rl.credit.weights import token_weights
 from lit_rl.ranks import exchange_objects, gather_objects, gather_rows, gather_to_first, on_all_rows, place, sum_over_ranks
+from lit_rl.rewards.base import Reward
+from lit_rl.types import Info
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -68,3 +74,27 @@ def credited(rows: list[list[int]], rule: str, columns: dict[str, list[float]]) 
     sequences = int(sum_over_ranks(on_all_rows(closing_rows, group, trajectory, mask.any(1)).sum()))
     weights = token_weights(mask, "traj-mean", sequences=sequences, lengths=spent, dtype=torch.float64)
     return advantages.sum(1).tolist(), weights.sum(1).tolist()
+
+
+class LessMean(Reward):
+    """`spread` = the number that a text is, less the mean of its group: wrong for every text unless the group is whole."""
+
+    outputs = ("spread",)
+    medium, compares = "texts", True
+
+    def score(self, media: Sequence[str], info: Sequence[Info]) -> dict[str, Tensor]:
+        values = torch.tensor([float(text) for text in media], dtype=torch.float64)
+        return {"spread": values - values.mean()}
+
+
+def compared(groups: list[list[int]], values: list[list[float]], *, size: int) -> list[float]:
+    """Scores of the texts of this process, submitted one by one; groups of `size` members have some of them elsewhere."""
+    rank, _ = rank_and_size()
+    queue = RewardScoring({"spread": LessMean()})
+    queue._submissions.groups.size = size
+    for group, value in zip(groups[rank], values[rank]):
+        queue.submit([str(value)], [MappingProxyType({"prompt": str(group)})], groups=[group])
+    try:
+        return queue.gather()["spread"].tolist()
+    finally:
+        queue.close()

@@ -26,6 +26,15 @@ def test_a_group_may_be_split_over_processes(three: Pair) -> None:
     assert found == [[], [-2.0], [-2.0, -1.0, -1.0, 3.0, 3.0]]
 
 
+def test_rewards_that_compare_see_groups_that_are_cut_over_processes(three: Pair) -> None:
+    """Group 4 is on two processes, 7 whole on one, 8 on all three, one of which has nothing but one member; then none has any."""
+    groups, values = [[8], [4, 8], [7, 4, 7, 7, 4, 8]], [[1.0], [1.0, 3.0], [1.0, 2.0, 2.0, 6.0, 6.0, 5.0]]
+    found = three.run("ragged.compared", groups=groups, values=values, size=3)
+    assert found == [[-2.0], [-2.0, 0.0], [-2.0, -1.0, -1.0, 3.0, 3.0, 2.0]]
+    assert three.run("ragged.compared", groups=[[], [0], []], values=[[], [5.0], []], size=3) == [[], [0.0], []]
+    assert three.run("ragged.compared", groups=[[], [], []], values=[[], [], []], size=3) == [[], [], []]
+
+
 EPISODES: dict[str, list[float]] = {
     "scores": [1.0, 1.0, 0.0, 0.5, 0.5, 0.5, 0.25, 0.0],
     "group": [4, 4, 4, 4, 4, 4, 9, 9],
