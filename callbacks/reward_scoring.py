@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.base import Method, RLCallback, check_alone, method_of
-from lit_rl.credit.row_weights import counting
+from lit_rl.credit.row_weights import asks_for, counting
 from lit_rl.errors import ConfigError
 from lit_rl.ranks import gather_objects
 from lit_rl.rewards.background import Background
@@ -101,7 +101,7 @@ class RewardScoring(RLCallback, RewardQueue):
             names = self._names.get(label)
             reward.counted = None if names is None else [name for name in names if self._weights.get(name, 1)]
             if rows is not None and reward.counted != [] and type(reward).check is not Reward.check:  # reading all rows takes time
-                reward.check(rows(stage))
+                reward.check(row for row in rows(stage) if asks_for(row, names))
 
     def on_rollout_end(self, trainer: Trainer, module: Method, rollout: Rollout) -> None:
         """Have the module log `metrics`."""
