@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lit_rl.doctor import machine, servers
+from lit_rl.doctor import machine, servers, worlds
 from lit_rl.doctor.report import Finding, as_json, count, problem, show
 from lit_rl.errors import ConfigError
 from lit_rl.net.addresses import token_from_environment
@@ -50,6 +50,7 @@ def findings(args: argparse.Namespace, rest: Sequence[str]) -> Iterator[Finding]
     found = gpus()
     train, launch = ([i.strip() for i in ids.split(",") if i.strip()] if ids else [] for ids in (args.train_gpu_ids, args.launch_gpu_ids))
     yield from machine.packages()
+    yield from worlds.browser(worlds.texts(args.config, rest))
     run, sentence = None, ""
     if args.config:
         from lit_rl.doctor.runs import Run, parse

@@ -79,4 +79,5 @@ async def limited(work: Awaitable[T], seconds: float, name: str, knob: str) -> T
     except Exception as error:
         if isinstance(error, TimeoutError) and limit.expired():
             raise WorldError(f"{name} took longer than {seconds:g} s, which {knob} allows") from error
-        raise WorldError(f"{name} failed: {type(error).__name__}: {error}") from error
+        line = next(iter(str(error).splitlines()), "")  # a browser's error brings its whole log
+        raise WorldError(f"{name} failed: {type(error).__name__}: {line}") from error
