@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ SHARDED = ["fsdp2", "fsdp2-file", "zero1", "zero2", "zero3"]
 SPLIT_WEIGHTS = ["fsdp2", "fsdp2-file", "zero3", "zero3-offload"]
 LORA: dict[str, Any] = {"lora": {"rank": 4, "alpha": 8.0, "init": "default"}, "keep_reference": True, "gradient_checkpointing": True}
 FULL: dict[str, Any] = {"keep_reference": True, "gradient_checkpointing": True}
+
+Alone = Callable[..., tuple[Path, Any]]
+"""The fixture `alone`."""
 
 
 def ended(folder: Path) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,21 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     processes = Pair(tmp_path_factory.mktemp("three"), size=3)
     yield processes
     processes.stop()
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
+    """alone(fit, **settings): folder of a single process's run, made once, and what `fit(folder, "one", **settings)` returned."""
+    made: dict[str, tuple[Path, Any]] = {}
+
+    def run(fit: Callable[..., Any], **settings: Any) -> tuple[Path, Any]:
+        key = f"{fit} {settings}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp("alone")
+            made[key] = folder, fit(str(folder), "one", **settings)
+        return made[key]
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import scenarios
 import toy_text
 from pair import Pair, RemoteError
 from rollouts.fake_server import FakeServer
-from test_native_scale import by_group
+from test_native_scale import answered_alone, by_group
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ def settings(server: FakeServer, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("strategy", "lora"), [("ddp", True), ("fsdp2", True), ("fsdp2", False), ("zero2", False), ("zero3", False)])
 def test_two_processes_are_answered_as_one_is(pair: Pair, folder: Path, tmp_path: Path, strategy: str, lora: bool) -> None:
-    one = scenarios.answers(str(folder), "one", lora=lora)
+    one = answered_alone(folder, lora)
     with FakeServer(folder) as server:
         two = pair.run("answers", folder=str(folder), strategy=strategy, lora=lora, http=settings(server, tmp_path))
         assert len(server.loads) == 2, "the first process pushes for both"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_text.model_folder(tmp_path_factory.mktemp("lm"), layers=2)
 
 
+@cache
+def answered_alone(folder: Path, lora: bool) -> list[dict[str, Any]]:
+    """The answers of a single process."""
+    return scenarios.answers(str(folder), "one", lora=lora)
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_two_processes_answer_as_one_does(pair: Pair, folder: Path, strategy: str, lora: bool) -> None:
     """Before and after an optimizer step; answers of different lengths, so that no process may wait for the other between two tokens."""
-    one = scenarios.answers(str(folder), "one", lora=lora)
+    one = answered_alone(folder, lora)
     two = pair.run("answers", folder=str(folder), strategy=strategy, lora=lora)
     for iteration in range(2):
         ranks = [rank[iteration] for rank in two]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import scenarios
-from comparing import LORA, SHARDED, distance, ended, identical
+from comparing import LORA, SHARDED, Alone, distance, ended, identical
 from pair import Pair
 
 pytestmark = pytest.mark.slow
@@ -21,24 +21,24 @@ def pairs(size: int, **nft: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", *SHARDED, "zero3-offload"])
-def test_two_processes_train_as_one_does(pair: Pair, tmp_path: Path, strategy: str) -> None:
+def test_two_processes_train_as_one_does(pair: Pair, alone: Alone, tmp_path: Path, strategy: str) -> None:
     """48 pairs: two updates of two micro-batches each, twice over, in epochs 1 and 2; the old policy answers from the second on."""
-    one = scenarios.fit(str(tmp_path / "one"), "one", method_args=pairs(12), **TOY)
+    single, one = alone(scenarios.fit, method_args=pairs(12), **TOY)
     two = pair.run("fit", folder=str(tmp_path / "two"), strategy=strategy, method_args=pairs(6), **TOY)
     assert [run["steps"] for run in two] == [one["steps"]] * 2 == [2 + 2 * 2 * 2] * 2
-    a, b = ended(tmp_path / "one"), ended(tmp_path / "two")
+    a, b = ended(single), ended(tmp_path / "two")
     assert distance(a["weights"], b["weights"]) < TOLERANCE
     assert distance(a["old"], b["old"]) < TOLERANCE
     assert distance(a["old"], {name: a["weights"][name] for name in a["old"]}) > 0.01
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_adapters_train_as_in_one_process(pair: Pair, tmp_path: Path, sd3_folder: Path, strategy: str) -> None:
+def test_adapters_train_as_in_one_process(pair: Pair, alone: Alone, tmp_path: Path, sd3_folder: Path, strategy: str) -> None:
     """A miniature SD3: LoRA with gradient checkpointing, a KL to the reference that the warm-up left."""
     settings: dict[str, Any] = dict(sd3=LORA | {"pretrained": str(sd3_folder)}, trainer_args=dict(max_epochs=2), **TOY)
-    scenarios.fit(str(tmp_path / "one"), "one", method_args=pairs(8) | dict(num_steps=3), **settings)
+    one, _ = alone(scenarios.fit, method_args=pairs(8) | dict(num_steps=3), **settings)
     pair.run("fit", folder=str(tmp_path / "two"), strategy=strategy, method_args=pairs(4) | dict(num_steps=3), **settings)
-    a, b = ended(tmp_path / "one"), ended(tmp_path / "two")
+    a, b = ended(one), ended(tmp_path / "two")
     assert distance(a["weights"], b["weights"]) < TOLERANCE and distance(a["old"], b["old"]) < TOLERANCE
     assert a["old"].keys() == set(a["trained"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import text_runs
 import torch
 import toy_text
-from comparing import distance, ended
+from comparing import Alone, distance, ended
 from pair import Pair, RemoteError
 
 pytestmark = pytest.mark.slow
@@ -20,18 +22,33 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(toy_text.model_folder(tmp_path_factory.mktemp("lm"), layers=2))
 
 
+Written = Callable[..., tuple[Path, list[dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def written(pair: Pair, model: str, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """written(strategy=, method=, lora=): folder of a run on two processes that saves every step, made once, and what they returned."""
+
+    @cache
+    def run(strategy: str, method: str, lora: bool) -> tuple[Path, list[dict[str, Any]]]:
+        out = tmp_path_factory.mktemp("written")
+        return out, pair.run("text_runs.fit", model=model, out=str(out), strategy=strategy, method=method, lora=lora, save=True)
+
+    return run
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("method", text_runs.METHODS)
-def test_two_processes_train_as_one_does(pair: Pair, tmp_path: Path, model: str, strategy: str, method: str) -> None:
+def test_two_processes_train_as_one_does(written: Written, alone: Alone, model: str, strategy: str, method: str) -> None:
     """Two steps in each of three iterations; one process cuts a step into three micro-batches."""
-    one = text_runs.fit(model, str(tmp_path / "one"), "one", method=method, parts=3)
-    two = pair.run("text_runs.fit", model=model, out=str(tmp_path / "two"), strategy=strategy, method=method)
+    single, one = alone(partial(text_runs.fit, model), method=method, parts=3)
+    folder, two = written(strategy=strategy, method=method, lora=False)
     assert [run["steps"] for run in two] == [6, 6] == [one["steps"]] * 2
     assert sorted(two[0]["groups"] + two[1]["groups"]) == one["groups"] == list(range(8))
     for run in two:
         assert run["metrics"] == pytest.approx(one["metrics"], abs=1e-5)
     assert [run["held"] for run in two] == pytest.approx([0.5 if strategy == "fsdp2" else 1.0] * 2, abs=0.02)
-    a, b = ended(tmp_path / "one"), ended(tmp_path / "two")
+    a, b = ended(single), ended(folder)
     assert distance(a["weights"], b["weights"]) < 1e-6 and distance(a["average"], b["average"]) < 1e-6
     loaded = toy_text.policy(Path(model))
     loaded.load()
@@ -48,15 +65,15 @@ def test_processes_keep_step_where_one_has_nothing_to_answer(pair: Pair, tmp_pat
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 @pytest.mark.parametrize("method", ["ppo", "dapo"])
-def test_deepspeed_trains_as_one_process_does(pair: Pair, tmp_path: Path, model: str, strategy: str, method: str) -> None:
+def test_deepspeed_trains_as_one_process_does(pair: Pair, alone: Alone, tmp_path: Path, model: str, strategy: str, method: str) -> None:
     """Without what DeepSpeed cannot: clip two models apart, and leave one as it is for a while."""
     plain: dict[str, Any] = dict(method=method, clip=None)
     if method == "ppo":
         plain["settings"] = dict(critic_training=dict(lr=1e-2))
-    one = text_runs.fit(model, str(tmp_path / "one"), "one", parts=3, **plain)
+    single, one = alone(partial(text_runs.fit, model), parts=3, **plain)
     two = pair.run("text_runs.fit", model=model, out=str(tmp_path / "two"), strategy=strategy, **plain)
     assert two[0]["metrics"] == pytest.approx(one["metrics"], abs=1e-5)
-    assert distance(ended(tmp_path / "one")["weights"], ended(tmp_path / "two")["weights"]) < 1e-6
+    assert distance(ended(single)["weights"], ended(tmp_path / "two")["weights"]) < 1e-6
 
 
 @pytest.mark.parametrize("setting", [dict(method="ppo"), dict(method="dapo", settings=dict(dynamic_sampling=dict(on_limit="skip_step")))])
@@ -67,13 +84,13 @@ def test_deepspeed_does_not_leave_weights_alone(pair: Pair, tmp_path: Path, mode
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("method", text_runs.METHODS)
-def test_resume_equals_the_unbroken_run(pair: Pair, tmp_path: Path, model: str, strategy: str, method: str) -> None:
+def test_resume_equals_the_unbroken_run(pair: Pair, written: Written, tmp_path: Path, model: str, strategy: str, method: str) -> None:
     """Inside the second iteration and at its end."""
-    settings = dict(model=model, strategy=strategy, method=method, lora=method in ("ppo", "gspo"))
-    pair.run("text_runs.fit", out=str(tmp_path / "unbroken"), save=True, **settings)
-    unbroken = ended(tmp_path / "unbroken")
+    settings: dict[str, Any] = dict(strategy=strategy, method=method, lora=method in ("ppo", "gspo"))
+    whole, _ = written(**settings)
+    unbroken = ended(whole)
     for name in ("epoch=1-step=3", "epoch=1-step=4"):
-        pair.run("text_runs.fit", out=str(tmp_path / name), ckpt_path=str(tmp_path / "unbroken" / f"{name}.ckpt"), **settings)
+        pair.run("text_runs.fit", model=model, out=str(tmp_path / name), ckpt_path=str(whole / f"{name}.ckpt"), **settings)
         continued = ended(tmp_path / name)
         for kind in ("weights", "average"):
             assert continued[kind].keys() == unbroken[kind].keys()
