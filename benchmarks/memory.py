@@ -35,8 +35,8 @@ MODELS: Mapping[str, Published] = {
     "openai/clip-vit-large-patch14": "clip_l",
 }
 """Sizes of the models that shipped recipes name."""
-UNTOLD = {"grpo/qwen25_vl_7b_geo3k"}
-"""Recipes whose pictures are not in the estimate yet."""
+UNTOLD = {"grpo/qwen25_vl_7b_geo3k", "deepgen/diffusion_nft", "deepgen/flow_grpo", "deepgen/grpo_guard"}
+"""Recipes whose pictures, or whose language model before a diffusion transformer, are not in the estimate yet."""
 
 
 @dataclass(frozen=True)

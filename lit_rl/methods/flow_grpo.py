@@ -19,9 +19,10 @@ from lit_rl.modules.conditions import trained_conditions
 from lit_rl.modules.flow import LitFlow
 from lit_rl.modules.paths import PairBatch, Plan, collect_paths, pair_batch
 from lit_rl.policies.base import FlowPolicy
-from lit_rl.samplers.flow import CPS, SDE, DanceSDE, Step, sde_step
-from lit_rl.samplers.windows import MixStrategy, full_window, mix_window, random_subset, random_window
-from lit_rl.seeding import generator, seed_of
+from lit_rl.replay.pairs import random_pairs
+from lit_rl.samplers.flow import CPS, SDE, DanceSDE, RenoiseCPS, Step, sde_step
+from lit_rl.samplers.windows import MixStrategy, full_window, mix_window, random_steps, random_window
+from lit_rl.seeding import seed_of
 from lit_rl.types import FlowRollout, Prompts
 
 
@@ -40,15 +41,9 @@ class FlowGRPO(LitFlow):
     stored_with: Sequence[str] = ("sde", "timestep_fraction")
 
     def __init__(
-        self,
-        policy: FlowPolicy,
-        *,
-        sde: SDE | None = None,
-        timestep_fraction: float = 0.99,
-        surrogate: StepSurrogate | None = None,
-        kl: FlowKL | None = None,
-        **kwargs: Any,
-    ) -> None:
+        self, policy: FlowPolicy, *, sde: SDE | None = None, timestep_fraction: float = 0.99, surrogate: StepSurrogate | None = None,
+        kl: FlowKL | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(policy, **kwargs)
         if not 0 < timestep_fraction <= 1:
             raise ConfigError(f"model.timestep_fraction={timestep_fraction} must be in (0, 1]; 0.99 leaves out the last step")
@@ -57,11 +52,11 @@ class FlowGRPO(LitFlow):
         self.check_reference(self.kl.coef)
 
     # ------------------------------------------------------------------ which steps are actions
-    def window(self, iteration: int) -> range:
-        """Trained steps."""
+    def window(self, iteration: int) -> Sequence[int]:
+        """Trained steps, rising."""
         return full_window(self.num_steps, fraction=self.timestep_fraction)
 
-    def noise_levels(self, window: range) -> list[float]:
+    def noise_levels(self, window: Sequence[int]) -> list[float]:
         """Noise level of each of the N steps."""
         return [self.sde.noise_level] * self.num_steps
 
@@ -83,7 +78,6 @@ class FlowGRPO(LitFlow):
         plan = Plan(sigmas, self.noise_levels(window), window, self.sde, self.sigma_max, keep_means=self.surrogate.needs_means)
         return collect_paths(self, prompts, plan)
 
-    # ------------------------------------------------------------------ loss
     def minibatch(self, rollout: FlowRollout, rows: Tensor) -> PairBatch:
         return pair_batch(self, rollout, rows)
 
@@ -145,15 +139,9 @@ class FlowGRPOFast(FlowGRPO):
     presets: ClassVar = {"surrogate": Clip(low=1e-5, high=1e-5)}
 
     def __init__(
-        self,
-        policy: FlowPolicy,
-        *,
-        window_size: int = 3,
-        window_range: tuple[int, int] | None = None,
-        sde: CPS | None = None,
-        surrogate: StepSurrogate | None = None,
-        **kwargs: Any,
-    ) -> None:
+        self, policy: FlowPolicy, *, window_size: int = 3, window_range: tuple[int, int] | None = None,
+        sde: CPS | None = None, surrogate: StepSurrogate | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(policy, sde=sde or CPS(), surrogate=surrogate or self.presets["surrogate"], **kwargs)
         self.window_size = window_size
         self.window_range = window_range or (0, max(window_size, self.num_steps // 2))
@@ -165,7 +153,7 @@ class FlowGRPOFast(FlowGRPO):
         rng = random.Random(seed_of(self.seed, "window", iteration))
         return random_window(size=self.window_size, low=self.window_range[0], high=self.window_range[1], rng=rng)
 
-    def noise_levels(self, window: range) -> list[float]:
+    def noise_levels(self, window: Sequence[int]) -> list[float]:
         return [self.sde.noise_level if i in window else 0.0 for i in range(self.num_steps)]
 
 
@@ -183,21 +171,12 @@ class MixGRPO(FlowGRPO):
     stored_with: Sequence[str] = ("window_size", "iterations_per_window", "window_strategy", "window_overlap")
 
     def __init__(
-        self,
-        policy: FlowPolicy,
-        *,
-        window_size: int = 4,
-        iterations_per_window: int = 25,
-        window_strategy: MixStrategy = "progressive",
-        window_overlap: bool = True,
-        num_steps: int = 25,
-        **kwargs: Any,
-    ) -> None:
+        self, policy: FlowPolicy, *, window_size: int = 4, iterations_per_window: int = 25, num_steps: int = 25,
+        window_strategy: MixStrategy = "progressive", window_overlap: bool = True, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(policy, num_steps=num_steps, **kwargs)
-        self.window_size = window_size
-        self.iterations_per_window = iterations_per_window
+        self.window_size, self.iterations_per_window, self.window_overlap = window_size, iterations_per_window, window_overlap
         self.window_strategy: MixStrategy = window_strategy
-        self.window_overlap = window_overlap
         self.window(0)  # raises if the window does not fit
 
     def window(self, iteration: int) -> range:
@@ -225,17 +204,38 @@ class DanceGRPO(FlowGRPO):
             raise ConfigError(f"model.trained_fraction={trained_fraction} must be in (0, 1]; DanceGRPO uses 0.6")
         self.trained_fraction = trained_fraction
 
-    def noise_levels(self, window: range) -> list[float]:
+    def noise_levels(self, window: Sequence[int]) -> list[float]:
         """The last step is deterministic unless it is trained: its end is then the predicted clean image, which DanceGRPO decodes."""
         last = self.num_steps - 1
         return [self.sde.noise_level] * last + [self.sde.noise_level if last in window else 0.0]
 
     def trained_pairs(self, rollout: FlowRollout) -> Tensor:
-        count = max(1, int(rollout.mask.shape[1] * self.trained_fraction))
-        mask = torch.zeros(rollout.mask.shape, dtype=torch.bool)
-        for row, key in zip(mask, self.row_keys(rollout)):
-            row[random_subset(range(len(row)), count=count, generator=generator(*key, "trained"))] = True
-        return mask.to(rollout.mask.device)
+        return random_pairs(rollout.mask, fraction=self.trained_fraction, keys=[(*key, "trained") for key in self.row_keys(rollout)])
+
+
+class RandomStepGRPO(FlowGRPO):
+    """Noise at every step; each iteration trains a random share of them, the same steps of all its samples.
+
+    Only the latents at which trained steps begin or end are kept. GRPO-Guard is `surrogate: lit_rl.losses.step_surrogates.Guard`.
+
+    Args:
+        timestep_fraction: Trained share of the N steps.
+        last_step: The last step, which ends at the clean image, may be drawn too.
+        sde: Stochastic sampler of rollouts; default: cps at noise_level 1, siblings starting from the same noise.
+        kwargs: See `FlowGRPO`.
+    """
+
+    stored_with: Sequence[str] = ("last_step",)
+
+    def __init__(
+        self, policy: FlowPolicy, *, timestep_fraction: float = 0.6, last_step: bool = False, sde: RenoiseCPS | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(policy, sde=sde or RenoiseCPS(), timestep_fraction=timestep_fraction, **kwargs)
+        self.last_step = last_step
+
+    def window(self, iteration: int) -> Sequence[int]:
+        rng = random.Random(seed_of(self.seed, "steps", iteration))
+        return random_steps(self.num_steps, fraction=self.timestep_fraction, rng=rng, last=self.last_step)
 
 
 class GRPOGuard(FlowGRPO):

@@ -35,10 +35,15 @@ class Plan(NamedTuple):
 
     sigmas: Tensor  # Float "N+1", on the device
     levels: Sequence[float]  # noise level of each of the N steps
-    window: range  # steps that are trained
+    window: Sequence[int]  # steps that are trained, rising
     sde: SDE
     sigma_max: float
     keep_means: bool
+
+    @property
+    def points(self) -> list[int]:
+        """Numbers of the sigmas at which trained steps begin or end, rising."""
+        return sorted({i for step in self.window for i in (step, step + 1)})
 
 
 def collect_paths(method: LitFlow, prompts: Prompts, plan: Plan) -> FlowRollout:
@@ -54,10 +59,12 @@ def collect_paths(method: LitFlow, prompts: Prompts, plan: Plan) -> FlowRollout:
         method.submit(clean, prompts, chunk, finite=finite_rows(part["latents"]) & finite_rows(part["logprobs"]))
         parts.append(part)
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    begins = torch.tensor([plan.points.index(step) for step in plan.window], device=method.device).expand(len(prompts), -1)
     return FlowRollout(
         prompts.group.to(method.device), prompts.info, logprobs=whole["logprobs"], latents=whole["latents"], means=whole.get("means"),
         mask=torch.ones_like(whole["logprobs"], dtype=torch.bool), cond=cond, cond_row=rows,
-        times=plan.sigmas[plan.window.start : plan.window.stop + 1].expand(len(prompts), -1),
+        times=plan.sigmas[plan.points].expand(len(prompts), -1),
+        streams={"begins": begins} if len(plan.points) > len(plan.window) + 1 else {},
     )  # fmt: skip
 
 
@@ -65,12 +72,13 @@ def pair_batch(method: LitFlow, rollout: FlowRollout, rows: Tensor) -> PairBatch
     """The pairs of these rows, as `lit_rl.replay.pairs.split_pairs` names them; what has no weight is replaced by 0."""
     pairs, kept = places(rows.to(method.device))
     b, s = pairs // rollout.logprobs.shape[1], pairs % rollout.logprobs.shape[1]
+    at = rollout.streams["begins"][b, s] if "begins" in rollout.streams else s  # there where steps are left out in between
     assert rollout.advantages is not None and rollout.weights is not None
     weights = rollout.weights[b, s].where(kept, 0.0)
     used = weights != 0
     return PairBatch(
-        x=harmless(rollout.latents[b, s].float(), used), x_next=harmless(rollout.latents[b, s + 1], used),
-        sigma=rollout.times[b, s], sigma_next=rollout.times[b, s + 1],
+        x=harmless(rollout.latents[b, at].float(), used), x_next=harmless(rollout.latents[b, at + 1], used),
+        sigma=rollout.times[b, at], sigma_next=rollout.times[b, at + 1],
         logprobs=harmless(rollout.logprobs[b, s], used), advantages=rollout.advantages[b, s], weights=weights,
         means=None if rollout.means is None else harmless(rollout.means[b, s], used),
         **stored_conditions(method.policy, rollout, b, used=used), **carried(rollout, b, s, used=used),
@@ -99,14 +107,14 @@ def _denoise(
     method: LitFlow, x: Tensor, cond: Cond, keys: Sequence[tuple[Key, ...]], plan: Plan, first: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Steps first ... N - 1 of one micro-batch: the window's points, log-probabilities (and means), and the clean latents."""
-    x, window = x.to(method.storage_dtype), plan.window
-    kept, logprobs, means = [x] if window.start == first else [], [], []
+    x, points = x.to(method.storage_dtype), plan.points
+    kept, logprobs, means = [x] if first in points else [], [], []
     for i, step in enumerate(_path(method, x, cond, keys, plan, range(first, len(plan.levels))), first):
         x = step.sample
-        if i in window:
+        if i in plan.window:
             logprobs.append(step.logprob)
             means.append(step.mean)
-        if window.start <= i + 1 <= window.stop:
+        if i + 1 in points:
             kept.append(x)
     part = {"latents": torch.stack(kept, 1), "logprobs": torch.stack(logprobs, 1)}
     return part | ({"means": torch.stack(means, 1)} if plan.keep_means else {}), x

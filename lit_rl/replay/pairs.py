@@ -5,10 +5,13 @@ Siblings are rows with the same group id, wherever they stand: rows may come in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
+from lit_rl.samplers.windows import random_subset
 from lit_rl.seeding import Key, generator
 
 
@@ -28,6 +31,14 @@ def first_siblings(group: Tensor) -> tuple[Tensor, Tensor]:
     members = torch.tensor([place.setdefault(g, len(place)) for g in group.tolist()], dtype=torch.long)
     leaders = torch.tensor([i for i, n in enumerate(sibling_numbers(group)) if n == 0], dtype=torch.long)
     return leaders, members
+
+
+def random_pairs(mask: Tensor, *, fraction: float, keys: Sequence[tuple[Key, ...]]) -> Tensor:
+    """Bool "B S": in each row its own max(1, int(S fraction)) of S steps. keys: Of each row's generator."""
+    count, chosen = max(1, int(mask.shape[1] * fraction)), torch.zeros(mask.shape, dtype=torch.bool)
+    for row, key in zip(chosen, keys, strict=True):
+        row[random_subset(range(len(row)), count=count, generator=generator(*key))] = True
+    return chosen.to(mask.device)
 
 
 def split_pairs(group: Tensor, used: Tensor, *, key: tuple[Key, ...], updates: int, parts: int) -> list[Tensor]:

@@ -77,6 +77,21 @@ class DanceSDE(SDE):
     same_latent: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class RenoiseCPS(SDE):
+    """The sampler of DeepGen-RL: each step predicts the clean image and adds fresh noise of the next sigma to it.
+
+    Args:
+        dynamics: Its kind, see `SDE`.
+        noise_level: a of `sde_step`, see `SDE`.
+        same_latent: Siblings start from the same noise, see `SDE`.
+    """
+
+    dynamics: Dynamics = "cps"
+    noise_level: float = 1.0
+    same_latent: bool = True
+
+
 class Step(NamedTuple):
     """A step of the whole batch. A row without noise has noise_std = 0, sample = mean (rounded) and logprob = 0."""
 

@@ -31,6 +31,17 @@ def random_window(*, size: int, low: int, high: int, rng: random.Random) -> rang
     return range(first, first + size)
 
 
+def random_steps(num_steps: int, *, fraction: float, rng: random.Random, last: bool = False) -> list[int]:
+    """max(1, int(N fraction)) steps of all N, or of all but the last, rising: DeepGen-RL (30 of the first 49).
+
+    The authors' trainer stops where it is to draw N of N - 1; here N - 1 are all there are.
+    """
+    if num_steps < 1 or not 0 < fraction <= 1:
+        raise ValueError(f"steps need num_steps >= 1 and a fraction in (0, 1], got {num_steps} and {fraction}")
+    candidates = range(num_steps if last else max(1, num_steps - 1))
+    return sorted(rng.sample(candidates, min(len(candidates), max(1, int(num_steps * fraction)))))
+
+
 def mix_window(
     iteration: int,
     *,

@@ -2,13 +2,16 @@
 
 Its deviations are arguments here: GRPO-Guard with cps takes sqrt(-dt) noise_std for the step's noise; in its paper form it averages
 the squared difference of means over rows and divides the loss by -dt. DiffusionNFT takes the next latent for the clean one, and 0.1 for
-the noise of its divergence of velocities, the one that there is here. Statistics are those of one process.
+the noise of its divergence, which in its x-based form compares the velocity with the mean of the reference's step. Statistics are those of
+one process. Where the trainer cannot draw its steps, all that there are are trained here.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from lit_rl.losses.nft import nft_loss, optimality
 from lit_rl.losses.policy_gradient import clipped_ratio_loss, guard_logratio
 from lit_rl.samplers.flow import Dynamics, Step, sde_path, sde_step
 from lit_rl.samplers.schedules import shift_sigmas
+from lit_rl.samplers.windows import random_steps
 
 pytestmark = pytest.mark.golden
 
@@ -35,6 +39,9 @@ KINDS: dict[tuple[str, str], KLKind] = {
     ("v-based", "flowgrpo_sde"): "v_diffusion",
     ("x-based", "flowgrpo_sde"): "x_diffusion",
 }
+
+
+NUMBERS = cache(load)
 
 
 def read(name: str) -> list[dict[str, Any]]:
@@ -56,12 +63,33 @@ def stepped(case: dict[str, Any], v: Tensor, x: Tensor, after: Tensor) -> Step:
     )  # fmt: skip
 
 
-LOSSES = [case for case in read("loss") if (case["algo"], case["kl_type"]) != ("diffusionnft", "x-based")]
+@pytest.mark.parametrize("case", read("timestep_select"), ids=lambda case: "-".join(map(str, case["inputs"].values())))
+def test_steps_are_drawn_as_the_authors_do(case: dict[str, Any]) -> None:
+    given = case["inputs"]
+    steps, last = given["num_steps"], given["include_last"] == "1"
+    found = random_steps(steps, fraction=given["timestep_fraction"], rng=random.Random(given["py_seed"]), last=last)
+    assert found == case["outputs"].get("indices", list(range(steps - 1)))
 
 
-@pytest.mark.parametrize("case", LOSSES, ids=lambda case: f"{case['k']}-{case['algo']}-{case['kl_type']}-{case['sampler']}")
+def test_steps_are_the_authors() -> None:
+    """They add 1e-8 to what they divide by, which shows in steps to sigma 0. Their noise of flow_sde lacks sqrt(-dt)."""
+    data = NUMBERS(HERE, "sde_step")
+    for case in read("sde_step"):
+        what = f"{case['sampler']}, eta {case['eta']}, step {case['idx']} of {case['steps']}"
+        last = case["idx"] == case["steps"] - 1 and case["sampler"] != "cps_sde"
+        v, x, after = (data[f"{case['k']}_{name}"] for name in ("v", "x", "nx"))
+        step = stepped(case, v, x, after)
+        assert_close(sigmas(case["steps"], case["shift"]), data[f"sigmas_{case['steps']}_{case['shift']}"], f32=1e-5, what=what)
+        assert_close(step.mean, data[f"{case['k']}_mean"], f32=2e-2 if last else 1e-4, what=f"{what}: mean")
+        std = step.diffusion if case["sampler"] == "flowgrpo_sde" else step.noise_std
+        assert_close(std, data[f"{case['k']}_std"].flatten().expand(len(x)), f32=1e-4, what=f"{what}: noise")
+        logprob = data[f"{case['k']}_logp"] if case["eta"] else torch.zeros(len(x))  # no noise, no action
+        assert_close(step.logprob, logprob, f32=0.2 if last else 1e-4, what=f"{what}: log-prob")
+
+
+@pytest.mark.parametrize("case", read("loss"), ids=lambda case: f"{case['k']}-{case['algo']}-{case['kl_type']}-{case['sampler']}")
 def test_losses_and_their_gradients_are_the_authors(case: dict[str, Any]) -> None:
-    data = load(HERE, "loss")
+    data = NUMBERS(HERE, "loss")
 
     def given(name: str) -> Tensor:
         return data[f"{case['k']}_{name}"]
@@ -106,13 +134,15 @@ def divergence(case: dict[str, Any], v: Tensor, new: Step, ref: Step, v_ref: Ten
     kind, noise, diffusion = KINDS[case["kl_type"], case["sampler"]], new.noise_std, new.diffusion
     if case["algo"] == "diffusionnft":
         noise = diffusion = torch.full_like(noise, 0.1)
+        if kind.startswith("x"):
+            return gaussian_kl(v, ref.mean, kind="v_noise_std", noise_std=noise)
     pair = (v, v_ref) if kind.startswith("v") else (new.mean, ref.mean)
     return gaussian_kl(*pair, kind=kind, diffusion=diffusion, noise_std=noise)
 
 
 @pytest.mark.parametrize("case", read("rollout_cps"), ids=lambda case: f"{case['c']}-{case['dtype']}")
 def test_a_path_of_cps_steps_is_the_authors(case: dict[str, Any]) -> None:
-    data, c = load(HERE, "rollout_cps"), case["c"]
+    data, c = NUMBERS(HERE, "rollout_cps"), case["c"]
     noise, taken = data[f"{c}_noise"], iter(range(case["steps"]))
     low = case["dtype"] == "torch.bfloat16"
 
