@@ -43,7 +43,8 @@ class Action:
     turns (unset: the middle of the screen). x2, y2: The end of a drag. text: What `type` types, the app or address that `open` opens, and
     the answer of `done`. keys: Names that `key` presses together, as browsers name them in small letters (`enter`, `control`, `a`,
     `arrowdown`), or the device's button (`back`, `home`, `menu`). dx, dy: Pixels that `scroll` moves the contents' window by: a positive
-    `dy` shows what is further down. seconds: Length of a `wait`. target: Words for what is meant, where a second model finds the point.
+    `dy` shows what is further down. seconds: Length of a `wait`. target: Words for what is meant, in place of `x` and `y`, in worlds where
+    a second model finds the point (`World.grounds`).
 
     Raises ActionError for an unknown kind, and for a kind that lacks its values.
     """
@@ -63,7 +64,7 @@ class Action:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ActionError(f"there is no action {self.kind!r}; there are {listed(KINDS, shown=len(KINDS))}")
-        for name in NEEDS.get(self.kind, ()):
+        for name in () if self.target and NEEDS.get(self.kind) == POINT else NEEDS.get(self.kind, ()):
             if getattr(self, name) in (None, (), ""):
                 raise ActionError(f"{self.kind} needs {' and '.join(NEEDS[self.kind])}")
         if self.kind == "scroll" and not (math.isfinite(self.dx + self.dy) and (self.dx or self.dy)):

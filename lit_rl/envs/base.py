@@ -65,10 +65,12 @@ class World(ABC):
     `ActionError` is the policy's (it is told, and the episode goes on), `WorldError` the world's (the episode is worth nothing).
     Calls to one world come one after the other.
 
-    kinds: Actions that this world takes, beside `done` and `fail`, which end an episode in every world.
+    kinds: Actions that this world takes, beside `done` and `fail`, which end an episode in every world. grounds: It takes an action's
+    `target` where points are missing, and finds them itself.
     """
 
     kinds: frozenset[Kind] = frozenset()
+    grounds: bool = False
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -100,6 +102,8 @@ class World(ABC):
             self.answer, self.ended = (action.text if action.kind == "done" else None), True
         elif action.kind not in self.kinds:
             raise ActionError(f"{action.kind} is not an action here; there are {', '.join(sorted(self.kinds | {'done', 'fail'}))}")
+        elif action.target and not action.points and not self.grounds:
+            raise ActionError(f"nobody here finds {action.target!r}; {action.kind} needs a point, x and y")
         elif self._seen and (point := action.outside(self._seen)):
             width, height = self._seen
             raise ActionError(f"({point[0]:g}, {point[1]:g}) is outside of the screen of {width} x {height} pixels")

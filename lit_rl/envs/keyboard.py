@@ -12,6 +12,17 @@ NAMED = (
 BROWSER_KEYS = {name.lower(): name for name in NAMED} | {"space": " ", "return": "Enter", "esc": "Escape", "ctrl": "Control", "cmd": "Meta"}
 """Keys of more than one character, by their names in actions."""
 
+GBOX_KEYS = {name.lower(): name[0].lower() + name[1:] for name in NAMED}
+GBOX_KEYS |= {"space": "space", "return": "enter", "esc": "escape", "ctrl": "control", "cmd": "meta"}
+
+
+def gbox_keys(keys: tuple[str, ...]) -> list[str]:
+    """`("control", "a")` as GBox names keys. Raises ActionError for a key that it does not have."""
+    for key in keys:
+        if key.lower() not in GBOX_KEYS and not (len(key) == 1 and key.isascii() and key.isprintable() and key != " "):
+            raise ActionError(f"there is no key {key!r}; keys are single characters and {', '.join(sorted(GBOX_KEYS))}")
+    return [GBOX_KEYS.get(key.lower(), key.lower()) for key in keys]
+
 
 def browser_chord(keys: tuple[str, ...]) -> str:
     """`("control", "a")` -> `Control+a`, as playwright presses them. Raises ActionError for a key that there is not."""

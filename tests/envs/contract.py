@@ -33,6 +33,12 @@ class WorldContract:
     def make(self) -> Worlds:
         raise NotImplementedError
 
+    async def prepare(self) -> None:
+        """Start what the worlds need from outside, before `make`."""
+
+    async def finish(self) -> None:
+        """End it, and see that nothing is left of the worlds there."""
+
     async def solve(self, world: World) -> None:
         """Do the task, by whatever means the world's screen and vocabulary offer."""
         for _ in range(30):
@@ -44,11 +50,13 @@ class WorldContract:
     def supply(self) -> Iterator[Supply]:
         """One start for all tests of a class; at the end nothing is left open."""
         with asyncio.Runner() as runner:
+            runner.run(self.prepare())
             worlds = self.make()
             runner.run(worlds.start())
             yield Supply(runner, worlds)
             runner.run(worlds.stop())
             runner.run(worlds.stop())
+            runner.run(self.finish())
             assert worlds.counts["opened"] == worlds.counts["closed"] and not worlds.counts["leaked"]
 
     async def episode(self, worlds: Worlds, seed: int, *, solve: bool = True) -> Episode:
