@@ -10,7 +10,7 @@ from types import MappingProxyType
 from datamodules.base import PromptDataModule
 from datamodules.lines import Lines, NotJSON, json_row
 from datamodules.text_files import InvalidRow
-from datamodules.verdicts import Verdict, keep, named, recall
+from datamodules.verdicts import Verdict, alone, keep, named, recall
 from lit_rl.errors import ConfigError
 from lit_rl.types import Info
 
@@ -74,14 +74,21 @@ def _prompts(path: Path, *, prompt_key: str) -> Lines[Info]:
     if not rows:
         raise ConfigError(f"{path}: holds no prompts")
     if recall(name := named(["prompts", rows.digest, path.suffix, prompt_key])) is None:
-        seen = 0
-        try:
-            for _ in rows:
-                seen += 1
-        except InvalidRow as error:
-            raise ConfigError(f"{path}:{rows.line(seen)}: {error}") from error
-        keep(name, Verdict(), rows=len(rows))
+        with alone(name, rows=len(rows)):
+            if recall(name) is None:  # another process of the run may have looked meanwhile
+                _look(rows)
+                keep(name, Verdict(), rows=len(rows))
     return rows
+
+
+def _look(rows: Lines[Info]) -> None:
+    """Raise ConfigError with file and line for the first row that is no prompt."""
+    seen = 0
+    try:
+        for _ in rows:
+            seen += 1
+    except InvalidRow as error:
+        raise ConfigError(f"{rows.path}:{rows.line(seen)}: {error}") from error
 
 
 def _text(line: str) -> Info:

@@ -6,15 +6,18 @@ template, and the sources that look at rows. So it is never out of date; whoever
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import TextIO
 
 from lit_rl.checkpoints.replacing import atomic_file
 
@@ -78,6 +81,32 @@ def recall(name: str | None) -> Verdict | None:
         return None
     except (OSError, ValueError, TypeError) as error:
         log.info("%s is not used: %s", place / f"{name}.json", error)
+        return None
+
+
+@contextmanager
+def alone(name: str, *, rows: int) -> Iterator[None]:
+    """One process of this machine at a time looks at so many rows; those that waited find what it kept. In a read-only home all look."""
+    lock = _lock(name) if rows >= WORTH else None
+    if lock is None:
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, however that ends
+        try:
+            yield
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
+
+
+def _lock(name: str) -> TextIO | None:
+    """The file that stands for a look at the rows of a finding; None where none can be written."""
+    try:
+        if (place := folder()) is None:
+            return None
+        place.mkdir(parents=True, exist_ok=True)
+        return open(place / f"{name}.lock", "w")
+    except OSError:
         return None
 
 

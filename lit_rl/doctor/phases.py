@@ -22,6 +22,7 @@ from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.decoder import Decoder, unsupported
 from lit_rl.rollouts.hf import HFEngine
 from lit_rl.rollouts.native import NativeEngine
+from lit_rl.rollouts.room import need_of
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "style_encoder")
 Blocks = Mapping[nn.Module, Sequence[nn.Module]]
@@ -100,10 +101,8 @@ def _answers(
     prompts = max(1, min(-(-chunk // method.group_size), rows))
     kept = next(p.dtype for p in network.lm.get_input_embeddings().parameters())
     precision = placement.autocast or placement.whole or kept
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = config.num_hidden_layers * 2 * rows * heads * longest * width * precision.itemsize
-    yield Line(f"keys and values of {rows} x {longest} tokens", cache, "rollout")
+    need = need_of(config, precision)
+    yield Line(f"keys and values of {rows} x {longest} tokens", rows * longest * need.token, "rollout")
     if isinstance(engine, HFEngine) or unsupported(network.lm):
         return
     own: Blocks = {network: networks[network]}

@@ -119,8 +119,8 @@ class LitFlow(LitRL[FlowRollout]):
 
     def row_keys(self, prompts: Prompts) -> list[tuple[Key, ...]]:
         """The key from which the noise of each trajectory is drawn. It never holds its place in a micro-batch or on a rank."""
-        numbered = zip(prompts.group.tolist(), sibling_numbers(prompts.group))
-        return [(self.seed, "rollout", self.iteration, group, sibling) for group, sibling in numbered]
+        iteration, numbered = self.iteration, zip(prompts.group.tolist(), sibling_numbers(prompts.group))
+        return [(self.seed, "rollout", iteration, group, sibling) for group, sibling in numbered]
 
     def submit(self, x: Tensor, prompts: Prompts, chunk: Tensor, *, finite: Tensor | None = None) -> None:
         """Decode the clean latents of a finished micro-batch, submit them for scoring and tell the callbacks.

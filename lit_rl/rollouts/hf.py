@@ -13,8 +13,12 @@ from lit_rl.errors import ConfigError
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.ranks import gather_objects
 from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
+from lit_rl.rollouts.room import memory_for_answers, need_of, plan_rows
 from lit_rl.samplers.tokens import draw_tokens
 from lit_rl.seeding import uniforms
+
+WITH_PICTURES = 32
+"""Answers at most that are generated together where prompts show pictures, whose reading no config tells the memory of."""
 
 
 class HFEngine(RolloutEngine):
@@ -24,10 +28,11 @@ class HFEngine(RolloutEngine):
     and all must make the same number of calls, with however many requests.
 
     Args:
-        batch: Answers generated together.
+        batch: Answers generated together; None = as many as fit into 70 % of a GPU's free memory, or a quarter of the host's, at most 32
+            where prompts show pictures.
     """
 
-    def __init__(self, batch: int = 32) -> None:
+    def __init__(self, batch: int | None = None) -> None:
         self.batch = batch
         self.one_length = False  # whether only prompts of the same length are answered together: for models that do not see past padding
 
@@ -48,7 +53,7 @@ class HFEngine(RolloutEngine):
                 "--config configs/base/deepspeed_zero2.yaml before the run's own, or set "
                 "model.answers.engine to lit_rl.rollouts.http.HTTPEngine"
             )
-        batches = self.batches(requests)
+        batches = self.batches(requests, self.rows(requests, sampling))
         most = max(gather_objects(len(batches))) if _waits(lm) else len(batches)
         found: dict[int, Sample] = {}
         for batch in batches:
@@ -58,12 +63,31 @@ class HFEngine(RolloutEngine):
             self._generate([self._filler()], replace(sampling, max_new_tokens=1))
         return samples
 
-    def batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Indices of the requests that are answered together."""
+    def rows(self, requests: Sequence[Request], sampling: Sampling) -> int:
+        """Answers that are generated together."""
+        if self.batch is not None:
+            return self.batch
+        lm: Any = self.policy.network.lm
+        device = self.policy.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else lm.dtype
+        most = WITH_PICTURES if any(request.media for request in requests) else None
+        return plan_rows(
+            requests,
+            sampling.max_new_tokens,
+            need=need_of(lm.config, dtype),
+            memory=memory_for_answers(device, self.world_size),
+            most=most,
+            max_tokens=None,
+            device=device.type,
+            may_share=False,
+        ).rows
+
+    def batches(self, requests: Sequence[Request], most: int) -> list[list[int]]:
+        """Indices of the requests that are answered together, at most so many."""
         kinds: dict[int, list[int]] = {}
         for i, request in enumerate(requests):
             kinds.setdefault(len(request.prompt) if self.one_length else 0, []).append(i)
-        return [rows[first : first + self.batch] for rows in kinds.values() for first in range(0, len(rows), self.batch)]
+        return [rows[first : first + most] for rows in kinds.values() for first in range(0, len(rows), most)]
 
     def _filler(self) -> Request:
         """A request that others wait for, with all that the model reads."""

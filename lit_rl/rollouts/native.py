@@ -50,7 +50,7 @@ class NativeEngine(RolloutEngine):
         self.fallback = None
         if reason:
             rank_zero_info(f"NativeEngine does not take this model, {reason}: lit_rl.rollouts.hf.HFEngine answers, more slowly")
-            self.fallback = HFEngine() if self.batch is None else HFEngine(self.batch)
+            self.fallback = HFEngine(self.batch)
             self.fallback.setup(policy, rank=rank, world_size=world_size)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:

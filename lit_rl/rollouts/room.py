@@ -6,10 +6,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from lit_rl.rollouts.base import Request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 DEVICE_SHARE, HOST_SHARE = 0.7, 0.25
 """Shares of the memory that a GPU has free when generation begins, and of a host's whole memory for all of a run's processes together."""
@@ -25,11 +29,28 @@ LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one token's keys and values, and of one row's logits. numbers: of one token's keys in one layer."""
+    """Bytes of one token's keys and values, and of one row's logits. numbers: of one token's keys in one layer.
+
+    reading: Bytes of each token of a prompt while it is read, where all prompts of a batch are read at once.
+    """
 
     token: int
     logits: int
     numbers: int
+    reading: int = 0
+
+
+def need_of(config: PreTrainedConfig, dtype: torch.dtype) -> Need:
+    """The need of any model of transformers that is computed with in `dtype`, as if each layer kept keys and values of all tokens.
+
+    A prompt is read with 16 numbers for each of the hidden size at once: a block's inputs, queries, keys, values and inner layer.
+    """
+    text = config.get_text_config(decoder=True)
+    told = {name: value for name in ("num_key_value_heads", "head_dim") if isinstance(value := getattr(text, name, None), int)}
+    heads = text.num_attention_heads
+    numbers = told.get("num_key_value_heads", heads) * told.get("head_dim", text.hidden_size // heads)
+    token = 2 * text.num_hidden_layers * numbers * dtype.itemsize
+    return Need(token=token, logits=LOGIT_BYTES * text.vocab_size, numbers=numbers, reading=16 * text.hidden_size * dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -80,7 +101,7 @@ def plan_rows(
     lengths, distinct = [len(request.prompt) for request in requests], len({tuple(request.prompt) for request in requests})
     longest = max(lengths)
     wanted = min(len(requests), most or len(requests), max_tokens // (longest + new_tokens) if max_tokens else len(requests))
-    alone = memory // ((longest + new_tokens) * need.token + need.logits)
+    alone = memory // ((longest + new_tokens) * need.token + longest * need.reading + need.logits)
     together = (memory - distinct * longest * need.token) // (new_tokens * need.token + need.logits)
     repeated = 1 - distinct / len(requests)
     saved = min(wanted, max(alone, together)) * repeated * sum(lengths) / len(lengths) * need.numbers

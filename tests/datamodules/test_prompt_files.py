@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datamodules import prompts, verdicts
 from datamodules.base import PromptDataModule
 from datamodules.prompts import PromptFiles, read_prompts
 from lit_rl.errors import ConfigError
@@ -141,3 +143,39 @@ def test_a_prediction_of_nothing_is_refused(tmp_path: Path) -> None:
     data = attached(PromptFiles(write(tmp_path / "train.txt", "a")))
     with pytest.raises(ConfigError, match=r"nothing to predict: set data\.predict, or data\.val"):
         data.predict_dataloader()
+
+
+def test_one_process_looks_at_all_rows_and_the_others_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that start at once on a cold cache. A look that fails lets the next one look, and a read-only home lets all look."""
+    monkeypatch.setenv("LIT_RL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(verdicts, "WORTH", 1)
+    path, looked, second_waits = write(tmp_path / "train.txt", *map(str, range(9))), [], threading.Event()
+    look, flock = prompts._look, verdicts.fcntl.flock
+
+    def slow(rows: Any) -> None:
+        looked.append(len(rows))
+        assert second_waits.wait(120)
+        look(rows)
+
+    def watched(file: Any, how: int) -> None:
+        if looked:
+            second_waits.set()
+        flock(file, how)
+
+    monkeypatch.setattr(prompts, "_look", slow)
+    monkeypatch.setattr(verdicts.fcntl, "flock", watched)
+    first = threading.Thread(target=PromptFiles, args=(path,))
+    first.start()
+    while first.is_alive() and not looked:
+        first.join(0.01)
+    assert len(PromptFiles(path).train_prompts) == 9
+    first.join()
+    assert looked == [9] and not list((tmp_path / "cache").rglob("*.lock"))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a"}\n{"prompt": ""}\n')
+    for place in (tmp_path / "cache", "/proc/none"):
+        monkeypatch.setenv("LIT_RL_CACHE", str(place))
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"bad\.jsonl:2: key 'prompt'"):
+                PromptFiles(str(bad))
+    assert looked == [9, 2, 2, 2, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -10,8 +11,10 @@ import torch
 from rough_lm import farthest, policy_of, ready, recomputed, requests
 
 from lit_rl.miniatures.lm import Family
+from lit_rl.rollouts import hf
 from lit_rl.rollouts.base import Sampling
 from lit_rl.rollouts.hf import HFEngine
+from lit_rl.rollouts.room import need_of
 
 
 @pytest.mark.parametrize("family", get_args(Family))
@@ -57,3 +60,26 @@ def test_at_temperature_0_it_is_the_greedy_answer_of_transformers(tmp_path: Path
     lm = policy.network.lm
     greedy = lm.generate(torch.tensor([request.prompt]), max_new_tokens=12, do_sample=False, eos_token_id=policy.stop_ids)  # type: ignore[operator, union-attr]
     assert greedy[0, len(request.prompt) :].tolist() == answer.ids
+
+
+def test_rows_follow_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a Qwen2 of 2 layers with 2 key heads of 8 numbers in float32; a given batch stands, and pictures are bounded."""
+    policy = policy_of(tmp_path, hidden=32)
+    config = policy.network.lm.config
+    need = need_of(config, torch.float32)
+    heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    assert need.token == 2 * config.num_hidden_layers * heads * width * 4 and need.numbers == heads * width
+    assert (need.reading, need_of(config, torch.bfloat16).token) == (16 * 32 * 4, need.token // 2)
+    asked, sampling = requests(policy, group=4), Sampling(max_new_tokens=12)
+    longest = max(len(request.prompt) for request in asked)
+    row = (longest + 12) * need.token + longest * need.reading + need.logits
+    monkeypatch.setattr(hf, "memory_for_answers", lambda device, processes: 5 * row + row // 2)
+    engine = ready(HFEngine(), policy)
+    assert [len(batch) for batch in engine.batches(asked, engine.rows(asked, sampling))] == [5, 5, 5, 5]
+    assert ready(HFEngine(batch=7), policy).rows(asked, sampling) == 7
+    few = [answer.ids for answer in engine.generate(asked, sampling)]
+    monkeypatch.undo()
+    assert engine.rows(asked, sampling) == len(asked)
+    assert [answer.ids for answer in engine.generate(asked, sampling)] == few
+    pictured = [replace(request, media=(torch.zeros(3, 2, 2),)) for request in asked * 2]
+    assert engine.rows(pictured, sampling) == hf.WITH_PICTURES < len(pictured)
