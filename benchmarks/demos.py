@@ -5,7 +5,10 @@
 Both trees are laid out from git in a temporary folder and take turns; each demo is what `make demo` and `make demo-llm` run, from an empty
 folder, with all processes that it starts (the reward server, too). CPU seconds are user and system time, which other work on the machine
 lengthens least. Images or answers, optimizer steps and evaluations are counted in what the demo wrote; the benchmark fails where they
-differ. Takes ten minutes or more for each seed.
+differ. Takes ten minutes or more for each seed. The OCR engine of 28cc53a is a package that the project no longer needs:
+
+    python -m pip install --no-deps --target FOLDER rapidocr_onnxruntime==1.4.4 pyclipper shapely
+    PYTHONPATH=FOLDER python -m benchmarks.demos
 """
 
 from __future__ import annotations
@@ -58,7 +61,8 @@ def run(tree: Path, demo: str, seed: int) -> Found:
     before, log = resource.getrusage(resource.RUSAGE_CHILDREN), tree / "demo.log"
     with open(log, "wb") as output:
         command = [sys.executable, "-m", MODULES[demo], "--seed", str(seed)]
-        done = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, stdout=output, stderr=subprocess.STDOUT)
+        paths = {"PYTHONPATH": os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        done = subprocess.run(command, cwd=tree, env=os.environ | paths, stdout=output, stderr=subprocess.STDOUT)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise SystemExit(f"error: the demo failed: {log.read_text()[-2000:]}")

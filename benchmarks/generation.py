@@ -1,11 +1,12 @@
 """Our generation engine beside `generate` of transformers as TRL calls it, on the same weights and prompts.
 
-    python benchmarks/generation.py [--case small large ragged] [--repeats 5]
+    python benchmarks/generation.py [--case small large long ragged] [--repeats 5]
 
 The other arm is `generate` with sampling over a batch padded on the left, in which siblings are rows of their own: TRL's `GRPOTrainer`
-without vLLM. Log-probabilities, which ours reports, it does not compute. In `small` and `large` no token ends an answer; in `ragged`
-prompts differ in length and one token in about fifty ends one. Arms take turns within one process, the first round is skipped. Prints
-medians of the clock and of this process's CPU seconds, answers per second, the ratios, and what a call adds to a process's peak memory.
+without vLLM. Log-probabilities, which ours reports, it does not compute. In `small`, `large` and `long` (64 rows of 512 tokens) no token
+ends an answer; in `ragged` prompts differ in length and one token in about fifty ends one. Arms take turns within one process, the first
+round is skipped. Prints medians of the clock and of this process's CPU seconds, answers per second, the ratios, and what a call adds to a
+process's peak memory.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Case:
 CASES = {
     "small": Case(vocab=1024, prompts=1, group=8, prompt_lengths=(32, 32), new_tokens=96, stops=0),
     "large": Case(vocab=32768, prompts=1, group=8, prompt_lengths=(32, 32), new_tokens=96, stops=0),
+    "long": Case(vocab=1024, prompts=8, group=8, prompt_lengths=(32, 32), new_tokens=512, stops=0),
     "ragged": Case(vocab=1024, prompts=8, group=8, prompt_lengths=(16, 64), new_tokens=96, stops=20),
 }
 

@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
@@ -37,12 +38,22 @@ from lit_rl.rewards.base import Reward
 from lit_rl.samplers.schedules import shifted_sigmas
 from lit_rl.types import Cond, Info
 
-PROMPTS, GROUP, STEPS, CLIP, NOISE_LEVEL, LR = 4, 4, 6, 1e-2, 0.7, 1e-3
+CLIP, NOISE_LEVEL, LR = 1e-2, 0.7, 1e-3
 SHAPE = (1, 2, 2)
 SKIPPED = 5  # first iterations
 
 Minibatch = tuple[list[Tensor], Tensor, Tensor, Cond]
 """Points and times, log-probabilities, advantages, conditioning."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """An iteration: different prompts, samples of each, denoising steps, minibatches."""
+
+    minibatches: int
+    prompts: int = 4
+    group: int = 4
+    steps: int = 6
 
 
 class FreePolicy(FlowPolicy):
@@ -91,13 +102,13 @@ class Brightness(Reward):
 class BareLoop:
     """Flow-GRPO in plain torch."""
 
-    def __init__(self, minibatches: int) -> None:
-        self.minibatches = minibatches
+    def __init__(self, work: Work) -> None:
+        self.work = work
         self.policy = FreePolicy()
         self.policy.load()
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LR, fused=True)
         self.reward = Brightness()
-        self.sigmas = self.policy.sigmas(STEPS).float()
+        self.sigmas = self.policy.sigmas(work.steps).float()
         self.metrics: list[list[Tensor]] = []
 
     def iteration(self) -> None:
@@ -115,21 +126,22 @@ class BareLoop:
 
     def rollout(self) -> Iterator[Minibatch]:
         """The minibatches of a new rollout."""
-        cond = self.policy.encode(["prompt"] * PROMPTS)
+        work = self.work
+        cond = self.policy.encode(["prompt"] * work.prompts)
         with torch.no_grad():
-            x, points, logprobs = torch.randn(PROMPTS * GROUP, *SHAPE), [], []
-            for i in range(STEPS - 1):
+            x, points, logprobs = torch.randn(work.prompts * work.group, *SHAPE), [], []
+            for i in range(work.steps - 1):
                 mean, std = self.step(x, self.sigmas[i], self.sigmas[i + 1], cond)
                 following = mean + std * torch.randn_like(x)
                 points.append((x, following, self.sigmas[i].expand(len(x)), self.sigmas[i + 1].expand(len(x))))
                 logprobs.append(self.logprob(following, mean, std))
                 x = following
             x = x + self.policy.velocity(x, self.sigmas[-2].expand(len(x)), cond) * (self.sigmas[-1] - self.sigmas[-2])
-            rewards = self.reward.score(self.policy.decode(x), [])["brightness"].view(PROMPTS, GROUP)
+            rewards = self.reward.score(self.policy.decode(x), [])["brightness"].view(work.prompts, work.group)
             advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std() + 1e-4)).flatten().float()
         inputs = [torch.cat(parts) for parts in zip(*points, strict=True)]
-        old, advantages = torch.cat(logprobs), advantages.repeat(STEPS - 1)
-        for rows in torch.randperm(len(old)).chunk(self.minibatches):
+        old, advantages = torch.cat(logprobs), advantages.repeat(work.steps - 1)
+        for rows in torch.randperm(len(old)).chunk(work.minibatches):
             yield [part[rows] for part in inputs], old[rows], advantages[rows], cond
 
     def step(self, x: Tensor, sigma: Tensor, sigma_next: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
@@ -159,7 +171,7 @@ class Replayed:
         self.loop = loop
 
     def __len__(self) -> int:
-        return self.loop.minibatches
+        return self.loop.work.minibatches
 
     def __iter__(self) -> Iterator[Minibatch]:
         return self.loop.rollout()
@@ -178,7 +190,7 @@ class UnderLightning(L.LightningModule):
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
         loss = self.loop.loss(*batch)
-        if batch_idx == self.loop.minibatches - 1:
+        if batch_idx == self.loop.work.minibatches - 1:
             for name, value in self.loop.read_metrics().items():
                 self.log(name, value, on_step=False, on_epoch=True, batch_size=1)
         return loss
@@ -190,8 +202,8 @@ class UnderLightning(L.LightningModule):
 class Turns(L.Callback):
     """Takes the CPU seconds of our iterations, and runs one of the bare loop after each."""
 
-    def __init__(self, minibatches: int, profiler: cProfile.Profile | None) -> None:
-        self.bare = BareLoop(minibatches)
+    def __init__(self, work: Work, profiler: cProfile.Profile | None) -> None:
+        self.bare = BareLoop(work)
         self.profiler = profiler
         self.seconds: dict[str, list[float]] = {"ours": [], "bare": []}
 
@@ -211,29 +223,35 @@ class Turns(L.Callback):
         self.start = time.process_time()
 
 
-def measure(minibatches: int, iterations: int, logs: Path, profiler: cProfile.Profile | None = None) -> dict[str, float]:
-    """Median CPU milliseconds of an iteration by arm."""
-    data = PromptDataModule([{"prompt": str(i)} for i in range(PROMPTS)])
+def beside_bare(work: Work, iterations: int, logs: Path, profiler: cProfile.Profile | None = None) -> dict[str, list[float]]:
+    """CPU seconds of each iteration of ours and of the bare loop, which take turns."""
+    data = PromptDataModule([{"prompt": str(i)} for i in range(work.prompts)])
     method = FlowGRPO(
-        FreePolicy(), prompts_per_iteration=PROMPTS, group_size=GROUP, num_steps=STEPS, rollout_micro_batch=PROMPTS * GROUP,
-        updates_per_iteration=minibatches, surrogate=Clip(low=CLIP, high=CLIP),
+        FreePolicy(), prompts_per_iteration=work.prompts, group_size=work.group, num_steps=work.steps,
+        rollout_micro_batch=work.prompts * work.group, updates_per_iteration=work.minibatches, surrogate=Clip(low=CLIP, high=CLIP),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LR, fused=True),
     )  # fmt: skip
-    turns = Turns(minibatches, profiler)
+    turns = Turns(work, profiler)
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_epochs=SKIPPED + iterations, logger=TensorBoardLogger(logs),
         callbacks=[RewardScoring({"brightness": Brightness()}), turns], limit_val_batches=0,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(method, data)
-    least = UnderLightning(BareLoop(minibatches))
+    return turns.seconds
+
+
+def measure(minibatches: int, iterations: int, logs: Path, profiler: cProfile.Profile | None = None) -> dict[str, float]:
+    """Median CPU milliseconds of an iteration by arm."""
+    seconds = beside_bare(work := Work(minibatches), iterations, logs, profiler)
+    least = UnderLightning(BareLoop(work))
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_epochs=SKIPPED + iterations + 1, logger=TensorBoardLogger(logs),
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(least, Replayed(least.loop))
-    turns.seconds["lightning"] = [after - before for before, after in zip(least.seconds, least.seconds[1:])]
-    return {side: 1000 * statistics.median(seconds[SKIPPED:]) for side, seconds in turns.seconds.items()}
+    seconds["lightning"] = [after - before for before, after in zip(least.seconds, least.seconds[1:])]
+    return {side: 1000 * statistics.median(taken[SKIPPED:]) for side, taken in seconds.items()}
 
 
 def report(found: Mapping[int, Mapping[str, float]]) -> str:

@@ -13,8 +13,10 @@ import torch
 
 from benchmarks import data as data_sets
 from benchmarks import (
+    demos,
     flow_grpo_iteration,
     generation,
+    growth,
     overhead,
     overlap,
     processes,
@@ -70,7 +72,7 @@ def test_overhead_prints_ratios_of_all_arms() -> None:
     ours, bare, _, ratio, _ = (float(number) for number in table.splitlines()[1][28:].split())
     assert ratio == pytest.approx(ours / bare, rel=0.1)
     torch.manual_seed(0)
-    loop = overhead.BareLoop(2)
+    loop = overhead.BareLoop(overhead.Work(2))
     before = brightness(loop)
     for _ in range(200):
         loop.iteration()
@@ -194,3 +196,31 @@ def test_two_processes_do_the_work_of_two_single_runs() -> None:
     table = processes.main(["--case", "language", "--iterations", "1", "--rounds", "1"])
     assert re.findall(r"language: (\w+) \d+\.\d+ s alone, \d+\.\d+ s together, efficiency \d+\.\d\d", table) == ["clock", "cpu"]
     assert re.findall(r"waits \d+\.\d+ s in (?:\w+\.py:\w+|Lightning)", table)
+
+
+def test_growth_prints_a_ratio_for_every_size_and_what_it_holds() -> None:
+    """A rollout of 4 prompts x G samples of 6 steps holds at least its latents; the cache holds what answers of L tokens need."""
+    table = growth.main(["--iterations", "1", "--case", "group", "length"], {"group": (2, 4), "length": (3, 6)})
+    rows = [[float(n) for n in re.findall(r"\d+\.?\d*", line)] for line in table.splitlines() if re.match(r"\| \d", line)]
+    assert [row[0] for row in rows] == [2, 4, 3, 6]
+    assert all(row[1] > 0 and row[3] == pytest.approx(row[1] / row[2], rel=0.02) for row in rows)
+    assert all(1 <= row[4] < 2 for row in rows[:2]) and all(0.5 < row[4] <= 1 for row in rows[2:])
+    assert len(re.findall(r"growth / 2 ", table)) == 2
+
+
+def test_demos_that_did_other_work_are_not_compared(tmp_path: Path) -> None:
+    """And a demo's counts and accuracy are those of its logs and its summary."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for name, steps in {"sft": (1, 2), "grpo": (5, 9)}.items():
+        with SummaryWriter(tmp_path / name) as log:
+            for step in steps:
+                log.add_scalar("val/score", 0.5, step)
+                log.add_scalar("loss", 0.5, step + 1)
+    (tmp_path / "summary.json").write_text(json.dumps({"answers_trained": 80, "held_out_accuracy": {"after_rl": 0.75}}))
+    then = demos.found(tmp_path, 20.0)
+    assert then.work == (80, [3, 10], 2) and then.accuracy == 0.75
+    now = replace(then, seconds=13.0, accuracy=0.8)
+    assert demos.row("llm", 1, then, now) == "| llm, seed 1 | 80 | 20 s | 13 s | **0.65** | 0.750 / 0.800 |"
+    with pytest.raises(SystemExit, match="did not do the same"):
+        demos.row("llm", 1, then, replace(now, evaluations=1))
