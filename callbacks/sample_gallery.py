@@ -75,7 +75,9 @@ class SampleGallery(RLCallback):
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Keep the first images."""
+        """Keep the first images; evaluation sets show their own."""
+        if outputs is None:
+            return
         assert isinstance(outputs, Mapping)
         prompts: Prompts = outputs["prompts"]
         for i, image in enumerate(outputs["media"]):

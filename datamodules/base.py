@@ -93,9 +93,11 @@ class PromptDataModule(L.LightningDataModule, PromptSource):
             raise ConfigError(f"{type(self).__name__} feeds methods of lit_rl.methods, not {type(method).__name__}")
         return method.train_loader()
 
-    def val_dataloader(self) -> Batches:
-        """Batches of the held-out prompts."""
-        return self._batches(self.held_out)
+    def val_dataloader(self) -> Batches | list[Batches]:
+        """Batches of the held-out prompts, and behind them those of evaluation sets that a callback has given the method."""
+        further = getattr(self._trainer().lightning_module, "further_evaluation", ())
+        loaders = [self._batches(rows) for rows in (self.held_out, *further) if rows]
+        return loaders if len(loaders) > 1 else loaders[0] if loaders else Batches(())
 
     def test_dataloader(self) -> Batches:
         """Batches of the held-out prompts."""

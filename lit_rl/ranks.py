@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lit_rl.errors import ConfigError
+
 T = TypeVar("T")
 
 
@@ -97,6 +99,17 @@ def gather_objects(value: T) -> list[T]:
     values = [value] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def all_or_none(begin: Callable[[], None]) -> None:
+    """Call what may fail on some processes: then it fails on all, with the error of the first one that it failed on. Collective."""
+    problem: Exception | None = None
+    try:
+        begin()
+    except Exception as error:  # raised below, when the others know
+        problem = error
+    if told := [text for text in gather_objects(str(problem) if problem else None) if text is not None]:
+        raise problem or ConfigError(told[0])
 
 
 def gather_to_first(value: T) -> dict[int, T]:

@@ -13,13 +13,13 @@ FLOORS: Sequence[Sequence[str]] = (
     ("lit_rl.losses", "lit_rl.samplers"),
     ("lit_rl.credit", "lit_rl.miniatures"),
     ("lit_rl.checkpoints", "lit_rl.envs", "lit_rl.rewards"),
-    ("lit_rl.policies",),
+    ("lit_rl.policies", "lit_rl.evaluation"),
     ("lit_rl.rollouts", "lit_rl.strategies"),
     ("lit_rl.replay",),
     ("lit_rl.modules",),
     ("lit_rl.methods",),
     ("callbacks", "datamodules"),
-    ("lit_rl.command_line", "lit_rl.prepare", "lit_rl.merge"),
+    ("lit_rl.command_line", "lit_rl.prepare", "lit_rl.merge", "lit_rl.judges"),
     ("lit_rl.demo", "lit_rl.doctor", "cli"),
 )
 """Rooms and files from the ground up. A file imports from its own room and from floors below, never from its own floor's other rooms."""

@@ -13,6 +13,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 
+from callbacks.evaluation_sets import EvaluationSets
 from callbacks.export import Export
 from callbacks.graceful_stop import GracefulStop
 from callbacks.rng_state import RngState
@@ -191,4 +192,6 @@ def _place(spec: Namespace, folder: Path, every: list[Namespace]) -> None:
         options.dirpath = str(folder / ("" if options.get("at") == "checkpoint" else "export") / ("ema" if beside else ""))
     elif issubclass(cls, SampleGallery) and options.get("folder") is None:
         options.folder = str(folder / "samples")
+    elif issubclass(cls, EvaluationSets) and options.get("folder") is None:
+        options.folder = str(folder / "eval")
     spec.init_args = options

@@ -270,6 +270,8 @@ class LitRL(L.LightningModule, Method[R]):
 
     # ------------------------------------------------------------------ evaluation, checkpoints, and what a method asks others
     def on_validation_epoch_end(self) -> None:
+        if not self.evaluated:
+            return  # the run has no prompts of its own here
         rewards, batches, self.evaluated = self.queue().gather(), self.evaluated, []
         rewards, prompts = self.judged(rewards, batches), all_prompts(batches)
         for name, metrics in summaries(rewards, prompts, highest=self.queue().highest):

@@ -148,7 +148,12 @@ class LitFlow(LitRL[FlowRollout]):
             self.supervised.source(self.data)
 
     # ------------------------------------------------------------------ evaluation and prediction
-    def validation_step(self, batch: Prompts, batch_idx: int) -> dict[str, Any]:
+    further_evaluation: Sequence[Sequence[Info]] = ()
+    """Rows of further validation loaders with the number of theirs as `evaluation_set`; the callback that sets them renders them."""
+
+    def validation_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any] | None:
+        if "evaluation_set" in batch.info[0]:
+            return None
         media, finite = render(self, batch)
         self.queue().submit(media, batch.info)
         self.evaluated.append(batch)

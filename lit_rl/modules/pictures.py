@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from lit_rl.errors import ConfigError
 from lit_rl.modules.conditions import conditioned
 from lit_rl.policies.base import FlowPolicy
+from lit_rl.samplers.flow import SDE, sde_path
 from lit_rl.samplers.solvers import Solver, solve
 from lit_rl.seeding import Key
-from lit_rl.types import Cond, Prompts, take_rows
+from lit_rl.types import Cond, Info, Prompts, take_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +74,46 @@ def render(method: Denoising, prompts: Prompts) -> tuple[Tensor, Tensor]:
 
     The noise depends on `evaluation.seed` and the prompt's group id.
     """
-    (cond, rows), evaluation = conditioned(method.policy, prompts.info, method.device), method.evaluation
+    evaluation = method.evaluation
+    keys = [(evaluation.seed, "eval", group) for group in prompts.group.tolist()]
+    return render_keyed(method, prompts.info, keys, num_steps=evaluation.num_steps)
+
+
+def render_keyed(
+    method: Denoising, info: Sequence[Info], keys: Sequence[tuple[Key, ...]], *, num_steps: int, sde: SDE | None = None
+) -> tuple[Tensor, Tensor]:
+    """Images of B prompts, each from the noise of its key, as `render` returns them. sde: Draw every step with it; None: none."""
+    cond, rows = conditioned(method.policy, info, method.device)
     images: list[tuple[Tensor, Tensor]] = []
-    for chunk in torch.arange(len(prompts)).split(method.rollout_micro_batch):
-        x = method.noise([(evaluation.seed, "eval", int(prompts.group[i])) for i in chunk])
-        clean = denoise(method, x, take_rows(cond, rows[chunk.to(method.device)]), num_steps=evaluation.num_steps)
+    for chunk in torch.arange(len(info)).split(method.rollout_micro_batch):
+        given, mine = take_rows(cond, rows[chunk.to(method.device)]), [keys[i] for i in chunk]
+        x = method.noise(mine)
+        clean = denoise(method, x, given, num_steps=num_steps) if sde is None else _drawn(method, x, given, mine, num_steps, sde)
         images.append(method.policy.picture(clean))
     media, finite = zip(*images)
     return torch.cat(media), torch.cat(finite)
+
+
+def _drawn(method: Denoising, x: Tensor, cond: Cond, keys: Sequence[tuple[Key, ...]], num_steps: int, sde: SDE) -> Tensor:
+    """From noise "B *D" to clean latents by a path of random steps."""
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        return method.policy.velocity(x, sigma, cond)
+
+    sigmas = method.sigmas(num_steps).float().to(method.device)
+    path = sde_path(
+        velocity, x, sigmas=sigmas, levels=[sde.noise_level] * num_steps, steps=range(num_steps), dynamics=sde.dynamics,
+        sigma_max=float(sigmas[1]), noise=lambda i: method.noise([(*key, i) for key in keys]), dtype=torch.float32,
+    )  # fmt: skip
+    return deque(path, maxlen=1).pop().sample
+
+
+@contextmanager
+def guided(policy: FlowPolicy, scale: float | None) -> Iterator[None]:
+    """Inside it the policy is guided by `scale`, or by its own where that is None."""
+    own = policy.guidance_scale
+    policy.guidance_scale = own if scale is None else scale
+    try:
+        yield
+    finally:
+        policy.guidance_scale = own

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 DEEPGEN = "lit_rl.policies.deepgen.DeepGenPolicy"
+EVALUATION = "callbacks.evaluation_sets.EvaluationSets"
 WANDB, SWANLAB = "callbacks.trackers.WandB", "callbacks.trackers.SwanLab"
 
 
@@ -47,6 +48,7 @@ VARIABLES = (
     Variable("SD3_5_MODEL_NAME_OR_PATH", "pretrained", DEEPGEN),
     Variable("QWEN2_5_VL_MODEL_NAME_OR_PATH", "language_model", DEEPGEN),
     Variable("CHECKPOINT", "checkpoint", DEEPGEN),
+    Variable("EVAL_DATASET_CONFIG", "config", EVALUATION),
     Variable("OUTPUT_DIR", "run.dir", within=DEEPGEN, unset="outputs"),
     Variable("NNODES", "trainer.num_nodes", within=DEEPGEN, convert=count, unset=1),
     Variable("NGPUS", "trainer.devices", within=DEEPGEN, convert=count, unset="auto"),

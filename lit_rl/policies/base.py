@@ -91,6 +91,9 @@ class FlowPolicy(Policy):
     def encode(self, prompts: Sequence[str]) -> Cond:
         """U unique prompts -> their conditioning on `self.device`, guidance's negative prompt included as one-row entries."""
 
+    guidance_scale: float = 1.0
+    """Weight of guidance; without meaning in families that have none."""
+
     trains_condition = False
     """`condition` depends on trained weights. Then a loss computes it again, with gradient, where it else takes that of the rollout."""
 

@@ -7,9 +7,10 @@ import logging
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -17,6 +18,13 @@ from lit_rl.rewards.base import Reward
 from lit_rl.types import Info
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Closing(Protocol):
+    """Something with sessions or threads on the loop, which end with it."""
+
+    async def close(self) -> None: ...
 
 
 class Background:
@@ -35,7 +43,11 @@ class Background:
         """Score one chunk; returns at once. Rewards that compute in this process see one chunk at a time."""
         return asyncio.run_coroutine_threadsafe(self._score(label, reward, media, info), self._loop)
 
-    def close(self, rewards: Iterable[Reward], *, patience_s: float = 5.0) -> None:
+    def run(self, work: Coroutine[object, object, T]) -> Future[T]:
+        """Begin anything else on the loop; returns at once."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def close(self, rewards: Iterable[Closing], *, patience_s: float = 5.0) -> None:
         """Cancel what is under way, close the rewards, end the threads. What computes in this process finishes unheard.
 
         Each of the three is waited for `patience_s` at most.
@@ -58,7 +70,7 @@ class Background:
         async with self._one_at_a_time[label]:
             return await reward.score_async(media, info)
 
-    async def _finish(self, rewards: Iterable[Reward]) -> None:
+    async def _finish(self, rewards: Iterable[Closing]) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
