@@ -28,7 +28,7 @@ class Episode(NamedTuple):
 class WorldContract:
     task: Task
     seeds = (1, 2, 3)
-    """Seeds of which at least two look different at the start."""
+    """Seeds of which at least two differ, at the start or in what the evaluator tells."""
 
     def make(self) -> Worlds:
         raise NotImplementedError
@@ -81,7 +81,7 @@ class WorldContract:
         for alone, beside in zip(one_by_one, supply.runner.run(together()), strict=True):
             assert alone.outcome.success and alone.outcome.reward == 1
             assert beside.outcome.success and (alone.instruction, alone.first.key) == (beside.instruction, beside.first.key)
-        assert len({(episode.instruction, episode.first.key) for episode in one_by_one}) > 1
+        assert len({(episode.instruction, episode.first.key, str(episode.outcome.details)) for episode in one_by_one}) > 1
         assert not supply.runner.run(self.episode(supply.worlds, self.seeds[0], solve=False)).outcome.success
 
     def test_saying_that_it_is_done_does_not_do_it(self, supply: Supply) -> None:
@@ -102,7 +102,7 @@ class WorldContract:
             async with supply.worlds.world() as world:
                 await world.reset(self.task, 1)
                 seen = await world.screenshot()
-                if seen.image is not None:
+                if seen.image is not None and "click" in world.kinds:
                     with pytest.raises(ActionError, match="outside"):
                         await world.execute(Action(kind="click", x=seen.image.width, y=0))
                 for kind in {"button", "open", "click", "key"} - world.kinds:
