@@ -14,6 +14,7 @@ os.environ["LIT_RL_CACHE"] = ""  # findings about rows are kept by the tests of 
 
 import pytest
 import torch
+from cpu_seconds import CpuSeconds
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
@@ -21,6 +22,15 @@ install_import_hook(
     ["lit_rl.samplers", "lit_rl.losses", "lit_rl.credit"],
     "beartype.beartype",
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-seconds", action="store_true", help="print the CPU seconds of folders and of the dearest tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--cpu-seconds"):
+        config.pluginmanager.register(CpuSeconds())
 
 
 def pytest_collection_finish() -> None:
