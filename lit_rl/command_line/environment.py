@@ -26,13 +26,24 @@ class Place(NamedTuple):
 
     @property
     def value(self) -> object:
-        """The option's value now."""
-        return self.holder.get(self.key)
+        """The option's value now; of a judge, its address."""
+        value = self.holder.get(self.key)
+        return value.get("urls") if self.variable.itself and isinstance(value, Namespace) else value
 
     @property
     def text(self) -> str:
-        """The variable's, "" where it is not set."""
-        return os.environ.get(self.variable.name, "").strip()
+        """The variable's, or what stands for it; "" where it is not set."""
+        elsewhere = any(os.environ.get(name) for name in self.variable.unless)
+        return os.environ.get(self.variable.name, "").strip() or ("" if elsewhere else self.variable.fallback)
+
+    @property
+    def counts(self) -> bool:
+        """Another option of the class is as the variable wants it."""
+        if self.variable.having is None:
+            return True
+        name, begins = self.variable.having
+        words = self.holder.get(name) or ()
+        return isinstance(words, list | tuple | dict) and all(str(word).startswith(begins) for word in words)
 
     @property
     def told(self) -> object:
@@ -48,7 +59,7 @@ class Place(NamedTuple):
 def fill_in(options: Namespace) -> Namespace:
     """Give the options of a subcommand that nobody has set the values that the environment has for them. Changes `options`."""
     for place in places(options):
-        if place.text and place.value in (None, place.variable.unset):
+        if place.text and place.value in (None, place.variable.unset) and not place.variable.itself:
             place.holder[place.key] = place.told
     return options
 
@@ -56,9 +67,10 @@ def fill_in(options: Namespace) -> Namespace:
 def sources(options: Namespace) -> Iterator[str]:
     """A line for each variable that is set and belongs to an option of the run: whether its value is the one that counts."""
     for place in places(options):
-        if place.text and place.value == place.told:
-            yield f"{place.path} = {shown(place.text)}: from {place.variable.name} in the environment"
-        elif place.text:
+        if place.text and (place.value == place.told or (place.variable.itself and place.value is None)):
+            origin = "in the environment" if os.environ.get(place.variable.name) else "which is not set"
+            yield f"{place.path} = {shown(place.text)}: from {place.variable.name} {origin}"
+        elif os.environ.get(place.variable.name):
             yield f"{place.path} = {shown(str(place.value))}: from the run itself, before {place.variable.name} in the environment"
 
 
@@ -71,8 +83,10 @@ def places(options: Namespace) -> Iterator[Place]:
         if variable.owner is None and variable.within in (None, *named) and isinstance(holder := options.get(above), Namespace):
             yield Place(variable, holder, key, variable.option)
         for path, spec, lineage in lineages:
-            if variable.owner in lineage and isinstance(arguments := spec.get("init_args"), Namespace | dict):
-                yield Place(variable, arguments, key, short(f"{path}.{key}"))
+            fits = variable.owner in lineage and variable.within in (None, *named)
+            if fits and isinstance(arguments := spec.get("init_args"), Namespace | dict):
+                place = Place(variable, arguments, key, short(f"{path}.{key}"))
+                yield from [place] if place.counts else []
 
 
 def shown(text: str) -> str:

@@ -19,7 +19,9 @@ class Variable:
 
     name: of the variable. option: of the class `owner` and its descendants; without an owner a key of the run. within: a class that the
     run must name, since other programs use a name as common as OUTPUT_DIR for things of their own. convert: makes the value of the text;
-    its ValueError says what the text must be. unset: what the option holds when nobody has given it.
+    its ValueError says what the text must be. unset: what the option holds when nobody has given it. having: another option of the class,
+    and how each of its words begins where the variable counts. fallback: stands for the variable where neither it nor one of `unless` is
+    set. itself: the class reads the variable where the option is null, and nothing is filled in.
     """
 
     name: str
@@ -28,6 +30,10 @@ class Variable:
     within: str | None = None
     convert: Callable[[str], object] = str
     unset: object = None
+    having: tuple[str, str] | None = None
+    fallback: str = ""
+    unless: tuple[str, ...] = ()
+    itself: bool = False
 
 
 def count(text: str) -> int:
@@ -49,6 +55,13 @@ VARIABLES = (
     Variable("QWEN2_5_VL_MODEL_NAME_OR_PATH", "language_model", DEEPGEN),
     Variable("CHECKPOINT", "checkpoint", DEEPGEN),
     Variable("EVAL_DATASET_CONFIG", "config", EVALUATION),
+    Variable("UNIGENBENCH_API_URL", "judge", EVALUATION, itself=True),
+    Variable(
+        "OCR_URL", "urls", "lit_rl.rewards.client.HTTPReward", within=DEEPGEN, having=("outputs", "ocr"), fallback="http://localhost:18082",
+        unless=("REWARD_SERVER_URLS", "REWARD_SERVER_HOST", "REWARD_SERVER_PORT"),
+    ),
+    Variable("UNIFIEDREWARD_THINK_URL", "judge", "lit_rl.rewards.judges.pairwise.UnifiedRewardThink", itself=True),
+    Variable("UNIFIEDREWARD_THINK_URL", "judge", "lit_rl.rewards.judges.pointwise.UnifiedReward", itself=True),
     Variable("OUTPUT_DIR", "run.dir", within=DEEPGEN, unset="outputs"),
     Variable("NNODES", "trainer.num_nodes", within=DEEPGEN, convert=count, unset=1),
     Variable("NGPUS", "trainer.devices", within=DEEPGEN, convert=count, unset="auto"),
@@ -58,7 +71,7 @@ VARIABLES = (
     Variable("SWANLAB_PROJ_NAME", "project", SWANLAB),
     Variable("SWANLAB_EXP_NAME", "name", SWANLAB),
     Variable("SWANLAB_MODE", "mode", SWANLAB, convert=mode),
-)
+)  # fmt: skip
 SECRETS = ("WANDB_API_KEY", "SWANLAB_API_KEY", "REWARD_TOKEN")
 """Variables that the programs themselves read; what they hold is never shown."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -18,7 +19,7 @@ from lit_rl.checkpoints.rl_to_sft import main
 from lit_rl.errors import ConfigError
 from lit_rl.policies.deepgen import DeepGenPolicy
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "deepgen"
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent.parent / "golden")) / "deepgen"
 CONVERT = json.loads((GOLDEN / "checkpoint.json").read_text())["convert"]
 
 

@@ -79,6 +79,30 @@ def test_variables_of_a_guide_are_of_its_runs_alone(file: Path, tmp_path: Path, 
     assert (other.run.dir, other.trainer.num_nodes, other.trainer.devices) == ("outputs", 1, "auto")
 
 
+def test_the_ocr_service_of_a_guides_run_has_its_own_address(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a server of other scores; where the reward servers' own variables say nothing, the guide's port."""
+    run = yaml.safe_load(file.read_text())
+    server = "lit_rl.rewards.client.HTTPReward"
+    rewards = {
+        name: {"class_path": server, "init_args": {"outputs": outputs}} for name, outputs in {"a": ["ocr"], "b": ["pickscore"]}.items()
+    }
+    run["trainer"]["callbacks"] = [{"class_path": "callbacks.reward_scoring.RewardScoring", "init_args": {"rewards": rewards}}]
+    file.write_text(yaml.safe_dump(run))
+    for name in ("REWARD_SERVER_URLS", "REWARD_SERVER_HOST", "REWARD_SERVER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def urls() -> list[str | None]:
+        scoring = next(c for c in parsed(file).trainer.callbacks if c.class_path.endswith("RewardScoring"))
+        return [reward.init_args.urls for reward in scoring.init_args.rewards.values()]
+
+    assert urls() == ["http://localhost:18082", None]
+    monkeypatch.setenv("OCR_URL", "http://elsewhere:1")
+    assert urls() == ["http://elsewhere:1", None]
+    monkeypatch.delenv("OCR_URL")
+    monkeypatch.setenv("REWARD_SERVER_URLS", "host:8000")
+    assert urls() == [None, None]
+
+
 @pytest.mark.parametrize(
     ("name", "value", "wanted"), [("NNODES", "four", "a positive whole number"), ("WANDB_MODE", "on", "online, offline")]
 )
@@ -127,6 +151,16 @@ def test_each_row_names_an_option_that_is_unset_by_default(file: Path) -> None:
             assert owner is not None, variable.owner
             assert inspect.signature(owner).parameters[variable.option].default is variable.unset
             assert variable_of(variable.owner, variable.option) == variable.name
+
+
+def test_a_judge_reads_its_variable_itself_and_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = Namespace(class_path="lit_rl.rewards.judges.pairwise.UnifiedRewardThink", init_args=Namespace(judge=None))
+    options = Namespace(trainer=Namespace(callbacks=[Namespace(class_path="x.Y", init_args=Namespace(rewards={"think": judge}))]))
+    monkeypatch.setenv("UNIFIEDREWARD_THINK_URL", "http://judge:18087")
+    told = "trainer.callbacks.rewards.think.judge = http://judge:18087: from UNIFIEDREWARD_THINK_URL in the environment"
+    assert list(sources(fill_in(options))) == [told] and judge.init_args.judge is None
+    judge.init_args.judge = Namespace(urls="http://other:1")
+    assert [line.partition(" = ")[2].partition(": from")[0] for line in sources(fill_in(options))] == ["http://other:1"]
 
 
 def test_the_page_has_the_table() -> None:

@@ -1,0 +1,112 @@
+"""DeepGen-RL (deepgenteam/deepgen_rl): launch scripts, YAMLs of training and evaluation data, SFT-aux configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from lit_rl.errors import ConfigError
+from lit_rl.migrate.deepgen_data import migrate_python, migrate_yaml
+from lit_rl.migrate.deepgen_flags import BASES, DEEPSPEED, FLAGS, MODEL, NOTHING, OTHERS, REMOVED, accumulation, number, together
+from lit_rl.migrate.migrated import Migrated, unknown
+from lit_rl.migrate.shell import command_options
+
+PROGRAM = "deepgen_rl.grpo_deepgen"
+RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "timestep_fraction": (lambda value: 0 < value <= 1, "must be in (0, 1], got"),
+    "clip_range": (lambda value: value >= 0, "must be non-negative, got"),
+    "ema_diffusion": (lambda value: 0 <= value < 1, "must be in [0, 1). Use 0 to disable, got"),
+    "sftaux_coef": (lambda value: 0 <= value <= 1, "must be in [0, 1], got"),
+    "sftaux_every_n_steps": (lambda value: value > 0, "must be positive, got"),
+    "sftaux_micro_batch_size": (lambda value: value > 0, "must be positive, got"),
+    "sftaux_num_workers": (lambda value: value >= 0, "must be >= 0, got"),
+    "log_tflops_every": (lambda value: value > 0, "must be positive, got"),
+}
+"""Options whose values their trainer checks, and its sentences."""
+QUIET = {"rollout_global_batch_size", "atrain_global_batch_size", "image_height", "image_width", "atrain_kl_type"}
+"""Options that `together` has made keys of."""
+DEFAULTS = {"lr_scheduler_type": "constant", "report_to": "wandb"}
+"""Where the trainer's own defaults are not those of its launch script, which configs/deepgen has."""
+
+
+def migrate(file: Path) -> Migrated:
+    """Read a .sh, .yaml or .py of DeepGen-RL. Raises ConfigError that names file, key and what to do."""
+    if not file.is_file():
+        raise ConfigError(f"no such file: {file}")
+    if file.suffix == ".sh":
+        options, variables = command_options(file, PROGRAM)
+        counts = [variables.get(name, "") for name in ("NGPUS", "NNODES")]
+        gpus = int(counts[0]) * int(counts[1] or 1) if counts[0].isdecimal() and (counts[1] or "1").isdecimal() else None
+        return migrate_options(options, place=str(file), processes=gpus)
+    if file.suffix in (".yaml", ".yml"):
+        return migrate_yaml(file)
+    if file.suffix == ".py":
+        return migrate_python(file)
+    raise ConfigError(
+        f"{file}: DeepGen-RL has launch scripts (.sh), data files (.yaml) and SFT-aux configurations (.py); {file.suffix} is none"
+    )
+
+
+def migrate_options(options: Mapping[str, str | None], *, place: str, processes: int | None = None) -> Migrated:
+    """The run of a command line. options: value by name; None where only running the script would tell it. processes: GPUs, where known."""
+    made = Migrated()
+    for name in options:
+        check_name(name, place=place)
+    given = DEFAULTS | {name: value for name, value in options.items() if value is not None}
+    made.notes += [f"--{name}: its value is not in the script, and is left out" for name, value in options.items() if value is None]
+    for name, value in given.items():
+        check_value(name, value, place=place)
+    algorithm = given.get("atrain_algorithm", "flowgrpo")
+    made.bases = [_strategy(given), f"configs/deepgen/{BASES[algorithm]}.yaml"]
+    for name, value in given.items():
+        try:
+            made.settings |= {key: found for key, found in FLAGS.get(name, lambda _: {})(value).items() if key}
+        except ValueError as error:
+            raise ConfigError(f"{place}: --{name} {value}: it must be {error}") from error
+        if name in NOTHING:
+            made.notes.append(f"--{name}: {NOTHING[name]}")
+        elif name in OTHERS and name not in QUIET:
+            made.notes.append(f"--{name}: {OTHERS[name]}")
+    made.settings |= together(given, algorithm)
+    if processes is not None:
+        images, micro = int(given.get("atrain_global_batch_size", "256")), int(given.get("atrain_micro_batch_size", "32"))
+        parts = accumulation(images=images, micro=micro, processes=processes)
+        made.notes.append(f"On {processes} GPUs: {parts} micro-batches of {micro} images for each trained step.")
+    _consistent(made, algorithm)
+    return made
+
+
+def check_name(name: str, *, place: str) -> None:
+    """Raise ConfigError for an option that the trainer does not have, or that it has lost."""
+    if name in REMOVED:
+        raise ConfigError(f"{place}: --{name} is refused by DeepGen-RL itself: set --{REMOVED[name].replace(' and ', ' and --')}")
+    if name not in (known := {*FLAGS, *NOTHING, *OTHERS}):
+        raise unknown("option", f"--{name}", {f"--{option}" for option in known}, place=place)
+
+
+def check_value(name: str, value: str, *, place: str) -> None:
+    """Raise ConfigError for a value that the trainer refuses, with its own sentence."""
+    if name in RANGES:
+        allowed, sentence = RANGES[name]
+        try:
+            fits = allowed(float(value))
+        except ValueError as error:
+            raise ConfigError(f"{place}: --{name} must be a number, got {value}") from error
+        if not fits:
+            raise ConfigError(f"{place}: --{name} {sentence} {number(value)}")
+
+
+def _strategy(given: Mapping[str, str]) -> str:
+    name = Path(given.get("deepspeed", "")).name
+    return f"configs/base/deepspeed_{name.removesuffix('.json')}.yaml" if name in DEEPSPEED else "configs/base/ddp.yaml"
+
+
+def _consistent(made: Migrated, algorithm: str) -> None:
+    """Drop keys that the config of the algorithm does not have; a schedule that is left out has no length either."""
+    if made.settings.get(f"{MODEL}.lr_scheduler", "") is None:
+        made.settings.pop(f"{MODEL}.lr_scheduler.init_args.warmup_steps", None)
+    kept = {"diffusionnft": ("surrogate.init_args.low", "surrogate.init_args.high", "sde.", "kl.kind"), "": ("surrogate.init_args.beta",)}
+    left = kept.get(algorithm, kept[""])
+    for key in [key for key in made.settings if key.removeprefix(f"{MODEL}.").startswith(left)]:
+        del made.settings[key]
+        made.notes.append(f"{key}: of no use to {algorithm}, and left out")

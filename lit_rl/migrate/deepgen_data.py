@@ -1,0 +1,148 @@
+"""DeepGen-RL's data files: which prompts and rewards train, what evaluates, and which pictures SFT-aux imitates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from lit_rl.errors import ConfigError
+from lit_rl.migrate.migrated import Migrated, unknown
+from lit_rl.own_code.assignments import assigned
+
+MODES = ("sample_proportional", "weight_only")
+TRAINING = ("name", "path", "sample_weight", "rewards")
+EVALUATION = ("name", "path", "cfg_scale", "num_inference_steps", "duplicates", "scoring")
+PROMPTS, ROWS = (".txt", ".jsonl", ".parquet"), (".csv", ".txt", ".jsonl", ".parquet")
+SOURCE = ("type", "image_size", "data_path", "image_folder", "image_process", "sample_weight", "ceph_folder", "ceph_config")
+CONFIGS = ["configs/base/deepspeed_zero2.yaml", "configs/deepgen/flow_grpo.yaml"]
+RESIZES = {"fix_pixels": "area", "dynamic": "longest", "resize2square": "square"}
+"""Ways in which pictures are scaled."""
+JUDGES = "lit_rl.rewards.judges"
+REWARDS: Mapping[str, dict[str, object]] = {
+    "unifiedreward_think": {"class_path": f"{JUDGES}.pairwise.UnifiedRewardThink"},
+    "unifiedreward": {"class_path": f"{JUDGES}.pointwise.UnifiedReward"},
+    "ocr_vllm": {"class_path": f"{JUDGES}.pointwise.VLMReader"},
+    "ocr": {"class_path": "lit_rl.rewards.client.HTTPReward", "init_args": {"outputs": {"ocr": "ocr_similarity"}}},
+}
+"""Rewards of the same name and meaning here."""
+SERVED = ("clip_sim", "pickscore", "deqa", "image_reward", "aesthetic", "hps", "unifiedreward_sglang", "gen_eval", "editreward")
+"""Rewards that a server scores; `lit_rl.rewards.client.HTTPReward` asks one for a score of this name."""
+WITHOUT = {
+    "recon": "it compares with a picture that a prompt alone does not have",
+    "sim_direction": "it compares with a picture that a prompt alone does not have",
+    "format": "it reads a text that this model does not write",
+    "jpeg_compressibility": "lit_rl.rewards.jpeg has it under another scale",
+    "jpeg_incompressibility": "lit_rl.rewards.jpeg has it under another scale",
+}
+"""Rewards that cannot be had under their names, and why."""
+Entry = Mapping[str, object]
+
+
+def migrate_yaml(file: Path) -> Migrated:
+    """Read a YAML of training data, which names rewards, or of evaluation data. Raises ConfigError that names file and entry."""
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: this is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, Mapping) or "datasets" not in found:
+        raise ConfigError(f"{file}: Missing 'datasets' key: DeepGen-RL's data files list their sources there")
+    entries = found["datasets"]
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ConfigError(f"{file}: 'datasets' must be a list of mappings with name and path")
+    if odd := [str(key) for key in found if key not in ("datasets", "sampling_mode")]:
+        raise unknown("key", odd[0], ("datasets", "sampling_mode"), place=str(file))
+    if found.get("sampling_mode", MODES[0]) not in MODES:
+        raise ConfigError(f"{file}: Invalid sampling_mode {found['sampling_mode']!r}. Must be one of: {', '.join(MODES)}")
+    trains = "sampling_mode" in found or any({"rewards", "sample_weight"} & entry.keys() for entry in entries)
+    return _training(file, entries) if trains else _evaluation(file, entries)
+
+
+def _training(file: Path, entries: Sequence[Entry]) -> Migrated:
+    check_entries(file, entries, TRAINING, PROMPTS)
+    names: dict[str, None] = {}
+    for entry in entries:
+        place = f"{file}, dataset {entry.get('name')!r}"
+        weight = entry.get("sample_weight", 1.0)
+        if not isinstance(weight, int | float) or weight <= 0:
+            raise ConfigError(f"{place}: sample_weight must be positive, got {weight}")
+        names |= dict.fromkeys(_rewards(entry.get("rewards", []), place))
+    made = Migrated(bases=list(CONFIGS))
+    made.settings["data"] = {"class_path": "datamodules.prompt_sets.PromptSets", "init_args": {"train": str(file)}}
+    rewards = {name: REWARDS.get(name, _served(name)) for name in sorted(names)}
+    scoring = {"class_path": "callbacks.reward_scoring.RewardScoring", "init_args": {"rewards": rewards}}
+    made.settings["trainer.callbacks"] = [scoring, {"class_path": "callbacks.export.Export", "init_args": {"every_n_epochs": 50}}]
+    made.notes.append("The YAML stays as it is: it says which rewards count for which prompts, and with which weights.")
+    return made
+
+
+def _served(name: str) -> dict[str, object]:
+    return {"class_path": "lit_rl.rewards.client.HTTPReward", "init_args": {"outputs": [name]}}
+
+
+def _rewards(given: object, place: str) -> list[str]:
+    """Names of the rewards of an entry. Raises ConfigError for those that nobody has, or that cannot be had here."""
+    names = [str(name) for part in given if isinstance(part, Mapping) for name in part] if isinstance(given, list) else []
+    for name in names:
+        if name in WITHOUT:
+            raise ConfigError(f"{place}: the reward {name} cannot be had here: {WITHOUT[name]}")
+        if name not in REWARDS and name not in SERVED:
+            raise unknown("reward", name, (*REWARDS, *SERVED, *WITHOUT), place=place)
+    return names
+
+
+def _evaluation(file: Path, entries: Sequence[Entry]) -> Migrated:
+    check_entries(file, entries, EVALUATION, ROWS)
+    made = Migrated(bases=list(CONFIGS))
+    made.settings["trainer.callbacks+"] = [{"class_path": "callbacks.evaluation_sets.EvaluationSets", "init_args": {"config": str(file)}}]
+    made.notes.append("The YAML stays as it is; EVAL_DATASET_CONFIG in the environment does the same where the run has that callback.")
+    return made
+
+
+def check_entries(file: Path, entries: Sequence[Entry], known: Sequence[str], endings: Sequence[str]) -> None:
+    """Raise ConfigError for an entry with other keys, without name or path, or whose file is missing or of another kind."""
+    for i, entry in enumerate(entries):
+        if "name" not in entry and known is EVALUATION:
+            raise ConfigError(f"{file}: Dataset entry {i} missing required 'name' field")
+        place = f"{file}, dataset {str(entry.get('name', i))!r}"
+        if odd := [str(key) for key in entry if key not in known]:
+            raise unknown("key", odd[0], known, place=place)
+        if not isinstance(entry.get("path"), str):
+            raise ConfigError(f"{place}: missing required 'path' field")
+        path = file.parent / Path(str(entry["path"])).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"{place}: file {entry['path']} not found (looked for {path})")
+        if path.suffix not in endings:
+            raise ConfigError(f"{place}: {entry['path']}: Unsupported file format. Use {', '.join(endings)}")
+
+
+def migrate_python(file: Path) -> Migrated:
+    """Read an SFT-aux configuration. Raises ConfigError that names file and line."""
+    entries, batch = sources(file)
+    names = {"data_path": "path", "image_folder": "folder", "sample_weight": "weight", "image_size": "size"}
+    lists = [{ours: entry[theirs] for theirs, ours in names.items() if entry.get(theirs) is not None} for entry in entries]
+    if odd := sorted({str(entry["image_process"]) for entry in entries if "image_process" in entry} - {*RESIZES}):
+        raise ConfigError(f"{file}: image_process {odd[0]} cannot be had here; there are {', '.join(RESIZES)}")
+    ways = {RESIZES[str(entry.get("image_process", "fix_pixels"))] for entry in entries}
+    if len(ways) > 1:
+        raise ConfigError(f"{file}: image_process differs from source to source: here all pictures of a run are scaled in one way")
+    data = {"class_path": "datamodules.picture_sources.PictureSources", "init_args": {"sources": lists, "resize": ways.pop()}}
+    made = Migrated(bases=list(CONFIGS), settings={"model.init_args.supervised.data": data})
+    made.notes.append(f"batch_size={batch} is of a GPU there, and the trainer's own option beats it: supervised.batch_size is of all GPUs.")
+    return made
+
+
+def sources(file: Path) -> tuple[list[dict[str, object]], int]:
+    """Entries of an SFT-aux configuration and its batch size. Raises ConfigError for what is none."""
+    loader = assigned(file).get("train_dataloader")
+    if not isinstance(loader, dict) or not isinstance(data := loader.get("dataset"), dict):
+        raise ConfigError(f"{file}: there is no train_dataloader = dict(dataset=...): it is no SFT-aux configuration")
+    entries = [entry for entry in data.get("datasets", [data]) if isinstance(entry, dict)]
+    for i, entry in enumerate(entries):
+        for key in entry:
+            if key not in SOURCE:
+                raise unknown("key", str(key), SOURCE, place=f"{file}, source {i}")
+        if "data_path" not in entry:
+            raise ConfigError(f"{file}, source {i}: missing required data_path")
+    return entries, int(loader.get("batch_size", 1))

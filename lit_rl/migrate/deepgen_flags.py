@@ -1,0 +1,225 @@
+"""Options of DeepGen-RL's trainer (`deepgen_rl.grpo_deepgen`) and keys of a run's YAML. docs/migration_deepgen.md has a row for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from lit_rl.errors import ConfigError
+
+Settings = dict[str, object]
+Given = Mapping[str, str]
+"""The options of a command line by name; those that are not given are not in it."""
+
+MODEL, POLICY = "model.init_args", "model.init_args.policy.init_args"
+BASES = {"flowgrpo": "flow_grpo", "grpoguard": "grpo_guard", "diffusionnft": "diffusion_nft"}
+"""Config in configs/deepgen by `--atrain_algorithm`."""
+DEEPSPEED = {"zero2.json", "zero3.json", "zero3_offload.json", "zero3_sd3.json"}
+TRACKERS = {
+    "wandb": "callbacks.trackers.WandB",
+    "swanlab": "callbacks.trackers.SwanLab",
+    "tensorboard": "lightning.pytorch.loggers.TensorBoardLogger",
+}
+ADVANTAGES: Mapping[str, Settings] = {
+    "gdpo": {"kind": "gdpo", "ddof": 1},
+    "grpo": {"kind": "sum", "std": "group", "ddof": 1},
+    "grpo_global_std": {"kind": "sum", "std": "batch", "ddof": 1},
+    "reinforcepp": {"kind": "reinforce", "ddof": 1},
+}
+SAMPLERS = {"cps_sde": "cps", "flowgrpo_sde": "flow_sde", "dance_sde": "dance_sde"}
+REMOVED = {
+    "num_generations": "rollout_n",
+    "per_device_train_batch_size": "rollout_micro_batch_size and atrain_micro_batch_size",
+    "gradient_accumulation_steps": "rollout_global_batch_size and atrain_global_batch_size",
+}
+"""Options that the trainer itself refuses, and what it names in their place."""
+
+
+def number(text: str) -> float | int:
+    """The text as a whole number if it is one."""
+    value = float(text)
+    return int(value) if value.is_integer() and "e" not in text.lower() and "." not in text else value
+
+
+def same(key: str, convert: Callable[[str], object] = number) -> Callable[[str], Settings]:
+    """One option is one key."""
+    return lambda text: {key: convert(text)}
+
+
+def choice(key: str, values: Mapping[str, object]) -> Callable[[str], Settings]:
+    """One of a few words."""
+
+    def made(text: str) -> Settings:
+        if text not in values:
+            raise ValueError(f"one of {', '.join(values)}")
+        return {key: values[text]}
+
+    return made
+
+
+def _schedule(text: str) -> Settings:
+    if text not in ("constant", "constant_with_warmup"):
+        raise ValueError(
+            "constant or constant_with_warmup; for another name a scheduler of torch in model.init_args.lr_scheduler, such as "
+            "torch.optim.lr_scheduler.CosineAnnealingLR"
+        )
+    if text == "constant":
+        return {f"{MODEL}.lr_scheduler": None}
+    return {f"{MODEL}.lr_scheduler.class_path": "lit_rl.modules.learning_rates.ConstantWithWarmup"}
+
+
+def _ends(text: str) -> Settings:
+    return {"trainer.max_epochs": int(text)} if int(text) > 0 else {}
+
+
+def _divergence(text: str) -> Settings:
+    without: Settings = {f"{POLICY}.keep_reference": False} if float(text) == 0 else {}
+    return {f"{MODEL}.kl.coef": number(text), **without}
+
+
+def _guidance(text: str) -> Settings:
+    return {f"{POLICY}.guidance_scale": float(text) if float(text) > 0 else 1.0}
+
+
+def _pictures(text: str) -> Settings:
+    return {"run.callbacks.samples.every_n_iterations": int(text)} if int(text) else {"run.callbacks.samples": None}
+
+
+def _strategy(text: str) -> Settings:
+    if Path(text).name in DEEPSPEED:
+        return {}  # a base
+    return {"trainer.strategy": {"class_path": "lit_rl.strategies.zero.ZeroStrategy", "init_args": {"config": text}}}
+
+
+def _trackers(text: str) -> Settings:
+    names = [name for name in text.replace(" ", ",").split(",") if name and name != "none"]
+    if odd := [name for name in names if name not in TRACKERS]:
+        raise ValueError(f"{', '.join(TRACKERS)} or none; {odd[0]}: a logger of Lightning in trainer.logger")
+    where: Settings = {"init_args": {"save_dir": "outputs", "name": "logs"}}
+    return {"trainer.logger": [{"class_path": TRACKERS[n]} | (where if n == "tensorboard" else {}) for n in names] or False}
+
+
+def _evaluations(text: str) -> Settings:
+    return {"trainer.check_val_every_n_epoch": int(text)} if int(text) else {"trainer.limit_val_batches": 0}
+
+
+FLAGS: Mapping[str, Callable[[str], Settings]] = {
+    "checkpoint": same(f"{POLICY}.checkpoint", str),
+    "output_dir": same("run.dir", str),
+    "learning_rate": same(f"{MODEL}.optimizer.init_args.lr"),
+    "lr_scheduler_type": _schedule,
+    "warmup_steps": same(f"{MODEL}.lr_scheduler.init_args.warmup_steps"),
+    "logging_steps": same("trainer.log_every_n_steps"),
+    "save_steps": same("run.callbacks.newest.every_n_epochs"),
+    "save_total_limit": same("run.callbacks.newest.save_top_k"),
+    "max_steps": _ends,
+    "bf16": lambda text: {"trainer.precision": "bf16-mixed", f"{POLICY}.dtype": "bfloat16"},
+    "rollout_n": same(f"{MODEL}.group_size"),
+    "rollout_micro_batch_size": same(f"{MODEL}.rollout_micro_batch"),
+    "atrain_micro_batch_size": same(f"{MODEL}.train_micro_batch"),
+    "atrain_num_actor_update_steps": same(f"{MODEL}.updates_per_iteration"),
+    "beta": _divergence,
+    "cfg_scale": _guidance,
+    "num_inference_steps": same(f"{MODEL}.num_steps"),
+    "log_images_interval": _pictures,
+    "prompts_file": same("data.init_args.train", str),
+    "report_to": _trackers,
+    "run_name": same("run.name", str),
+    "deepspeed": _strategy,
+    "gradient_checkpointing": lambda text: {f"{POLICY}.gradient_checkpointing": True},
+    "max_grad_norm": same("trainer.gradient_clip_val"),
+    "init_same_noise": lambda text: {f"{MODEL}.sde.same_latent": True},
+    "timestep_fraction": same(f"{MODEL}.timestep_fraction"),
+    "clip_range": lambda text: {f"{MODEL}.surrogate.init_args.{side}": number(text) for side in ("low", "high")},
+    "sde_eta": same(f"{MODEL}.sde.noise_level"),
+    "atrain_algorithm": choice("", dict(BASES)),
+    "atrain_nft_beta": same(f"{MODEL}.surrogate.init_args.beta"),
+    "atrain_nft_adv_clip_range": same(f"{MODEL}.advantage.clip"),
+    "atrain_sde_sampler": choice(f"{MODEL}.sde.dynamics", SAMPLERS),
+    "atrain_adv_type": choice(f"{MODEL}.advantage", ADVANTAGES),
+    "eval_freq": _evaluations,
+    "eval_num_inference_steps": same(f"{MODEL}.evaluation.num_steps"),
+}
+"""One option by itself. Those that belong together are in `together`."""
+
+NOTHING = {
+    "model_config": "the policy builds the model from its three paths",
+    "dataloader_num_workers": "prompts are read once",
+    "log_prob_micro_batch_size": "it had no effect",
+    "log_component_grad_norm": "the gradient's norm is logged as one number",
+    "log_component_grad_norm_every": "the gradient's norm is logged as one number",
+    "log_tflops": "it had no effect; run.callbacks.throughput says where the time goes",
+    "log_tflops_every": "it had no effect; run.callbacks.throughput says where the time goes",
+    "log_tflops_warmup_steps": "it had no effect; run.callbacks.throughput says where the time goes",
+    "local_rank": "torchrun or Lightning sets it",
+}
+"""Options without a key here, and why nothing is lost."""
+
+
+OTHERS = {
+    "num_train_epochs": "trainer.max_epochs counts rollouts: epochs x rows of the training data / prompts of a rollout",
+    "reward_funcs": "the rewards are those of callbacks.reward_scoring.RewardScoring in the config: change them there",
+    "dataset_config": "the training YAML: python -m lit_rl.migrate deepgen FILE.yaml",
+    "eval_dataset_config": "the evaluation YAML: EVAL_DATASET_CONFIG in the environment, or python -m lit_rl.migrate deepgen FILE.yaml",
+    "eval_before_train": "python cli.py validate with the same files, before fit",
+    "eval_inference_mode": "an option of the evaluation's callback",
+    "eval_sde_eta": "an option of the evaluation's callback",
+    "eval_cfg_scale": "an option of the evaluation's callback, where a set says nothing itself",
+    "eval_image_height": "evaluation renders in the size of training",
+    "eval_image_width": "evaluation renders in the size of training",
+    "eval_micro_batch_size": "data.init_args.eval_batch_size, which one GPU renders at a time",
+    "eval_wandb_num_upload_images": "trackers show the same images: max_images of the evaluation's callback",
+    "eval_swanlab_num_upload_images": "trackers show the same images: max_images of the evaluation's callback",
+    "ema_diffusion": "callbacks.ema.EMA in trainer.callbacks, with this decay; the trainer's own had no effect",
+    "atrain_nft_off_policy": "decay of callbacks.old_policy.OldPolicySync in the config: copy is on-policy",
+    "sftaux_dataset_config": "its sources: python -m lit_rl.migrate deepgen FILE.py",
+    "sftaux_coef": "model.init_args.supervised.coef, where the data have examples",
+    "sftaux_micro_batch_size": "model.init_args.supervised.batch_size, which is of all GPUs together",
+    "sftaux_every_n_steps": "examples are a share of every optimizer step",
+    "sftaux_num_workers": "pictures are read when they are asked for",
+    "sftaux_disable_on_error": "a row that cannot be read is told before training",
+    "rollout_global_batch_size": "prompts_per_iteration x group_size",
+    "atrain_global_batch_size": "the rollout / updates_per_iteration",
+    "image_height": "policy.resolution: [height, width]",
+    "image_width": "policy.resolution: [height, width]",
+    "atrain_kl_type": "kl.kind",
+}
+"""Options that several keys, other files or a person decide."""
+SIZES = {"rollout_n": 8, "rollout_global_batch_size": 256, "atrain_global_batch_size": 256, "atrain_num_actor_update_steps": 1}
+"""Options that `together` reads, and their defaults."""
+
+
+def accumulation(*, images: int | None, micro: int, processes: int) -> int:
+    """Micro-batches of a training step on each process: images / (micro x processes); 1 where the images are not given.
+
+    Raises ConfigError where that is no whole number, as the trainer does.
+    """
+    if images is None:
+        return 1
+    if images % (micro * processes):
+        raise ConfigError(f"--atrain_global_batch_size {images} is no multiple of --atrain_micro_batch_size {micro} x {processes} GPUs")
+    return images // (micro * processes)
+
+
+def together(given: Given, algorithm: str) -> Settings:
+    """Keys that several options decide: sizes of batches and pictures, the divergence, what is kept of an old policy."""
+    found: Settings = {}
+    size = {name: int(given.get(name, value)) for name, value in SIZES.items()}
+    rollout, updates = size["rollout_global_batch_size"], size["atrain_num_actor_update_steps"]
+    if rollout % size["rollout_n"]:
+        raise ConfigError(f"--rollout_global_batch_size {rollout} is no multiple of --rollout_n {size['rollout_n']}: groups stay whole")
+    if size["atrain_global_batch_size"] * updates != rollout:
+        trained = size["atrain_global_batch_size"]
+        raise ConfigError(
+            f"--atrain_global_batch_size {trained} x --atrain_num_actor_update_steps {updates} is not --rollout_global_batch_size "
+            f"{rollout}: here a rollout is trained on whole; set the latter to {trained * updates}"
+        )
+    if {"rollout_n", "rollout_global_batch_size"} & given.keys():
+        found[f"{MODEL}.prompts_per_iteration"] = rollout // size["rollout_n"]
+    if {"image_height", "image_width"} & given.keys():
+        found[f"{POLICY}.resolution"] = [int(given.get(name, "512")) for name in ("image_height", "image_width")]
+    if algorithm != "diffusionnft" and {"atrain_sde_sampler", "atrain_kl_type"} & given.keys():
+        of_v = given.get("atrain_kl_type", "v-based") == "v-based"
+        noise = "diffusion" if given.get("atrain_sde_sampler") == "flowgrpo_sde" else "noise_std"
+        found[f"{MODEL}.kl.kind"] = f"{'v' if of_v else 'x'}_{noise}"
+    return found
