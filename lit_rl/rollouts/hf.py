@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_rl.errors import ConfigError
 from lit_rl.policies.base import TokenPolicy
+from lit_rl.policies.weights.shards import reshard
 from lit_rl.ranks import gather_objects
 from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
 from lit_rl.rollouts.room import memory_for_answers, need_of, plan_rows
@@ -24,8 +25,8 @@ WITH_PICTURES = 32
 class HFEngine(RolloutEngine):
     """Over the training weights, in this process. `policy` is one whose network has a transformers model as `lm`.
 
-    Not under FSDP2, whose shards are gathered for a forward of the whole network only; under ZeRO-3 the processes wait for each other,
-    and all must make the same number of calls, with however many requests.
+    Under FSDP2 and ZeRO-3 the processes wait for each other in every forward, and all must make the same number of calls, with however many
+    requests. Blocks are gathered for each token anew: a server, or the native engine where it can, answers faster.
 
     Args:
         batch: Answers generated together; None = as many as fit into 70 % of a GPU's free memory, or a quarter of the host's, at most 32
@@ -44,23 +45,15 @@ class HFEngine(RolloutEngine):
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
         """Answers by transformers, in batches of prompts of similar length."""
-        from torch.distributed.tensor import DTensor
-
-        lm: Any = self.policy.network.lm
-        if any(isinstance(parameter, DTensor) for parameter in lm.parameters()):
-            raise ConfigError(
-                f"HFEngine cannot generate from {type(lm).__name__} under FSDP2: train with DDP or DeepSpeed, e.g. by "
-                "--config configs/base/deepspeed_zero2.yaml before the run's own, or set "
-                "model.answers.engine to lit_rl.rollouts.http.HTTPEngine"
-            )
         batches = self.batches(requests, self.rows(requests, sampling))
-        most = max(gather_objects(len(batches))) if _waits(lm) else len(batches)
+        most = max(gather_objects(len(batches))) if _waits(self.policy.network) else len(batches)
         found: dict[int, Sample] = {}
         for batch in batches:
             found |= zip(batch, self._generate([requests[i] for i in batch], sampling))
         samples = [found[i] for i in range(len(requests))]
         for _ in range(most - len(batches)):  # the others wait for this one's forwards
             self._generate([self._filler()], replace(sampling, max_new_tokens=1))
+        reshard(self.policy.network)
         return samples
 
     def rows(self, requests: Sequence[Request], sampling: Sampling) -> int:
@@ -112,24 +105,37 @@ class HFEngine(RolloutEngine):
         settings = GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=stops[0])
         # What the settings leave open comes from the model's own, such as Qwen2.5's repetition_penalty: another distribution.
         own, lm.generation_config = lm.generation_config, GenerationConfig()
+        answer = partial(
+            lm.generate,
+            attention_mask=mask,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([draw]),
+            synced_gpus=_waits(lm),
+            **self.policy.generation_inputs(ids, [request.media for request in requests]),
+        )
         try:
-            out = lm.generate(
-                ids,
-                attention_mask=mask,
-                generation_config=settings,
-                logits_processor=LogitsProcessorList([draw]),
-                synced_gpus=_waits(lm),
-                **self.policy.generation_inputs(ids, [request.media for request in requests]),
-            )
+            out = _as_forward(self.policy.network, answer, ids)
         finally:
             lm.generation_config = own
         tokens, logprobs = out[:, longest:].tolist(), torch.stack(draw.logprobs, 1).tolist()
         return [_sample(row, values, set(stops)) for row, values in zip(tokens[:asked], logprobs)]
 
 
-def _waits(lm: torch.nn.Module) -> bool:
+def _waits(network: torch.nn.Module) -> bool:
     """True when every forward gathers weights from all processes."""
-    return any(hasattr(parameter, "ds_id") for parameter in lm.parameters())
+    from torch.distributed.tensor import DTensor
+
+    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in network.parameters())
+
+
+def _as_forward(network: torch.nn.Module, answer: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    """`answer(ids)` in place of the network's forward, for which alone FSDP2 gathers the weights that belong to no block."""
+    own = network.forward
+    network.forward = answer
+    try:
+        return network(ids)
+    finally:
+        network.forward = own
 
 
 class _Draw:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import scenarios
 import toy_text
-from pair import Pair, RemoteError
+from pair import Pair
 
 pytestmark = pytest.mark.slow
 
@@ -63,17 +63,18 @@ def unknown(folder: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def test_generate_of_transformers_waits_for_the_other_process_under_zero3(pair: Pair, unknown: Path) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_generate_of_transformers_waits_for_the_other_process(pair: Pair, unknown: Path, strategy: str) -> None:
     one = scenarios.answers(str(unknown), "one", lora=False)
-    two = pair.run("answers", folder=str(unknown), strategy="zero3", lora=False)
+    two = pair.run("answers", folder=str(unknown), strategy=strategy, lora=False)
     assert [by_group([rank[i] for rank in two]) for i in (0, 1)] == [by_group([iteration]) for iteration in one]
 
 
-@pytest.mark.parametrize("more", [(9, 2), (0, 7)])
-def test_generate_of_transformers_answers_whoever_asks_under_zero3(pair: Pair, unknown: Path, more: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("strategy", "more"), [("zero3", (9, 2)), ("zero3", (0, 7)), ("fsdp2", (0, 7))])
+def test_generate_of_transformers_answers_whoever_asks(pair: Pair, unknown: Path, strategy: str, more: tuple[int, int]) -> None:
     """Two batches of at most 6 on one process, one or none on the other, which must not wait for more forwards than there are."""
     one = scenarios.answers(str(unknown), "one", lora=False, more=more)
-    two = pair.run("answers", folder=str(unknown), strategy="zero3", lora=False, more=more, timeout=60)
+    two = pair.run("answers", folder=str(unknown), strategy=strategy, lora=False, more=more, timeout=60)
     for iteration in range(2):
         assert [len(rank[iteration]["more"]) for rank in two] == list(more)
         assert [ids for rank in two for ids in rank[iteration]["more"]] == one[iteration]["more"]
@@ -91,8 +92,3 @@ def test_self_play_on_one_process_alone_and_held_out_pairs_under_zero3(pair: Pai
     assert one["val/dpo_accuracy"] == 1 and one["val/dpo_margin"] > 0.01 and ("val/long" in one) == ("s" in held_out)
     for rank in pair.run("mixed", folder=str(unknown), strategy="zero3", timeout=60, **files):
         assert rank == pytest.approx(one, abs=1e-4)
-
-
-def test_generate_of_transformers_says_that_it_cannot_under_fsdp2(pair: Pair, unknown: Path) -> None:
-    with pytest.raises(RemoteError, match="HFEngine cannot generate from Qwen2ForCausalLM under FSDP2"):
-        pair.run("answers", folder=str(unknown), strategy="fsdp2", lora=False)

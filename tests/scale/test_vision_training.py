@@ -53,8 +53,7 @@ def test_two_processes_train_as_one_does(
     pair: Pair, tmp_path: Path, model: str, data: str, strategy: str, method: str, settings: dict[str, bool]
 ) -> None:
     """One process cuts a step into three micro-batches; some micro-batches have no picture at all."""
-    alone = "one-hf" if strategy == "ddp" else "one"
-    one = vision_runs.fit(model, data, str(tmp_path / "one"), alone, method=method, parts=3, **settings)
+    one = vision_runs.fit(model, data, str(tmp_path / "one"), "one", method=method, parts=3, **settings)
     two = pair.run("vision_runs.fit", model=model, data=data, out=str(tmp_path / "two"), strategy=strategy, method=method, **settings)
     assert [run["steps"] for run in two] == [4, 4] == [one["steps"]] * 2
     for run in two:

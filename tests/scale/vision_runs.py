@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,27 +25,17 @@ from lit_rl.policies.vision_language import VisionLanguageModel
 from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.policies.weights.shards import gathered
 from lit_rl.rollouts.answers import Answers
-from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
+from lit_rl.rollouts.base import Sampling
 from lit_rl.rollouts.hf import HFEngine
-from lit_rl.seeding import uniforms
 
 ADAM = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3)
 ROWS: dict[str, Any] = dict(prompts_per_iteration=8, prompts_per_update=4, optimizer=ADAM)
 
 
-class Scripted(RolloutEngine):
-    """Answers of a script, for strategies under which no engine in the process can generate from such a model."""
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
-        digits = self.policy.encode("1234")
-        draws = (uniforms([request.key for request in requests], 1)[:, 0] * 4).long().tolist()
-        return [Sample([digits[i], self.policy.stop_ids[0]], [-1.4, -0.1], "stop") for i in draws]
-
-
-def method_of(name: str, policy: VisionLanguageModel, *, engine: RolloutEngine) -> Any:
+def method_of(name: str, policy: VisionLanguageModel) -> Any:
     if name == "sft":
         return SFT(policy, **ROWS)
-    answers = Answers(engine=engine, sampling=Sampling(max_new_tokens=3), chunk=5, old_logprobs="recompute")
+    answers = Answers(engine=HFEngine(batch=4), sampling=Sampling(max_new_tokens=3), chunk=5, old_logprobs="recompute")
     settings = ROWS | {"group_size": 4, "answers": answers, "kl": KL(coef=0.1)}
     if name == "dapo":
         return DAPO(policy, **settings, dynamic_sampling=DynamicSampling(prompts_per_generation=6, max_generations=20))
@@ -72,17 +61,16 @@ def fit(
     at.mkdir(parents=True, exist_ok=True)
     adapter = LoraSettings(rank=4, alpha=16.0) if lora else None
     policy = VisionLanguageModel(model, lora=adapter, keep_reference=True, train_vision=train_vision)
-    engine = HFEngine(batch=4) if strategy in ("one-hf", "ddp") else Scripted()
-    module = method_of(method, policy, engine=engine)
+    module = method_of(method, policy)
     callbacks = [RngState(), *([] if method == "sft" else [RewardScoring({"corner": Corner()})])]
     callbacks += [every_step(at)] if save else []
-    alone = strategy.startswith("one")
+    alone = strategy == "one"
     run = trainer(
         max_epochs=2,
         limit_val_batches=0,
         accumulate_grad_batches=parts,
         enable_checkpointing=save,
-        strategy=STRATEGIES["one" if alone else strategy](),
+        strategy=STRATEGIES[strategy](),
         devices=1 if alone else 2,
         callbacks=callbacks,
     )
