@@ -79,7 +79,7 @@ def with_images(row: Fields, *, given: object, key: str, folder: Path) -> Fields
     """The row with `images`, a list of sources, and one part {"type": "image"} in its conversation for each of them, in order.
 
     Parts of the conversation may name their image themselves. Where nothing in it says where images stand, they stand before the first
-    text of the user. A prompt that is a string stays as it is.
+    text of the user.
 
     given: The images of the row's own field `key`, or None. folder: Relative paths count from it. Raises InvalidRow where there are more
     or fewer places than images.
@@ -95,7 +95,7 @@ def with_images(row: Fields, *, given: object, key: str, folder: Path) -> Fields
     if not found and not any(map(_image_parts, turns)):
         return rest
     if name is None:
-        return rest | {"images": found}
+        raise InvalidRow(f"{key}: images stand in conversations, and the prompt is a string: set data.chat to true, or give it as messages")
     placed = _placed(turns, len(found), key=name)
     rest |= {"images": found, name: placed}
     if name == "messages" and isinstance(prompt := row.get("prompt"), list):

@@ -130,7 +130,7 @@ class Answers:
     def requests(self, run: Run, prompt_ids: Sequence[list[int]], keys: Keys, info: Sequence[Info]) -> list[Request]:
         """One for each prompt, with its pictures."""
         media = run.media(info) or [()] * len(info)
-        return [Request(*asked) for asked in zip(prompt_ids, keys, media, strict=True)]
+        return [Request(*asked) for asked in zip(prompt_ids, keys, media, info, strict=True)]
 
     def generate(
         self, run: Run, prompts: Prompts, keys: Keys, sampling: Sampling, *, tell: bool = True

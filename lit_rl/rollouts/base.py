@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.seeding import Key
+from lit_rl.types import Info
 
 
 class RolloutError(RuntimeError):
@@ -88,6 +89,7 @@ class Request:
     prompt: Sequence[int]
     key: tuple[Key, ...]
     media: Sequence[Tensor] = ()  # of the prompt, as `TokenPolicy.media` gives them
+    row: Info = field(default_factory=dict)  # of the data, whose conversation servers of chat completions are sent with its images
 
 
 @dataclass

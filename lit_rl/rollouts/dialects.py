@@ -6,7 +6,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lit_rl.rollouts.base import Sampling
 
@@ -23,11 +23,15 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt with one place for each of its pictures, these as `data:` URLs, and tokens that the answer must not hold."""
+    """A prompt with one place for each of its pictures, these as `data:` URLs, and tokens that the answer must not hold.
+
+    chat: A prompt with pictures as the fields of a chat request, `messages` among them.
+    """
 
     prompt: Sequence[int]
     pictures: Sequence[str] = ()
     banned: Sequence[int] = ()
+    chat: Body = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,6 @@ class Dialect(ABC):
     settings_route: str | None = None
     """The route by which a server may tell its settings, the dtype among them."""
 
-    sends_pictures = False
-    """True when requests may hold pictures."""
-
     @abstractmethod
     def ask(self, asked: Asked, sampling: Sampling, *, seed: int, stops: Sequence[int], model: str) -> tuple[str, Body]:
         """One answer. model: the name it is served under; of the adapter where one answers."""
@@ -70,12 +71,17 @@ class Dialect(ABC):
         """Raises Unreadable, Unusable."""
 
     @abstractmethod
-    def logprobs(self, ids: Sequence[int], *, model: str) -> tuple[str, Body]:
-        """Log-probabilities of given tokens."""
+    def logprobs(self, asked: Asked, *, first: int, model: str) -> tuple[str, Body]:
+        """Log-probabilities of a prompt's tokens, those from the one on that is number `first` among them at least."""
 
     @abstractmethod
-    def read_logprobs(self, body: object, ids: Sequence[int]) -> list[float]:
-        """Those of `ids[1:]`, at temperature 1. Raises Unreadable, Unusable."""
+    def read_logprobs(self, body: object, ids: Sequence[int], *, first: int) -> list[float]:
+        """Those of `ids[first:]`, at temperature 1. ids: Of the prompt with all places of pictures. Raises Unreadable, Unusable."""
+
+    def prompt_of(self, body: object) -> list[int] | None:
+        """The ids of a prompt with pictures as the server read it, with all their places; None where it does not tell."""
+        told = body.get("prompt_token_ids") if isinstance(body, Mapping) else None
+        return told if isinstance(told, list) else None
 
     @abstractmethod
     def load_adapter(self, name: str, folder: str) -> tuple[str, Body]:

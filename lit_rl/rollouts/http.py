@@ -19,7 +19,7 @@ from lit_rl.rollouts.base import Request, RolloutError, Sample, Sampling
 from lit_rl.rollouts.connection import Again, Call, Connection, Forgotten
 from lit_rl.rollouts.dialects import Dialect, served_models
 from lit_rl.rollouts.pictures import asked_of, check_prompt
-from lit_rl.rollouts.probe import disagreement, distinct, trainer_logprobs
+from lit_rl.rollouts.probe import disagreement, distinct, probes_of, trainer_logprobs
 from lit_rl.rollouts.served_weights import DTYPES, ServedWeights
 from lit_rl.rollouts.sglang import SGLang
 from lit_rl.rollouts.vllm import Generate, OpenAI
@@ -50,8 +50,8 @@ class HTTPEngine(ServedWeights):
     Args:
         urls: `http://host:port`, bare `host:port`, or a range of ports `host:8000-8003`. A process asks every `world_size`-th of them.
         sync_dir: Folder that the servers can read.
-        dialect: openai (vLLM's /v1/completions), vllm (its /inference/v1/generate: started with --enable-scale-out, it tells the version
-            of the weights with each answer) or sglang (/generate).
+        dialect: openai (vLLM's /v1/completions, and /v1/chat/completions with images), vllm (its /inference/v1/generate: started with
+            --enable-scale-out, it tells the version of the weights with each answer) or sglang (/generate).
         model: Name under which vLLM serves the base model; None = the first that it lists.
         server_sync_dir: `sync_dir` as the servers see it; None = under the same path.
         dtype: In which whole weights are pushed: bfloat16 halves what is written and read; None = as the servers say that they hold
@@ -63,7 +63,7 @@ class HTTPEngine(ServedWeights):
         down_s: A server at whose address nothing listens for so long is dead, and ends the run; longer than a restart takes, where
             something restarts servers.
         health_s: Patience until the servers are ready at the start.
-        probe: Text whose log-probabilities are compared after each push.
+        probe: Text whose log-probabilities are compared after each push, alone and, where the policy reads images, behind one.
         probe_tolerance: Mean difference that is still rounding. Of a server in bfloat16 expect 0.01 to 0.02; in float32 1e-4 will do.
         token_env: Environment variable with a bearer token; unset = none.
     """
@@ -120,15 +120,11 @@ class HTTPEngine(ServedWeights):
         self.rank, self.world_size = rank, world_size
         self.own = servers_of_rank(self.urls, rank=rank, world_size=world_size, mapping="auto")
         self.adapter = not getattr(policy, "full", True)
-        self.probe_ids = policy.encode(self.probe)
-        if len(self.probe_ids) < 2:
-            raise ConfigError(f"engine.probe={self.probe!r} is {len(self.probe_ids)} tokens to this model; give a text of at least 2")
         self._forget()
         self.connection.wait_healthy(self.urls if rank == 0 else self.own, patience_s=self.health_s)
         self.base = self._base_model() if self.dialect.tells_models else ""
         self.push_dtype = self._agreed_dtype(self.given_dtype)
-        if self.max_model_len is not None:
-            self.probe_ids = self.probe_ids[: max(2, self.max_model_len - 1)]  # the server draws a token after it
+        self.probes = probes_of(policy, self.probe, most=self.max_model_len)
 
     def _base_model(self) -> str:
         told = self.connection.run([Call([self.own[0]], "/v1/models", None, served_models)])[0]
@@ -210,7 +206,7 @@ class HTTPEngine(ServedWeights):
         def call(request: Request) -> Call[Sample]:
             first = place.setdefault(tuple(request.prompt), len(place)) % len(self.own)  # siblings share a server's prefix
             urls = [*self.own[first:], *self.own[:first]]
-            asked, model = asked_of(request, self.policy, self.dialect), self._asked_for(self.model)
+            asked, model = asked_of(request, self.policy), self._asked_for(self.model)
             lost = self.dialect.forgotten(model) if self.adapter else None
             route, body = self.dialect.ask(asked, sampling, seed=seed_of(*request.key), stops=self.policy.stop_ids, model=model)
             return Call(urls, route, body, partial(self._sample, request), forgotten=lost)
@@ -220,9 +216,9 @@ class HTTPEngine(ServedWeights):
     def _sample(self, request: Request, body: object) -> Sample:
         """Raises Again, Unusable where the server reads another prompt, and Forgotten where other weights answered."""
         answer = self.dialect.read(body)
-        check_prompt(request, answer)
         if answer.finish == "abort":
             raise Again("the server aborted the answer")
+        check_prompt(request, answer.prompt, self.policy)
         wanted = self._asked_for(self.model)
         if answer.model is not None and answer.model != wanted and not {answer.model, wanted} <= self.aliases:
             raise _of_others(answer.model, wanted)
@@ -233,7 +229,8 @@ class HTTPEngine(ServedWeights):
 
     def _look_at(self, requests: Sequence[Request], samples: Sequence[Sample], sampling: Sampling) -> None:
         """Raise RolloutError unless the trainer gives these answers the same log-probabilities. Collective: one forward everywhere."""
-        rows = [(request.prompt, sample.ids) for request, sample in zip(requests, samples)] or [(self.probe_ids[:1], self.probe_ids[1:])]
+        answered: list[tuple[Sequence[int], Sequence[int]]] = [(request.prompt, sample.ids) for request, sample in zip(requests, samples)]
+        rows = answered or [self.probes[0].row]
         mine = trainer_logprobs(self.policy, rows, temperature=sampling.temperature, media=[request.media for request in requests])
         kept = mine if requests else []
         wrong = disagreement(samples, kept, temperature=sampling.temperature, tolerance=self.probe_tolerance)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lit_rl.errors import ConfigError
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.weights.shards import reshard
 from lit_rl.rollouts.base import Request, Sample
@@ -14,6 +16,47 @@ from lit_rl.types import Media
 
 MEASURABLE = 1e-3
 """A move of the trainer's log-probabilities that a server in 16 bits cannot miss."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A sequence of which the log-probabilities from token `first` on are compared: a text, or a conversation with a picture."""
+
+    request: Request
+    first: int
+
+    @property
+    def row(self) -> tuple[Sequence[int], Sequence[int]]:
+        """The tokens that go before, and those that are compared."""
+        return self.request.prompt[: self.first], self.request.prompt[self.first :]
+
+
+def probes_of(policy: TokenPolicy, text: str, *, most: int | None) -> list[Probe]:
+    """A text, and where the policy reads pictures a conversation of a picture and that text. most: Tokens that a server takes.
+
+    Raises ConfigError for a text of one token, and where the picture leaves no room.
+    """
+    ids = policy.encode(text)
+    if len(ids) < 2:
+        raise ConfigError(f"engine.probe={text!r} is {len(ids)} tokens to this model; give a text of at least 2")
+    room = len(ids) if most is None else max(2, most - 1)  # the server draws a token after it
+    media = policy.trial(ids)[1]
+    probes = [Probe(Request(ids[:room], ()), 1)]
+    return [*probes, _with_picture(policy, text, media, most)] if media else probes
+
+
+def _with_picture(policy: TokenPolicy, text: str, media: Sequence[Tensor], most: int | None) -> Probe:
+    content = [*({"type": "image"} for _ in media), {"type": "text", "text": text}]
+    row = {"prompt": [{"role": "user", "content": content}]}
+    ids = policy.encode(row["prompt"])
+    whole, _ = policy.with_pictures(ids, [False] * len(ids), [(picture.shape[1], picture.shape[2]) for picture in media])
+    if most is not None and len(whole) >= most:
+        raise ConfigError(
+            f"engine.probe has {len(whole)} tokens with an image and the chat template, and the inference server takes {most} "
+            "(--max-model-len): set engine.probe to a shorter text, or raise that"
+        )
+    behind = max(i for i, token in enumerate(whole) if token in policy.banned_ids) + 1
+    return Probe(Request(whole, (), media, row), behind)
 
 
 @torch.no_grad()
@@ -68,11 +111,17 @@ class ProbeHistory:
 
 
 def distinct(requests: Sequence[Request], most: int) -> list[int]:
-    """Places of requests with different prompts, the longest prompt first: what a server kept of old weights shows in long prompts."""
+    """Places of requests with different prompts, the longest prompt first: what a server kept of old weights shows in long prompts.
+
+    One with pictures is among them, where there is one.
+    """
     first: dict[tuple[int, ...], int] = {}
     for i, request in enumerate(requests):
         first.setdefault(tuple(request.prompt), i)
-    return [place for _, place in sorted(first.items(), key=lambda item: -len(item[0]))][:most]
+    places = [place for _, place in sorted(first.items(), key=lambda item: -len(item[0]))]
+    shown = next((place for place in places if requests[place].media), None)
+    chosen = places[:most]
+    return chosen if shown is None or shown in chosen else [*chosen[:-1], shown]
 
 
 def disagreement(samples: Sequence[Sample], mine: Sequence[Sequence[float]], *, temperature: float, tolerance: float) -> str:

@@ -11,18 +11,26 @@ import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
+from lit_rl.policies.language_model import TOWER
 from lit_rl.ranks import gather_objects
 from lit_rl.rollouts.base import RolloutEngine, RolloutError
 from lit_rl.rollouts.connection import Call, Connection, Forgotten
 from lit_rl.rollouts.dialects import Dialect, served_dtype, weight_version
-from lit_rl.rollouts.probe import ProbeHistory, trainer_logprobs
+from lit_rl.rollouts.pictures import asked_of, check_prompt
+from lit_rl.rollouts.probe import Probe, ProbeHistory, trainer_logprobs
 from lit_rl.rollouts.push import digest, fingerprint, gather, write
+from lit_rl.rollouts.start_check import adapters_that_matter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 SAME_WEIGHTS = (
     "Check that the server was started on model.policy.pretrained itself (base model, revision, dtype), that nothing else loads weights "
     "into it, and that engine.sync_dir is one folder for both (engine.server_sync_dir, where the server sees it under another path)"
+)
+SAME_PICTURES = (
+    "Its answers to text are right. Check that it has the trainer's preprocessor_config.json and no --mm-processor-kwargs, and, where "
+    "model.policy.train_vision gives the vision tower an adapter, that vLLM was started with --enable-tower-connector-lora (it leaves that "
+    "adapter out in silence otherwise)"
 )
 
 
@@ -40,7 +48,7 @@ class ServedWeights(RolloutEngine):
     server_sync_dir: str
     keep: int
     push_dtype: torch.dtype | None  # None: as they are
-    probe_ids: list[int]
+    probes: list[Probe]
     probe_tolerance: float
 
     def _forget(self) -> None:
@@ -48,9 +56,9 @@ class ServedWeights(RolloutEngine):
         self.pushed: tuple[int, ...] | None = None  # fingerprint of what the servers hold
         self.names: list[str] = []  # of the pushes that are kept, the newest last
         self.model = ""  # that requests name
-        self.expected: Sequence[float] = ()  # the trainer's log-probabilities of the probe at the last push
+        self.expected: Sequence[Sequence[float]] = ()  # the trainer's log-probabilities of the probes at the last push
         self.aliases: frozenset[str] = frozenset()  # names of the base model: the server answers under any of them
-        self.history = {url: ProbeHistory() for url in self.urls}
+        self.history: dict[tuple[str, int], ProbeHistory] = {}  # by server and probe
         self.unseen = False  # whether no answer was looked at since `update_weights`
 
     def _agreed_dtype(self, given: str | None) -> torch.dtype | None:
@@ -69,15 +77,25 @@ class ServedWeights(RolloutEngine):
         return None if name is None or self.adapter else DTYPES[name]
 
     def update_weights(self, version: int) -> None:
-        """Push the weights where they changed, and compare log-probabilities of the probe. Collective."""
+        """Push the weights where they changed, and compare log-probabilities of the probes. Collective.
+
+        Adapters begin at 0, where a vision tower's that a server leaves out would not be seen: the first push is of one that matters.
+        """
         self.version, self.unseen = version, True
+        if self.pushed is None and self.adapter and any(f".{TOWER}." in name for name, _ in self.policy.trainable()):
+            with adapters_that_matter(self.policy, within=TOWER):
+                self._exchange(version)
+        self._exchange(version)
+
+    def _exchange(self, version: int) -> None:
         mine = fingerprint(self.policy)
         told_by_all = gather_objects((mine, mine != self.pushed))
         if not any(changed for _, changed in told_by_all):
             return
         contents = digest([found for found, _ in told_by_all])
         weights = gather(self.policy, self.push_dtype)
-        expected = trainer_logprobs(self.policy, [(self.probe_ids[:1], self.probe_ids[1:])], temperature=1.0)[0]
+        media = [probe.request.media for probe in self.probes]
+        expected = trainer_logprobs(self.policy, [probe.row for probe in self.probes], temperature=1.0, media=media)
         told: tuple[str, str] = ("", "")
         if self.rank == 0:
             try:
@@ -89,7 +107,7 @@ class ServedWeights(RolloutEngine):
             raise RolloutError(wrong)
         self.pushed, self.model, self.expected = mine, name, expected
 
-    def _push(self, weights: dict[str, Tensor], name: str, expected: Sequence[float]) -> str:
+    def _push(self, weights: dict[str, Tensor], name: str, expected: Sequence[Sequence[float]]) -> str:
         """Write, have it loaded by all servers, and compare. name: the contents too, for a resumed run may have others of that version."""
         if name not in self.names:
             self._forget_pushes(down_to=self.keep - 1)
@@ -98,7 +116,7 @@ class ServedWeights(RolloutEngine):
         self._load(name, self.urls, expected)
         return name
 
-    def _load(self, name: str, urls: Sequence[str], expected: Sequence[float]) -> None:
+    def _load(self, name: str, urls: Sequence[str], expected: Sequence[Sequence[float]]) -> None:
         """Have servers load the push of that name, and compare."""
         seen = f"{self.server_sync_dir.rstrip('/')}/{name}"
         steps = [self.dialect.load_adapter(name, seen)] if self.adapter else self.dialect.load_weights(name, seen)
@@ -128,13 +146,19 @@ class ServedWeights(RolloutEngine):
         """The model name in a request that the weights of that push answer."""
         return name if self.adapter else self.base
 
-    def _compare(self, model: str, name: str, urls: Sequence[str], expected: Sequence[float]) -> None:
-        read = partial(self.dialect.read_logprobs, ids=self.probe_ids)
-        route, body = self.dialect.logprobs(self.probe_ids, model=model)
-        found = self.connection.run([Call([url], route, body, read) for url in urls])
-        for url, theirs in zip(urls, found):
-            if wrong := self.history[url].compare(theirs, expected, tolerance=self.probe_tolerance):
-                raise RolloutError(f"inference server {url}, after it loaded {name}, answers with {wrong}. {SAME_WEIGHTS}")
+    def _compare(self, model: str, name: str, urls: Sequence[str], expected: Sequence[Sequence[float]]) -> None:
+        for i, (probe, mine) in enumerate(zip(self.probes, expected, strict=True)):
+            route, body = self.dialect.logprobs(asked_of(probe.request, self.policy), first=probe.first, model=model)
+            found = self.connection.run([Call([url], route, body, partial(self._probed, probe)) for url in urls])
+            how, remedy = ("to an image ", SAME_PICTURES) if probe.request.media else ("", SAME_WEIGHTS)
+            for url, theirs in zip(urls, found):
+                history = self.history.setdefault((url, i), ProbeHistory())
+                if wrong := history.compare(theirs, mine, tolerance=self.probe_tolerance):
+                    raise RolloutError(f"inference server {url}, after it loaded {name}, answers {how}with {wrong}. {remedy}")
+
+    def _probed(self, probe: Probe, body: object) -> list[float]:
+        check_prompt(probe.request, self.dialect.prompt_of(body), self.policy)
+        return self.dialect.read_logprobs(body, probe.request.prompt, first=probe.first)
 
     def _check_held(self) -> None:
         """Raise Forgotten where a server says that its whole weights are of another version. Where answers tell, `_sample` looks."""

@@ -9,7 +9,10 @@ from lit_rl.rollouts.dialects import Answer, Asked, Body, Dialect, Unreadable, a
 
 
 class SGLang(Dialect):
-    """POST /generate with input_ids. Adapters are named in `lora_path`. Seeds count where the server samples deterministically."""
+    """POST /generate with input_ids. Adapters are named in `lora_path`. Seeds count where the server samples deterministically.
+
+    A prompt with pictures has one place for each of them, and these in `image_data`; SGLang from 0.5.13 on tells the ids as it read them.
+    """
 
     def ask(self, asked: Asked, sampling: Sampling, *, seed: int, stops: Sequence[int], model: str) -> tuple[str, Body]:
         drawn = {
@@ -18,7 +21,7 @@ class SGLang(Dialect):
             "stop_token_ids": list(stops),
             **drawing(sampling, asked.banned),
         }
-        return self._generate(asked.prompt, model, {**drawn, "skip_special_tokens": False})
+        return self._generate(asked, model, {**drawn, "skip_special_tokens": False})
 
     def read(self, body: object) -> Answer:
         meta = _meta(body)
@@ -27,14 +30,17 @@ class SGLang(Dialect):
         version = meta.get("weight_version")
         reason = finish.get("type") if isinstance(finish, Mapping) else finish
         versions = [] if version is None else [str(version)]
-        return answer_of([int(pair[1]) for pair in pairs], [pair[0] for pair in pairs], reason, versions=versions)
+        ids, logprobs = [int(pair[1]) for pair in pairs], [pair[0] for pair in pairs]
+        return answer_of(ids, logprobs, reason, versions=versions, prompt=self.prompt_of(body))
 
-    def logprobs(self, ids: Sequence[int], *, model: str) -> tuple[str, Body]:
-        return self._generate(ids, model, {"max_new_tokens": 1, "temperature": 0.0}, logprob_start_len=0)
+    def logprobs(self, asked: Asked, *, first: int, model: str) -> tuple[str, Body]:
+        return self._generate(asked, model, {"max_new_tokens": 1, "temperature": 0.0}, logprob_start_len=first - 1)
 
-    def read_logprobs(self, body: object, ids: Sequence[int]) -> list[float]:
+    def read_logprobs(self, body: object, ids: Sequence[int], *, first: int) -> list[float]:
+        """The first pair is of the token before them and has no number. Places of pictures, which come before, have other ids in SGLang."""
         pairs = _pairs(_meta(body), "input_token_logprobs")
-        if [pair[1] for pair in pairs] != list(ids):
+        wanted = list(ids[first:])
+        if not wanted or len(pairs) != len(wanted) + 1 or [pair[1] for pair in pairs[1:]] != wanted:
             raise Unreadable("its input_token_logprobs are not of the prompt's tokens")
         return numbers([pair[0] for pair in pairs[1:]])
 
@@ -47,10 +53,11 @@ class SGLang(Dialect):
     def load_weights(self, name: str, folder: str) -> list[tuple[str, Body]]:
         return [("/update_weights_from_disk", {"model_path": folder, "weight_version": name, "abort_all_requests": True})]
 
-    def _generate(self, prompt: Sequence[int], model: str, sampling: Body, **settings: object) -> tuple[str, Body]:
+    def _generate(self, asked: Asked, model: str, sampling: Body, **settings: object) -> tuple[str, Body]:
         adapter = {"lora_path": model} if model else {}
-        body = {"input_ids": list(prompt), "sampling_params": sampling, "return_logprob": True, "stream": False}
-        return "/generate", {**body, **adapter, **settings}
+        seen: Body = {"image_data": list(asked.pictures), "return_prompt_token_ids": True} if asked.pictures else {}
+        body = {"input_ids": list(asked.prompt), "sampling_params": sampling, "return_logprob": True, "stream": False}
+        return "/generate", {**body, **adapter, **seen, **settings}
 
 
 def _meta(body: object) -> Mapping[str, object]:

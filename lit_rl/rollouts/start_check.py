@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
+from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.sizes import positions
 from lit_rl.policies.weights.shards import part, reshard
@@ -204,10 +205,13 @@ def evaluating(policy: CausalLM, context: AbstractContextManager[object] | None 
 
 
 @contextmanager
-def adapters_that_matter(policy: CausalLM) -> Iterator[None]:
-    """Adapters begin at 0, where one that is left out would not be seen: inside it they are not. Put back bit for bit."""
+def adapters_that_matter(policy: TokenPolicy, *, within: str = "") -> Iterator[None]:
+    """Adapters begin at 0, where one that is left out would not be seen: inside it they are not. Put back bit for bit.
+
+    within: A part of the names of layers whose adapters these are; default: of all.
+    """
     reshard(policy)
-    kept = {name: part(p).clone() for name, p in policy.trainable() if ".lora_B." in name}
+    kept = {name: part(p).clone() for name, p in policy.trainable() if ".lora_B." in name and within in name}
     draws = generator("start check")
     try:
         for name, parameter in policy.trainable():

@@ -178,7 +178,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a string": (
         {"prompt": "<image>?", "images": ["pictures/a.png"]},
-        r"1 images and 0 places for them .* \(data.chat: true for a string\)",
+        "images: images stand in conversations, and the prompt is a string: set data.chat to true",
     ),
     "a film": ({"prompt": user([{"type": "video", "video": "a.mp4"}])}, r'prompt\[0\].content\[0\]: expected {"type": "text"'),
 }

@@ -54,14 +54,16 @@ class FakeServer(VLLMRoutes):
         if adapter and adapter not in self.adapters:
             return web.json_response({"error": {"message": f"{adapter} was not loaded"}}, status=400)
         self.choose(adapter)
+        prompt = self.prompt_with(body["input_ids"], body.get("image_data", ()))
+        told = {"prompt_token_ids": prompt} if body.get("return_prompt_token_ids") else {}
         meta = {"weight_version": self.weights_version}
-        if "logprob_start_len" in body:
-            pairs = [[None, body["input_ids"][0], None], *([v, i, None] for i, v in self.score(body["input_ids"]))]
-            return web.json_response({"meta_info": meta | {"input_token_logprobs": pairs, "finish_reason": {"type": "length"}}})
+        if (start := body.get("logprob_start_len")) is not None:
+            pairs = [[None, prompt[start], None], *([v, i, None] for i, v in self.score(prompt)[start:])]
+            return web.json_response(told | {"meta_info": meta | {"input_token_logprobs": pairs, "finish_reason": {"type": "length"}}})
 
         def say(ids: list[int], logprobs: list[float], finish: str) -> Any:
             pairs = [[value, token, None] for value, token in zip(logprobs, ids)]
-            return {"text": "not looked at", "meta_info": meta | {"output_token_logprobs": pairs, "finish_reason": {"type": finish}}}
+            return told | {"text": "not looked at", "meta_info": meta | {"output_token_logprobs": pairs, "finish_reason": {"type": finish}}}
 
         seed, count = settings["sampling_seed"], settings["max_new_tokens"]
-        return await self.answer(request, body, body["input_ids"], settings, count, seed, say)
+        return await self.answer(request, body, prompt, settings, count, seed, say)

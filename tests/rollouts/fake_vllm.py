@@ -176,13 +176,13 @@ class VLLMRoutes(Holding):
             return bad(f"max_tokens={count} cannot be greater than max_model_len={self.max_model_len}.", "max_tokens")
         if len(prompt) >= self.max_model_len:
             return bad("max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)", "max_tokens")
-        if (highest := max(prompt)) >= self.model.config.vocab_size:
+        if (highest := max(prompt)) >= self.model.config.get_text_config().vocab_size:
             return bad(f"Token id {highest} is out of vocabulary")
         return None
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        prompt, count, seed = body["prompt"], body["max_tokens"], body.get("seed", 0)
+        prompt, count, seed = self.prompt_with(body["prompt"], ()), body["max_tokens"], body.get("seed", 0)
         if seed >= 2**63:
             return error(400, f"1 validation error: less than or equal to {2**63 - 1}", "Bad Request", param="body.seed")
         if wrong := self._wrong(body, prompt, count):
@@ -203,11 +203,13 @@ class VLLMRoutes(Holding):
 
     async def _tokens(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        prompt, settings = body["token_ids"], body["sampling_params"]
+        prompt = self.prompt_with(body["token_ids"], [part["url"] for part in body.get("content_parts", ())])
+        settings = body["sampling_params"]
         count = settings["max_tokens"]
         if wrong := self._wrong(body, prompt, count):
             return wrong
         whole = {"model": self._chosen(body["model"]), "output_mode": "tokens", "prompt_logprobs": None}
+        whole["prompt_token_ids"] = prompt if body.get("return_token_ids") else None
         if "prompt_logprobs" in settings:
             return web.json_response(whole | {"choices": [{"index": 0}], "prompt_logprobs": self._prompt_logprobs(prompt)})
 

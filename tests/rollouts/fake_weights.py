@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,11 @@ class Holding(LocalServer):
         return said
 
     # ------------------------------------------------------------------ the miniature
+    def prompt_with(self, ids: list[int], urls: Sequence[str]) -> list[int]:
+        """A prompt with its images, which this miniature cannot read."""
+        assert not urls
+        return ids
+
     @torch.no_grad()
     def logits(self, ids: list[int]) -> torch.Tensor:
         bare = isinstance(self.model, PeftModel) and not self.chosen
@@ -165,12 +170,13 @@ class Holding(LocalServer):
     def draw(self, prompt: list[int], settings: Mapping[str, Any], count: int, seed: int) -> tuple[list[int], list[float], str]:
         """As the engines in process do: one uniform number for each token, from the seed of the answer."""
         uniform = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        banned = [int(token) for token in settings.get("logit_bias", ())]
         shape = {"temperature": float(settings["temperature"]), "top_p": float(settings["top_p"]), "top_k": max(0, settings["top_k"])}
         ids: list[int] = []
         logprobs: list[float] = []
         for number in uniform:
             row = self.logits([*prompt, *ids])[-1:]
-            token, logprob = draw_tokens(row, number[None], **shape)
+            token, logprob = draw_tokens(row, number[None], banned=banned, **shape)
             ids.append(int(token))
             logprobs.append(self._told(row[0], int(token), float(logprob), shape))
             if ids[-1] in settings["stop_token_ids"]:

@@ -65,7 +65,7 @@ class ServerProcess:
         self.command, self.environment, self.log = command, environment, log
         self.url = f"http://127.0.0.1:{port}"
 
-    def start(self, *, seconds: float = 240.0) -> None:
+    def start(self, *, seconds: float = 480.0) -> None:
         """Start it and wait until it is healthy. Raises RuntimeError with the last lines of its log, at once where it has ended."""
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("VLLM_")}
         with self.log.open("a") as log:
