@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import Reward
 from lit_rl.types import Info
 
@@ -50,17 +51,20 @@ class CLIPScoreReward(Reward):
             self._similarity(media[i : i + self.batch_size], [str(row["prompt"]) for row in info[i : i + self.batch_size]])
             for i in range(0, len(media), self.batch_size)
         ]
-        return {self.outputs[0]: torch.cat(parts) / self.divisor}
+        return {self.outputs[0]: torch.cat(parts) * self.factor() / self.divisor}
+
+    def factor(self) -> float:
+        """exp(logit_scale)."""
+        return float(self._model.logit_scale.float().exp())
 
     def _similarity(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
-        """exp(logit_scale) * cos of each image with its own prompt, Float "B". Prompts are cut at the model's context length (77)."""
+        """The cosine of each image with its own prompt, Float "B". Prompts are cut at the model's context length (77)."""
         device, images = self._model.device, [image.numpy() for image in media.permute(0, 2, 3, 1).cpu()]
         pixels = self._processor(images, return_tensors="pt", input_data_format="channels_last")["pixel_values"].to(device, self.dtype)
         length = self._model.config.text_config.max_position_embeddings
         tokens = self._tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt").to(device)
         out = self._model(pixel_values=pixels, input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        cosine = (out.image_embeds.float() * out.text_embeds.float()).sum(-1)
-        return (self._model.logit_scale.float().exp() * cosine).cpu()
+        return (out.image_embeds.float() * out.text_embeds.float()).sum(-1).cpu()
 
 
 class PickScoreReward(CLIPScoreReward):
@@ -71,3 +75,26 @@ class PickScoreReward(CLIPScoreReward):
 
     outputs = ("pick_score",)
     divisor = 26.0
+
+
+class CLIPSimilarity(CLIPScoreReward):
+    """`clip_sim` = cos(image, prompt) in [-1, 1], as DeepGen-RL takes it from CLIP ViT-L/14.
+
+    Args:
+        model_path: Folder (or hub id) of a CLIP model in transformers format; default: $CLIP_MODEL_NAME_OR_PATH.
+        processor_path, dtype, batch_size: See `CLIPScoreReward`.
+    """
+
+    outputs = ("clip_sim",)
+    divisor = 1.0
+
+    def __init__(
+        self, model_path: str | None = None, *, processor_path: str | None = None, dtype: str = "float32", batch_size: int = 32
+    ) -> None:
+        if not model_path:
+            raise ConfigError("model_path: name the folder or hub id of a CLIP model, here or in $CLIP_MODEL_NAME_OR_PATH")
+        super().__init__(model_path, processor_path=processor_path, dtype=dtype, batch_size=batch_size)
+
+    def factor(self) -> float:
+        """1: the cosine itself."""
+        return 1.0

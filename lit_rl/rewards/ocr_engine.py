@@ -40,17 +40,28 @@ def line_reader(threads: int) -> Callable[[np.ndarray], Reading]:
 
 
 def scene_reader(side: int, threads: int) -> Callable[[np.ndarray], Reading]:
-    """Detection, then recognition of every line found, of RGB images uint8 [H, W, 3]; lines in order of reading, joined by spaces.
+    """The lines of `lines_reader`, joined by spaces, and their mean confidence."""
+    lines = lines_reader(side, threads)
+
+    def read(image: np.ndarray) -> Reading:
+        found = lines(image)
+        return (" ".join(text for text, _ in found), float(np.mean([confidence for _, confidence in found]))) if found else ("", 0.0)
+
+    return read
+
+
+def lines_reader(side: int, threads: int) -> Callable[[np.ndarray], list[Reading]]:
+    """Detection, then recognition of every line found, of RGB images uint8 [H, W, 3]; lines in order of reading.
 
     No angle classifier: it turns small text upside down.
     """
     engine = _engine(threads, {"Det.limit_side_len": 32})
 
-    def read(image: np.ndarray) -> Reading:
+    def read(image: np.ndarray) -> list[Reading]:
         lines = engine(np.ascontiguousarray(_prepared(image, side)[..., ::-1]))
         if not lines.txts:
-            return "", 0.0
-        return " ".join(lines.txts[i] for i in reading_order(lines.boxes)), float(np.mean(lines.scores))
+            return []
+        return [(lines.txts[i], float(lines.scores[i])) for i in reading_order(lines.boxes)]
 
     read(np.zeros((side, side, 3), np.uint8))  # loads the detector; its recogniser follows with the first text
     return read

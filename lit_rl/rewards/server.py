@@ -39,8 +39,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
     p.add_argument(
         "--scorers",
-        help="comma list, for images of ocr, vlm, clip, pickscore, jpeg, for texts of rules, function, reward_model, format, repetition, "
-        "for both of pseudo, or dotted paths (default: ocr; with a VLM: ocr,vlm)",
+        help="comma list, for images of ocr, quoted (DeepGen-RL's OCR), vlm, clip, pickscore, jpeg, for texts of rules, function, "
+        "reward_model, format, repetition, for both of pseudo, or dotted paths (default: ocr; with a VLM: ocr,vlm)",
     )
     p.add_argument("--vlm-model-path", help="folder of a Qwen2.5-VL model")
     p.add_argument(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 SCORERS = {
     "ocr": "lit_rl.rewards.ocr.OCRReward",
+    "quoted": "lit_rl.rewards.ocr_quoted.QuotedTextReward",
     "vlm": "lit_rl.rewards.vlm.VLMReward",
     "clip": "lit_rl.rewards.clip.CLIPScoreReward",
     "pickscore": "lit_rl.rewards.clip.PickScoreReward",

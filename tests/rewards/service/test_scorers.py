@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from lit_rl.rewards.base import Reward
-from lit_rl.rewards.clip import CLIPScoreReward, PickScoreReward
+from lit_rl.rewards.clip import CLIPScoreReward, CLIPSimilarity, PickScoreReward
 from lit_rl.rewards.jpeg import JPEGSizeReward
 from lit_rl.rewards.pseudo import PseudoReward
 from lit_rl.rewards.vlm import RUBRIC, VLMReward, parse_score
@@ -95,6 +95,9 @@ def test_clip_score_is_the_models_own_logit_over_30(clip_folder: Path) -> None:
             pixel_values=torch.stack([torch.as_tensor(p) for p in pixels["pixel_values"]]),
         ).logits_per_image.diag()
     torch.testing.assert_close(CLIPScoreReward(str(clip_folder)).score(images, info)["clip_score"], logits / 30)
+    cosine = CLIPSimilarity(str(clip_folder)).score(images, info)["clip_sim"]
+    torch.testing.assert_close(cosine * model.logit_scale.exp(), logits)
+    assert cosine.abs().max() <= 1
     torch.testing.assert_close(PickScoreReward(str(clip_folder)).score(images, info)["pick_score"], logits / 26)
 
 
