@@ -9,9 +9,11 @@ import multiprocessing
 import os
 import resource
 import runpy
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
@@ -44,6 +46,25 @@ def forked_script(*words: str, folder: Path, environment: Mapping[str, str] | No
     return forked(run_script, words, kib, folder=folder, log=folder / "log", environment={**given, **path})
 
 
+class ForkedModule:
+    """`subprocess.Popen` of `python -m module ...` whose output is asked for."""
+
+    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], cwd: Path = ROOT, **_: object) -> None:
+        assert command[1] == "-m"
+        self.folder = Path(tempfile.mkdtemp())
+        where: dict[str, Any] = {"folder": cwd, "log": self.folder / "log", "environment": env}
+        self.process = forked(run_module, command[2:], self.folder / "said", **where)
+        self.returncode: int | None = None
+
+    def communicate(self) -> tuple[str, None]:
+        self.process.join()
+        self.returncode = self.process.exitcode
+        assert self.returncode == 0, (self.folder / "log").read_text()
+        said = (self.folder / "said").read_text()
+        shutil.rmtree(self.folder)
+        return said, None
+
+
 def ended(process: BaseProcess, timeout: float) -> int | None:
     """Its exit code, None where it is still there after so many seconds."""
     process.join(timeout)
@@ -64,6 +85,12 @@ def run_script(words: list[str], kib: int | None) -> None:
     sys.argv = list(words)
     sys.path[:0] = [str(Path(words[0]).parent)]
     runpy.run_path(words[0], run_name="__main__")
+
+
+def run_module(words: list[str], output: Path) -> None:
+    sys.argv = list(words)
+    with output.open("w") as sys.stdout:
+        runpy.run_module(words[0], run_name="__main__")
 
 
 def enter(function: Callable[..., Any], arguments: tuple[Any, ...], folder: Path, log: Path, environment: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import ForkedModule
 
 from benchmarks import data as data_sets
 from benchmarks import (
@@ -180,7 +181,13 @@ def test_startup_tells_mistakes_sooner_than_it_imports() -> None:
     assert rows["a missing file"] < rows["import torch"] and rows["a wrong key"] < rows["import torch"]
 
 
-@pytest.mark.slow
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark's processes are forked from one that has imported everything, for tests that do not ask what an arm costs."""
+    monkeypatch.setattr("subprocess.Popen", ForkedModule)
+
+
+@pytest.mark.usefixtures("forks")
 def test_both_pushes_write_the_same_weights_in_their_dtypes(tmp_path: Path) -> None:
     model = build_lm(tmp_path / "model", hidden=64, heads=2, vocab_size=4096)
     figures = {arm: push.run_pair(arm, model) for arm in push.ARMS}
@@ -190,7 +197,7 @@ def test_both_pushes_write_the_same_weights_in_their_dtypes(tmp_path: Path) -> N
     assert all(second["files_mib"] == 0 and second["change"] >= 0 for _, second in figures.values())
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_two_processes_do_the_work_of_two_single_runs() -> None:
     """Each process trains on as many rows either way, so that only the run of two waits for others, and says for whom."""
     table = processes.main(["--case", "language", "--iterations", "1", "--rounds", "1"])
