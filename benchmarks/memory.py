@@ -26,6 +26,7 @@ MODELS: Mapping[str, Published] = {
     "Qwen/Qwen2.5-7B": "qwen25_7b",
     "Qwen/Qwen2.5-7B-Instruct": "qwen25_7b",
     "Qwen/Qwen2.5-Math-7B": "qwen25_math_7b",
+    "Qwen/Qwen2.5-VL-7B-Instruct": "qwen25_vl_7b",
     "Skywork/Skywork-Reward-V2-Qwen3-0.6B": "qwen3_06b_reward",
     "stabilityai/stable-diffusion-3.5-medium": "sd35_medium",
     "black-forest-labs/FLUX.1-dev": "flux_dev",
@@ -35,7 +36,7 @@ MODELS: Mapping[str, Published] = {
     "openai/clip-vit-large-patch14": "clip_l",
 }
 """Sizes of the models that shipped recipes name."""
-UNTOLD = {"grpo/qwen25_vl_7b_geo3k", "deepgen/diffusion_nft", "deepgen/flow_grpo", "deepgen/grpo_guard"}
+UNTOLD = {"deepgen/diffusion_nft", "deepgen/flow_grpo", "deepgen/grpo_guard"}
 """Recipes whose pictures, or whose language model before a diffusion transformer, are not in the estimate yet."""
 
 

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from lit_rl.doctor.ledger import Ledger, imagine, imagined, mixed
 from lit_rl.doctor.placement import Line, Placement
 from lit_rl.doctor.shallow import extrapolated
+from lit_rl.doctor.towers import lines, looked_at, patches_at_most
 from lit_rl.modules.flow import LitFlow
 from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.critic import Critic
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
 from lit_rl.policies.language_model import TokenNetwork
+from lit_rl.policies.vision_language import VisionLanguageModel
 from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.decoder import Decoder, unsupported
 from lit_rl.rollouts.hf import HFEngine
@@ -67,6 +69,13 @@ def of_tokens(method: LitTokens, critic: Critic | None, networks: Blocks, placem
         prepared(networks, placement)
         (activations,) = extrapolated(networks, lambda: [_trained_tokens(method, critic, rows, lengths, placement.autocast)])
     yield Line(f"activations of {rows} x {lengths.row} tokens", activations, "training")
+    if isinstance(method.policy, VisionLanguageModel):
+        patches = patches_at_most(method.policy, lengths.prompt or lengths.row)
+        network = method.policy.network
+        with imagined(gpu=placement.gpu):
+            prepared(networks, placement)
+            held, peak = extrapolated(networks, lambda: looked_at(network, rows, patches, placement.autocast))
+        yield from lines(held, peak, what=f"{rows} pictures of {patches} patches", activations=activations)
     here = -(-method.prompts_per_iteration * method.group_size // placement.processes)
     yield Line("rollout", here * lengths.row * (8 + 1 + 4 * 5))
     if method.answers is not None and lengths.prompt and isinstance(method.policy, CausalLM):

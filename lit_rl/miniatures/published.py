@@ -12,7 +12,9 @@ from typing import Literal
 
 from lit_rl.miniatures.full_size import CLIP_G, CLIP_L, CLIP_TOKENS, FLUX_DEV, FLUX_LATENTS, SD35_LATENTS, SD35_MEDIUM, T5_XXL, VAE
 
-Published = Literal["qwen25_7b", "qwen25_math_7b", "qwen3_06b_reward", "sd35_medium", "flux_dev", "flux_fill", "siglip", "clip_h", "clip_l"]
+Published = Literal[
+    "qwen25_7b", "qwen25_math_7b", "qwen25_vl_7b", "qwen3_06b_reward", "sd35_medium", "flux_dev", "flux_fill", "siglip", "clip_h", "clip_l"
+]
 Json = dict[str, object]
 
 QWEN25_7B: Json = {
@@ -28,6 +30,28 @@ QWEN25_7B: Json = {
     "rope_theta": 1e6,
     "tie_word_embeddings": False,
 }
+QWEN25_VL_7B: Json = QWEN25_7B | {
+    "model_type": "qwen2_5_vl",
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "max_position_embeddings": 128000,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+}
+QWEN_PICTURES: Json = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
 QWEN3_06B: Json = {
     "model_type": "qwen3",
     "architectures": ["Qwen3ForSequenceClassification"],
@@ -64,6 +88,7 @@ CLIP_VIT_L: Json = {
 ALONE: Mapping[str, Json] = {
     "qwen25_7b": QWEN25_7B,
     "qwen25_math_7b": QWEN25_7B | {"max_position_embeddings": 4096, "rope_theta": 1e4},
+    "qwen25_vl_7b": QWEN25_VL_7B,
     "qwen3_06b_reward": QWEN3_06B,
     "siglip": SIGLIP,
     "clip_h": CLIP_VIT_H,
@@ -109,6 +134,8 @@ def write_configs(model: Published, folder: str | Path) -> Path:
     folder = Path(folder)
     if model in ALONE:
         _write(folder / "config.json", ALONE[model])
+        if model == "qwen25_vl_7b":
+            _write(folder / "preprocessor_config.json", QWEN_PICTURES)
         return folder
     name, parts = PIPELINES[model]
     _write(folder / "model_index.json", {"_class_name": name} | {part: [library, kind] for part, (library, kind, _) in parts.items()})
