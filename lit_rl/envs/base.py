@@ -212,7 +212,7 @@ class Worlds(ABC):
             except WorldError as error:
                 if attempt == retries:
                     raise
-                log.warning("attempt %d of %d: %s; trying again in a fresh world", attempt + 1, retries + 1, error)
+                log.warning("attempt %d of %d: %s; trying again in a fresh world", attempt + 1, retries + 1, str(error))
         raise AssertionError("the last attempt returns or raises")
 
     async def _give_back(self, world: World) -> None:
