@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from lit_rl.credit.groups import Weights
+from lit_rl.credit.groups import Rewards, Weights, total_reward
 from lit_rl.errors import ConfigError
 from lit_rl.types import Info
 
@@ -27,6 +28,12 @@ def weights_of_rows(info: Sequence[Info], weights: Mapping[str, float]) -> Weigh
             raise ConfigError(f"prompt {row.get('prompt')!r}: {KEY} names {unknown}, but the rewards give {sorted(weights)}")
     own = {name: [float(row[KEY].get(name, 0.0)) if KEY in row else weight for row in info] for name, weight in weights.items()}
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in own.items() if any(values)}
+
+
+def total_of_rows(rewards: Rewards, info: Sequence[Info], weights: Mapping[str, float]) -> Float[Tensor, "B"]:
+    """`total_reward` of these rows by their own weights, or else by the run's; NaN where a score is missing that counts."""
+    counting_here = weights_of_rows(info, weights)
+    return total_reward({name: rewards[name] for name in counting_here}, counting_here)
 
 
 def counting(info: Sequence[Info], weights: Mapping[str, float]) -> dict[str, Tensor]:

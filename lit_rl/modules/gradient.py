@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_rl.checkpoints.options import REMEDY
-from lit_rl.credit.groups import total_reward
 from lit_rl.credit.length_penalty import LengthPenalty
+from lit_rl.credit.row_weights import total_of_rows
 from lit_rl.credit.tokens import token_rewards
 from lit_rl.credit.trajectories import closing_rows
 from lit_rl.errors import ConfigError
@@ -166,8 +166,7 @@ class LitPolicyGradient(LitTokens):
 
     def total(self, rollout: TokenRollout) -> Tensor:
         """Float64 "B": the weighted rewards, NaN where one is missing."""
-        weights = {name: weight for name, weight in self.queue().weights.items() if weight}
-        return total_reward({name: rollout.rewards[name] for name in weights}, weights).to(self.device)
+        return total_of_rows(rollout.rewards, rollout.info, self.queue().weights).to(self.device)
 
     def token_rewards(self, rollout: TokenRollout, total: Tensor) -> Tensor:
         """Float64 "B S": the reward, less what its length costs, at an answer's last token; minus the divergence at each.

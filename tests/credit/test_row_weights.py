@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from fake_judge import FakeJudge, brightest
 from torch import Tensor
 from toy import Brightness, Metrics, ToyData, toy_method, toy_trainer
 
 from lit_rl.credit.advantage import Advantage
 from lit_rl.credit.groups import group_advantages, total_reward
-from lit_rl.credit.row_weights import weights_of_rows
+from lit_rl.credit.row_weights import total_of_rows, weights_of_rows
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import Reward
+from lit_rl.rewards.judges.client import Judge
+from lit_rl.rewards.judges.pairwise import UnifiedRewardThink
 from lit_rl.types import Info
 
 
@@ -45,6 +48,14 @@ def test_what_a_row_does_not_ask_for_may_be_missing() -> None:
     for rule in (Advantage(kind="gdpo"), Advantage(std="group")):
         found = rule(rewards, total, group, weights=weights, prompts=[], tracker=None)
         assert torch.equal(found.sign(), torch.tensor([-1.0, 1.0, -1.0, 1.0]).double())
+
+
+def test_totals_of_rows_follow_their_own_weights() -> None:
+    """By hand, as methods on tokens take them: 2 x of the run, 0.5 y of a row's own, and a row that lacks what it asks for."""
+    rewards = {"x": torch.tensor([1.0, torch.nan, 3.0]).double(), "y": torch.tensor([torch.nan, 8.0, torch.nan]).double()}
+    info = [{"prompt": "a"}, {"prompt": "b", "reward_weights": {"y": 0.5}}, {"prompt": "c", "reward_weights": {"x": 1.0, "y": 1.0}}]
+    assert total_of_rows(rewards, info, {"x": 2.0, "y": 0.0}).tolist() == pytest.approx([2.0, 4.0, torch.nan], nan_ok=True)
+    assert total_of_rows({"x": rewards["x"]}, info[:1] * 3, {"x": 2.0}).tolist() == pytest.approx([2.0, torch.nan, 6.0], nan_ok=True)
 
 
 def test_reinforce_compares_with_the_whole_batch() -> None:
@@ -80,3 +91,13 @@ def test_a_run_trains_every_row_on_the_reward_that_it_asks_for(tmp_path: Path) -
     trainer.fit(toy_method(), Routed())
     assert [row["trained_share"] for row in metrics.rows] == [1.0, 1.0]
     assert 0 < metrics.rows[0]["reward/odd"] < 1
+
+
+def test_pairs_are_judged_over_http_in_groups_that_micro_batches_cut(tmp_path: Path) -> None:
+    """Groups of four in micro-batches of six: two of them are cut. Win rates of a group average one half; the method learns from them."""
+    metrics = Metrics()
+    with FakeJudge(brightest) as judge:
+        think = UnifiedRewardThink(Judge(urls=judge.url, timeout_s=60.0))
+        toy_trainer(tmp_path, rewards={"think": think}, callbacks=[metrics], max_epochs=1).fit(toy_method(), ToyData())
+    assert len(judge.asked) == 4 * 6 and metrics.rows[0]["reward/unifiedreward_think"] == pytest.approx(0.5)
+    assert metrics.rows[0]["reward/think/prompt_tokens"] == 24 * 7 and 0 <= metrics.rows[0]["reward/think/first_wins"] <= 1
