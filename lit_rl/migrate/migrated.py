@@ -13,7 +13,7 @@ from lit_rl.errors import ConfigError
 
 @dataclass
 class Migrated:
-    """What a file says, in this project's words.
+    """A file's content in this project's words.
 
     settings: value by dotted key of a run's YAML. bases: configs that it is laid over, the nearest last. notes: sentences for the reader.
     """
