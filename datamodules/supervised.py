@@ -6,8 +6,8 @@ from typing import Any
 
 from datamodules.text import TextData
 from datamodules.text_answers import answer_ids, template_of
-from datamodules.text_files import Fields
-from datamodules.text_images import sizes_of
+from datamodules.text_files import Fields, InvalidRow
+from datamodules.text_images import learned_picture, sizes_of
 from datamodules.text_rows import supervised_fields
 from lit_rl.errors import ConfigError
 from lit_rl.policies.chat import conversation_ids
@@ -54,6 +54,10 @@ class SupervisedText(TextData, SupervisedSource):
 
     def unusable(self, info: Info) -> str | None:
         """The reason why a row is left out: no supervised token within `max_length`."""
+        if (turn := learned_picture(info.get("messages", ()))) is not None:
+            raise InvalidRow(
+                f"messages[{turn}]: an answer with an image cannot be learned: take the image out, or give the turn `weight: 0`"
+            )
         ids, mask = self._whole(info)
         if "images" in info and set(ids[self.max_length :]) & set(self.policy.banned_ids):
             return f"its images end behind data.max_length={self.max_length}"

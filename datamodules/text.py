@@ -18,7 +18,7 @@ from datamodules.lazy import ImageCache
 from datamodules.picture_files import read_picture
 from datamodules.text_answers import template_of
 from datamodules.text_files import Fields, Rows, TextFile, complain, read_rows
-from datamodules.text_images import Source, sizes_of, with_images
+from datamodules.text_images import Source, check_places, sizes_of, with_images
 from datamodules.text_paths import Paths, find_files, split_files
 from datamodules.verdicts import WORTH, Verdict, keep, named, recall
 from lit_rl.errors import ConfigError
@@ -173,11 +173,14 @@ class TextData(PromptDataModule):
         """Findings about a share of the rows, and sentences about those that stop the run."""
         found, problems = Verdict(), list[str]()
         before, self.max_tokens = self.max_tokens, found.max_tokens
+        sees = bool(getattr(self.policy, "banned_ids", ()))  # tokens that stand for pictures
         numbered = zip(share, rows[share.start : share.stop])
         while some := list(islice(numbered, TOGETHER)):
             self.ahead([info for _, info in some])
             for i, info in some:
                 try:
+                    if sees:
+                        check_places(info, key=self.images_key)
                     if reason := self.unusable(info):
                         found.left_out.setdefault(reason, []).append(i)
                 except ConfigError as error:
@@ -219,7 +222,8 @@ class TextData(PromptDataModule):
 
     def media(self, info: Info) -> Sequence[Tensor]:
         """Images of a row as the policy reads them, uint8 "3 H W"; those last asked for are held in memory."""
-        return [self._pictures.read(partial(self._picture, source, where=str(info["id"]))) for source in info.get("images", ())]
+        places = [f"{info['id']}: {self.images_key}[{i}]" for i in range(len(info.get("images", ())))]
+        return [self._pictures.read(partial(self._picture, *one)) for one in zip(info.get("images", ()), places)]
 
-    def _picture(self, source: Source, *, where: str) -> Tensor:
+    def _picture(self, source: Source, where: str) -> Tensor:
         return self.policy.media([read_picture(source, None, None, None, where=where)])[0]

@@ -12,6 +12,7 @@ from datamodules.picture_files import header_size, picture_bytes
 from datamodules.text_files import Fields, InvalidRow
 from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Message
+from lit_rl.policies.chat import is_learned
 from lit_rl.rewards.service.images import decode_base64
 from lit_rl.rewards.service.samples import SampleError
 from lit_rl.types import Info, Size
@@ -50,6 +51,8 @@ def _source(value: object, key: str, folder: Path) -> Source:
         return bytes(value)
     if not isinstance(value, str):
         raise InvalidRow(f"{key}: expected the path of an image, bytes or a picture, found {type(value).__name__}")
+    if not value:
+        raise InvalidRow(f"{key}: is empty: name an image, or leave the field out (or null) where a row has none")
     if value[:5].lower() == "data:":
         try:
             return decode_base64(value)
@@ -75,6 +78,16 @@ def sizes_of(info: Info) -> list[Size]:
 
 
 # ---------------------------------------------------------------------- places
+def check_places(info: Info, *, key: str) -> None:
+    """Raise InvalidRow for a row without images whose text has a place for one, which a model would read as the letters of it."""
+    turns = [turn for name in CONVERSATIONS if isinstance(talk := info.get(name), list) for turn in talk]
+    if "images" not in info and any(PLACE in str(turn.get("content")) for turn in turns if turn["role"] != "assistant"):
+        raise InvalidRow(
+            f"{key}: the text has a place {PLACE}, and the row has no images there: name the field that has them as data.images_key, or "
+            f"take {PLACE} out of the text"
+        )
+
+
 def with_images(row: Fields, *, given: object, key: str, folder: Path) -> Fields:
     """The row with `images`, a list of sources, and one part {"type": "image"} in its conversation for each of them, in order.
 
@@ -106,6 +119,11 @@ def with_images(row: Fields, *, given: object, key: str, folder: Path) -> Fields
 def _image_parts(turn: Message) -> list[Message]:
     content = turn.get("content")
     return [part for part in content if part["type"] == "image"] if isinstance(content, list) else []
+
+
+def learned_picture(turns: Sequence[Message]) -> int | None:
+    """The number of the first turn of the assistant's that is learned and holds an image."""
+    return next((i for i, turn in enumerate(turns) if turn["role"] == "assistant" and is_learned(turn) and _image_parts(turn)), None)
 
 
 def _placed(turns: Sequence[Message], count: int, *, key: str) -> list[Message]:

@@ -75,7 +75,9 @@ class PictureProcessor:
         try:
             height, width = smart_resize(*size, self.cell, min_pixels=least, max_pixels=most)
         except ValueError as error:
-            raise ConfigError(f"a picture of {size[1]} x {size[0]} pixels (width x height) cannot be read: {error}") from error
+            raise ConfigError(
+                f"a picture of {size[1]} x {size[0]} pixels (width x height) cannot be read: {error}; crop it, or take the row out"
+            ) from error
         return height, width
 
     def tokens(self, size: Size) -> int:

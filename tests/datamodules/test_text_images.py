@@ -47,6 +47,8 @@ def policy(folder: Path) -> VisionLanguageModel:
 def written(root: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     (root / "pictures").mkdir(exist_ok=True)
     (root / "pictures" / "a.png").write_bytes(png())
+    Image.new("RGB", (900, 4)).save(root / "pictures" / "strip.png")
+    Image.new("L", (9, 9)).save(root / "pictures" / "frames.gif", save_all=True, append_images=[Image.new("L", (9, 9), 200)])
     file = root / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
@@ -180,6 +182,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": "<image>?", "images": ["pictures/a.png"]},
         "images: images stand in conversations, and the prompt is a string: set data.chat to true",
     ),
+    "a place alone": ({"prompt": user("<image>?"), "image": "pictures/a.png"}, "images: the text has a place <image>, .* data.images_key"),
+    "an empty name": ({"prompt": user("?"), "images": ""}, r"images\[0\]: is empty: name an image, or leave the field out"),
+    "a strip": ({"prompt": user("?"), "images": ["pictures/strip.png"]}, "a picture of 900 x 4 pixels .*; crop it"),
+    "frames": ({"prompt": user("?"), "images": ["pictures/frames.gif"]}, r"images\[0\]: .*it holds 2 frames; save the one that is meant"),
     "a film": ({"prompt": user([{"type": "video", "video": "a.mp4"}])}, r'prompt\[0\].content\[0\]: expected {"type": "text"'),
 }
 
@@ -189,6 +195,28 @@ def test_what_cannot_be_used_is_told_with_line_and_field(case: str, tmp_path: Pa
     row, message = WRONG[case]
     with pytest.raises(ConfigError, match=rf"(?s)rows.jsonl:2: {message}"):
         ready(TextPrompts(train=written(tmp_path, [ROWS["path"], row])), policy)
+
+
+def test_a_file_that_is_cut_off_is_told_with_row_and_field_when_it_is_read(tmp_path: Path, policy: VisionLanguageModel) -> None:
+    """Its header is whole."""
+    file = written(tmp_path, [ROWS["path"], {"prompt": user("?"), "images": ["pictures/half.png"]}])
+    (tmp_path / "pictures" / "half.png").write_bytes(png()[:2000])
+    data = ready(TextPrompts(train=file), policy)
+    with pytest.raises(ConfigError, match=r"rows-1: images\[0\]: .*half.png cannot be read .*write the image again or take the item out"):
+        data.media(data.train_prompts[1])
+
+
+def test_an_answer_that_is_an_image_is_refused_and_one_before_it_is_not(tmp_path: Path, policy: VisionLanguageModel) -> None:
+    drawn: dict[str, Any] = {"role": "assistant", "content": [PART, {"type": "text", "text": "b"}]}
+    turns = [*user("draw"), drawn, *user("and?"), {"role": "assistant", "content": "c"}]
+    with pytest.raises(ConfigError, match=r"rows.jsonl:1: messages\[1\]: an answer with an image cannot be learned"):
+        ready(SupervisedText(train=written(tmp_path, [{"messages": turns, "images": ["pictures/a.png"]}])), policy)
+    turns[1] = drawn | {"weight": 0}
+    (row,) = (
+        data := ready(SupervisedText(train=written(tmp_path, [{"messages": turns, "images": ["pictures/a.png"]}])), policy)
+    ).train_prompts
+    ids, learned = data.supervised_ids(row)
+    assert policy.decode([i for i, kept in zip(ids, learned) if kept]) == "c" and policy.misplaced(ids, data.media(row)) == ""
 
 
 def test_a_missing_file_is_not_left_out_in_silence(tmp_path: Path, policy: VisionLanguageModel) -> None:
