@@ -45,7 +45,7 @@ def looked_at(network: nn.Module, pictures: int, patches: int, lower: torch.dtyp
 
 
 def _read(tower: Any, pixels: Tensor, turns: Tensor, ends: np.ndarray) -> list[Tensor]:
-    """What the language model gets: a vector for each token, and where the family has them those of earlier blocks."""
+    """Read pixels: a vector for each token of the language model, and where the family has them vectors of earlier blocks."""
     hidden = tower.patch_embed(pixels)
     for block in tower.blocks:
         hidden = block(hidden, cu_seqlens=ends, position_embeddings=(turns, turns))
