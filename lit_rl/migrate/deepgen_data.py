@@ -19,18 +19,21 @@ SOURCE = ("type", "image_size", "data_path", "image_folder", "image_process", "s
 CONFIGS = ["configs/base/deepspeed_zero2.yaml", "configs/deepgen/flow_grpo.yaml"]
 RESIZES = {"fix_pixels": "area", "dynamic": "longest", "resize2square": "square"}
 """Ways in which pictures are scaled."""
+EVALUATION_SETS = "callbacks.evaluation_sets.EvaluationSets"
 JUDGES = "lit_rl.rewards.judges"
 REWARDS: Mapping[str, dict[str, object]] = {
     "unifiedreward_think": {"class_path": f"{JUDGES}.pairwise.UnifiedRewardThink"},
     "unifiedreward": {"class_path": f"{JUDGES}.pointwise.UnifiedReward"},
     "ocr_vllm": {"class_path": f"{JUDGES}.pointwise.VLMReader"},
-    "ocr": {"class_path": "lit_rl.rewards.client.HTTPReward", "init_args": {"outputs": {"ocr": "ocr_similarity"}}},
+    "clip_sim": {"class_path": "lit_rl.rewards.clip.CLIPSimilarity"},
 }
 """Rewards of the same name and meaning here."""
-SERVED = ("clip_sim", "pickscore", "deqa", "image_reward", "aesthetic", "hps", "unifiedreward_sglang", "gen_eval", "editreward")
-"""Rewards that a server scores; `lit_rl.rewards.client.HTTPReward` asks one for a score of this name."""
+SERVED = ("ocr", "pickscore", "deqa", "image_reward", "aesthetic", "hps", "unifiedreward_sglang")
+"""Rewards that a service of this name scores."""
 WITHOUT = {
     "recon": "it compares with a picture that a prompt alone does not have",
+    "gen_eval": "it needs more than a prompt, which the trainer does not hand on either: its scores were 0",
+    "editreward": "it compares with a picture that a prompt alone does not have",
     "sim_direction": "it compares with a picture that a prompt alone does not have",
     "format": "it reads a text that this model does not write",
     "jpeg_compressibility": "lit_rl.rewards.jpeg has it under another scale",
@@ -72,13 +75,14 @@ def _training(file: Path, entries: Sequence[Entry]) -> Migrated:
     made.settings["data"] = {"class_path": "datamodules.prompt_sets.PromptSets", "init_args": {"train": str(file)}}
     rewards = {name: REWARDS.get(name, _served(name)) for name in sorted(names)}
     scoring = {"class_path": "callbacks.reward_scoring.RewardScoring", "init_args": {"rewards": rewards}}
-    made.settings["trainer.callbacks"] = [scoring, {"class_path": "callbacks.export.Export", "init_args": {"every_n_epochs": 50}}]
+    others = [{"class_path": EVALUATION_SETS}, {"class_path": "callbacks.export.Export", "init_args": {"every_n_epochs": 50}}]
+    made.settings["trainer.callbacks"] = [scoring, *others]
     made.notes.append("The YAML stays as it is: it says which rewards count for which prompts, and with which weights.")
     return made
 
 
 def _served(name: str) -> dict[str, object]:
-    return {"class_path": "lit_rl.rewards.client.HTTPReward", "init_args": {"outputs": [name]}}
+    return {"class_path": "lit_rl.rewards.services.ServiceReward", "init_args": {"service": name}}
 
 
 def _rewards(given: object, place: str) -> list[str]:
@@ -95,8 +99,7 @@ def _rewards(given: object, place: str) -> list[str]:
 def _evaluation(file: Path, entries: Sequence[Entry]) -> Migrated:
     check_entries(file, entries, EVALUATION, ROWS)
     made = Migrated(bases=list(CONFIGS))
-    made.settings["trainer.callbacks+"] = [{"class_path": "callbacks.evaluation_sets.EvaluationSets", "init_args": {"config": str(file)}}]
-    made.notes.append("The YAML stays as it is; EVAL_DATASET_CONFIG in the environment does the same where the run has that callback.")
+    made.notes.append(f"The YAML stays as it is, and {EVALUATION_SETS} of the run reads it: export EVAL_DATASET_CONFIG={file}")
     return made
 
 

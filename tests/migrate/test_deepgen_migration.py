@@ -148,8 +148,8 @@ def test_a_script_becomes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_evaluation_data_stay_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "bench.csv").write_text("index,prompt,sub_dims\n")
     (tmp_path / "eval.yaml").write_text("datasets: [{name: bench, path: bench.csv, cfg_scale: 4.0, scoring: unigenbench/en}]")
-    (callback,) = yaml.safe_load(migrate(tmp_path / "eval.yaml").yaml("eval.yaml"))["trainer"]["callbacks+"]
-    assert callback["init_args"] == {"config": str(tmp_path / "eval.yaml")}
+    text = migrate(tmp_path / "eval.yaml").yaml("eval.yaml")
+    assert yaml.safe_load(text) == {} and f"export EVAL_DATASET_CONFIG={tmp_path}/eval.yaml" in text
 
 
 def test_training_data_name_their_rewards(tmp_path: Path) -> None:
@@ -159,9 +159,7 @@ def test_training_data_name_their_rewards(tmp_path: Path) -> None:
     run = yaml.safe_load(migrate(tmp_path / "train.yaml").yaml("train.yaml"))
     assert run["data"]["init_args"] == {"train": str(tmp_path / "train.yaml")}
     rewards = run["trainer"]["callbacks"][0]["init_args"]["rewards"]
-    assert rewards["ocr"]["init_args"] == {"outputs": {"ocr": "ocr_similarity"}} and rewards["unifiedreward_think"]["class_path"].endswith(
-        "UnifiedRewardThink"
-    )
+    assert rewards["ocr"]["init_args"] == {"service": "ocr"} and rewards["unifiedreward_think"]["class_path"].endswith("UnifiedRewardThink")
 
 
 @pytest.mark.parametrize(

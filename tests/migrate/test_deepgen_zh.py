@@ -15,7 +15,7 @@ from lit_rl.doctor.runs import parse
 from lit_rl.judges import parser as judges
 from lit_rl.migrate.__main__ import parser as migration
 from lit_rl.net.environment import SECRETS, VARIABLES
-from lit_rl.rewards.launch import parser as launcher
+from lit_rl.rewards.server import parser as server
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/zh/deepgen.md").read_text()
@@ -24,7 +24,7 @@ COMMANDS = [found[1] for line in BLOCKS if (found := re.match(r"(?:\w+=\w+ )*(py
     r"`(python -m [^`]*)`", TEXT
 )
 PROGRAMS = {
-    "lit_rl.checkpoints.rl_to_sft": converter, "lit_rl.doctor": doctor, "lit_rl.migrate": migration, "lit_rl.rewards.launch": launcher,
+    "lit_rl.checkpoints.rl_to_sft": converter, "lit_rl.doctor": doctor, "lit_rl.migrate": migration, "lit_rl.rewards.server": server,
     "lit_rl.judges": judges,
 }  # fmt: skip
 OWN = {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
