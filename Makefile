@@ -1,4 +1,4 @@
-# make setup | make demo [SEED=1] | make demo-nft [SEED=1] | make demo-fill | make demo-fill-nft | make demo-llm [METHOD=ppo] | make test | make test-vllm | make lint — each prepares what it needs, on a machine with Python 3.11 or newer.
+# make setup | make demo [SEED=1] | make demo-nft [SEED=1] | make demo-fill | make demo-fill-nft | make demo-deepgen [SEED=1] | make demo-llm [METHOD=ppo] | make test | make test-vllm | make lint — each prepares what it needs, on a machine with Python 3.11 or newer.
 PYTHON ?= python3
 SEED ?= 0
 METHOD ?= grpo
@@ -6,7 +6,7 @@ BIN = .venv/bin
 READY = .venv/.ready
 VLLM = .venv-vllm
 
-.PHONY: setup demo demo-nft demo-fill demo-fill-nft demo-llm test test-vllm lint
+.PHONY: setup demo demo-nft demo-fill demo-fill-nft demo-deepgen demo-llm test test-vllm lint
 
 setup: $(READY)
 
@@ -29,6 +29,9 @@ demo-fill: $(READY)
 
 demo-fill-nft: $(READY)
 	$(BIN)/python -m lit_rl.demo --task fill --method nft --seed $(SEED)
+
+demo-deepgen: $(READY)
+	$(BIN)/python -m lit_rl.demo --task deepgen --seed $(SEED)
 
 demo-llm: $(READY)
 	$(BIN)/python -m lit_rl.demo.sorting --method $(METHOD) --seed $(SEED)

@@ -1,8 +1,9 @@
 """The demos: a miniature model learns to write numbers from the answers of an OCR server.
 
-    python -m lit_rl.demo [--task text|fill] [--method grpo|nft] [--seed 0]
+    python -m lit_rl.demo [--task text|fill|deepgen] [--method grpo|nft] [--seed 0]
 
-`text` is a text-to-image model, `fill` one that rewrites signs in the ink of a reference image. Everything a real run does, in minutes on a
+`text` is a text-to-image model, `fill` one that rewrites signs in the ink of a reference image, `deepgen` a language model and a diffusion
+transformer that are trained together, against a judge of pairs as well. Everything a real run does, in minutes on a
 CPU: a pipeline in diffusers format, a reward server in its own process, a supervised warm-up, reinforcement learning continued from the
 warm-up's checkpoint, evaluation on held-out prompts, a picture of what was learned.
 """
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lit_rl.demo.curves import held_out, read_curves, remember, summarize
@@ -46,6 +47,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     task = TASKS[args.task]
+    if args.method not in task.runs:
+        raise SystemExit(f"error: the demo {args.task} has the method {', '.join(task.runs)}, not {args.method}")
     run = task.runs[args.method]
     out = run.out
     if not Path(run.config).is_file():
@@ -58,21 +61,26 @@ def main() -> None:
     say(f"building a miniature {task.model} pipeline in {out / 'model'}/")
     task.prepare(out, args.seed)
     seconds = {}
-    with reward_server(out) as url:
-        os.environ["REWARD_SERVER_URLS"] = url
+    with ExitStack() as servers:
+        os.environ["REWARD_SERVER_URLS"] = servers.enter_context(server(out, "reward server", "lit_rl.rewards.server", *LINES))
+        if task.judge:
+            url = servers.enter_context(server(out, "judge", "lit_rl.demo.judge"))
+            os.environ |= dict.fromkeys(("UNIFIEDREWARD_THINK_URL", "UNIGENBENCH_API_URL"), url)
         common = ["--config", run.config, "--seed_everything", str(args.seed)]
         say(f"supervised warm-up on {task.warmup}")
         seconds["warmup"] = cli("fit", *common, "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1")
-        cli("predict", *common, "--ckpt_path", "last", "--images.output_dir", str(out / "images/after_warmup"))
-        say(f"{run.title} against the OCR server, continued from the warm-up's checkpoint")
+        if task.predicts:
+            cli("predict", *common, "--ckpt_path", "last", "--images.output_dir", str(out / "images/after_warmup"))
+        say(f"{run.title} against {task.against}, continued from the warm-up's checkpoint")
         seconds["rl"] = cli("fit", *common, "--ckpt_path", "last")
-        cli("predict", *common, "--ckpt_path", "last", "--images.output_dir", str(out / "images/after_rl"))
+        if task.predicts:
+            cli("predict", *common, "--ckpt_path", "last", "--images.output_dir", str(out / "images/after_rl"))
     curves = read_curves(out / "logs")
     accuracy = held_out(curves, task.scores)["held_out_accuracy"]
     summary = summarize(curves, task.scores, seconds=seconds, seed=args.seed)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    draw(out / "demo.png", run.title, curves, task.scores, task.panels(out, accuracy))
-    compare(task.comparison, remember(task.curves, run.title, args.seed, curves))
+    draw(out / "demo.png", f"{run.title} against {task.against}", curves, task.scores, task.panels(out, accuracy))
+    compare(task.comparison, remember(task.curves, run.title, args.seed, curves, tag=task.scores["held_out_accuracy"]))
     say(
         f"held-out numbers read correctly: {accuracy['after_warmup']:.0%} after the warm-up, {accuracy['after_rl']:.0%} after "
         f"{summary['images_trained']} images of reinforcement learning ({time.perf_counter() - started:.0f} s in all)"
@@ -87,24 +95,24 @@ def say(message: str) -> None:
 
 
 @contextmanager
-def reward_server(folder: Path) -> Iterator[str]:
-    """The URL of an OCR server of its own process on a free port; it is stopped when the block ends, however it ends."""
-    ready, log = folder / "reward_server.url", folder / "reward_server.log"
-    command = [sys.executable, "-m", "lit_rl.rewards.server", "--port", "0", "--ready-file", str(ready), *LINES]
+def server(folder: Path, name: str, module: str, *options: str) -> Iterator[str]:
+    """The URL of a server of its own process on a free port; it is stopped when the block ends, however it ends."""
+    ready, log = (folder / f"{name.replace(' ', '_')}.{suffix}" for suffix in ("url", "log"))
+    command = [sys.executable, "-m", module, "--port", "0", "--ready-file", str(ready), *options]
     with open(log, "wb") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 120
         while not ready.is_file():
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"error: the reward server did not start; its last words in {log}:\n{log.read_text()[-2000:]}")
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"error: the {name} did not start; its last words in {log}:\n{log.read_text()[-2000:]}")
             time.sleep(0.2)
         url = ready.read_text().strip()
-        say(f"reward server {url} (process {server.pid}, log {log})")
+        say(f"{name} {url} (process {process.pid}, log {log})")
         yield url
     finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(timeout=60)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
 
 
 def cli(*args: str) -> float:

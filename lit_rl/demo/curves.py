@@ -65,10 +65,10 @@ def summarize(curves: Mapping[str, Curve], scores: Mapping[str, str], *, seconds
     }
 
 
-def remember(file: Path, method: str, seed: int, curves: Mapping[str, Curve]) -> Known:
+def remember(file: Path, method: str, seed: int, curves: Mapping[str, Curve], *, tag: str = ACCURACY) -> Known:
     """Accuracy over images of every run of a demo so far, this one included; `file` keeps them."""
     known: Known = json.loads(file.read_text()) if file.is_file() else {}
-    known.setdefault(method, {})[str(seed)] = list(over_images(curves, ACCURACY))
+    known.setdefault(method, {})[str(seed)] = list(over_images(curves, tag))
     file.write_text(json.dumps(known, indent=2) + "\n")
     return known
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -34,7 +35,7 @@ def draw(path: Path, title: str, curves: Mapping[str, Curve], scores: Mapping[st
     left.plot(images_seen(curves)[1:], curves["reward_mean"].values, color=GREY, label="training reward (mean of the iteration)")
     for (name, tag), colour in zip(scores.items(), (BLUE, GREEN)):
         left.plot(*over_images(curves, tag), color=colour, marker="o", label=LABELS[name])
-    left.set(xlabel="images of reinforcement learning", ylim=(0, 1.03), title=f"{title} against a live OCR server")
+    left.set(xlabel="images of reinforcement learning", ylim=(0, 1.03), title=title)
     left.grid(alpha=0.3)
     left.legend(loc="lower right")
     for axis, (words, picture) in zip(others, panels):
@@ -72,6 +73,17 @@ def _plt() -> ModuleType:
 def written_numbers(out: Path, accuracy: Stages, *, samples: int = 40) -> list[Panel]:
     """Two sheets: pictures after the warm-up, and after reinforcement learning."""
     return [(f"{title}: {accuracy[stage]:.0%} right", contact_sheet(out / "images" / stage, samples)) for stage, title in STAGES.items()]
+
+
+def evaluated_numbers(out: Path, accuracy: Stages, *, samples: int = 40) -> list[Panel]:
+    """Two sheets as `written_numbers`, of the first and the last evaluation of the set `numbers`."""
+    folders = sorted((out / "eval").glob("step_*/numbers"), key=lambda folder: int(folder.parent.name.removeprefix("step_")))
+    ends = {"after_warmup": folders[0], "after_rl": folders[-1]}
+    for folder in ends.values():
+        with open(folder / "unigenbench_scores.csv", newline="", encoding="utf-8") as table:
+            rows = [{"file": row["file"], "prompt": row["prompt"]} for row in csv.DictReader(table)]
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [(f"{title}: {accuracy[stage]:.0%} right", contact_sheet(ends[stage], samples)) for stage, title in STAGES.items()]
 
 
 def contact_sheet(folder: Path, samples: int, *, columns: int = 5, zoom: int = 3) -> Picture:

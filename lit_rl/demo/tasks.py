@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lit_rl.demo.curves import ACCURACY, Stages
-from lit_rl.demo.pictures import Panel, filled_signs, written_numbers
+from lit_rl.demo.pictures import Panel, evaluated_numbers, filled_signs, written_numbers
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Task:
     panels: Callable[[Path, Stages], list[Panel]]
     curves: Path
     comparison: Path
+    against: str = "a live OCR server"
+    judge: bool = False
+    """A scripted judge runs beside the OCR server, see `lit_rl.demo.judge`."""
+    predicts: bool = True
+    """Panels show predictions; otherwise images of evaluation sets."""
 
 
 def prepare_text(out: Path, seed: int) -> None:
@@ -77,6 +83,33 @@ def prepare_fill(out: Path, seed: int) -> None:
     )
 
 
+def prepare_deepgen(out: Path, seed: int) -> None:
+    """Prompts and pictures of numbers, and the held-out numbers as an evaluation set with a judge."""
+    from datamodules.rendered_text import RenderedText
+    from lit_rl.miniatures.deepgen import build_deepgen
+
+    build_deepgen(
+        out / "model",
+        height=16,
+        width=16,
+        factor=4,
+        patch_size=1,
+        shift=1.0,
+        qk_norm=None,
+        hidden=96,
+        heads=3,
+        layers=4,
+        language_hidden=48,
+        language_layers=3,
+        connector_hidden=96,
+        adapter_rank=None,
+    )
+    judged = json.dumps({"Testpoints": ["Text Generation"], "Testpoint Description": ["the number in quotes, and nothing else"]})
+    rows = [{"prompt": row["prompt"], "sub_dims": judged} for row in RenderedText(eval_repeats=1).held_out]
+    (out / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "eval.yaml").write_text("datasets: [{name: numbers, path: numbers.jsonl, duplicates: 5, scoring: unigenbench/en}]\n")
+
+
 TASKS = {
     "text": Task(
         model="SD3",
@@ -103,5 +136,18 @@ TASKS = {
         panels=filled_signs,
         curves=Path("outputs/demo-fill-curves.json"),
         comparison=Path("outputs/demo-fill-methods.png"),
+    ),
+    "deepgen": Task(
+        model="DeepGen",
+        warmup="pictures of numbers, most of which have lines printed over them",
+        prepare=prepare_deepgen,
+        runs={"grpo": Run("Flow-GRPO", "configs/demo/flow_grpo_deepgen.yaml", Path("outputs/demo-deepgen"))},
+        scores={"held_out_accuracy": "eval/numbers/overall_accuracy"},
+        panels=evaluated_numbers,
+        curves=Path("outputs/demo-deepgen-curves.json"),
+        comparison=Path("outputs/demo-deepgen-methods.png"),
+        against="an OCR server and a judge of pairs",
+        judge=True,
+        predicts=False,
     ),
 }

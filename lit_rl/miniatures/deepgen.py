@@ -25,6 +25,10 @@ def build_deepgen(
     height: int = 16,
     width: int = 32,
     vae: VaeKind = "pixel",
+    factor: int = 2,
+    patch_size: int = 2,
+    shift: float = 3.0,
+    qk_norm: str | None = "rms_norm",
     hidden: int = 64,
     heads: int = 2,
     layers: int = 2,
@@ -39,13 +43,14 @@ def build_deepgen(
 ) -> Path:
     """Save the three and return their folder.
 
-    hidden, heads, layers: of the transformer. language_layers: every sixth hidden state below the last layer is fused. adapter_rank: of
-    the language model's adapter in the checkpoint; None leaves it out. A policy is told `connector_heads`, and alpha = 2 rank.
+    factor, patch_size, shift, qk_norm: see `lit_rl.miniatures.images.build_sd3`. hidden, heads, layers: of the transformer.
+    language_layers: every sixth hidden state below the last layer is fused. adapter_rank: of the language model's adapter in the
+    checkpoint; None leaves it out. A policy is told `connector_heads`, and alpha = 2 rank.
     """
     place, text = Path(folder), connector_hidden
     build_sd3(
-        place / "sd3", height=height, width=width, vae=vae, hidden=hidden, heads=heads, layers=layers, dual_attention_layers=(0,),
-        text_hidden=text // 2, t5_hidden=text, seed=seed,
+        place / "sd3", height=height, width=width, vae=vae, factor=factor, patch_size=patch_size, shift=shift, hidden=hidden, heads=heads,
+        layers=layers, qk_norm=qk_norm, dual_attention_layers=(0,), text_hidden=text // 2, t5_hidden=text, seed=seed,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -73,7 +78,7 @@ def _language(folder: Path, *, hidden: int, layers: int) -> nn.Module:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [head // 8, head // 8, head // 2 - head // 8 * 2]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [head // 8, head // 8, head // 2 - head // 8 * 2]},
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
     }
@@ -93,6 +98,11 @@ def _language(folder: Path, *, hidden: int, layers: int) -> nn.Module:
     table = model.get_input_embeddings()
     assert isinstance(table, nn.Embedding)
     nn.init.normal_(table.weight, std=1.0)  # what a character is stays visible in every hidden state
+    for name, values in model.model.language_model.layers.named_parameters():
+        if name.endswith(("q_proj.bias", "k_proj.bias")):
+            nn.init.normal_(values, std=3.0)  # each head looks at a distance of its own, so a state says what stands around it
+        elif values.ndim == 2:
+            nn.init.normal_(values, std=0.15)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model.model.language_model
@@ -110,6 +120,9 @@ def _bridge(language: int, fused: int, *, queries: int, hidden: int, layers: int
         "projector_2": nn.Linear(hidden, hidden),
         "projector_3": nn.Linear(hidden, hidden),
     }
+    for part in parts.values():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=part.in_features**-0.5)  # keeps the size of what comes in
     found = {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
     return found | {"meta_queries": torch.randn(queries, language) * language**-0.5}
 
