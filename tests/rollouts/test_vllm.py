@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 from rollouts import contract
 from rollouts.contract import ADAPTERS, EVERY, LAST, WHOLE, Check, Served, hold
 from rollouts.vllm_server import ServerProcess, vllm
-from rollouts.vllm_training import level, rewards
+from rollouts.vllm_training import assert_within_noise, level, rewards
 from rough_lm import roughen
 from test_asynchronous import Late
 from test_contract import adapter
@@ -27,7 +26,7 @@ from lit_rl.rollouts.http import HTTPEngine
 from lit_rl.rollouts.native import NativeEngine
 from lit_rl.rollouts.probe import trainer_logprobs
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 LORA = LoraSettings(rank=8, alpha=16)
 PROBE = "12+34=46 # 0123456789"
@@ -150,10 +149,7 @@ def check_training(model: Path, lora: LoraSettings | None, server: ServerProcess
     late = [level(rewards(model, lora, Late(NativeEngine), seed=seed, late=True)) for seed in range(3)]
     in_turns = level(rewards(model, lora, engine(server, folder / "turns", "vllm")))
     ahead = level(rewards(model, lora, engine(server, folder / "ahead"), asynchronous=True, late=True))
-    for name, found, inside in (("in turns", in_turns, present), ("asynchronous", ahead, late)):
-        noise = max(0.03, 3 * statistics.stdev(inside))
-        print(f"{name}: {found:.3f}, in process {statistics.mean(inside):.3f} +- {noise:.3f}")
-        assert abs(found - statistics.mean(inside)) < noise
+    assert_within_noise({"in turns": (in_turns, present), "asynchronous": (ahead, late)})
 
 
 def test_training_with_adapters_learns_as_in_process(model: Path, adapters: ServerProcess, tmp_path: Path) -> None:

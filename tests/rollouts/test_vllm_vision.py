@@ -10,22 +10,20 @@ from typing import Any
 import pytest
 import torch
 from rollouts.vllm_server import ServerProcess, vllm
-from squares import Corner, write_squares
+from rollouts.vllm_training import assert_within_noise, level, rewards
+from squares import write_squares
+from test_asynchronous import Late
 from test_http import move
-from toy_text import trainer
 
-from callbacks.reward_scoring import RewardScoring
-from datamodules.prompts_text import TextPrompts
-from lit_rl.methods.grpo import GRPO
 from lit_rl.miniatures.vlm import Family, build_vlm
 from lit_rl.policies.vision_language import VisionLanguageModel
 from lit_rl.policies.weights.lora import LoraSettings
-from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Request, RolloutError, Sampling
+from lit_rl.rollouts.hf import HFEngine
 from lit_rl.rollouts.http import HTTPEngine
 from lit_rl.rollouts.probe import trainer_logprobs
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 LORA = LoraSettings(rank=8, alpha=16)
 SIZES: Sequence[Sequence[tuple[int, int]]] = [[(64, 64)], [(96, 64)], [(64, 64), (128, 96)], [(100, 70)], [(20, 300)], [(600, 600)], []]
@@ -144,16 +142,16 @@ def test_an_image_that_the_server_makes_smaller_is_found_by_the_first_push(
     )
 
 
-def test_a_run_trains_on_answers_of_the_server_to_images(adapters: tuple[ServerProcess, Path], tmp_path: Path) -> None:
-    """Three iterations: each answer is drawn by the weights that train, and the weights move."""
+def test_training_on_images_learns_over_http_and_asynchronously_as_in_process(adapters: tuple[ServerProcess, Path], tmp_path: Path) -> None:
+    """20 iterations. Noise is the difference of seeds in process; asynchronous runs are compared with answers of an iteration ago."""
     server, model = adapters
-    answers = Answers(engine=engine_of(server, tmp_path), sampling=Sampling(max_new_tokens=2), old_logprobs="recompute")
-    adam = partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.0)
-    method = GRPO(VisionLanguageModel(str(model), lora=LORA), prompts_per_iteration=8, group_size=8, answers=answers, optimizer=adam)
-    run = trainer(max_epochs=3, limit_val_batches=0, callbacks=[RewardScoring({"corner": Corner()})])
-    run.fit(method, datamodule=TextPrompts(train=str(write_squares(tmp_path, 64))))
-    assert abs(float(run.callback_metrics["rollout_kl"])) < 1e-5
-    assert any(weight.any() for name, weight in method.policy.trainable() if "lora_B" in name)
+    run = partial(rewards, model, LORA, squares=write_squares(tmp_path, 64))
+    native = partial(HFEngine, batch=64)
+    present = [level(run(native(), seed=seed)) for seed in range(3)]
+    late = [level(run(Late(native), seed=seed, late=True)) for seed in range(3)]
+    over_http = {dialect: (level(run(engine_of(server, tmp_path / dialect, dialect))), present) for dialect in ("vllm", "openai")}
+    ahead = level(run(engine_of(server, tmp_path / "ahead"), asynchronous=True, late=True))
+    assert_within_noise({**over_http, "asynchronous": (ahead, late)})
 
 
 @dialects
