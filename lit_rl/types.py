@@ -158,10 +158,15 @@ class Examples(Minibatch):
     """A supervised minibatch: what to imitate, and its place in the run (so that its noise is a function of the place)."""
 
     info: Sequence[Info]  # B prompts
-    images: Tensor  # uint8 "B 3 H W"
+    images: Tensor | Sequence[Tensor]  # uint8 "B 3 H W", or B of various sizes "3 H W"
     step: int  # optimizer step of the warm-up
     first: int  # number of the first example within the step, counted over all processes
     weights: Tensor  # Float "B", 1 / number of examples of the step; 0 for one that only fills up
+
+    def one(self, i: int) -> Examples:
+        """Example i alone."""
+        images, info, weights = self.images[i][None], self.info[i : i + 1], self.weights[i : i + 1]
+        return Examples(info=info, images=images, step=self.step, first=self.first + i, weights=weights)
 
 
 def take_rows(cond: Cond, rows: Tensor) -> Cond:

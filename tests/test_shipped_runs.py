@@ -45,6 +45,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "train.txt").write_text("".join(f'a sign with "{i}"\n' for i in range(4)))
     (folder / "test.txt").write_text('a sign with "9"\n')
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)).save(folder / "source.png")
+    Image.new("RGB", (WIDTH, WIDTH)).save(folder / "square.png")
+    (folder / "pictures.json").write_text(json.dumps([{"image_path": f"{name}.png", "txt": name} for name in ("source", "square")]))
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     mask[4:12, 4:20] = 255
     Image.fromarray(mask).save(folder / "mask.png")
@@ -67,6 +69,7 @@ def shrunk(run: dict[str, Any], home: Path) -> dict[str, Any]:
         policy |= {"checkpoint": str(home / "deepgen/checkpoint.pth"), "adapter": {"rank": 4, "alpha": 8}, "connector_heads": 2}
         policy["max_sequence_length"] = 64
         model["num_steps"] = 10
+        model["supervised"]["data"]["init_args"] = {"sources": [{"path": str(home / "pictures.json")}], "size": 16, "multiple": 8}
     model |= {
         "prompts_per_iteration": PROMPTS,
         "group_size": GROUP,
@@ -80,12 +83,16 @@ def shrunk(run: dict[str, Any], home: Path) -> dict[str, Any]:
         policy["style"] |= {"encoder": str(home / "fill/siglip"), "tokens": 3}
         data |= {"train": str(home / "items.json"), "resolution": [HEIGHT, WIDTH]}
     if model.get("supervised"):
-        model["supervised"] |= {"warmup_steps": 1, "batch_size": 4}
+        model["supervised"] |= {"batch_size": 4} | ({"warmup_steps": 1} if warms_up(run) else {})
     trainer |= {"accelerator": "cpu", "devices": 1, "accumulate_grad_batches": 2, "check_val_every_n_epoch": 1}
-    trainer |= {"max_epochs": 2 if model.get("supervised") else 1, "enable_model_summary": False}
+    trainer |= {"max_epochs": 2 if warms_up(run) else 1, "enable_model_summary": False}
     if trainer["precision"] == "16-mixed":  # which CPUs do not have
         trainer["precision"], policy["dtype"] = "bf16-mixed", "bfloat16"
     return saved_every_iteration(run)
+
+
+def warms_up(run: dict[str, Any]) -> bool:
+    return "warmup_steps" in run["model"]["init_args"].get("supervised", {})
 
 
 def saved_every_iteration(run: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def test_run_trains_on_a_miniature(path: Path, home: Path, tmp_path: Path, fit: 
     done = fit(run)
     method, trainer = done.model, done.trainer
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    warmup = 1 if run["model"]["init_args"].get("supervised") else 0
+    warmup = 1 if warms_up(run) else 0
     assert trainer.global_step == 1 + warmup and metrics["images"] == PROMPTS * GROUP
     assert metrics["zero_std_ratio"] == 0 and np.isfinite(metrics["loss"])
 

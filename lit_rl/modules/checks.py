@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_rl.errors import ConfigError
+from lit_rl.losses.step_surrogates import Clip
 
 
 def check_callbacks(callbacks: Sequence[L.Callback]) -> None:
@@ -77,6 +79,25 @@ def check_divides(processes: int, **options: int) -> None:
                 f"model.{name}={value} does not divide among {processes} processes; "
                 f"use a multiple of {processes}, e.g. {-(-value // processes) * processes}"
             )
+
+
+def tell_noise(method: L.LightningModule, metrics: Mapping[str, float], *, storage: torch.dtype) -> bool:
+    """Warn where ratios of weights that have not moved yet are further from 1 than `Clip` allows: rounding decides what is trained.
+
+    metrics: Of an iteration; `ratio_first_update_max_dev` is the largest |ratio - 1| then. Returns True where it has warned.
+    """
+    surrogate, deviation = getattr(method, "surrogate", None), metrics.get("ratio_first_update_max_dev", 0.0)
+    if type(surrogate) is not Clip or not deviation > min(surrogate.low, surrogate.high):
+        return False
+    clip, precision = min(surrogate.low, surrogate.high), method.trainer.precision
+    stored = str(storage).removeprefix("torch.")
+    rank_zero_warn(
+        f"Before any weight has moved, ratios are up to {deviation:.1e} from 1 (ratio_first_update_max_dev), and model.surrogate clips at "
+        f"{clip:.1e}: rounding decides what is trained. "
+        + ("" if storage == torch.float32 else f"Set model.storage_dtype to float32 (it is {stored}). ")
+        + f"Widen low and high of model.surrogate, or compute in more bits (trainer.precision is {precision})"
+    )
+    return True
 
 
 def refuse_no_rewards(who: str) -> None:

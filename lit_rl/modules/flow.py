@@ -19,12 +19,12 @@ from lit_rl.credit.row_weights import weights_of_rows
 from lit_rl.errors import ConfigError
 from lit_rl.losses.terms import Term, Terms
 from lit_rl.modules.base import LitRL
-from lit_rl.modules.checks import check_at_least
+from lit_rl.modules.checks import check_at_least, tell_noise
 from lit_rl.modules.evaluation import count_not_finite, named
 from lit_rl.modules.pictures import Evaluation, render
-from lit_rl.modules.supervised import Supervised
+from lit_rl.modules.supervised import Supervised, policy_share
 from lit_rl.policies.base import FlowPolicy
-from lit_rl.replay.pairs import check_micro_batches, check_updates, micro_batches_within, sibling_numbers, split_pairs
+from lit_rl.replay.pairs import check_micro_batches, check_updates, micro_batches_within, sibling_numbers, split_pairs, split_steps
 from lit_rl.samplers.schedules import Schedule
 from lit_rl.seeding import Key, normal
 from lit_rl.types import Examples, FlowRollout, Info, Prompts
@@ -44,7 +44,8 @@ class LitFlow(LitRL[FlowRollout]):
         evaluation: Steps and seed of evaluation and prediction.
         rollout_micro_batch: Images denoised and decoded together; each finished batch is scored while the next one is sampled.
         updates_per_iteration: Optimizer steps of an iteration, over all its `inner_epochs` passes; None = one of each pass. Each takes an
-            equal share of the pairs of its pass, the same ones whatever the number of processes and the size of micro-batches.
+            equal share of the pairs of its pass, the same ones whatever the number of processes and the size of micro-batches. `timestep`:
+            one for each trained denoising step, of all samples' pairs there, from noise to data.
         train_micro_batch: (sample, step) pairs in one forward on one process, at most; a memory setting: `trainer.accumulate_grad_batches`
             becomes the number of micro-batches that an optimizer step needs. Warm-up examples count like pairs. None = that number is the
             trainer's, 1 if it says nothing.
@@ -65,7 +66,7 @@ class LitFlow(LitRL[FlowRollout]):
         num_steps: int = 10,
         evaluation: Evaluation | None = None,
         rollout_micro_batch: int = 8,
-        updates_per_iteration: int | None = None,
+        updates_per_iteration: int | Literal["timestep"] | None = None,
         train_micro_batch: int | None = None,
         storage_dtype: StorageDtype = "float32",
         schedule: Schedule | None = None,
@@ -75,8 +76,10 @@ class LitFlow(LitRL[FlowRollout]):
     ) -> None:
         super().__init__(policy, **kwargs)
         check_at_least(1, num_steps=num_steps, rollout_micro_batch=rollout_micro_batch)
-        check_at_least(1, updates_per_iteration=updates_per_iteration, train_micro_batch=train_micro_batch)
-        self.updates_per_iteration = updates_per_iteration or self.inner_epochs
+        steps = None if updates_per_iteration == "timestep" else updates_per_iteration
+        self.step_by_step = updates_per_iteration == "timestep"  # they are counted in `check_geometry`
+        check_at_least(1, updates_per_iteration=steps, train_micro_batch=train_micro_batch)
+        self.updates_per_iteration = steps or self.inner_epochs
         if self.updates_per_iteration % self.inner_epochs:
             raise ConfigError(
                 f"model.updates_per_iteration={updates_per_iteration} must be a multiple of model.inner_epochs={self.inner_epochs}, as "
@@ -94,6 +97,7 @@ class LitFlow(LitRL[FlowRollout]):
                 "model.advantage.kind: history or reinforce"
             )
         self.tracker = self.credit_rule.tracker()
+        self._told_noise = False
         self._finite: list[Tensor] = []  # of each sampled micro-batch Bool "B"
         self.supervised = supervised
 
@@ -140,12 +144,14 @@ class LitFlow(LitRL[FlowRollout]):
     def supervised_terms(self, batch: Examples) -> Terms:
         assert self.supervised is not None
         losses = self.supervised.losses(self, batch)
-        return {"supervised": Term(losses, batch.weights, 1.0 if self.warming_up else self.supervised.coef)}
+        coef = self.supervised.coef if self.supervised.takes_part(self.iteration) else 0.0
+        return {"supervised": Term(losses, batch.weights, 1.0 if self.warming_up else coef)}
 
     def check_parts(self, stage: str) -> None:
         super().check_parts(stage)
         if stage == "fit" and self.supervised is not None:
             self.supervised.source(self.data)
+            self.supervised.check(self.policy)
 
     # ------------------------------------------------------------------ evaluation and prediction
     further_evaluation: Sequence[Sequence[Info]] = ()
@@ -183,6 +189,8 @@ class LitFlow(LitRL[FlowRollout]):
         return {"media": media, "prompts": batch}
 
     def check_geometry(self) -> None:
+        if self.step_by_step:
+            self.updates_per_iteration = self.inner_epochs * self.most_trained_steps()
         super().check_geometry()
         total = self.prompts_per_iteration * self.group_size * self.most_trained_steps()
         check_updates(total, updates=self.updates, passes=self.inner_epochs)
@@ -202,11 +210,18 @@ class LitFlow(LitRL[FlowRollout]):
         """Cut the examples of a step into micro-batches of at most `train_micro_batch`; without it a warm-up has as many as pairs have."""
         world = self.trainer.world_size
         needed = -(-supervised.batch_size // (world * (self.train_micro_batch or supervised.batch_size)))
-        self.example_micro_batches = needed if supervised.coef else 0
-        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # accumulates as many throughout a run
+        as_ever = isinstance(self.trainer.strategy, DeepSpeedStrategy)  # accumulates as many throughout a run
+        takes_part = supervised.coef > 0 if as_ever else supervised.takes_part(max(0, self.iteration))
+        self.example_micro_batches = needed if takes_part else 0
+        if as_ever:
             self.warmup_micro_batches = self.micro_batches_of_step(warmup=False)
         elif self.train_micro_batch is not None:
             self.warmup_micro_batches = needed
+
+    def accumulate(self) -> None:
+        if self.supervised is not None:
+            self.set_example_micro_batches(self.supervised)
+        super().accumulate()
 
     def pairs_of_update(self) -> int:
         """(sample, step) pairs of an optimizer step on a process, at most."""
@@ -261,7 +276,8 @@ class LitFlow(LitRL[FlowRollout]):
         self.rollout_metrics |= {"images": float(len(group)), "non_finite": float(self.non_finite)}
         self.rollout_metrics["trained_share"] = float(count / (mask.shape[1] * len(group)))
         advantages = values[mine, None].float().expand(mask.shape).to(self.device)
-        return replace(rollout, mask=mask, advantages=advantages, weights=mask.float() * self.updates / count.clamp(min=1))
+        share = (mask.shape[1] if self.step_by_step else self.updates) * policy_share(self.supervised, self.iteration)
+        return replace(rollout, mask=mask, advantages=advantages, weights=mask.float() * share / count.clamp(min=1))
 
     # ------------------------------------------------------------------ minibatches of (sample, step) pairs
     @abstractmethod
@@ -281,7 +297,13 @@ class LitFlow(LitRL[FlowRollout]):
         assert rollout.weights is not None
         key = (self.seed, "split", self.iteration, inner_epoch)
         used, parts = (rollout.weights != 0).cpu(), self.micro_batches_per_update
+        if self.step_by_step:
+            return split_steps(used, updates=self.updates, parts=parts)
         return split_pairs(rollout.group.cpu(), used, key=key, updates=self.updates, parts=parts)
+
+    def report_epoch(self) -> None:
+        super().report_epoch()
+        self._told_noise = self._told_noise or tell_noise(self, self.reported.unlogged, storage=self.storage_dtype)
 
     # ------------------------------------------------------------------ checkpoints
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -26,13 +26,17 @@ class Evaluation:
 
     Args:
         num_steps: Denoising steps.
+        guidance_scale: In place of the policy's, with which rollouts are made; default: that one.
         seed: Of the initial noise; image i of the evaluation set always starts from the same noise.
     """
 
     num_steps: int = 40
+    guidance_scale: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.guidance_scale is not None and self.guidance_scale < 0:
+            raise ConfigError(f"model.evaluation.guidance_scale={self.guidance_scale} must not be negative; 1 is no guidance")
         if self.num_steps < 1:
             raise ConfigError(f"model.evaluation.num_steps={self.num_steps} must be at least 1")
 
@@ -76,7 +80,8 @@ def render(method: Denoising, prompts: Prompts) -> tuple[Tensor, Tensor]:
     """
     evaluation = method.evaluation
     keys = [(evaluation.seed, "eval", group) for group in prompts.group.tolist()]
-    return render_keyed(method, prompts.info, keys, num_steps=evaluation.num_steps)
+    with guided(method.policy, evaluation.guidance_scale):
+        return render_keyed(method, prompts.info, keys, num_steps=evaluation.num_steps)
 
 
 def render_keyed(

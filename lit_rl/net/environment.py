@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 DEEPGEN = "lit_rl.policies.deepgen.DeepGenPolicy"
 EVALUATION = "callbacks.evaluation_sets.EvaluationSets"
+PICTURES = "datamodules.picture_sources.PictureSources"
 WANDB, SWANLAB = "callbacks.trackers.WandB", "callbacks.trackers.SwanLab"
 
 
@@ -64,6 +65,7 @@ VARIABLES = (
     Variable("UNIFIEDREWARD_THINK_URL", "judge", "lit_rl.rewards.judges.pointwise.UnifiedReward", itself=True),
     Variable("DATASET_CONFIG", "train", "datamodules.prompt_sets.PromptSets"),
     Variable("CLIP_MODEL_NAME_OR_PATH", "model_path", "lit_rl.rewards.clip.CLIPSimilarity"),
+    Variable("SFTAUX_DATASET_CONFIG", "sources", PICTURES),
     Variable("OUTPUT_DIR", "run.dir", within=DEEPGEN, unset="outputs"),
     Variable("NNODES", "trainer.num_nodes", within=DEEPGEN, convert=count, unset=1),
     Variable("NGPUS", "trainer.devices", within=DEEPGEN, convert=count, unset="auto"),

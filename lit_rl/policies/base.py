@@ -97,6 +97,9 @@ class FlowPolicy(Policy):
     trains_condition = False
     """`condition` depends on trained weights. Then a loss computes it again, with gradient, where it else takes that of the rollout."""
 
+    any_size = False
+    """`encode_images` and `velocity` take pictures of any size that its cells fill, beside those of the configured resolution."""
+
     def condition(self, info: Sequence[Info]) -> Cond:
         """Conditioning of U prompts for `velocity`, one row each; by default of their text alone, by `encode`."""
         return self.encode([str(row["prompt"]) for row in info])

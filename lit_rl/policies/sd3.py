@@ -30,6 +30,8 @@ class SD3Policy(DiffusersFlowPolicy):
         "attn.to_v",
     ]
 
+    any_size = True
+
     @staticmethod
     def tokens_side(transformer: Mapping[str, int]) -> int:
         """The transformer's patch size."""

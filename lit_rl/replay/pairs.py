@@ -58,11 +58,25 @@ def split_pairs(group: Tensor, used: Tensor, *, key: tuple[Key, ...], updates: i
         turn = g * (len(pairs) % updates)  # what is over goes where the last group's ended, so that steps have equally many
         for i, part in enumerate(pairs.tensor_split(updates)):
             shares[(i + turn) % updates].append(part)
-    filler = ~(flat.nonzero()[:1, 0] if flat.any() else torch.zeros(1, dtype=torch.long))
+    return _minibatches([torch.cat(share) for share in shares], flat, parts=parts)
+
+
+def split_steps(used: Tensor, *, updates: int, parts: int) -> list[Tensor]:
+    """Minibatches of one pass with an optimizer step for each of the S denoising steps in order, as `split_pairs` has them.
+
+    used: Bool "B S". updates: Optimizer steps, at least S; what is over has no pairs.
+    """
+    rows, steps = used.shape
+    shares = [torch.arange(rows) * steps + step if step < steps else torch.empty(0, dtype=torch.long) for step in range(updates)]
+    return _minibatches(shares, used.flatten(), parts=parts)
+
+
+def _minibatches(shares: Sequence[Tensor], used: Tensor, *, parts: int) -> list[Tensor]:
+    """The used pairs of each optimizer step in `parts` micro-batches, each of at least one pair. shares: Pairs of each step."""
+    filler = ~(used.nonzero()[:1, 0] if used.any() else torch.zeros(1, dtype=torch.long))
     minibatches: list[Tensor] = []
-    for share in shares:
-        pairs = torch.cat(share)
-        kept = pairs[flat[pairs]]
+    for pairs in shares:
+        kept = pairs[used[pairs]]
         minibatches += torch.cat([kept, filler.expand(max(0, parts - len(kept)))]).tensor_split(parts)
     return minibatches
 

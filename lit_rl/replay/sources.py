@@ -32,15 +32,19 @@ class PromptSource(Protocol):
         """The `count` prompts of an iteration, the same on every rank, a function of (seed, iteration) alone."""
 
 
-class ExampleSource(PromptSource, Protocol):
-    """Prompts with the images that a flow model is to imitate."""
+class PictureSource(Protocol):
+    """Images that a flow model is to imitate, with their prompts."""
 
     @abstractmethod
-    def examples(self, step: int, count: int, part: slice = ALL) -> tuple[Sequence[Info], Tensor]:
+    def examples(self, step: int, count: int, part: slice = ALL) -> tuple[Sequence[Info], Tensor | Sequence[Tensor]]:
         """Those of the `count` supervised examples of an optimizer step that are in `part`: prompts, and images uint8 "B 3 H W".
 
-        They are a function of (seed, step, count), whatever the parts.
+        Images of various sizes are B of "3 H W". They are a function of (seed, step, count), whatever the parts.
         """
+
+
+class ExampleSource(PromptSource, PictureSource, Protocol):
+    """Prompts to act on, and images to imitate."""
 
 
 class TextSource(PromptSource, Protocol):

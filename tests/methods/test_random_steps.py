@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from toy import Metrics, ToyData, toy_method, toy_trainer, weights
+from torch import Tensor
+from toy import Metrics, ToyData, ToyPolicy, toy_method, toy_trainer, weights
 
 from lit_rl.errors import ConfigError
 from lit_rl.methods.flow_grpo import RandomStepGRPO
 from lit_rl.modules.learning_rates import ConstantWithWarmup
+from lit_rl.modules.pictures import Evaluation
 from lit_rl.samplers.flow import RenoiseCPS
+from lit_rl.types import Cond
 
 
 def method(**settings: Any) -> RandomStepGRPO:
@@ -49,6 +53,58 @@ def test_a_run_continues_inside_an_iteration(tmp_path: Path) -> None:
     unbroken = fit("a", trainer={"callbacks": [every], "enable_checkpointing": True})
     (third,) = (tmp_path / "saved").glob("*step=3.ckpt")
     assert torch.equal(weights(fit("b", ckpt_path=str(third))), weights(unbroken))
+
+
+@pytest.mark.parametrize("size", [None, 5])
+def test_an_optimizer_step_for_each_timestep_has_the_pairs_of_all_samples_there(tmp_path: Path, size: int | None) -> None:
+    trained = method(updates_per_iteration="timestep", train_micro_batch=size)
+    trainer = toy_trainer(tmp_path, max_epochs=1)
+    trainer.fit(trained, ToyData())
+    rollout, parts = trained.rollout, trained.micro_batches_per_update
+    assert rollout is not None and rollout.weights is not None and trainer.global_step == 4 and parts == (4 if size else 1)
+    plan = trained.split(rollout, 0)
+    steps = [torch.cat(plan[i : i + parts]) for i in range(0, len(plan), parts)]
+    assert [sorted(pairs.tolist()) for pairs in steps] == [list(range(step, 64, 4)) for step in range(4)]
+    assert all(float(rollout.weights.flatten()[pairs].sum()) == pytest.approx(1.0) for pairs in steps)
+
+
+def test_noise_beyond_the_clip_range_is_told_once_with_its_numbers(tmp_path: Path) -> None:
+    class Rounding(ToyPolicy):
+        def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            v = super().velocity(x, t, cond)
+            return v.bfloat16().float() if self.training else v
+
+    def fit(policy: ToyPolicy) -> list[str]:
+        trained = toy_method(clip_low=1e-5, clip_high=1e-5, storage_dtype="bfloat16")
+        trained.policy = policy
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            toy_trainer(tmp_path, max_epochs=2).fit(trained, ToyData())
+        return [str(warning.message) for warning in caught if "Before any weight has moved" in str(warning.message)]
+
+    assert not fit(ToyPolicy())
+    (told,) = fit(Rounding())
+    assert "clips at 1.0e-05" in told and "model.storage_dtype to float32 (it is bfloat16)" in told
+
+
+def test_evaluation_has_guidance_of_its_own(tmp_path: Path) -> None:
+    class Guided(ToyPolicy):
+        guidance_scale = 1.5
+
+        def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            seen[self.training].add(self.guidance_scale)
+            return super().velocity(x, t, cond)
+
+    seen: dict[bool, set[float]] = {True: set(), False: set()}
+    trained = toy_method(evaluation=Evaluation(num_steps=2, guidance_scale=4.0))
+    trained.policy = Guided()
+    trainer = toy_trainer(tmp_path, max_epochs=1, limit_val_batches=1)
+    trainer.validate(trained, ToyData(), verbose=False)
+    assert seen[False] == {4.0} and trained.policy.guidance_scale == 1.5
+    toy_trainer(tmp_path, max_epochs=1).fit(trained, ToyData())
+    assert seen[True] == {1.5}
+    with pytest.raises(ConfigError, match="guidance_scale=-1"):
+        Evaluation(guidance_scale=-1)
 
 
 def test_constant_with_warmup_is_transformers_a_step_ahead() -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from toy import Metrics, ToyData, toy_method, toy_trainer, weights
+from toy import Metrics, ToyData, ToyPolicy, toy_method, toy_trainer, weights
 
 from lit_rl.errors import ConfigError
 from lit_rl.modules.supervised import Supervised
 from lit_rl.replay.plan import rollout_plan, warmup_plan
+from lit_rl.types import ALL, Info
 
 
 @pytest.mark.parametrize("parts", [1, 3, 5, 9])
@@ -58,6 +60,50 @@ def test_the_gradient_is_that_of_the_policy_and_coef_times_that_of_the_examples(
     assert alone.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("size", [None, 5])
+def test_a_convex_sum_takes_from_the_policy_what_it_gives_to_the_examples(tmp_path: Path, size: int | None) -> None:
+    """(1 - c) RL + c SFT, in whatever micro-batches, with the divergence in RL, and with pictures of various sizes."""
+
+    def of(settings: dict[str, Any] | None) -> Tensor:
+        supervised = Supervised(batch_size=7, data=Various(), **settings) if settings else None
+        return gradients(tmp_path, supervised=supervised, train_micro_batch=size, kl_coef=0.1)
+
+    policy, both, added = of(None), of({"coef": 0.25, "convex": True}), of({"coef": 0.25})
+    examples = (added - policy) / 0.25
+    torch.testing.assert_close(both, 0.75 * policy + 0.25 * examples, rtol=1e-4, atol=1e-6)
+    assert examples.abs().max() > 1e-3 and policy.abs().max() > 1e-3
+
+
+def test_examples_take_part_in_every_so_manieth_iteration(tmp_path: Path) -> None:
+    data = Various()
+    supervised = Supervised(coef=0.5, convex=True, every=2, batch_size=7, data=data)
+    method = toy_method(supervised=supervised, train_micro_batch=16)
+    trainer = toy_trainer(tmp_path, max_epochs=4)
+    trainer.fit(method, ToyData())
+    assert data.asked == [0, 2] and trainer.global_step == 4
+    assert method.rollout is not None and method.rollout.weights is not None
+    assert float(method.rollout.weights.sum()) == pytest.approx(1.0)  # of the fourth iteration, without examples
+
+
+class Various:
+    """Black pictures one by one, as those of various sizes come."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def examples(self, step: int, count: int, part: slice = ALL) -> tuple[Sequence[Info], Sequence[Tensor]]:
+        self.asked.append(step)
+        rows = range(count)[part]
+        return [{"prompt": str(i % 6)} for i in rows], [torch.zeros(3, 2, 2, dtype=torch.uint8) for _ in rows]
+
+
+def test_pictures_of_various_sizes_want_latents_of_various_sizes() -> None:
+    data = Various()
+    vars(data)["various_sizes"] = True
+    with pytest.raises(ConfigError, match="ToyPolicy takes those of its resolution alone"):
+        Supervised(coef=1.0, data=data).check(ToyPolicy())
+
+
 def test_both_losses_are_logged_whatever_the_micro_batches(tmp_path: Path) -> None:
     def logged(size: int) -> dict[str, float]:
         metrics = Metrics()
@@ -77,6 +123,8 @@ def test_both_losses_are_logged_whatever_the_micro_batches(tmp_path: Path) -> No
     [
         ({}, "set warmup_steps for a warm-up, or coef"),
         ({"warmup_steps": -1}, "must not be negative"),
+        ({"coef": 1.5, "convex": True}, r"coef=1.5 must be in \[0, 1\]"),
+        ({"coef": 0.5, "every": 0}, "every=0 must be at least 1"),
         ({"coef": 1.0, "batch_size": 0}, "model.supervised.batch_size=0 must be at least 1"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from lit_rl.losses.flow import flow_matching_loss
 from lit_rl.policies.deepgen import DeepGenPolicy
 from lit_rl.types import Cond
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "deepgen"
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent.parent / "golden")) / "deepgen"
 TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 Make = Callable[..., DeepGenPolicy]
 
@@ -96,12 +97,14 @@ def word_tokenizer(vocabulary: Mapping[str, int]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", additional_special_tokens=marks)
 
 
+@pytest.mark.golden
 def test_prompts_are_framed_and_tokenized_as_the_authors_do(authors: tuple[dict[str, Any], DeepGenPolicy]) -> None:
     data, policy = authors
     for prompt, ids, mask in zip(data["prompts"], data["input_ids"], data["attention_mask"]):
         assert policy.tokens(prompt) == ids[mask.bool()].tolist()
 
 
+@pytest.mark.golden
 def test_conditions_are_those_of_the_authors_for_a_prompt_alone(authors: tuple[dict[str, Any], DeepGenPolicy]) -> None:
     """Theirs of the shorter prompt beside the longer one differ by up to 0.1: its padding is seen there."""
     data, policy = authors
@@ -113,6 +116,7 @@ def test_conditions_are_those_of_the_authors_for_a_prompt_alone(authors: tuple[d
     assert float((data["pooled"][0] - data["pooled_alone"][0]).abs().max()) > 0.05
 
 
+@pytest.mark.golden
 def test_a_bridge_that_sees_padding_is_the_authors(authors: tuple[dict[str, Any], DeepGenPolicy]) -> None:
     data, policy = authors
     with torch.no_grad():
@@ -121,6 +125,7 @@ def test_a_bridge_that_sees_padding_is_the_authors(authors: tuple[dict[str, Any]
     torch.testing.assert_close(found.pooled, data["pooled"], **TOLERANCE)
 
 
+@pytest.mark.golden
 def test_velocity_and_supervised_loss_are_the_authors(authors: tuple[dict[str, Any], DeepGenPolicy]) -> None:
     data, policy = authors
     cond = {"prompt_embeds": data["seq"], "pooled": data["pooled"]}
