@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from datamodules.deepgen_sources import python_sources
 from datamodules.inpainting_files import read_rows
 from datamodules.picture_files import read_picture
 from lit_rl.errors import ConfigError, listed
@@ -45,7 +46,8 @@ class PictureSources(PictureSource):
     """Pictures of several lists with their prompts, drawn with replacement, each scaled to sides that are multiples of 32.
 
     Args:
-        sources: The lists; or a YAML or JSON file with `sources: [{path: ..., weight: ...}]`, from whose folder their paths count.
+        sources: The lists; or a YAML or JSON file with `sources: [{path: ..., weight: ...}]`, from whose folder their paths count, or
+            DeepGen-RL's Python file (`resize` says how pictures are scaled, whatever stands there).
         size: Side of the square whose area pictures get.
         resize: `area` scales to that area, `longest` down to `size` pixels of the longer side; sides are rounded up to `multiple`. `square`
             stretches all to size x size: one forward for all of them.
@@ -118,13 +120,13 @@ def resized(sides: Size, *, size: int, by: Literal["area", "longest"], multiple:
 
 
 def read_sources(path: Path) -> list[Source]:
-    """The lists that a YAML or JSON file names. Raises ConfigError that names file and key."""
-    if path.suffix not in (".yaml", ".yml", ".json"):
-        raise ConfigError(
-            f"{path}: pictures to imitate are named in .yaml or .json; of a Python one make it by python -m lit_rl.migrate deepgen FILE"
-        )
+    """The lists that a YAML, a JSON or DeepGen's Python file names, which is not executed. Raises ConfigError that names file and key."""
+    if path.suffix not in (".yaml", ".yml", ".json", ".py"):
+        raise ConfigError(f"{path}: pictures to imitate are named in .yaml, .json or DeepGen-RL's .py")
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
+    if path.suffix == ".py":
+        return [_of_python(entry) for entry in python_sources(path)[0]]
     content = yaml.safe_load(path.read_text())
     entries = content.get("sources") if isinstance(content, Mapping) else content
     if not isinstance(entries, list) or not entries:
@@ -136,6 +138,14 @@ def read_sources(path: Path) -> list[Source]:
     return [
         Source(**{**entry, **{key: str(path.parent / entry[key]) for key in ("path", "folder") if entry.get(key)}}) for entry in entries
     ]
+
+
+def _of_python(entry: Mapping[str, object]) -> Source:
+    folder, size = entry.get("folder"), entry.get("size")
+    return Source(
+        path=str(entry["path"]), folder=None if folder is None else str(folder), weight=float(str(entry.get("weight", 1.0))),
+        size=size if isinstance(size, int) else None,
+    )  # fmt: skip
 
 
 def _rows(source: Source, size: int) -> list[tuple[Path, str, int]]:

@@ -70,6 +70,8 @@ def migrate_options(options: Mapping[str, str | None], *, place: str, processes:
     made.settings |= together(given, algorithm)
     if processes is not None:
         images, micro = int(given.get("atrain_global_batch_size", "256")), int(given.get("atrain_micro_batch_size", "32"))
+        if {"sftaux_micro_batch_size"} & given.keys() and made.settings.get(f"{MODEL}.supervised", "") is not None:
+            made.settings[f"{MODEL}.supervised.batch_size"] = int(given["sftaux_micro_batch_size"]) * processes
         parts = accumulation(images=images, micro=micro, processes=processes)
         made.notes.append(f"On {processes} GPUs: {parts} micro-batches of {micro} images for each trained step.")
     _consistent(made, algorithm)
@@ -103,8 +105,9 @@ def _strategy(given: Mapping[str, str]) -> str:
 
 def _consistent(made: Migrated, algorithm: str) -> None:
     """Drop keys that the config of the algorithm does not have; a schedule that is left out has no length either."""
-    if made.settings.get(f"{MODEL}.lr_scheduler", "") is None:
-        made.settings.pop(f"{MODEL}.lr_scheduler.init_args.warmup_steps", None)
+    for whole in (f"{MODEL}.lr_scheduler", f"{MODEL}.supervised"):
+        for key in [key for key in made.settings if made.settings.get(whole, "") is None and key.startswith(f"{whole}.")]:
+            del made.settings[key]
     kept = {"diffusionnft": ("surrogate.init_args.low", "surrogate.init_args.high", "sde.", "kl.kind"), "": ("surrogate.init_args.beta",)}
     left = kept.get(algorithm, kept[""])
     for key in [key for key in made.settings if key.removeprefix(f"{MODEL}.").startswith(left)]:

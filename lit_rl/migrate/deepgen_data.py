@@ -7,18 +7,15 @@ from pathlib import Path
 
 import yaml
 
+from datamodules.deepgen_sources import python_sources
 from lit_rl.errors import ConfigError
 from lit_rl.migrate.migrated import Migrated, unknown
-from lit_rl.own_code.assignments import assigned
 
 MODES = ("sample_proportional", "weight_only")
 TRAINING = ("name", "path", "sample_weight", "rewards")
 EVALUATION = ("name", "path", "cfg_scale", "num_inference_steps", "duplicates", "scoring")
 PROMPTS, ROWS = (".txt", ".jsonl", ".parquet"), (".csv", ".txt", ".jsonl", ".parquet")
-SOURCE = ("type", "image_size", "data_path", "image_folder", "image_process", "sample_weight", "ceph_folder", "ceph_config")
 CONFIGS = ["configs/base/deepspeed_zero2.yaml", "configs/deepgen/flow_grpo.yaml"]
-RESIZES = {"fix_pixels": "area", "dynamic": "longest", "resize2square": "square"}
-"""Ways in which pictures are scaled."""
 EVALUATION_SETS = "callbacks.evaluation_sets.EvaluationSets"
 JUDGES = "lit_rl.rewards.judges"
 REWARDS: Mapping[str, dict[str, object]] = {
@@ -122,30 +119,8 @@ def check_entries(file: Path, entries: Sequence[Entry], known: Sequence[str], en
 
 def migrate_python(file: Path) -> Migrated:
     """Read an SFT-aux configuration. Raises ConfigError that names file and line."""
-    entries, batch = sources(file)
-    names = {"data_path": "path", "image_folder": "folder", "sample_weight": "weight", "image_size": "size"}
-    lists = [{ours: entry[theirs] for theirs, ours in names.items() if entry.get(theirs) is not None} for entry in entries]
-    if odd := sorted({str(entry["image_process"]) for entry in entries if "image_process" in entry} - {*RESIZES}):
-        raise ConfigError(f"{file}: image_process {odd[0]} cannot be had here; there are {', '.join(RESIZES)}")
-    ways = {RESIZES[str(entry.get("image_process", "fix_pixels"))] for entry in entries}
-    if len(ways) > 1:
-        raise ConfigError(f"{file}: image_process differs from source to source: here all pictures of a run are scaled in one way")
-    data = {"class_path": "datamodules.picture_sources.PictureSources", "init_args": {"sources": lists, "resize": ways.pop()}}
+    lists, resize = python_sources(file)
+    data = {"class_path": "datamodules.picture_sources.PictureSources", "init_args": {"sources": lists, "resize": resize}}
     made = Migrated(bases=list(CONFIGS), settings={"model.init_args.supervised.data": data})
-    made.notes.append(f"batch_size={batch} is of a GPU there, and the trainer's own option beats it: supervised.batch_size is of all GPUs.")
+    made.notes.append("SFTAUX_DATASET_CONFIG in the environment may name the Python file as it is, too.")
     return made
-
-
-def sources(file: Path) -> tuple[list[dict[str, object]], int]:
-    """Entries of an SFT-aux configuration and its batch size. Raises ConfigError for what is none."""
-    loader = assigned(file).get("train_dataloader")
-    if not isinstance(loader, dict) or not isinstance(data := loader.get("dataset"), dict):
-        raise ConfigError(f"{file}: there is no train_dataloader = dict(dataset=...): it is no SFT-aux configuration")
-    entries = [entry for entry in data.get("datasets", [data]) if isinstance(entry, dict)]
-    for i, entry in enumerate(entries):
-        for key in entry:
-            if key not in SOURCE:
-                raise unknown("key", str(key), SOURCE, place=f"{file}, source {i}")
-        if "data_path" not in entry:
-            raise ConfigError(f"{file}, source {i}: missing required data_path")
-    return entries, int(loader.get("batch_size", 1))

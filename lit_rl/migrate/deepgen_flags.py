@@ -103,6 +103,10 @@ def _evaluations(text: str) -> Settings:
     return {"trainer.check_val_every_n_epoch": int(text)} if int(text) else {"trainer.limit_val_batches": 0}
 
 
+def _auxiliary(text: str) -> Settings:
+    return {f"{MODEL}.supervised.coef": number(text)} if float(text) else {f"{MODEL}.supervised": None}
+
+
 FLAGS: Mapping[str, Callable[[str], Settings]] = {
     "checkpoint": same(f"{POLICY}.checkpoint", str),
     "output_dir": same("run.dir", str),
@@ -137,7 +141,10 @@ FLAGS: Mapping[str, Callable[[str], Settings]] = {
     "atrain_nft_adv_clip_range": same(f"{MODEL}.advantage.clip"),
     "atrain_sde_sampler": choice(f"{MODEL}.sde.dynamics", SAMPLERS),
     "atrain_adv_type": choice(f"{MODEL}.advantage", ADVANTAGES),
+    "sftaux_coef": _auxiliary,
+    "sftaux_every_n_steps": same(f"{MODEL}.supervised.every"),
     "eval_freq": _evaluations,
+    "eval_cfg_scale": same(f"{MODEL}.evaluation.guidance_scale"),
     "eval_num_inference_steps": same(f"{MODEL}.evaluation.num_steps"),
 }
 """One option by itself. Those that belong together are in `together`."""
@@ -164,7 +171,6 @@ OTHERS = {
     "eval_before_train": "python cli.py validate with the same files, before fit",
     "eval_inference_mode": "an option of the evaluation's callback",
     "eval_sde_eta": "an option of the evaluation's callback",
-    "eval_cfg_scale": "an option of the evaluation's callback, where a set says nothing itself",
     "eval_image_height": "evaluation renders in the size of training",
     "eval_image_width": "evaluation renders in the size of training",
     "eval_micro_batch_size": "data.init_args.eval_batch_size, which one GPU renders at a time",
@@ -173,11 +179,9 @@ OTHERS = {
     "ema_diffusion": "callbacks.ema.EMA in trainer.callbacks, with this decay; the trainer's own had no effect",
     "atrain_nft_off_policy": "decay of callbacks.old_policy.OldPolicySync in the config: copy is on-policy",
     "sftaux_dataset_config": "its sources: python -m lit_rl.migrate deepgen FILE.py",
-    "sftaux_coef": "model.init_args.supervised.coef, where the data have examples",
-    "sftaux_micro_batch_size": "model.init_args.supervised.batch_size, which is of all GPUs together",
-    "sftaux_every_n_steps": "examples are a share of every optimizer step",
+    "sftaux_micro_batch_size": "model.init_args.supervised.batch_size is this times the GPUs",
     "sftaux_num_workers": "pictures are read when they are asked for",
-    "sftaux_disable_on_error": "a row that cannot be read is told before training",
+    "sftaux_disable_on_error": "a picture that cannot be read ends the run with its name",
     "rollout_global_batch_size": "prompts_per_iteration x group_size",
     "atrain_global_batch_size": "the rollout / updates_per_iteration",
     "image_height": "policy.resolution: [height, width]",

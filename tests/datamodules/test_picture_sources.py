@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules.picture_sources import PictureSources, Source, resized, weighted_rows
+from datamodules.picture_sources import PictureSources, Source, read_sources, resized, weighted_rows
 from lit_rl.errors import ConfigError
 
 NUMBERS = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent.parent / "golden")) / "deepgen" / "sftaux_data.json"
@@ -74,7 +74,7 @@ def test_a_file_names_lists_beside_it(tmp_path: Path) -> None:
     ("sources", "message"),
     [
         (None, "SFTAUX_DATASET_CONFIG"),
-        ("lists.py", "python -m lit_rl.migrate deepgen"),
+        ("lists.csv", "named in .yaml, .json or DeepGen-RL's .py"),
         ("lists.yaml", "lists.yaml: no such file"),
         ([Source(path="b.jsonl", weight=0.0)], "weight=0.0 must be above 0"),
         ([Source(path="c.json")], r"items\[0\] needs image_path and txt"),
@@ -93,3 +93,9 @@ def test_a_picture_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "grey.png").unlink()
     with pytest.raises(ConfigError, match="grey.png cannot be read"):
         source.examples(0, 1)
+
+
+def test_deepgens_own_file_names_lists_and_is_not_executed(tmp_path: Path) -> None:
+    source = f"one = dict(data_path='{tmp_path}/a.json', image_folder='/pictures', sample_weight=3.0)\n"
+    (tmp_path / "aux.py").write_text(source + "train_dataloader = dict(batch_size=2, dataset=dict(datasets=[one]))\n")
+    assert read_sources(tmp_path / "aux.py") == [Source(path=f"{tmp_path}/a.json", folder="/pictures", weight=3.0)]

@@ -12,11 +12,12 @@ import pytest
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from datamodules.deepgen_sources import python_sources
 from lit_rl.command_line.options import constructor_options, options
+from lit_rl.doctor.runs import parse
 from lit_rl.errors import ConfigError
 from lit_rl.migrate.__main__ import main
 from lit_rl.migrate.deepgen import check_value, migrate, migrate_options
-from lit_rl.migrate.deepgen_data import sources
 from lit_rl.migrate.deepgen_flags import FLAGS, NOTHING, OTHERS, REMOVED, accumulation
 
 ROOT = Path(__file__).parents[2]
@@ -121,8 +122,6 @@ echo done
 
 def test_a_script_becomes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Variables with defaults are filled in, nothing is executed, and the command that is printed parses."""
-    from lit_rl.doctor.runs import parse
-
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("CHECKPOINT", raising=False)
     (tmp_path / "train.sh").write_text(SCRIPT)
@@ -152,11 +151,15 @@ def test_evaluation_data_stay_as_they_are(tmp_path: Path) -> None:
     assert yaml.safe_load(text) == {} and f"export EVAL_DATASET_CONFIG={tmp_path}/eval.yaml" in text
 
 
-def test_training_data_name_their_rewards(tmp_path: Path) -> None:
+def test_training_data_name_their_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("a cat\n")
     rows = [{"name": "a", "path": "a.txt", "sample_weight": 3, "rewards": [{"ocr": 0.7}, {"unifiedreward_think": 0.3}]}]
     (tmp_path / "train.yaml").write_text(yaml.safe_dump({"datasets": rows}))
-    run = yaml.safe_load(migrate(tmp_path / "train.yaml").yaml("train.yaml"))
+    (tmp_path / "run.yaml").write_text(text := migrate(tmp_path / "train.yaml").yaml("train.yaml"))
+    run = yaml.safe_load(text)
+    monkeypatch.chdir(ROOT)
+    command = next(line for line in text.splitlines() if "python cli.py fit" in line).split("fit ")[1]
+    assert parse(command.replace("run.yaml", str(tmp_path / "run.yaml")).split()).data.class_path == "datamodules.prompt_sets.PromptSets"
     assert run["data"]["init_args"] == {"train": str(tmp_path / "train.yaml")}
     rewards = run["trainer"]["callbacks"][0]["init_args"]["rewards"]
     assert rewards["ocr"]["init_args"] == {"service": "ocr"} and rewards["unifiedreward_think"]["class_path"].endswith("UnifiedRewardThink")
@@ -205,18 +208,11 @@ def test_a_python_configuration_is_read_and_not_executed(tmp_path: Path, monkeyp
     monkeypatch.setenv("DATA_ROOT", "/mine")
     (tmp_path / "sizes.py").write_text("image_size = 512\n")
     (tmp_path / "aux.py").write_text(SFT)
-    (first, second), batch = sources(tmp_path / "aux.py")
-    assert (first["data_path"], first["image_size"], first["sample_weight"], batch) == ("/mine/first.json", 512, 3.0, 2)
-    assert (second["data_path"], second["image_folder"]) == ("/mine/second.json", "/mine/raw")
-
-
-def test_sources_of_pictures_become_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DATA_ROOT", "/mine")
-    (tmp_path / "sizes.py").write_text("image_size = 512\n")
-    (tmp_path / "aux.py").write_text(SFT)
-    data = yaml.safe_load(migrate(tmp_path / "aux.py").yaml("aux.py"))["model"]["init_args"]["supervised"]["data"]
     first = {"path": "/mine/first.json", "weight": 3.0, "size": 512}
-    assert data["init_args"] == {"sources": [first, {"path": "/mine/second.json", "folder": "/mine/raw"}], "resize": "area"}
+    expected = [first, {"path": "/mine/second.json", "folder": "/mine/raw"}]
+    assert python_sources(tmp_path / "aux.py") == (expected, "area")
+    data = yaml.safe_load(migrate(tmp_path / "aux.py").yaml("aux.py"))["model"]["init_args"]["supervised"]["data"]
+    assert data["init_args"] == {"sources": expected, "resize": "area"}
 
 
 @pytest.mark.parametrize(
@@ -234,7 +230,7 @@ def test_sources_of_pictures_become_lists(tmp_path: Path, monkeypatch: pytest.Mo
 def test_more_than_values_is_refused(line: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "aux.py").write_text(line)
     with pytest.raises(ConfigError, match=told):
-        sources(tmp_path / "aux.py")
+        python_sources(tmp_path / "aux.py")
 
 
 def test_a_mistake_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
