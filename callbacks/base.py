@@ -9,6 +9,7 @@ from typing import NotRequired, TypeAlias, TypedDict, TypeVar
 import lightning as L
 from torch import Tensor
 
+from lit_rl.agents.episodes import Trajectory
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL
 from lit_rl.types import Info, Prompts, Rollout, TokenRollout
@@ -62,6 +63,9 @@ class RLCallback(L.Callback):
 
     def on_rollout_chosen(self, trainer: L.Trainer, module: Method, rollout: TokenRollout) -> None:
         """DAPO has chosen the groups to train on among all that it sampled."""
+
+    def on_trajectories(self, trainer: L.Trainer, module: Method, trajectories: Sequence[Trajectory]) -> None:
+        """Episodes of an agent have ended, of a rollout or, while `trainer.training` is False, of an evaluation."""
 
     def on_rollout_end(self, trainer: L.Trainer, module: Method, rollout: Rollout) -> None:
         """The rollout has its rewards and advantages. Numbers added to `module.rollout_metrics` are logged with the iteration."""

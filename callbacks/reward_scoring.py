@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -35,8 +36,7 @@ class RewardScoring(RLCallback, RewardQueue):
     With DISABLE_RL_REWARD_MODEL=true in the environment no reward is asked: every score is a hash of prompt and pixels.
 
     Args:
-        rewards: By label, or a list (labelled by class name). A label only names the reward in logs and errors; scores keep the names that
-            the reward gives them.
+        rewards: By label, or a list (labelled by class name). A label names the reward in logs and errors; scores keep their names.
         weights: Of named scores in the total; scores without one are computed and logged with weight 0. May be left out when there is one
             reward: its main score, `score` or else the first that it names, then has weight 1.
         max_failed_fraction: In [0, 1]. When more of the samples of an iteration, over all ranks, lack a score that has a weight, the run

@@ -42,11 +42,15 @@ class GRPO(LitPolicyGradient):
         self.rule = credit or Group()
         self.dynamic_sampling = copy(dynamic_sampling)  # which counts generations
         if self.group_size == 1 and self.rule.siblings:
-            raise ConfigError("model.group_size=1 gives every answer advantage 0, as there is no sibling to compare it with: use 4 to 16")
+            self.refuse_alone()
         if self.dynamic_sampling is not None:
             self.dynamic_sampling.check(self.prompts_per_iteration)
             self.refuse_ahead()
             self.asks_once = False
+
+    def refuse_alone(self) -> None:
+        """Raise ConfigError for groups of one, of a rule that compares siblings."""
+        raise ConfigError("model.group_size=1 gives every answer advantage 0, as there is no sibling to compare it with: use 4 to 16")
 
     # ------------------------------------------------------------------ credit
     def with_advantages(self, rollout: TokenRollout, total: Tensor) -> TokenRollout:

@@ -5,6 +5,7 @@
 | `PromptSource` | prompts of an iteration | every method | all |
 | `ExampleSource` | prompts with images to imitate | supervised warm-up and loss of flow methods | `RenderedText`, `Inpainting` |
 | `TextSource` | prompts as tokens | methods whose policy answers | `TextPrompts`, `PromptsAndPairs` |
+| `TaskSource` | tasks of agents | AgentGRPO | `AgentTasks` |
 | `PairSource` | two answers, one preferred, as tokens | DPO, MixedGSPO | `PreferencePairs`, `PromptsAndPairs` |
 | `SupervisedSource` | conversations as tokens, some of them learned | SFT | `SupervisedText` |
 
@@ -20,6 +21,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor
 
+from lit_rl.envs.tasks import Task
 from lit_rl.errors import ConfigError
 from lit_rl.types import ALL, Info
 
@@ -56,6 +58,14 @@ class TextSource(PromptSource, Protocol):
     @abstractmethod
     def prompt_ids(self, info: Info) -> list[int]:
         """Token ids of a prompt, ready for an answer."""
+
+
+class TaskSource(PromptSource, Protocol):
+    """Tasks that an agent does in a world: rows with the keys of `lit_rl.envs.tasks.Task`."""
+
+    @abstractmethod
+    def check_tasks(self, check: Callable[[Task], None]) -> None:
+        """Raise ConfigError with file and line of the first task of any split that `check` refuses."""
 
 
 class PairSource(PromptSource, Protocol):

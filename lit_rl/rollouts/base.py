@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -133,6 +134,10 @@ class RolloutEngine(ABC):
         Callers wait for it before the next `update_weights`.
         """
         raise NotImplementedError(f"{type(self).__name__} answers from the weights that train")
+
+    async def answer(self, request: Request, sampling: Sampling) -> Sample:
+        """One answer of an engine with a copy of the weights, while the caller's event loop goes on. Raises what `begin` raises."""
+        return (await asyncio.wrap_future(self.begin([request], sampling)))[0]
 
     def close(self) -> None:  # noqa: B027
         """Release connections and memory."""

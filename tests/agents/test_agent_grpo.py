@@ -1,0 +1,104 @@
+"""Multi-turn GRPO on a world of texts: it learns, continues exactly, counts each trajectory once, and says what it cannot do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from copies import every_step
+from digit_world import agent, digit_tasks
+from toy_text import model_folder, trainer, weights
+
+from callbacks.base import RLCallback
+from callbacks.rng_state import RngState
+from lit_rl.credit.trajectories import trajectory_numbers
+from lit_rl.credit.turns import GiGPO, TurnReturns
+from lit_rl.errors import ConfigError
+from lit_rl.losses.kl import KL
+from lit_rl.modules.dynamic import DynamicSampling
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("agent") / "lm")
+
+
+class Told(RLCallback):
+    """Counts the episodes that it is told of, in training and in evaluation."""
+
+    def __init__(self) -> None:
+        self.training: list[int] = []
+        self.evaluation: list[int] = []
+
+    def on_trajectories(self, trainer: Any, module: Any, trajectories: Any) -> None:
+        (self.training if trainer.training else self.evaluation).append(len(trajectories))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_random_model_learns_to_act(model: Path, tmp_path: Path, seed: int) -> None:
+    learner, tasks = agent(model, seed=seed), digit_tasks(tmp_path)
+    before = trainer(callbacks=[]).validate(learner, datamodule=tasks, verbose=False)[0]
+    run = trainer(max_epochs=25, check_val_every_n_epoch=25, callbacks=[])
+    run.fit(learner, datamodule=tasks)
+    assert before["val/accuracy"] <= 0.5 and run.callback_metrics["val/accuracy"] >= 0.85
+    assert run.callback_metrics["val/turns"] < before["val/turns"] and run.callback_metrics["success"] >= 0.7
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"kl": KL(coef=0.1)}, {"credit": GiGPO(), "aggregation": "token-mean"}, {"credit": TurnReturns(), "prompts_per_update": 4}],
+    ids=["kl", "gigpo", "turn returns"],
+)
+def test_trajectories_weigh_and_vote_once(model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    told = Told()
+    made = agent(model, keep_reference="kl" in settings, **settings)
+    run = trainer(max_epochs=1, callbacks=[told], accumulate_grad_batches=2, check_val_every_n_epoch=1)
+    run.fit(made, datamodule=digit_tasks(tmp_path))
+    rollout = made.rollout
+    number = trajectory_numbers(rollout.group, rollout.columns["trajectory"])
+    assert int(number.max()) == 63 and told.training == [64] and told.evaluation == [8]
+    assert made.rollout_metrics["group_size_mean"] == 8.0 and made.rollout_metrics["samples"] == len(rollout) > 64
+    weighed = torch.zeros(64).index_add(0, number, rollout.weights.sum(1))
+    if settings.get("aggregation") != "token-mean":
+        torch.testing.assert_close(weighed, torch.full((64,), 1 / 64 * made.updates))
+    assert 0 <= made.rollout_metrics["success"] <= 1 and made.rollout_metrics["episodes/lost"] == 0
+    assert run.callback_metrics["val/accuracy"] <= 1 and rollout.advantages.isfinite().all()
+
+
+def test_a_continued_run_is_the_unbroken_one(model: Path, tmp_path: Path) -> None:
+    """Inside an iteration, whose turns are in the checkpoint, and between two."""
+
+    def run(out: str, ckpt: str | None = None) -> torch.Tensor:
+        learner = agent(model, prompts_per_update=4, inner_epochs=2)
+        fit = trainer(max_epochs=3, limit_val_batches=0, enable_checkpointing=True, callbacks=[RngState(), every_step(tmp_path / out)])
+        fit.fit(learner, datamodule=digit_tasks(tmp_path), ckpt_path=ckpt)
+        return weights(learner)
+
+    unbroken = run("unbroken")
+    saved = sorted((tmp_path / "unbroken").glob("*.ckpt"))
+    inside, between = (next(p for p in saved if p.stem.endswith(f"step={step}")) for step in (6, 8))
+    for name, checkpoint in {"inside": inside, "between": between}.items():
+        assert torch.equal(run(name, str(checkpoint)), unbroken), name
+
+
+def test_a_group_of_one_warns_and_finishes(model: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="every trajectory has advantage 0, so nothing is learned"):
+        made = agent(model, group_size=1, prompts_per_iteration=1)
+    run = trainer(max_epochs=2, callbacks=[], limit_val_batches=0)
+    run.fit(made, datamodule=digit_tasks(tmp_path))
+    assert run.global_step == 2
+
+
+def test_what_cannot_be_had_is_told(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model.dynamic_sampling and model.answers.asynchronous are not for agents"):
+        agent(model, dynamic_sampling=DynamicSampling())
+    with pytest.raises(ConfigError, match="set model.episodes.manner.max_prompt_tokens"):
+        agent(model).longest_sequence()
+    made = agent(model)
+    made.policy.parameters = lambda: iter([SimpleNamespace(ds_id=1)])  # type: ignore[method-assign, assignment, return-value]
+    with pytest.raises(ConfigError, match="NativeEngine answers from weights that are cut over processes.*HTTPEngine, or train with DDP"):
+        made._check_engine()
