@@ -46,6 +46,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "test.txt").write_text('a sign with "9"\n')
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)).save(folder / "source.png")
     Image.new("RGB", (WIDTH, WIDTH)).save(folder / "square.png")
+    sets = [{"name": "signs", "path": "train.txt", "rewards": [{"ocr": 0.7}, {"clip_sim": 0.3}, {"unifiedreward_think": 0.5}]}]
+    (folder / "sets.yaml").write_text(yaml.safe_dump({"datasets": sets}))
     (folder / "pictures.json").write_text(json.dumps([{"image_path": f"{name}.png", "txt": name} for name in ("source", "square")]))
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     mask[4:12, 4:20] = 255
@@ -69,6 +71,9 @@ def shrunk(run: dict[str, Any], home: Path) -> dict[str, Any]:
         policy |= {"checkpoint": str(home / "deepgen/checkpoint.pth"), "adapter": {"rank": 4, "alpha": 8}, "connector_heads": 2}
         policy["max_sequence_length"] = 64
         model["num_steps"] = 10
+        next(c for c in trainer["callbacks"] if "RewardScoring" in c["class_path"])["init_args"]["rewards"]["clip"]["init_args"] = {
+            "model_path": str(home)
+        }
         model["supervised"]["data"]["init_args"] = {"sources": [{"path": str(home / "pictures.json")}], "size": 16, "multiple": 8}
     model |= {
         "prompts_per_iteration": PROMPTS,
@@ -77,7 +82,7 @@ def shrunk(run: dict[str, Any], home: Path) -> dict[str, Any]:
         "train_micro_batch": None,
         "updates_per_iteration": None,
     }
-    data |= {"train": str(home)}
+    data |= {"train": str(home / "sets.yaml"), "val": str(home / "test.txt")} if family == "deepgen" else {"train": str(home)}
     if family == "fill":
         policy |= {"pretrained": str(home / "fill/pipeline"), "context_height": 8}
         policy["style"] |= {"encoder": str(home / "fill/siglip"), "tokens": 3}
