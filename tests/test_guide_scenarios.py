@@ -145,7 +145,7 @@ def test_four_processes_and_four_servers(home: Path, tmp_path: Path) -> None:
         servers = psutil.Process(launcher.pid).children()
         assert len(servers) == len(GPUS)
         launcher.send_signal(signal.SIGINT)
-        assert launcher.wait(30) == 0
+        assert launcher.wait(90) == 0
         assert not any(server.is_running() for server in servers)
     for rank, gpu in enumerate(GPUS):
         assert asked(tmp_path, gpu) == [prompts(home, i)[rank] for i in range(ITERATIONS) for _ in range(GROUP)]

@@ -13,6 +13,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 
+from callbacks.episode_records import EpisodeRecords
 from callbacks.evaluation_sets import EvaluationSets
 from callbacks.export import Export
 from callbacks.graceful_stop import GracefulStop
@@ -194,4 +195,6 @@ def _place(spec: Namespace, folder: Path, every: list[Namespace]) -> None:
         options.folder = str(folder / "samples")
     elif issubclass(cls, EvaluationSets) and options.get("folder") is None:
         options.folder = str(folder / "eval")
+    elif issubclass(cls, EpisodeRecords) and options.get("folder") is None:
+        options.folder = str(folder / "episodes")
     spec.init_args = options

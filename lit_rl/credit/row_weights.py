@@ -19,13 +19,15 @@ KEY = "reward_weights"
 def weights_of_rows(info: Sequence[Info], weights: Mapping[str, float]) -> Weights:
     """Weights of the scores that count: the run's, or Float64 "B" where rows have their own. Scores of weight 0 everywhere are left out.
 
-    Raises ConfigError where a row names a score that no reward gives.
+    Raises ConfigError where a row names a score that no reward gives, or gives no score a weight.
     """
     if not any(KEY in row for row in info):
         return {name: weight for name, weight in weights.items() if weight}
     for row in info:
         if unknown := sorted(set(row.get(KEY, {})) - set(weights)):
             raise ConfigError(f"prompt {row.get('prompt')!r}: {KEY} names {unknown}, but the rewards give {sorted(weights)}")
+        if KEY in row and not any(row[KEY].values()):
+            raise ConfigError(f"prompt {row.get('prompt')!r}: {KEY} gives no score a weight, so nothing is known of its samples: name one")
     own = {name: [float(row[KEY].get(name, 0.0)) if KEY in row else weight for row in info] for name, weight in weights.items()}
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in own.items() if any(values)}
 

@@ -150,7 +150,7 @@ def test_submit_returns_before_anything_is_scored_and_chunks_overlap(scoring: li
 
 
 def test_a_reward_in_this_process_sees_one_chunk_at_a_time_and_two_rewards_run_together(scoring: list) -> None:
-    together = threading.Barrier(2, timeout=10)
+    together = threading.Barrier(2, timeout=60)
     busy, most = {"a": 0, "b": 0}, {"a": 0, "b": 0}
 
     class Counting(Red):
@@ -365,10 +365,10 @@ def test_close_cancels_what_is_under_way_and_submit_starts_again(scoring: list) 
     reward = Endless()
     queue = RewardScoring([reward])
     queue.submit(red_images([1]), info(1))
-    assert started.wait(10) and our_threads() == ["reward-scoring"]
+    assert started.wait(60) and our_threads() == ["reward-scoring"]
     queue.on_exception(fake_trainer(), SimpleNamespace(), RuntimeError("a crash"))
     queue.teardown(fake_trainer(), SimpleNamespace(), "fit")
-    assert cancelled.wait(10) and our_threads() == [] and reward.closed == 1
+    assert cancelled.wait(60) and our_threads() == [] and reward.closed == 1
     reward.patient = False
     queue.submit(red_images([2]), info(1))
     assert queue.gather()["red"].tolist() == [2]  # the cancelled chunk does not come back
@@ -389,7 +389,7 @@ def test_forked_and_pickled_scorers_start_afresh(scoring: list) -> None:
     child = mp.get_context("fork").Process(target=_in_fork, args=(queue, theirs))
     child.start()
     assert ours.poll(30) and ours.recv() == [9]
-    child.join(10)
+    child.join(60)
     assert child.exitcode == 0
     copy = pickle.loads(pickle.dumps(queue))
     scoring.append(copy)
@@ -657,7 +657,7 @@ def test_two_ranks_share_counts_and_stop_together() -> None:
         said = [pipe.recv() if pipe.poll(60) else "silence" for pipe, _ in pipes]
     finally:
         for process in ranks:
-            process.join(10)
+            process.join(60)
             process.kill()
     assert [s[0] for s in said] == [[0, 0], pytest.approx([math.nan, 1], nan_ok=True)]
     assert [s[1] for s in said] == [0.25, 0.25]

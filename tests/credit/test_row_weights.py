@@ -15,7 +15,7 @@ from toy import Brightness, Metrics, ToyData, toy_method, toy_trainer
 
 from lit_rl.credit.advantage import Advantage
 from lit_rl.credit.groups import group_advantages, total_reward
-from lit_rl.credit.row_weights import total_of_rows, weights_of_rows
+from lit_rl.credit.row_weights import KEY, total_of_rows, weights_of_rows
 from lit_rl.errors import ConfigError
 from lit_rl.rewards.base import Reward
 from lit_rl.rewards.judges.client import Judge
@@ -36,6 +36,11 @@ def test_a_row_counts_what_it_names_alone() -> None:
 def test_a_score_that_nobody_gives_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"prompt 'a': reward_weights names \['ocr'\], but the rewards give \['x'\]"):
         weights_of_rows([{"prompt": "a", "reward_weights": {"ocr": 1.0}}], {"x": 1.0})
+
+
+def test_a_row_that_counts_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="prompt 'p': reward_weights gives no score a weight"):
+        weights_of_rows([{"prompt": "p", KEY: {"ocr": 0.0}}], {"ocr": 1.0})
 
 
 def test_what_a_row_does_not_ask_for_may_be_missing() -> None:

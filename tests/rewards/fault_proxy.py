@@ -46,7 +46,7 @@ class LocalServer(ABC):
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=lambda: self.loop.run_until_complete(self._serve(ready)), daemon=True)
         self.thread.start()
-        assert ready.wait(10), "the local server did not start"
+        assert ready.wait(60), "the local server did not start"
         return self
 
     def stop(self) -> None:

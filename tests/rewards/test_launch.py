@@ -95,7 +95,7 @@ def test_from_start_to_ctrl_c(tmp_path: Path) -> None:
         servers = children(process)
         assert len(servers) == 2
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert printed()[-1] == "All servers are stopped."
         assert not any(s.is_running() for s in servers)
 
@@ -112,7 +112,7 @@ def test_nothing_is_left_behind(tmp_path: Path, number: signal.Signals) -> None:
         servers = children(process)
         time.sleep(0.3)
         process.send_signal(number)
-        assert process.wait(20) == (-9 if number == signal.SIGKILL else 0)
+        assert process.wait(60) == (-9 if number == signal.SIGKILL else 0)
         until(lambda: not alive(servers), seconds=10)
 
 

@@ -61,7 +61,7 @@ class Watch(Callback):
         self.metrics.append(dict(module.rollout_metrics))
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        until = time.monotonic() + 5
+        until = time.monotonic() + 30
         while (asked := len(self.running.asked) > self.answers * len(self.metrics)) is False and time.monotonic() < until:
             if len(self.metrics) == trainer.max_epochs:
                 break

@@ -335,7 +335,7 @@ def test_a_dead_server_ends_the_run_long_before_the_deadline(base: Path, server:
     began = time.monotonic()
     with pytest.raises(RolloutError, match=r"the server is gone .*engine.down_s=0.5 s.*--ckpt_path"):
         made.generate(requests(answering), SHORT)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 40
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])

@@ -66,7 +66,7 @@ class Gate:
     def __call__(self, images: Any, infos: Any) -> list[dict[str, Any] | SampleError]:
         self.batches.append(len(images))
         self.entered.set()
-        assert self.open.wait(10)
+        assert self.open.wait(60)
         return bright(images, infos)
 
 
@@ -91,7 +91,7 @@ async def served(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, "it never happened"
         await asyncio.sleep(0.005)

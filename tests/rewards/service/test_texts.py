@@ -80,7 +80,7 @@ class TextGate(Gate):
     def __call__(self, samples: Any, infos: Any) -> Any:
         self.batches.append(len(samples))
         self.entered.set()
-        assert self.open.wait(10)
+        assert self.open.wait(60)
         return score_samples([Length()], samples, infos)
 
 
