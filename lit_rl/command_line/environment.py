@@ -32,18 +32,16 @@ class Place(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The variable's, or what stands for it; "" where it is not set."""
-        elsewhere = any(os.environ.get(name) for name in self.variable.unless)
-        return os.environ.get(self.variable.name, "").strip() or ("" if elsewhere else self.variable.fallback)
+        """The variable's; "" where it is not set."""
+        return os.environ.get(self.variable.name, "").strip()
 
     @property
     def counts(self) -> bool:
         """Another option of the class is as the variable wants it."""
         if self.variable.having is None:
             return True
-        name, begins = self.variable.having
-        words = self.holder.get(name) or ()
-        return isinstance(words, list | tuple | dict) and all(str(word).startswith(begins) for word in words)
+        name, wanted = self.variable.having
+        return self.holder.get(name) == wanted
 
     @property
     def told(self) -> object:
@@ -68,9 +66,8 @@ def sources(options: Namespace) -> Iterator[str]:
     """A line for each variable that is set and belongs to an option of the run: whether its value is the one that counts."""
     for place in places(options):
         if place.text and (place.value == place.told or (place.variable.itself and place.value is None)):
-            origin = "in the environment" if os.environ.get(place.variable.name) else "which is not set"
-            yield f"{place.path} = {shown(place.text)}: from {place.variable.name} {origin}"
-        elif os.environ.get(place.variable.name):
+            yield f"{place.path} = {shown(place.text)}: from {place.variable.name} in the environment"
+        elif place.text:
             yield f"{place.path} = {shown(str(place.value))}: from the run itself, before {place.variable.name} in the environment"
 
 

@@ -21,8 +21,7 @@ class Variable:
     name: of the variable. option: of the class `owner` and its descendants; without an owner a key of the run. within: a class that the
     run must name, since other programs use a name as common as OUTPUT_DIR for things of their own. convert: makes the value of the text;
     its ValueError says what the text must be. unset: what the option holds when nobody has given it. having: another option of the class,
-    and how each of its words begins where the variable counts. fallback: stands for the variable where neither it nor one of `unless` is
-    set. itself: the class reads the variable where the option is null, and nothing is filled in.
+    and its value where the variable counts. itself: the class reads the variable where the option is null, and nothing is filled in.
     """
 
     name: str
@@ -32,8 +31,6 @@ class Variable:
     convert: Callable[[str], object] = str
     unset: object = None
     having: tuple[str, str] | None = None
-    fallback: str = ""
-    unless: tuple[str, ...] = ()
     itself: bool = False
 
 
@@ -57,10 +54,7 @@ VARIABLES = (
     Variable("CHECKPOINT", "checkpoint", DEEPGEN),
     Variable("EVAL_DATASET_CONFIG", "config", EVALUATION),
     Variable("UNIGENBENCH_API_URL", "judge", EVALUATION, itself=True),
-    Variable(
-        "OCR_URL", "urls", "lit_rl.rewards.client.HTTPReward", within=DEEPGEN, having=("outputs", "ocr"), fallback="http://localhost:18082",
-        unless=("REWARD_SERVER_URLS", "REWARD_SERVER_HOST", "REWARD_SERVER_PORT"),
-    ),
+    Variable("OCR_URL", "urls", "lit_rl.rewards.services.ServiceReward", having=("service", "ocr"), itself=True),
     Variable("UNIFIEDREWARD_THINK_URL", "judge", "lit_rl.rewards.judges.pairwise.UnifiedRewardThink", itself=True),
     Variable("UNIFIEDREWARD_THINK_URL", "judge", "lit_rl.rewards.judges.pointwise.UnifiedReward", itself=True),
     Variable("DATASET_CONFIG", "train", "datamodules.prompt_sets.PromptSets"),

@@ -15,6 +15,7 @@ from lit_rl.command_line.environment import fill_in, places, sources
 from lit_rl.doctor import runs
 from lit_rl.errors import ConfigError
 from lit_rl.net.environment import DEEPGEN, SECRETS, VARIABLES, variable_of
+from lit_rl.rewards.services import ServiceReward
 
 CHECKPOINT = "--model.init_args.policy.init_args.checkpoint"
 
@@ -79,28 +80,18 @@ def test_variables_of_a_guide_are_of_its_runs_alone(file: Path, tmp_path: Path, 
     assert (other.run.dir, other.trainer.num_nodes, other.trainer.devices) == ("outputs", 1, "auto")
 
 
-def test_the_ocr_service_of_a_guides_run_has_its_own_address(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside a server of other scores; where the reward servers' own variables say nothing, the guide's port."""
+def test_a_service_has_its_own_address(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OCR_URL is that of `ocr` alone, and an address in the run comes before it."""
     run = yaml.safe_load(file.read_text())
-    server = "lit_rl.rewards.client.HTTPReward"
-    rewards = {
-        name: {"class_path": server, "init_args": {"outputs": outputs}} for name, outputs in {"a": ["ocr"], "b": ["pickscore"]}.items()
-    }
+    given = {"a": {"service": "ocr"}, "b": {"service": "pickscore"}, "c": {"service": "ocr", "urls": "http://here:2"}}
+    rewards = {name: {"class_path": "lit_rl.rewards.services.ServiceReward", "init_args": args} for name, args in given.items()}
     run["trainer"]["callbacks"] = [{"class_path": "callbacks.reward_scoring.RewardScoring", "init_args": {"rewards": rewards}}]
     file.write_text(yaml.safe_dump(run))
-    for name in ("REWARD_SERVER_URLS", "REWARD_SERVER_HOST", "REWARD_SERVER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-
-    def urls() -> list[str | None]:
-        scoring = next(c for c in parsed(file).trainer.callbacks if c.class_path.endswith("RewardScoring"))
-        return [reward.init_args.urls for reward in scoring.init_args.rewards.values()]
-
-    assert urls() == ["http://localhost:18082", None]
     monkeypatch.setenv("OCR_URL", "http://elsewhere:1")
-    assert urls() == ["http://elsewhere:1", None]
-    monkeypatch.delenv("OCR_URL")
-    monkeypatch.setenv("REWARD_SERVER_URLS", "host:8000")
-    assert urls() == [None, None]
+    told = [line for line in sources(parsed(file)) if "OCR_URL" in line]
+    assert len(told) == 2 and "http://elsewhere:1: from OCR_URL in the environment" in told[0]
+    assert "http://here:2: from the run itself, before OCR_URL" in told[1]
+    assert ServiceReward("ocr").urls == ["http://elsewhere:1"] and "elsewhere" not in ServiceReward("pickscore").urls[0]
 
 
 @pytest.mark.parametrize(
