@@ -119,7 +119,7 @@ class NoRewards(RewardQueue):
 
     submitted = 0
 
-    def submit(self, media: Tensor, info: Sequence[Info], *, place: int | None = None) -> None:
+    def submit(self, media: Tensor, info: Sequence[Info], *, groups: Sequence[int] | None = None, place: int | None = None) -> None:
         self.count += len(info)
 
     def gather(self) -> dict[str, Tensor]:

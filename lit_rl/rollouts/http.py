@@ -19,7 +19,7 @@ from lit_rl.rollouts.base import Request, RolloutError, Sample, Sampling
 from lit_rl.rollouts.connection import Again, Call, Connection, Forgotten
 from lit_rl.rollouts.dialects import Dialect, served_models
 from lit_rl.rollouts.pictures import asked_of, check_prompt
-from lit_rl.rollouts.probe import disagreement, distinct, probes_of, trainer_logprobs
+from lit_rl.rollouts.probe import disagreement, distinct, probe_ids, probes_of, trainer_logprobs
 from lit_rl.rollouts.served_weights import DTYPES, ServedWeights
 from lit_rl.rollouts.sglang import SGLang
 from lit_rl.rollouts.vllm import Generate, OpenAI
@@ -121,6 +121,7 @@ class HTTPEngine(ServedWeights):
         self.own = servers_of_rank(self.urls, rank=rank, world_size=world_size, mapping="auto")
         self.adapter = not getattr(policy, "full", True)
         self._forget()
+        probe_ids(policy, self.probe)  # before anybody waits for a server
         self.connection.wait_healthy(self.urls if rank == 0 else self.own, patience_s=self.health_s)
         self.base = self._base_model() if self.dialect.tells_models else ""
         self.push_dtype = self._agreed_dtype(self.given_dtype)

@@ -31,14 +31,20 @@ class Probe:
         return self.request.prompt[: self.first], self.request.prompt[self.first :]
 
 
+def probe_ids(policy: TokenPolicy, text: str) -> list[int]:
+    """Token ids of the text that is compared. Raises ConfigError where it is less than two tokens."""
+    ids = policy.encode(text)
+    if len(ids) < 2:
+        raise ConfigError(f"engine.probe={text!r} is {len(ids)} tokens to this model; give a text of at least 2")
+    return ids
+
+
 def probes_of(policy: TokenPolicy, text: str, *, most: int | None) -> list[Probe]:
     """A text, and where the policy reads pictures a conversation of a picture and that text. most: Tokens that a server takes.
 
     Raises ConfigError for a text of one token, and where the picture leaves no room.
     """
-    ids = policy.encode(text)
-    if len(ids) < 2:
-        raise ConfigError(f"engine.probe={text!r} is {len(ids)} tokens to this model; give a text of at least 2")
+    ids = probe_ids(policy, text)
     room = len(ids) if most is None else max(2, most - 1)  # the server draws a token after it
     media = policy.trial(ids)[1]
     probes = [Probe(Request(ids[:room], ()), 1)]

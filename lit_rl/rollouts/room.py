@@ -47,7 +47,7 @@ def need_of(config: PreTrainedConfig, dtype: torch.dtype) -> Need:
     """
     text = config.get_text_config(decoder=True)
     told = {name: value for name in ("num_key_value_heads", "head_dim") if isinstance(value := getattr(text, name, None), int)}
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", 1)  # models without attention, such as Mamba, keep a state that is smaller than this
     numbers = told.get("num_key_value_heads", heads) * told.get("head_dim", text.hidden_size // heads)
     token = 2 * text.num_hidden_layers * numbers * dtype.itemsize
     return Need(token=token, logits=LOGIT_BYTES * text.vocab_size, numbers=numbers, reading=16 * text.hidden_size * dtype.itemsize)

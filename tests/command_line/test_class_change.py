@@ -254,4 +254,4 @@ def test_another_method_leaves_the_relatives_settings_behind(tmp_path: Path, cap
 def test_presets_are_written_as_a_run_would() -> None:
     assert presets(FlowGRPO) == {} and presets(None) == {}
     path = f"{RULES}.Group"
-    assert presets(DrGRPO) == {"credit": {"class_path": path, "init_args": {"std": False}}}
+    assert presets(DrGRPO) == {"credit": {"class_path": path, "init_args": {"std": False, "min_std": 0.0}}}

@@ -21,7 +21,7 @@ from lit_rl.seeding import generator
 
 
 def attached(data: PromptFiles, *, rank: int = 0, world: int = 1) -> PromptFiles:
-    data.trainer = SimpleNamespace(world_size=world, global_rank=rank)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(world_size=world, global_rank=rank, lightning_module=None)  # type: ignore[assignment]
     return data
 
 

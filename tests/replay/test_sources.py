@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from toy import toy_method, toy_trainer
 
+from datamodules.agent_tasks import AgentTasks
 from datamodules.base import PromptDataModule
 from datamodules.inpainting import Inpainting
 from datamodules.mixed import PromptsAndPairs
@@ -19,16 +20,16 @@ from datamodules.supervised import SupervisedText
 from lit_rl.errors import ConfigError
 from lit_rl.modules.supervised import Supervised
 from lit_rl.replay import sources
-from lit_rl.replay.sources import ExampleSource, PairSource, PromptSource, SupervisedSource, TextSource, members, source_of
+from lit_rl.replay.sources import ExampleSource, PairSource, PromptSource, SupervisedSource, TaskSource, TextSource, members, source_of
 
-DATAMODULES = (PromptFiles, RenderedText, Inpainting, TextPrompts, PreferencePairs, PromptsAndPairs, SupervisedText)
+DATAMODULES = (PromptFiles, RenderedText, Inpainting, TextPrompts, AgentTasks, PreferencePairs, PromptsAndPairs, SupervisedText)
 
 
 def test_the_table_names_the_datamodules_that_serve_each_protocol() -> None:
     rows = [line.split("|")[1:5] for line in str(sources.__doc__).splitlines() if line.startswith("| `")]
     told = {source.strip(" `"): {name.strip(" `") for name in names.split(",")} for source, _, _, names in rows}
     assert told.pop("PromptSource") == {"all"} and all(PromptSource in cls.__mro__ for cls in DATAMODULES)
-    kinds = (ExampleSource, TextSource, PairSource, SupervisedSource)
+    kinds = (ExampleSource, TextSource, TaskSource, PairSource, SupervisedSource)
     assert told == {kind.__name__: {cls.__name__ for cls in DATAMODULES if kind in cls.__mro__} for kind in kinds}
 
 

@@ -149,7 +149,7 @@ def test_a_taken_port_is_one_sentence_naming_the_owner() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--scorers", "orc"], "no scorer 'orc'; choose from ocr, vlm"),
+        (["--scorers", "orc"], "no scorer 'orc'; choose from ocr, quoted, vlm"),
         (["--scorers", ","], "no scorer was named"),
         (["--scorers", "vlm"], "needs a model; give --vlm-model-path"),
         (["--scorers", "clip"], "--scorer-args"),

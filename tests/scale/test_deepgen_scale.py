@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
-TOLERANCE = 3e-6
+TOLERANCE = 2e-5
+"""Of float32 sums in another order, through attention whose logits are large."""
 ALL = ["transformer", "bridge", "adapter"]
 KINDS: dict[str, dict[str, Any]] = {
     "transformer": {"gradient_checkpointing": True},
