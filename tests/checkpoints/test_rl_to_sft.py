@@ -137,9 +137,9 @@ def test_what_is_read_is_not_written_over(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_tensors_stay_on_the_disk(tmp_path: Path) -> None:
-    """32 MiB of weights are held in less than 4 MiB of memory."""
-    save_file({f"{i}": torch.zeros(1 << 21) for i in range(4)}, tmp_path / "model-00001-of-00001.safetensors")
-    torch.save({"state_dict": {f"{i}": torch.zeros(1 << 21) for i in range(4)}}, tmp_path / "it.ckpt")
+    """256 MiB of weights are held in less than 64 MiB of memory."""
+    save_file({f"{i}": torch.zeros(1 << 24) for i in range(4)}, tmp_path / "model-00001-of-00001.safetensors")
+    torch.save({"state_dict": {f"{i}": torch.zeros(1 << 24) for i in range(4)}}, tmp_path / "it.ckpt")
 
     def memory() -> int:
         return int(re.findall(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[0]) << 10
@@ -147,7 +147,7 @@ def test_tensors_stay_on_the_disk(tmp_path: Path) -> None:
     for source in (tmp_path, tmp_path / "it.ckpt"):
         before = memory()
         held = rl_tensors(source)
-        assert memory() - before < 4 << 20 and len(held) == 4
+        assert memory() - before < 64 << 20 and len(held) == 4
 
 
 # ---------------------------------------------------------------------- over the file from before RL

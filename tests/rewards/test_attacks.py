@@ -65,7 +65,7 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
     began = time.process_time()
     with pytest.raises(SampleError, match="more than 64 scans"):
         decode_image(jpeg(2000), max_pixels=PIXELS)
-    assert time.process_time() - began < 1  # the decoder takes minutes
+    assert time.process_time() - began < 15  # the decoder takes minutes
 
 
 @aio

@@ -117,7 +117,7 @@ def test_no_shape_costs_more_than_a_large_picture(reward: OCRReward, shape: tupl
         started = time.process_time()
         text, confidence = read(noise)
         assert isinstance(text, str) and 0 <= confidence <= 1
-        assert time.process_time() - started < 5
+        assert time.process_time() - started < 30
 
 
 def test_a_long_banner_is_read_and_a_mask_may_hold_two_lines(reward: OCRReward) -> None:
