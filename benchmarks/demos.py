@@ -43,7 +43,7 @@ class Found:
 
     @property
     def work(self) -> tuple[int, list[int], int]:
-        """What both trees have to do alike."""
+        """The work that both trees have to do alike."""
         return self.samples, self.steps, self.evaluations
 
 

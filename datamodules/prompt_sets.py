@@ -97,14 +97,14 @@ class PromptSets(PromptDataModule):
         self.reward_places = self.file.reward_places
 
     def prompts(self, iteration: int, count: int) -> list[Info]:
-        """As of the parent where all prompts weigh the same; otherwise drawn with replacement by (seed, iteration)."""
+        """The parent's prompts where all weigh the same; otherwise prompts drawn with replacement by (seed, iteration)."""
         if bool((self.draw_weights == self.draw_weights[0]).all()):
             return super().prompts(iteration, count)
         picked = drawn(self.draw_weights, count, draw=generator(self.seed, "prompts", iteration))
         return [self.train_prompts[i] for i in picked]
 
     def rows_to_score(self, stage: str) -> Iterator[Info]:
-        """As of the parent, each row with its file and line as `where`."""
+        """The parent's rows, each with its file and line as `where`."""
         for rows in (self.train_prompts if stage == "fit" else (), self.held_out):
             told = rows.where if isinstance(rows, SetRows | Captions) else None
             yield from rows if told is None else ({**row, "where": told(i)} for i, row in enumerate(rows))

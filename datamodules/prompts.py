@@ -52,7 +52,7 @@ class PromptFiles(PromptDataModule):
         super().__init__(rows[0], rows[1], rows[2], eval_batch_size=eval_batch_size, shuffle=shuffle, seed=seed)
 
     def rows_to_score(self, stage: str) -> Iterator[Info]:
-        """As of the parent, each row with its file and line as `where`."""
+        """The parent's rows, each with its file and line as `where`."""
         for rows in (self.train_prompts if stage == "fit" else (), self.held_out):
             if isinstance(rows, Lines):
                 yield from ({**row, "where": f"{rows.path}:{rows.line(i)}"} for i, row in enumerate(rows))

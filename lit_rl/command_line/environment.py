@@ -22,7 +22,7 @@ class Place(NamedTuple):
     holder: Namespace | dict[str, object]
     key: str
     path: str
-    """As people say it: `model.policy.checkpoint`."""
+    """The path that people say: `model.policy.checkpoint`."""
 
     @property
     def value(self) -> object:

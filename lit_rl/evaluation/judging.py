@@ -71,7 +71,7 @@ class Judging:
 
 
 def unigenbench_judge() -> Judge:
-    """As UniGenBench asks its model: the server's own temperature."""
+    """UniGenBench asks its model so: the server's own temperature."""
     return Judge(temperature=None, concurrency=16, body={"do_sample": False})
 
 

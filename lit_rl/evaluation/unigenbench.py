@@ -51,7 +51,7 @@ class Share:
         return self.correct / self.total if self.total else math.nan
 
     def row(self) -> dict[str, float | int | None]:
-        """As a file has it; an unknown share is null."""
+        """The row of a file; an unknown share is null."""
         return {"accuracy": self.accuracy if self.total else None, "correct": self.correct, "total": self.total}
 
 

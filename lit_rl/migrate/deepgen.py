@@ -26,7 +26,7 @@ RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
 QUIET = {"rollout_global_batch_size", "atrain_global_batch_size", "image_height", "image_width", "atrain_kl_type"}
 """Options that `together` has made keys of."""
 DEFAULTS = {"lr_scheduler_type": "constant", "report_to": "wandb"}
-"""Where the trainer's own defaults are not those of its launch script, which configs/deepgen has."""
+"""Defaults of the trainer that are not those of its launch script, which configs/deepgen has."""
 
 
 def migrate(file: Path) -> Migrated:

@@ -42,7 +42,7 @@ def count(text: str) -> int:
 
 
 def mode(text: str) -> str:
-    """Where a tracker's run goes."""
+    """The mode of a tracker, which says where its run goes."""
     if text not in ("online", "offline", "disabled"):
         raise ValueError("one of online, offline, disabled")
     return text
