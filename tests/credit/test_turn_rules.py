@@ -212,3 +212,13 @@ def test_an_episode_cut_into_turns_has_the_returns_of_a_whole_one(found: tuple[l
     turned = rule(rows(rewards), rows(values), mask, total=lambda x: x, episodes=Episodes(group, trajectory))
     for part, wanted in zip(turned, theirs, strict=True):
         torch.testing.assert_close(part, rows(wanted))
+
+
+def test_groups_that_hardly_differ_teach_nothing() -> None:
+    """Standard deviations 0.007 and 0.71 beside a limit of 0.05."""
+    rewards, group = torch.tensor([0.5, 0.51, 0.0, 1.0], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
+    found = of_turns(Group(std=False, min_std=0.05), rewards, group)
+    assert found.tolist() == [0.0, 0.0, -0.5, 0.5]
+    assert of_turns(Group(std=False), rewards, group)[0] != 0
+    with pytest.raises(ConfigError, match="model.credit.min_std=-1.0 must not be negative"):
+        Group(min_std=-1.0)
