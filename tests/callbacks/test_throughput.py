@@ -79,7 +79,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
 
 def test_phases_add_up_to_the_iteration(rows: Rows) -> None:
     for row, seconds in zip(rows.rows, rows.seconds, strict=True):
-        assert sum(value for name, value in row.items() if name.startswith("time/")) == pytest.approx(seconds, abs=0.02)
+        assert sum(value for name, value in row.items() if name.startswith("time/")) == pytest.approx(seconds, abs=0.1)
 
 
 def test_time_goes_to_what_caused_it(rows: Rows) -> None:
@@ -94,21 +94,19 @@ def test_time_goes_to_what_caused_it(rows: Rows) -> None:
 def test_rates_are_counts_over_times(rows: Rows) -> None:
     """48 pairs: 16 images, of which the first 3 of 4 steps are trained (`timestep_fraction` 0.99)."""
     for row, seconds in zip(rows.rows[1:], rows.seconds[1:]):
-        assert row["throughput/images_per_s"] == pytest.approx(16 / seconds, rel=0.05)
+        assert row["throughput/images_per_s"] == pytest.approx(16 / seconds, rel=0.1)
         assert row["throughput/pairs_per_s"] * row["time/train_s"] == pytest.approx(48, rel=1e-3)
     assert not any(name.startswith("throughput/") for name in rows.rows[0])
 
 
-def test_clock_counts_one_phase_at_a_time() -> None:
+def test_clock_counts_one_phase_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([10.0, 11.0, 13.0, 16.0, 20.0, 25.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(moments))
     clock = Clock()
-    clock.enter("a")
-    time.sleep(0.02)
-    clock.enter("b")
-    clock.enter("a")
-    time.sleep(0.02)
-    seconds = clock.restart()
-    assert seconds["a"] >= 0.04 > seconds["b"]
-    assert sum(clock.restart().values()) < 0.02
+    for phase in ("a", "b", "a"):
+        clock.enter(phase)
+    assert clock.restart() == {"other": 1.0, "a": 2.0 + 4.0, "b": 3.0}
+    assert clock.restart() == {"other": 5.0}
 
 
 def test_picture_of_the_time(rows: Rows, tmp_path: Path) -> None:

@@ -306,7 +306,7 @@ TRANSIENT = [
 @pytest.mark.parametrize("fault", TRANSIENT, ids=lambda f: f.kind + str(f.status or ""))
 def test_a_passing_fault_costs_one_retry_and_no_score(server: RedServer, fault: Fault) -> None:
     with FaultProxy(server.url, [fault]) as proxy:
-        reward = HTTPReward(proxy.url, ["red"], timeout_s=0.5)
+        reward = HTTPReward(proxy.url, ["red"], timeout_s=1.5 if fault.kind == "hang" else 60.0)
         assert reward.score(red_images([10, 20]), prompts(2))["red"].tolist() == expected([10, 20])
     assert reward.counters() == {"requests": 2, "retries": 1, "failures": 0, "breaker_opened": 0}
 
@@ -380,7 +380,7 @@ def test_a_wait_beyond_the_deadline_is_not_begun(server: RedServer) -> None:
 def test_a_dead_server_opens_the_breaker_and_its_return_closes_it(server: RedServer) -> None:
     """40 images, one per request: after 3 refused tries the rest wait for /health instead of knocking, and give up together."""
     proxy = FaultProxy(server.url)
-    reward = HTTPReward(proxy.url, ["red"], samples_per_request=1, concurrency=2, deadline_s=1.0, breaker_after=3, probe_s=0.2)
+    reward = HTTPReward(proxy.url, ["red"], samples_per_request=1, concurrency=2, deadline_s=2.5, breaker_after=3, probe_s=0.2)
 
     async def run() -> tuple[torch.Tensor, torch.Tensor]:
         dead = (await reward.score_async(red_images(range(40)), prompts(40)))["red"]

@@ -32,17 +32,19 @@ def compute_score(data_source, solution_str, ground_truth, extra_info, bonus=0.0
     if solution_str == "raise":
         raise KeyError("no such word")
     if solution_str == "hang":
-        time.sleep(3)
+        time.sleep(600)
     if solution_str == "text":
         return "good"
     if solution_str == "nan":
         return float("nan")
     return {"score": (solution_str == ground_truth) + bonus, "length": len(solution_str), "pred": solution_str, "source": data_source}
 
+begun = []
+
 async def asynchronous(data_source, solution_str, ground_truth, extra_info):
-    if solution_str == "hang":
-        await asyncio.sleep(3)
-    await asyncio.sleep(0.2)
+    begun.append(solution_str)
+    while len(begun) < 8 or solution_str == "hang":
+        await asyncio.sleep(0.01)
     return solution_str == ground_truth
 """
 
@@ -67,10 +69,10 @@ def test_a_function_scores_rows_and_leaves_them_alone(source: str) -> None:
 
 
 def test_what_fails_is_nan_and_counted_and_spoils_nothing_else(source: str) -> None:
-    reward = FunctionReward(source, timeout_s=0.3)
+    reward = FunctionReward(source, timeout_s=1.5)
     started = time.perf_counter()
     (values,) = reward.score(["18", "raise", "hang", "text", "nan", "no"], rows(6)).values()
-    assert time.perf_counter() - started < 2.0
+    assert time.perf_counter() - started < 300
     torch.testing.assert_close(values, torch.tensor([1, *[math.nan] * 4, 0]).double(), equal_nan=True)
     assert reward.counters() == {"timeouts": 1, "errors": 3}
     reward.score(["raise"], rows(1))
@@ -80,10 +82,9 @@ def test_what_fails_is_nan_and_counted_and_spoils_nothing_else(source: str) -> N
 
 
 def test_asynchronous_functions_wait_together(source: str) -> None:
-    reward = FunctionReward(source, "asynchronous", name="mine", timeout_s=1.0, concurrency=8)
-    started = time.perf_counter()
+    """None of the eight ends before all have begun, and one is given up."""
+    reward = FunctionReward(source, "asynchronous", name="mine", timeout_s=2.0, concurrency=8)
     (values,) = reward.score(["18"] * 6 + ["17", "hang"], rows(8)).values()
-    assert time.perf_counter() - started < 1.8, "eight waits of 0.2 s, and one that is given up after 1 s"
     torch.testing.assert_close(values, torch.tensor([1] * 6 + [0, math.nan]).double(), equal_nan=True)
     assert reward.counters() == {"timeouts": 1, "errors": 0}
 

@@ -355,7 +355,7 @@ FAULTS = {
     "garbage": [Fault("garbage"), Fault("garbage")],
     "error": [Fault("status", 500)],
     "abort": [Fault("abort")] * 4,
-    "slow": [Fault("slow", seconds=3.0)],
+    "late": [Fault("hang")],
 }
 
 
@@ -363,7 +363,7 @@ FAULTS = {
 @pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
 def test_a_fault_changes_no_answer(dialect: str, faults: list[Fault], base: Path, server: FakeServer, tmp_path: Path) -> None:
     answering = loaded(base, LORA)
-    made = pushed(server, tmp_path, answering, dialect=dialect, timeout_s=1.0 if faults[0].kind == "slow" else 9.0)
+    made = pushed(server, tmp_path, answering, dialect=dialect, timeout_s=2.0 if faults[0].kind == "hang" else 9.0)
     server.faults = iter(faults)
     assert_same(made.generate(requests(answering)[:2], SHORT), in_process(answering, requests(answering)[:2]))
     assert made.connection.retries == len(faults)
@@ -378,9 +378,10 @@ def test_retry_after_is_waited_for(base: Path, server: FakeServer, tmp_path: Pat
     assert time.monotonic() - began >= 1
 
 
+LASTING = 99
 GIVEN_UP = {
-    "deadline": ([Fault("status", 503)] * 99, r"status 503 .*tries in \d.* s, engine.deadline_s=1\)"),
-    "timeout": ([Fault("hang")] * 9, r"no answer in engine.timeout_s=\d"),
+    "deadline": ([Fault("status", 503)] * LASTING, r"status 503 .*tries in \d.* s, engine.deadline_s=1\)"),
+    "timeout": ([Fault("hang")] * LASTING, r"no answer in engine.timeout_s=\d"),
     "garbage": ([Fault("garbage")] * 3, r"no `choices` .*502 but says 200.*\(3 tries in"),
     "errors": ([Fault("status", 500)] * 2, r"status 500 .*\(2 tries in"),
     "refused": ([Fault("status", 400)], r"status 400 .*injected.*\(1 try in"),
@@ -391,7 +392,8 @@ GIVEN_UP = {
 @pytest.mark.parametrize(("faults", "message"), GIVEN_UP.values(), ids=GIVEN_UP)
 def test_what_does_not_pass_is_an_error(faults: list[Fault], message: str, base: Path, server: FakeServer, tmp_path: Path) -> None:
     answering = loaded(base, LORA)
-    made = pushed(server, tmp_path, answering, deadline_s=1.0, timeout_s=0.4)
+    lasting = {"timeout_s": 0.4, "deadline_s": 1.0} if len(faults) == LASTING else {}
+    made = pushed(server, tmp_path, answering, **lasting)
     server.faults = iter(faults)
     with pytest.raises(RolloutError, match=message):
         made.generate(requests(answering)[:1], SHORT)

@@ -65,12 +65,12 @@ def test_what_is_under_way_ends_with_the_loop_that_asked_for_it(base: Path, serv
 
 def test_an_error_in_a_later_chunk_ends_the_wait_for_an_earlier_one(base: Path, server: FakeServer, tmp_path: Path) -> None:
     policy = loaded(base, LORA)
-    made = pushed(server, tmp_path, policy)
+    made = pushed(server, tmp_path, policy, timeout_s=100.0, deadline_s=100.0)
     server.faults = iter([Fault("hang")] * 3 + [Fault("status", 400)] * 9)
     began = time.monotonic()
     with pytest.raises(RolloutError, match="status 400"):
         list(made.stream(chunks(policy), SHORT))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 40
 
 
 @pytest.mark.parametrize(("dialect", "lora"), [("openai", LORA), ("openai", None), ("vllm", None)], ids=["lora", "full", "vllm"])

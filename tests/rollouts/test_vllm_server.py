@@ -35,7 +35,7 @@ def test_a_server_that_ends_is_told_of_at_once_with_its_last_lines(tmp_path: Pat
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?s)has ended with status 3.*no such model: nowhere"):
         server.start()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 120  # 480 s are a server's to start
 
 
 def test_a_server_that_is_never_well_is_ended(tmp_path: Path) -> None:
