@@ -1,0 +1,218 @@
+/** One job: what it is doing, in tabs, and what can be done with it. */
+
+import { useRef, useState } from "preact/hooks";
+import { call, post } from "../lib/api";
+import { between, duration, when } from "../lib/format";
+import { useFeed, type Feed } from "../lib/feed";
+import { ACTIVE } from "../lib/names";
+import { prefs, t, type Word } from "../lib/prefs";
+import { go, jobLink } from "../lib/router";
+import type { Job } from "../lib/types";
+import { AllCharts } from "../panels/charts";
+import { Checkpoints } from "../panels/checkpoints";
+import { Config } from "../panels/config";
+import { GroupPanel, LossPanel, RewardPanel, Tiles, TimePanel, TrustPanel } from "../panels/curves";
+import { JobGpus } from "../panels/gpus";
+import { Log } from "../panels/log";
+import { Samples } from "../panels/samples";
+import { Action, Bar, Empty, Failure, Problems, StateChip } from "../parts/common";
+import { share } from "./jobs";
+
+const TABS = ["overview", "charts", "samples", "log", "checkpoints", "config"] as const;
+type Tab = (typeof TABS)[number];
+
+export function JobPage({ id, tab }: { id: string; tab: string }) {
+  const feed = useFeed(id);
+  const [smoothing, setSmoothing] = useState(0);
+  const shown: Tab = TABS.find((one) => one === tab) ?? "overview";
+  if (!feed.job) return feed.error ? <Failure error={feed.error} /> : <Empty>{t("loading")}</Empty>;
+  return (
+    <>
+      <Head job={feed.job} again={() => void feed.read()} />
+      {feed.connection === "waiting" && (
+        <div class="banner" role="status">
+          {t("reconnecting")}
+        </div>
+      )}
+      <Failure error={feed.error} />
+      {(feed.job.problems?.length ?? 0) > 0 && !ACTIVE.has(feed.job.state) && (
+        <div class="banner warn" data-problems>
+          <strong>{t("problems_before_start")}</strong>
+          <Problems list={feed.job.problems!} />
+        </div>
+      )}
+      <Alerts feed={feed} />
+      <Tabs id={id} shown={shown} />
+      <div role="tabpanel" aria-label={t(`tab.${shown}` as Word)}>
+        {(shown === "overview" || shown === "charts") && (
+          <label class="smoothing">
+            {t("smoothing")}
+            <input type="range" min={0} max={0.98} step={0.02} value={smoothing} onInput={(event) => setSmoothing(event.currentTarget.valueAsNumber)} />
+            <output>{smoothing.toFixed(2)}</output>
+          </label>
+        )}
+        {shown === "overview" && <Overview feed={feed} smoothing={smoothing} />}
+        {shown === "charts" && <AllCharts feed={feed} smoothing={smoothing} />}
+        {shown === "samples" && <Samples feed={feed} />}
+        {shown === "log" && <Log feed={feed} />}
+        {shown === "checkpoints" && <Checkpoints feed={feed} />}
+        {shown === "config" && <Config feed={feed} />}
+      </div>
+    </>
+  );
+}
+
+function Head({ job, again }: { job: Job; again: () => void }) {
+  const path = `api/jobs/${encodeURIComponent(job.uuid)}`;
+  const active = ACTIVE.has(job.state);
+  const act = (what: string, body: unknown = {}) => async () => {
+    await post(`${path}/${what}`, body);
+    again();
+  };
+  const follow = (what: string, body: unknown = {}) => async () => go(jobLink((await post<Job>(`${path}/${what}`, body)).uuid));
+  const remove = async () => {
+    await call("DELETE", path, { query: { files: false } });
+    go("#/");
+  };
+  const { step, max_steps, eta_s } = job.progress ?? { step: null, max_steps: null, eta_s: null };
+  return (
+    <header class="jobhead">
+      <div class="head">
+        <h1>
+          {job.name || job.uuid} <StateChip job={job} />
+        </h1>
+        <div class="row">
+          {job.state === "created" && (
+            <Action kind="primary" run={act("start")}>
+              {t("start")}
+            </Action>
+          )}
+          {job.state === "created" && !job.parent_uuid && (
+            <a class="button" href={`#/new?from=${encodeURIComponent(job.uuid)}`}>
+              {t("edit")}
+            </a>
+          )}
+          {active && job.state !== "stopping" && (
+            <Action kind="primary" run={act("stop", { mode: "graceful" })}>
+              {t("stop")}
+            </Action>
+          )}
+          {active && job.state !== "queued" && (
+            <Action kind="danger" confirm={t("kill_sure")} run={act("stop", { mode: "now" })}>
+              {t("kill")}
+            </Action>
+          )}
+          {!active && job.state !== "created" && job.source === "platform" && (
+            <Action kind="primary" run={follow("resume", { checkpoint: "last" })}>
+              {t("resume")}
+            </Action>
+          )}
+          {job.source === "platform" && <Action run={follow("clone")}>{t("clone")}</Action>}
+          {job.parent_uuid && (
+            <a class="button" href={`#/compare?jobs=${encodeURIComponent(job.parent_uuid)},${encodeURIComponent(job.uuid)}`}>
+              {t("compare_parent")}
+            </a>
+          )}
+          {!active && (
+            <Action kind="danger" confirm={t("delete_sure", { name: job.name })} run={remove}>
+              {t("delete")}
+            </Action>
+          )}
+        </div>
+      </div>
+      {job.description && <p>{job.description}</p>}
+      <dl class="facts">
+        <Fact name="algorithm" value={job.algorithm} />
+        <Fact name="model" value={job.model_path} />
+        <Fact name="duration" value={job.started_at ? duration(between(job.started_at, job.ended_at)) : null} />
+        <Fact name="remaining" value={active && eta_s != null ? duration(eta_s) : null} />
+        <Fact name="created" value={when(job.created_at, prefs.language)} />
+        <Fact name="gpus" value={job.gpu_ids?.length ? job.gpu_ids.join(", ") : null} />
+        <Fact name="reason" value={job.exit?.reason ?? null} />
+      </dl>
+      {step != null && (
+        <div class="row progress">
+          {max_steps ? <Bar value={share(job)} label={t("progress")} /> : null}
+          <span data-step>{t("step", { n: max_steps ? `${step} / ${max_steps}` : step })}</span>
+        </div>
+      )}
+    </header>
+  );
+}
+
+function Fact({ name, value }: { name: string; value: string | null | undefined }) {
+  if (!value) return null;
+  return (
+    <div>
+      <dt>{t(`fact.${name}` as Word)}</dt>
+      <dd>{value}</dd>
+    </div>
+  );
+}
+
+function Alerts({ feed }: { feed: Feed }) {
+  if (!feed.alerts.length) return null;
+  const newest = [...feed.alerts].reverse();
+  return (
+    <details class="banner warn" data-alerts open>
+      <summary>{t("alerts_n", { n: newest.length })}</summary>
+      <ul>
+        {newest.slice(0, 20).map((alert, i) => (
+          <li key={alert.id ?? i}>
+            {alert.rule && <code>{alert.rule}</code>} {alert.message}{" "}
+            <small class="dim">
+              {alert.step != null ? t("step", { n: alert.step }) : ""} {when(alert.created_at ?? alert.ts, prefs.language)}
+            </small>
+          </li>
+        ))}
+      </ul>
+    </details>
+  );
+}
+
+/** Tabs are links; the arrow keys move between them. */
+function Tabs({ id, shown }: { id: string; shown: Tab }) {
+  const bar = useRef<HTMLElement>(null);
+  const move = (event: KeyboardEvent) => {
+    const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!by) return;
+    const next = TABS[(TABS.indexOf(shown) + by + TABS.length) % TABS.length]!;
+    go(jobLink(id, next));
+    requestAnimationFrame(() => bar.current?.querySelector<HTMLElement>(`[data-tab=${next}]`)?.focus());
+  };
+  return (
+    <nav class="tabs" role="tablist" ref={bar} onKeyDown={move}>
+      {TABS.map((tab) => (
+        <a key={tab} role="tab" data-tab={tab} aria-selected={tab === shown} tabIndex={tab === shown ? 0 : -1} href={jobLink(id, tab)}>
+          {t(`tab.${tab}` as Word)}
+        </a>
+      ))}
+    </nav>
+  );
+}
+
+/** What will run, before it does. */
+function Plan({ feed }: { feed: Feed }) {
+  return (
+    <>
+      <p data-plan>{t(feed.job!.problems?.length ? "not_ready" : "ready")}</p>
+      <Config feed={feed} />
+    </>
+  );
+}
+
+function Overview({ feed, smoothing }: { feed: Feed; smoothing: number }) {
+  if (feed.job!.state === "created") return <Plan feed={feed} />;
+  if (!feed.series.size) return <Empty>{t("no_metrics")}</Empty>;
+  return (
+    <>
+      <Tiles feed={feed} />
+      <RewardPanel feed={feed} smoothing={smoothing} />
+      <GroupPanel feed={feed} smoothing={smoothing} />
+      <TrustPanel feed={feed} smoothing={smoothing} />
+      <LossPanel feed={feed} smoothing={smoothing} />
+      <TimePanel feed={feed} smoothing={smoothing} />
+      <JobGpus feed={feed} />
+    </>
+  );
+}
