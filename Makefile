@@ -6,7 +6,7 @@ BIN = .venv/bin
 READY = .venv/.ready
 VLLM = .venv-vllm
 
-.PHONY: setup demo demo-nft demo-fill demo-fill-nft demo-deepgen demo-llm test test-vllm lint
+.PHONY: page setup demo demo-nft demo-fill demo-fill-nft demo-deepgen demo-llm test test-vllm lint
 
 setup: $(READY)
 
@@ -56,3 +56,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
+
+# What the platform's page is built of; needs Node 20 or newer, users of the page do not.
+page:
+	cd frontend && npm ci --no-audit --no-fund && npm test && npm run build

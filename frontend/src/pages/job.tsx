@@ -1,6 +1,6 @@
 /** One job: what it is doing, in tabs, and what can be done with it. */
 
-import { useRef, useState } from "preact/hooks";
+import { useEffect, useRef, useState } from "preact/hooks";
 import { call, post } from "../lib/api";
 import { between, duration, when } from "../lib/format";
 import { useFeed, type Feed } from "../lib/feed";
@@ -24,6 +24,10 @@ type Tab = (typeof TABS)[number];
 export function JobPage({ id, tab }: { id: string; tab: string }) {
   const feed = useFeed(id);
   const [smoothing, setSmoothing] = useState(0);
+  useEffect(() => {
+    document.title = feed.job ? `${feed.job.name || id} · lit-rl` : "lit-rl";
+    return () => void (document.title = "lit-rl");
+  }, [feed.job?.name]);
   const shown: Tab = TABS.find((one) => one === tab) ?? "overview";
   if (!feed.job) return feed.error ? <Failure error={feed.error} /> : <Empty>{t("loading")}</Empty>;
   return (
@@ -44,7 +48,7 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
       <Alerts feed={feed} />
       <Tabs id={id} shown={shown} />
       <div role="tabpanel" aria-label={t(`tab.${shown}` as Word)}>
-        {(shown === "overview" || shown === "charts") && (
+        {(shown === "overview" || shown === "charts") && feed.series.size > 0 && (
           <label class="smoothing">
             {t("smoothing")}
             <input type="range" min={0} max={0.98} step={0.02} value={smoothing} onInput={(event) => setSmoothing(event.currentTarget.valueAsNumber)} />

@@ -34,8 +34,10 @@ export function Jobs() {
   useEffect(() => {
     let timer = 0;
     const soon = () => {
-      clearTimeout(timer);
-      timer = window.setTimeout(() => read.current(), 300);
+      timer ||= window.setTimeout(() => {
+        timer = 0;
+        read.current();
+      }, 300);
     };
     const live = new Live("ws", { frame: (frame) => frame.type !== "hello" && soon(), resync: soon, connection: () => {} });
     return () => {

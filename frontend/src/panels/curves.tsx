@@ -167,6 +167,9 @@ export function TimePanel({ feed, smoothing }: Props) {
       <h2>{t("panel.time")}</h2>
       <div class="grid">
         <Plot title={t("panel.phases")} lines={shown} stacked sync={SYNC} />
+        {feed.series.has("reward/wait_seconds") && (
+          <Plot title={t("panel.wait")} lines={lines(feed, ["reward/wait_seconds"], { format: seconds })} smoothing={smoothing} sync={SYNC} />
+        )}
         {speed.length > 0 && <Plot title={t("panel.speed")} lines={lines(feed, speed)} smoothing={smoothing} sync={SYNC} />}
       </div>
     </section>

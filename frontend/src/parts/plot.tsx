@@ -67,7 +67,12 @@ function band(normal: Normal): (plot: uPlot) => void {
   };
 }
 
-function options(props: PlotProps, width: number, cursor: (index: number | null) => void): uPlot.Options {
+interface Events {
+  move: (index: number | null) => void;
+  zoom: (on: boolean) => void;
+}
+
+function options(props: PlotProps, width: number, events: Events): uPlot.Options {
   const { lines, stacked, normal, height = 200 } = props;
   const axis = { stroke: css("--dim"), grid: { stroke: css("--grid"), width: 1 }, ticks: { stroke: css("--grid"), width: 1 }, font: "11px system-ui" };
   const palette = lines.map((line) => css(`--c${((line.color - 1) % 8) + 1}`));
@@ -98,8 +103,8 @@ function options(props: PlotProps, width: number, cursor: (index: number | null)
     legend: { show: false },
     scales: { x: { time: false, range: (_plot, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) }, y: stacked ? { range: (_p, _l, high) => [0, high || 1] } : {} },
     axes: [{ ...axis, size: 28 }, { ...axis, size: 52, values: (_plot, values) => values.map((value) => (value === null ? "" : tick(value))) }],
-    cursor: { sync: props.sync ? { key: props.sync, setSeries: false } : undefined, points: { show: !stacked }, drag: { x: true, y: false } },
-    hooks: { drawClear: normal ? [band(normal)] : [], setCursor: [(plot) => cursor(plot.cursor.idx ?? null)] },
+    cursor: { sync: props.sync ? { key: props.sync, setSeries: false } : undefined, points: { show: !stacked }, drag: { x: true, y: false }, bind: { dblclick: (_plot, _target, handler) => (event) => (events.zoom(false), handler(event)) } },
+    hooks: { drawClear: normal ? [band(normal)] : [], setCursor: [(plot) => events.move(plot.cursor.idx ?? null)], setSelect: [(plot) => plot.select.width > 0 && events.zoom(true)] },
   };
 }
 
@@ -121,11 +126,13 @@ export function Plot(props: PlotProps) {
   const { title, lines, normal, stacked = false, smoothing = 0, note } = props;
   const place = useRef<HTMLDivElement>(null);
   const plot = useRef<uPlot | null>(null);
+  const zoomed = useRef(false);
   const [index, setIndex] = useState<number | null>(null);
   const { data, raw } = drawn(lines, stacked, smoothing);
   const key = shape(props);
   useEffect(() => {
-    const made = new uPlot(options(props, place.current!.clientWidth || 300, setIndex), data as uPlot.AlignedData, place.current!);
+    zoomed.current = false;
+    const made = new uPlot(options(props, place.current!.clientWidth || 300, { move: setIndex, zoom: (on) => (zoomed.current = on) }), data as uPlot.AlignedData, place.current!);
     plot.current = made;
     const watch = new ResizeObserver(([entry]) => made.setSize({ width: Math.floor(entry!.contentRect.width) || 300, height: made.height }));
     watch.observe(place.current!);
@@ -135,7 +142,10 @@ export function Plot(props: PlotProps) {
       plot.current = null;
     };
   }, [key]);
-  useLayoutEffect(() => plot.current?.setData(data as uPlot.AlignedData), [data[0].length, ...lines.map(({ series }) => last(series)), lines[0]?.series]);
+  useLayoutEffect(() => {
+    plot.current?.setData(data as uPlot.AlignedData, !zoomed.current);
+    if (zoomed.current) plot.current?.redraw();
+  }, [data[0].length, ...lines.map(({ series }) => last(series)), lines[0]?.series]);
   const value = (i: number) => (index === null ? last(lines[i]!.series) : (raw[i]?.[index] ?? null));
   const step = index === null ? data[0].at(-1) : data[0][index];
   const says = lines.map((line, i) => `${line.name} ${(line.format ?? number)(value(i))}`).join(", ");
