@@ -131,7 +131,7 @@ def printed(line: Sequence[str]) -> str:
 
 def check(line: Sequence[str], *, host: str, port: int) -> None:
     """Raise ConfigError where vLLM is missing, or where another process has the port: it is named."""
-    from lit_rl.rewards.server import bind
+    from lit_rl.net.sockets import bind
 
     if shutil.which(line[0]) is None:
         raise ConfigError(

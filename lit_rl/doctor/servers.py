@@ -16,7 +16,7 @@ from lit_rl.doctor.report import Finding, ok, problem, warning
 from lit_rl.errors import ConfigError
 from lit_rl.net.addresses import check_health, check_outputs, parse_urls, servers_of_rank, urls_from_environment
 from lit_rl.net.gpus import Gpu, check_ids
-from lit_rl.rewards.server import bind
+from lit_rl.net.sockets import bind
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import re
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
 import aiohttp
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Middleware
 
+from lit_rl.net.guards import STATUS_CODES, ApiError, check_token, envelope, request_id
 from lit_rl.net.metrics import Metrics
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -22,8 +21,6 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 log = logging.getLogger(__name__)
 OPEN_ROUTES = ("/health",)
 REQUEST_ID = web.RequestKey("request_id", str)
-_REQUEST_ID = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
-_CODES = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "too_large", 415: "unsupported_media_type"}
 
 
 def in_one_line(record: logging.LogRecord) -> bool:
@@ -35,17 +32,6 @@ def in_one_line(record: logging.LogRecord) -> bool:
     return True
 
 
-class ApiError(Exception):
-    """An answer other than 200: `{"error": {"code", "message", "details", "request_id"}}`, with Retry-After where a retry makes sense."""
-
-    def __init__(self, status: int, code: str, message: str, *, retry_after: int | None = None, details: Sequence[object] = ()) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.retry_after = retry_after
-        self.details = list(details)
-
-
 def guard(metrics: Metrics, *, token: str | None) -> Middleware:
     """Middleware: checks the token, turns every failure into the envelope, counts and times by route pattern."""
 
@@ -53,18 +39,18 @@ def guard(metrics: Metrics, *, token: str | None) -> Middleware:
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "unmatched"  # a raw path would let any scanner create time series
-        given, start = request.headers.get("X-Request-Id", ""), time.perf_counter()
-        request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        start = time.perf_counter()
+        request[REQUEST_ID] = request_id(request.headers.get("X-Request-Id"))
         response: web.StreamResponse
         try:
             if token is not None and route not in OPEN_ROUTES:
-                _check_token(request, token)
+                check_token(request.headers.get("Authorization"), token)
             response = await handler(request)
         except ApiError as error:
             response = _envelope(request, error)
         except web.HTTPException as error:
             response = _envelope(
-                request, ApiError(error.status, _CODES.get(error.status, "http_error"), f"{error.reason}: {request.path[:200]}")
+                request, ApiError(error.status, STATUS_CODES.get(error.status, "http_error"), f"{error.reason}: {request.path[:200]}")
             )
         except Exception:
             log.exception("request %s on %s failed", request[REQUEST_ID], route)
@@ -77,16 +63,8 @@ def guard(metrics: Metrics, *, token: str | None) -> Middleware:
     return middleware
 
 
-def _check_token(request: web.Request, token: str) -> None:
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    sent = given.encode("utf-8", "surrogateescape")  # header bytes above 127 arrive as lone surrogates
-    if scheme.lower() != "bearer" or not hmac.compare_digest(sent, token.encode()):
-        raise ApiError(401, "unauthorized", "send `Authorization: Bearer <token>` with the token this server was started with")
-
-
 def _envelope(request: web.Request, error: ApiError) -> web.Response:
-    body = {"code": error.code, "message": str(error), "details": error.details, "request_id": request[REQUEST_ID]}
-    response = web.json_response({"error": body}, status=error.status)
+    response = web.json_response(envelope(error, request[REQUEST_ID]), status=error.status)
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(error.retry_after)
     if error.status in (408, 413):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lit_rl.net.gpus import chosen_ids
 from lit_rl.net.gpus import gpus as installed_gpus
+from lit_rl.net.sockets import bind
 from lit_rl.rewards import server as reward_server
 from lit_rl.rewards.server_process import ServerProcess
 
@@ -68,7 +69,7 @@ def plan(args: argparse.Namespace, extra: Sequence[str]) -> list[ServerProcess]:
     servers = [ServerProcess(gpu, args.host, args.port + i, options, log, token=token) for i, (gpu, log) in enumerate(zip(gpus, logs))]
     with ExitStack() as taken:  # all ports at once, then free them for the servers
         for server in servers:
-            taken.enter_context(reward_server.bind(server.host, server.port))
+            taken.enter_context(bind(server.host, server.port))
     return servers
 
 

@@ -21,12 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_rl.net.sockets import LOOPBACK, bind, url_of
 from lit_rl.own_code import use_working_folder
 
 if TYPE_CHECKING:
     from lit_rl.rewards.service.app import RewardApp
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DRAIN_SECONDS = 30.0
 
 
@@ -93,37 +93,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.vlm_model_path:
         args.scorer_args.setdefault("vlm", {})["model_path"] = args.vlm_model_path
     scorers.check(args.scorers, args.scorer_args)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ValueError naming the port, its owner where known, and the way out."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-        sock.listen(512)
-    except OSError as error:
-        sock.close()
-        if isinstance(error, PermissionError) or not port:
-            raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-        raise ValueError(
-            f"cannot listen on {host}:{port}: {error.strerror}{owner(port)}; choose another with --port (0: any free one)"
-        ) from error
-    return sock
-
-
-def owner(port: int) -> str:
-    """` by NAME (pid N)` of the process of ours that listens on a port, else nothing."""
-    import psutil
-
-    for process in psutil.process_iter(["name"]):
-        try:
-            if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in process.net_connections("tcp")):
-                return f" by {process.info['name']} (pid {process.pid})"
-        except psutil.Error:  # somebody else's process, or gone
-            continue
-    return ""
 
 
 async def serve(args: argparse.Namespace, sock: socket.socket) -> int:
@@ -196,8 +165,7 @@ async def _load(args: argparse.Namespace, app: RewardApp, stop: asyncio.Event) -
 
 
 def _announce(args: argparse.Namespace, sock: socket.socket) -> None:
-    host, port = sock.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    url = url_of(sock)
     print(
         f"Reward server ready at {url} (scorers: {', '.join(args.scorers)}; batches of up to {args.max_batch}, "
         f"queue of {args.max_queue_images} images)",

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from lit_rl.errors import ConfigError
+from lit_rl.net.sockets import bind
 from lit_rl.rewards.client import HTTPReward
-from lit_rl.rewards.server import bind, check_arguments, parser
+from lit_rl.rewards.server import check_arguments, parser
 from lit_rl.rewards.service.wire import encode_batch
 
 ROOT = Path(__file__).parents[2]

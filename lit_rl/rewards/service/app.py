@@ -24,8 +24,9 @@ import numpy as np
 from aiohttp import web
 from aiohttp.log import server_logger
 
+from lit_rl.net.guards import ApiError
 from lit_rl.net.metrics import Metrics
-from lit_rl.net.serving import REQUEST_ID, ApiError, check_content_type, guard, in_one_line, read_body, whole_number
+from lit_rl.net.serving import REQUEST_ID, check_content_type, guard, in_one_line, read_body, whole_number
 from lit_rl.rewards.service.batching import Batcher
 from lit_rl.rewards.service.images import decode_base64, decode_image, decode_mask, mask_problem, pixel_error
 from lit_rl.rewards.service.samples import Medium, Row, SampleError

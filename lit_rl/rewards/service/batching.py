@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+from lit_rl.net.guards import ApiError
 from lit_rl.net.metrics import Metrics
-from lit_rl.net.serving import ApiError
 from lit_rl.rewards.service.samples import Row, Sample, SampleError
 from lit_rl.types import Info
 

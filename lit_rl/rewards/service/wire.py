@@ -191,15 +191,9 @@ def _entry(name: str, entry: object) -> tuple[str, int, int, list[int]]:
 def parse_json(text: bytes | str, what: str) -> object:
     """JSON without keys that appear twice. Raises WireError; what: the text's name in it."""
     try:
-        return json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise WireError(f"{what} is not JSON: {str(error)[:120]}") from error
-
-
-def _unique(pairs: list[tuple[str, object]]) -> Mapping[str, object]:
-    if len(keys := dict(pairs)) != len(pairs):
-        raise ValueError("a key appears twice")
-    return keys
+        return strict_json.parse_json(text)
+    except ValueError as error:
+        raise WireError(f"{what} is not JSON: {error}") from error
 
 
 def _json_strings(metadata: Mapping[str, str], key: str, *, count: int | None = None, allow_null: bool = False) -> list[str | None]:
