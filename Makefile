@@ -15,7 +15,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable ".[dev,trackers,agents]" --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable ".[dev,trackers,agents,platform]" --constraint constraints.txt
 	@touch $@
 
 demo: $(READY)

@@ -1,0 +1,1 @@
+"""The job service: starts runs of this project, keeps what they report, and shows it."""

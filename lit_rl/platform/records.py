@@ -1,0 +1,174 @@
+"""Jobs as rows of the database, and as the JSON that the service answers."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+import orjson
+import sqlalchemy as sa
+
+from lit_rl.platform.answers import conflict, not_found, text_of
+from lit_rl.platform.bodies import NewJob
+from lit_rl.platform.schema import jobs, metric_keys, points
+from lit_rl.platform.store import Store
+
+ACTIVE = ("queued", "starting", "running", "stopping")
+"""States of jobs that have, or wait for, a process. An external job is `running` too, and `stale` while it is silent."""
+
+ENDED = ("stopped", "succeeded", "failed")
+FIELDS = (
+    "algorithm", "template", "model_path", "model_size", "train_data_path", "eval_data_path", "num_gpus", "learning_rate", "batch_size",
+    "num_epochs", "context_length", "rollout_n", "kl_coef", "overrides",
+)  # fmt: skip
+CANONICAL = ("policy_loss", "value_loss", "reward_mean", "kl_divergence", "entropy", "clip_fraction")
+"""Metrics that every method reports under the same names, where it has such a thing."""
+
+Job = Mapping[str, object]
+
+
+class Records:
+    """The jobs of a store. run_root: the folder that has the folder of each run."""
+
+    def __init__(self, store: Store, runs: Path) -> None:
+        self.store, self.runs = store, runs
+
+    def folder(self, name: str) -> Path:
+        """The folder of a job's run."""
+        return self.runs / name
+
+    def create(self, body: NewJob, *, problems: list[dict[str, str]], key: str | None = None) -> Job:
+        """A new job. The same idempotency key and body make one job; the same key with another body is a conflict."""
+        asked = body.model_dump()
+        if key is not None:
+            digest = hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).hexdigest()
+            key = f"{key[:200]}:{digest}"
+            if (before := self._keyed(key)) is not None:
+                return before
+        return self._insert(
+            fields={name: asked[name] for name in FIELDS}, problems=problems, idempotency_key=key,
+            **{name: asked[name] for name in ("name", "description", "notes", "tags")},
+        )  # fmt: skip
+
+    def derive(self, parent: Job, *, checkpoint: str | None, problems: list[dict[str, str]]) -> Job:
+        """A new job with the settings of another, which continues from a checkpoint of it, or begins anew."""
+        copied = {name: parent[name] for name in ("name", "description", "notes", "tags", "fields")}
+        return self._insert(**copied, problems=problems, parent_uuid=parent["uuid"], checkpoint=checkpoint)
+
+    def register(self, name: str) -> Job:
+        """The job of this id; one that nobody created is made as a run that somebody else started (source external)."""
+        with self.store.write() as connection:
+            row = connection.execute(sa.select(jobs).where(jobs.c.uuid == name)).mappings().first()
+            if row is None:
+                now = time.time()
+                values = _defaults(now) | {"uuid": name, "name": name, "source": "external", "state": "running", "started_at": now}
+                connection.execute(sa.insert(jobs).values(values))
+                row = connection.execute(sa.select(jobs).where(jobs.c.uuid == name)).mappings().one()
+        return dict(row)
+
+    def find(self, name: str) -> Job:
+        """The job of an id. Raises ApiError 404."""
+        with self.store.read() as connection:
+            row = connection.execute(sa.select(jobs).where(jobs.c.uuid == name)).mappings().first()
+        if row is None:
+            raise not_found("job", name)
+        return dict(row)
+
+    def listed(self, *, state: str | None, q: str | None, limit: int, cursor: int | None) -> tuple[list[Job], str | None]:
+        """Jobs, the newest first, and where the next page begins. q: words of the name, the id or the description."""
+        query = sa.select(jobs).order_by(jobs.c.seq.desc()).limit(limit + 1)
+        query = query if state is None else query.where(jobs.c.state == state)
+        query = query if cursor is None else query.where(jobs.c.seq < cursor)
+        if q:
+            query = query.where(sa.or_(*(column.contains(q, autoescape=True) for column in (jobs.c.name, jobs.c.uuid, jobs.c.description))))
+        with self.store.read() as connection:
+            rows: list[Job] = [dict(row) for row in connection.execute(query).mappings()]
+        return rows[:limit], str(rows[limit - 1]["seq"]) if len(rows) > limit else None
+
+    def in_states(self, states: Collection[str], source: str = "platform") -> list[Job]:
+        """Jobs in one of these states, the oldest request first."""
+        query = sa.select(jobs).where(jobs.c.state.in_(states), jobs.c.source == source).order_by(jobs.c.queued_at, jobs.c.seq)
+        with self.store.read() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    def change(self, name: str, **values: object) -> Job:
+        """The job with other values. Raises ApiError 404."""
+        with self.store.write() as connection:
+            if values:
+                connection.execute(sa.update(jobs).where(jobs.c.uuid == name).values(values))
+        return self.find(name)
+
+    def move(self, name: str, before: Iterable[str], state: str, **values: object) -> bool:
+        """Put a job into another state if it is in one of `before`. False where somebody else was first."""
+        query = sa.update(jobs).where(jobs.c.uuid == name, jobs.c.state.in_(tuple(before))).values(state=state, **values)
+        with self.store.write() as connection:
+            return bool(connection.execute(query).rowcount)
+
+    def remove(self, name: str) -> None:
+        """Forget a job. Raises ApiError 404, and 409 while it is active."""
+        job = self.find(name)
+        if job["state"] in ACTIVE and job["source"] == "platform":
+            raise conflict(f"the job is {job['state']}: stop it first", "job_active")
+        keys = sa.select(metric_keys.c.id).where(metric_keys.c.job == name)
+        with self.store.write() as connection:
+            connection.execute(sa.delete(points).where(points.c.key.in_(keys)))
+            for table in jobs.metadata.sorted_tables:
+                if "job" in table.c:
+                    connection.execute(sa.delete(table).where(table.c.job == name))
+            connection.execute(sa.delete(jobs).where(jobs.c.uuid == name))
+
+    def last_metrics(self, name: str) -> dict[str, float | None]:
+        """The newest value of each canonical metric that the job has reported."""
+        inner = points.alias()
+        newest = sa.select(sa.func.max(inner.c.step)).where(inner.c.key == metric_keys.c.id).correlate(metric_keys).scalar_subquery()
+        query = sa.select(metric_keys.c.name, points.c.value).join(points, points.c.key == metric_keys.c.id)
+        query = query.where(metric_keys.c.job == name, metric_keys.c.name.in_(CANONICAL), points.c.step == newest)
+        with self.store.read() as connection:
+            return {row.name: row.value for row in connection.execute(query)}
+
+    def shown(self, job: Job) -> dict[str, object]:
+        """The job as the service answers it."""
+        fields = job["fields"]
+        assert isinstance(fields, dict)
+        asked = {name: fields.get(name) for name in FIELDS}
+        times = {name: text_of(job[name]) for name in ("created_at", "queued_at", "started_at", "ended_at", "stop_requested_at")}  # type: ignore[arg-type]
+        plain = ("uuid", "name", "description", "notes", "tags", "state", "source", "problems", "gpu_ids", "parent_uuid", "checkpoint")
+        return {
+            **{name: job[name] for name in plain}, **asked, **times, "progress": progress(job),
+            "run_dir": str(self.folder(str(job["uuid"]))),
+            "exit": {"returncode": job["returncode"], "signal": job["signal"], "reason": job["reason"]},
+            "last_metrics": self.last_metrics(str(job["uuid"])),
+        }  # fmt: skip
+
+    def _keyed(self, key: str) -> Job | None:
+        """The job that this key and body have made. Raises ApiError 409 for the key with another body."""
+        word = key.rpartition(":")[0]
+        query = sa.select(jobs).where(jobs.c.idempotency_key.startswith(f"{word}:", autoescape=True))
+        with self.store.read() as connection:
+            row = connection.execute(query).mappings().first()
+        if row is not None and row["idempotency_key"] != key:
+            raise conflict("this Idempotency-Key made another job", "idempotency_conflict")
+        return None if row is None else dict(row)
+
+    def _insert(self, **values: object) -> Job:
+        name = str(uuid.uuid4())
+        with self.store.write() as connection:
+            connection.execute(sa.insert(jobs).values(_defaults(time.time()) | values | {"uuid": name}))
+        return self.find(name)
+
+
+def _defaults(now: float) -> dict[str, object]:
+    texts = dict.fromkeys(("description", "notes"), "")
+    return {"state": "created", "source": "platform", "created_at": now, "tags": [], "problems": [], "gpu_ids": [], "fields": {}, **texts}
+
+
+def progress(job: Job) -> dict[str, object]:
+    """How far a run is, and the seconds that the rest takes at its pace."""
+    step, steps, began, now = job["step"], job["max_steps"], job["started_at"], job["reported_at"]
+    left = None
+    if isinstance(step, int) and isinstance(steps, int) and isinstance(began, float) and isinstance(now, float) and step > 0:
+        left = round(max(now - began, 0.0) / step * max(steps - step, 0), 1)
+    return {"step": step, "max_steps": steps, "epoch": job["epoch"], "eta_s": left}

@@ -1,0 +1,151 @@
+"""The tables of the service's database, and how a database of an earlier release becomes one of today."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData()
+
+
+def _table(name: str, *columns: sa.schema.SchemaItem, **options: Any) -> sa.Table:
+    return sa.Table(name, metadata, *columns, **options)
+
+
+jobs = _table(
+    "jobs",
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("uuid", sa.Text, nullable=False, unique=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False, index=True),
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("description", sa.Text, nullable=False),
+    sa.Column("notes", sa.Text, nullable=False),
+    sa.Column("tags", sa.JSON, nullable=False),
+    sa.Column("fields", sa.JSON, nullable=False),  # what the job was asked with: the guide's fields, template, overrides
+    sa.Column("problems", sa.JSON, nullable=False),
+    sa.Column("gpu_ids", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),  # seconds since 1970, as all times here
+    sa.Column("queued_at", sa.Float),
+    sa.Column("started_at", sa.Float),
+    sa.Column("ended_at", sa.Float),
+    sa.Column("stop_requested_at", sa.Float),
+    sa.Column("kill_at", sa.Float),  # when a job that was asked to stop is ended by force
+    sa.Column("reported_at", sa.Float),
+    sa.Column("returncode", sa.Integer),
+    sa.Column("signal", sa.Text),
+    sa.Column("reason", sa.Text),
+    sa.Column("parent_uuid", sa.Text),
+    sa.Column("checkpoint", sa.Text),  # what the job continues from
+    sa.Column("step", sa.Integer),
+    sa.Column("max_steps", sa.Integer),
+    sa.Column("epoch", sa.Integer),
+    sa.Column("idempotency_key", sa.Text, unique=True),
+)
+metric_keys = _table(
+    "metric_keys",
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("job", sa.Text, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.UniqueConstraint("job", "name"),
+)
+points = _table(
+    "points",
+    sa.Column("key", sa.Integer, primary_key=True),
+    sa.Column("step", sa.Integer, primary_key=True),
+    sa.Column("value", sa.Float),  # NULL for what is not finite
+    sqlite_with_rowid=False,
+)
+steps = _table(
+    "steps",
+    sa.Column("job", sa.Text, primary_key=True),
+    sa.Column("step", sa.Integer, primary_key=True),
+    sa.Column("ts", sa.Float, nullable=False),
+    sa.Column("epoch", sa.Integer),
+    sqlite_with_rowid=False,
+)
+checkpoints = _table(
+    "checkpoints",
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("job", sa.Text, nullable=False),
+    sa.Column("step", sa.Integer, nullable=False),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("eval_results", sa.JSON),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.UniqueConstraint("job", "path"),
+)
+gpu_samples = _table(
+    "gpu_samples",
+    sa.Column("job", sa.Text, primary_key=True),  # "" for what the service measured itself
+    sa.Column("gpu_index", sa.Integer, primary_key=True),
+    sa.Column("ts", sa.Float, primary_key=True),
+    sa.Column("utilization", sa.Float),
+    sa.Column("memory_used", sa.Float),
+    sa.Column("memory_total", sa.Float),
+    sa.Column("temperature", sa.Float),
+    sa.Column("power_w", sa.Float),
+    sqlite_with_rowid=False,
+)
+samples = _table(
+    "samples",
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("job", sa.Text, nullable=False, index=True),
+    sa.Column("step", sa.Integer, nullable=False),
+    sa.Column("group", sa.Text),
+    sa.Column("source", sa.Text),
+    sa.Column("prompt", sa.Text, nullable=False),
+    sa.Column("text", sa.Text),
+    sa.Column("rewards", sa.JSON, nullable=False),
+    sa.Column("reward", sa.Float),
+    sa.Column("advantage", sa.Float),
+    sa.Column("images", sa.JSON, nullable=False),  # names of files in the job's folder of samples
+)
+alerts = _table(
+    "alerts",
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("job", sa.Text, nullable=False, index=True),
+    sa.Column("rule", sa.Text, nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("step", sa.Integer),
+    sa.Column("ts", sa.Float, nullable=False),
+    sa.Column("ended_at", sa.Float),
+)
+
+TABLES_1 = (
+    """CREATE TABLE jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, uuid TEXT NOT NULL UNIQUE, name TEXT NOT NULL, state TEXT NOT NULL,
+    source TEXT NOT NULL, description TEXT NOT NULL, notes TEXT NOT NULL, tags JSON NOT NULL, fields JSON NOT NULL, problems JSON NOT NULL,
+    gpu_ids JSON NOT NULL, created_at FLOAT NOT NULL, queued_at FLOAT, started_at FLOAT, ended_at FLOAT, stop_requested_at FLOAT,
+    kill_at FLOAT, reported_at FLOAT, returncode INTEGER, signal TEXT, reason TEXT, parent_uuid TEXT, checkpoint TEXT, step INTEGER,
+    max_steps INTEGER, epoch INTEGER, idempotency_key TEXT UNIQUE)""",
+    "CREATE INDEX ix_jobs_state ON jobs (state)",
+    "CREATE TABLE metric_keys (id INTEGER PRIMARY KEY, job TEXT NOT NULL, name TEXT NOT NULL, UNIQUE (job, name))",
+    "CREATE TABLE points (key INTEGER NOT NULL, step INTEGER NOT NULL, value FLOAT, PRIMARY KEY (key, step)) WITHOUT ROWID",
+    """CREATE TABLE steps (job TEXT NOT NULL, step INTEGER NOT NULL, ts FLOAT NOT NULL, epoch INTEGER, PRIMARY KEY (job, step))
+    WITHOUT ROWID""",
+    """CREATE TABLE checkpoints (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, step INTEGER NOT NULL, path TEXT NOT NULL,
+    kind TEXT NOT NULL, eval_results JSON, created_at FLOAT NOT NULL, UNIQUE (job, path))""",
+    """CREATE TABLE gpu_samples (job TEXT NOT NULL, gpu_index INTEGER NOT NULL, ts FLOAT NOT NULL, utilization FLOAT, memory_used FLOAT,
+    memory_total FLOAT, temperature FLOAT, power_w FLOAT, PRIMARY KEY (job, gpu_index, ts)) WITHOUT ROWID""",
+    """CREATE TABLE samples (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, step INTEGER NOT NULL, "group" TEXT, source TEXT,
+    prompt TEXT NOT NULL, text TEXT, rewards JSON NOT NULL, reward FLOAT, advantage FLOAT, images JSON NOT NULL)""",
+    "CREATE INDEX ix_samples_job ON samples (job)",
+    """CREATE TABLE alerts (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, rule TEXT NOT NULL, message TEXT NOT NULL,
+    step INTEGER, ts FLOAT NOT NULL, ended_at FLOAT)""",
+    "CREATE INDEX ix_alerts_job ON alerts (job)",
+)
+
+MIGRATIONS = (TABLES_1,)
+"""Statements that make each version of the database of the one before it. Those of a release are never edited, new ones follow."""
+
+
+def migrate(connection: sa.Connection) -> None:
+    """Bring a database to the version of this release, in one transaction. Raises ValueError for one of a later release."""
+    version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+    if version > len(MIGRATIONS):
+        raise ValueError(f"the database is of version {version}, this release knows {len(MIGRATIONS)}: use the release that wrote it")
+    for statements in MIGRATIONS[version:]:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    connection.exec_driver_sql(f"PRAGMA user_version = {len(MIGRATIONS)}")
