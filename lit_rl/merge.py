@@ -1,10 +1,17 @@
-"""Makes one model of a LoRA adapter and its base, for language models and image pipelines: what stock libraries load without PEFT.
+"""Makes one model of a LoRA adapter and its base, or of several models or adapters, or of the best checkpoint of a run.
 
 python -m lit_rl.merge ADAPTER --out FOLDER [--base MODEL] [--dtype bfloat16]
+python -m lit_rl.merge INPUT INPUT ... --method linear|task_arithmetic|ties|dare_linear|dare_ties|lora --out FOLDER [--weights 0.7 0.3]
+python -m lit_rl.merge RUN --best val/reward [--mode min] [--top 3] --out FOLDER [--base MODEL]
 
 ADAPTER: a folder in PEFT's format, or a LoRA file (or its folder) that diffusers reads. The base is the one that the adapter names, unless
 --base gives another. Weights keep the precision of the base's files; one layer after the other is merged in place, so the memory taken is
 that of the base. Large models are written in several files.
+
+INPUT: checkpoints of runs (.ckpt, folders of FSDP2 or DeepSpeed), exports, folders of transformers, diffusers or PEFT; models or adapters.
+Tensors are read and written one after the other. --base: what task_arithmetic, ties and DARE take differences from, and whose
+configuration and tokenizer checkpoints get. RUN: a folder of checkpoints, or checkpoints, of which the best by a logged metric becomes a
+model, or the average of the --top best ones.
 """
 
 from __future__ import annotations
@@ -109,20 +116,58 @@ def _torch(dtypes: dict[str, str]) -> dict[str, torch.dtype] | None:
     return {name: getattr(torch, kind) for name, kind in dtypes.items()} or None
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lit_rl.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def parser() -> argparse.ArgumentParser:
+    """The options of all three forms."""
+    p = argparse.ArgumentParser(prog="python -m lit_rl.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "inputs", type=Path, nargs="+", help="an adapter; or several models, adapters or checkpoints; or a folder of checkpoints"
     )
-    parser.add_argument("adapter", type=Path, help="folder of an adapter, or file of one for an image pipeline")
-    parser.add_argument("--base", help="folder or hub id; default: the one that the adapter names")
-    parser.add_argument("--out", required=True, type=Path, help="a new folder")
-    parser.add_argument("--dtype", choices=DTYPES, help="precision of what is written; default: that of the base's files")
-    args = parser.parse_args(argv)
+    p.add_argument("--base", help="folder or hub id; default: the one that the adapter names")
+    p.add_argument("--out", required=True, type=Path, help="a new folder")
+    p.add_argument("--dtype", choices=DTYPES, help="precision of what is written; default: that of the files")
+    p.add_argument("--method", help="linear, task_arithmetic, ties, dare_linear, dare_ties or lora; needed for several inputs")
+    p.add_argument("--weights", type=float, nargs="+", help="one for each input; default: 1")
+    p.add_argument("--density", type=float, default=0.5, help="share that ties and DARE keep of each difference")
+    p.add_argument("--seed", type=int, default=0, help="of DARE's draws")
+    p.add_argument("--best", metavar="METRIC", help="choose among the checkpoints by this metric")
+    p.add_argument("--mode", choices=("max", "min"), default="max", help="whether --best is the highest or the lowest value")
+    p.add_argument("--top", type=int, default=1, help="how many of the best are averaged")
+    return p
 
+
+def run(args: argparse.Namespace) -> Path:
+    """Do what the options say. Raises ConfigError."""
+    from lit_rl.errors import ConfigError
+
+    places, out = [place.expanduser() for place in args.inputs], args.out.expanduser()
+    if args.method is None and args.best is None:
+        if len(places) > 1:
+            raise ConfigError(f"{len(places)} inputs: say by --method how they become one, e.g. --method linear")
+        return merge(places[0], out, base=args.base, dtype=args.dtype)
+    from lit_rl.surgery.choosing import best_checkpoints
+    from lit_rl.surgery.merging import merge as merge_all
+
+    if args.best is not None:
+        chosen = best_checkpoints(places, args.best, mode=args.mode, top=args.top)
+        for place, value in chosen.items():
+            print(f"{place}: {args.best}={value:.6g}")
+        places = list(chosen)
+    how = {"base": args.base, "density": args.density, "dtype": args.dtype, "seed": args.seed}
+    return merge_all(places, out, method=args.method or "linear", weights=args.weights, progress=_tell, **how)
+
+
+def _tell(done: int, total: int, name: str) -> None:
+    """One line on a terminal, which is written over."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{done}/{total} {name}\033[K" + ("\n" if done == total else ""))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Merge, and print the folder."""
     from lit_rl.errors import ConfigError
 
     try:
-        print(merge(args.adapter.expanduser(), args.out.expanduser(), base=args.base, dtype=args.dtype))
+        print(run(parser().parse_args(argv)))
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error

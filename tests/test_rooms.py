@@ -14,7 +14,7 @@ FLOORS: Sequence[Sequence[str]] = (
     ("lit_rl.credit", "lit_rl.miniatures"),
     ("lit_rl.checkpoints", "lit_rl.envs", "lit_rl.rewards"),
     ("lit_rl.policies", "lit_rl.evaluation"),
-    ("lit_rl.rollouts", "lit_rl.strategies"),
+    ("lit_rl.rollouts", "lit_rl.strategies", "lit_rl.surgery"),
     ("lit_rl.replay",),
     ("lit_rl.agents",),
     ("lit_rl.modules",),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,10 +13,8 @@ from fsspec.core import url_to_fs
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lit_rl.checkpoints.contents import Checkpoint
 from lit_rl.checkpoints.files import is_whole, resolve_checkpoint
-from lit_rl.checkpoints.position import state_file
-from lit_rl.checkpoints.restricted import deepspeed_reads_plain_files, load_file
+from lit_rl.checkpoints.reading import content
 from lit_rl.errors import ConfigError
 
 
@@ -60,18 +57,10 @@ def _kept(keepers: Sequence[ModelCheckpoint], monitor: str) -> Iterator[tuple[fl
     """Score and file of what a ModelCheckpoint of `monitor` calls the best, as each checkpoint of the run has it."""
     folders = dict.fromkeys(Path(keeper.dirpath) for keeper in keepers if keeper.dirpath)
     for checkpoint in [path for folder in folders for path in sorted(folder.glob("*.ckpt")) if is_whole(path)]:
-        states = _content(checkpoint).get("callbacks", {})
+        states = content(checkpoint).get("callbacks", {})
         for state in states.values():
             if isinstance(state, dict) and state.get("monitor") == monitor and state.get("best_model_score") is not None:
                 yield float(state["best_model_score"]), Path(state["best_model_path"])
-
-
-def _content(checkpoint: Path) -> Checkpoint:
-    """The content of a checkpoint; weights stay on the disk until they are used."""
-    file = state_file(checkpoint)
-    with deepspeed_reads_plain_files() if file.parent.name == "checkpoint" else nullcontext():
-        found = load_file(file, mmap=True)
-        return found if isinstance(found, dict) else {}
 
 
 def _now_at(named: Path, folder: Path) -> Path | None:

@@ -68,7 +68,7 @@ def _of_file(file: Path) -> Mapping[str, object]:
 def _of_folder(folder: Path) -> Mapping[str, object]:
     if (folder / "model.safetensors").is_file():
         return _of_file(folder / "model.safetensors")
-    if shards := _shards(folder):
+    if shards := shard_files(folder):
         return _of_safetensors(shards)
     if (folder / METADATA_FILE).is_file():
         return _of_fsdp2(folder)
@@ -78,7 +78,7 @@ def _of_folder(folder: Path) -> Mapping[str, object]:
     raise ConfigError(f"{folder} has neither *.safetensors nor FSDP2's .metadata nor DeepSpeed's *_model_states.pt, found {there}")
 
 
-def _shards(folder: Path) -> list[Path]:
+def shard_files(folder: Path) -> list[Path]:
     """All files of a model that is cut into shards. Raises ConfigError where one is missing or others are there."""
     files = sorted(folder.glob("*.safetensors"))
     for index in folder.glob("*.safetensors.index.json"):

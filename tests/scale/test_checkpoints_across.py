@@ -20,6 +20,7 @@ from pair import Pair
 from lit_rl.checkpoints.files import what_is_missing
 from lit_rl.checkpoints.manifest import entries, write_manifest
 from lit_rl.checkpoints.restricted import stored_shapes
+from lit_rl.surgery.inputs import Adapter, open_input
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +62,17 @@ def test_checkpoint_of_a_lora_run_holds_the_adapters_alone(written: Written, str
     assert stored(folder / AT) == weights and any(".reference." in name for name in weights)
     assert what_is_missing(folder / AT) is None
     assert not list(folder.glob(".*"))  # nothing half-written is left
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_the_adapter_in_a_checkpoint_is_read_tensor_by_tensor(written: Written, strategy: str) -> None:
+    """Merges read the same adapter of any strategy's files, with its strength and without its reference."""
+    found, plain = (open_input(written(name) / AT) for name in (strategy, "ddp"))
+    assert isinstance(found, Adapter) and isinstance(plain, Adapter)
+    assert found.scales == plain.scales and set(found.scales.values()) == {2.0} and found.kind == "pipeline"
+    assert found.tensors.facts == plain.tensors.facts
+    tensors = [{name: adapter.tensors.number(name) for name in plain.tensors.facts} for adapter in (found, plain)]
+    assert distance(*tensors) < 1e-5
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
