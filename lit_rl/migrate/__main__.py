@@ -1,8 +1,11 @@
 """Prints a run's YAML for files of another system, which are read without executing them.
 
     python -m lit_rl.migrate deepgen FILE
+    python -m lit_rl.migrate verl FILE
+    python -m lit_rl.migrate verl -- python -m verl.trainer.main_ppo algorithm.adv_estimator=grpo ...
 
 deepgen: DeepGen-RL's launch scripts (.sh), training and evaluation data (.yaml) and SFT-aux configurations (.py).
+verl: scripts (.sh) or command lines of verl.trainer.main_ppo, sft_trainer and dpo_trainer.
 """
 
 from __future__ import annotations
@@ -13,25 +16,38 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lit_rl.errors import ConfigError
-from lit_rl.migrate import deepgen
+from lit_rl.migrate import deepgen, verl
 from lit_rl.migrate.migrated import Migrated
 
-SYSTEMS: Mapping[str, Callable[[Path], Migrated]] = {"deepgen": deepgen.migrate}
+SYSTEMS: Mapping[str, Callable[[Path], Migrated]] = {"deepgen": deepgen.migrate, "verl": verl.migrate_file}
 
 
 def parser() -> argparse.ArgumentParser:
     """The system and its file."""
     p = argparse.ArgumentParser(prog="python -m lit_rl.migrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("system", choices=SYSTEMS, help="whose file it is")
-    p.add_argument("file", type=Path, help="the file")
+    p.add_argument("file", type=Path, nargs="?", help="the file")
     return p
+
+
+def migrated(argv: Sequence[str]) -> tuple[Migrated, str]:
+    """The run, and the name of what it was read from. Raises ConfigError."""
+    if "--" in argv:
+        before, words = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+        if parser().parse_args(before).system != "verl":
+            raise ConfigError("a command line behind -- is read for verl alone: name a file")
+        return verl.migrate_words(words), "a command of verl"
+    args = parser().parse_args(argv)
+    if args.file is None:
+        raise ConfigError(f"name a file of {args.system}")
+    return SYSTEMS[args.system](args.file.expanduser()), str(args.file)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the YAML, or one sentence and exit with 2."""
-    args = parser().parse_args(argv)
     try:
-        print(SYSTEMS[args.system](args.file.expanduser()).yaml(str(args.file)), end="")
+        made, source = migrated(sys.argv[1:] if argv is None else argv)
+        print(made.yaml(source), end="")
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error
