@@ -17,12 +17,12 @@ from starlette.staticfiles import StaticFiles
 from lit_rl.net.guards import ApiError
 from lit_rl.platform.answers import answer_error
 from lit_rl.platform.guard import Guard
-from lit_rl.platform.routes import jobs, system
+from lit_rl.platform.routes import jobs, scraping, system
 from lit_rl.platform.service import Service
 from lit_rl.platform.settings import Settings, token_of
 
 PAGE = Path(__file__).parent / "page"
-ROUTERS = (system.router, jobs.router)
+ROUTERS = (system.router, scraping.router, jobs.router)
 
 
 def create_app(settings: Settings, *, page: Path = PAGE) -> FastAPI:
