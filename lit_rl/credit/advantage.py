@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_rl.credit.groups import PromptTracker, Scale, Weights, gdpo_advantages, group_advantages, per_reward_advantages
+from lit_rl.credit.groups import PromptTracker, Scale, Weights, gdpo_advantages, group_advantages, has_any_reward, per_reward_advantages
 from lit_rl.errors import ConfigError
 
 
@@ -21,7 +21,8 @@ class Advantage:
         kind: How several rewards become one advantage: that of their weighted `sum`; the weighted sum of each reward's own advantage
             (`per_reward`); GDPO's, which normalises that once more over the batch (arXiv 2601.05242); `history`: relative to everything
             the same prompt ever scored (per-prompt statistics that persist over iterations); `reinforce`: of the sum, relative to the
-            batch instead of the group (REINFORCE++, arXiv 2501.03262).
+            batch instead of the group (REINFORCE++, arXiv 2501.03262). A sample that lacks a score which counts for it has no sum, and is
+            left out; with `per_reward` and `gdpo` it is left out of that reward alone.
         std: Divisor: standard deviation of the whole batch over all processes, of the group, the largest of all groups, or none. None:
             batch; for `history` the prompt's own over all its rewards. Not for `gdpo`, which has its own two.
         ddof: 1 for the unbiased standard deviation (DanceGRPO), 0 otherwise.
@@ -54,6 +55,10 @@ class Advantage:
     def tracker(self) -> PromptTracker | None:
         """The statistics that `history` needs; they belong into the checkpoint."""
         return PromptTracker(std="batch" if self.std == "batch" else "prompt", eps=self.eps) if self.kind == "history" else None
+
+    def usable(self, rewards: Mapping[str, Tensor], total: Tensor, *, weights: Weights) -> Tensor:
+        """Bool "B": the samples that the loss takes, those that have what their advantage is made of."""
+        return has_any_reward(rewards, weights) if self.kind in ("per_reward", "gdpo") else ~total.isnan()
 
     def __call__(
         self,

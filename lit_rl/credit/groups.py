@@ -64,15 +64,22 @@ def total_reward(rewards: Rewards, weights: Weights) -> Float[Tensor, "B"]:
 def per_reward_advantages(rewards: Rewards, group: Int[Tensor, "B"], *, weights: Weights, **options: Any) -> Float[Tensor, "B"]:
     """sum_k w_k A_k, A_k = `group_advantages` of reward k with `options`: GenRL's weighted advantages, MixGRPO's advantage aggregation.
 
-    However large a reward's numbers are, its say is w_k; a reward that is constant in a group says nothing there. A row that lacks any
-    reward that counts is left out of all of them.
+    However large a reward's numbers are, its say is w_k; a reward that is constant in a group says nothing there. A score that is missing
+    is missing for its reward only: the row is in the statistics of the rewards that it has, and its advantage is the sum over these.
     """
-    has_reward = ~total_reward(rewards, weights).isnan()
+    _check_names(rewards, weights)
     result = torch.zeros_like(next(iter(rewards.values())))
     for name, weight in _weight_rows(rewards, weights).items():
-        known = torch.where(has_reward, rewards[name], torch.nan)
-        result = result + torch.where(weight == 0, 0.0, weight * group_advantages(known, group, **options))
+        result = result + torch.where(weight == 0, 0.0, weight * group_advantages(rewards[name], group, **options))
     return result
+
+
+def has_any_reward(rewards: Rewards, weights: Weights) -> Bool[Tensor, "B"]:
+    """Rows that have one of the rewards that count for them, or for which none counts."""
+    rows = _weight_rows(rewards, weights)
+    counts = torch.stack([weight != 0 for weight in rows.values()])
+    scored = torch.stack([~rewards[name].isnan() for name in rows])
+    return (counts & scored).any(0) | ~counts.any(0)
 
 
 def gdpo_advantages(
@@ -86,17 +93,14 @@ def gdpo_advantages(
 ) -> Float[Tensor, "B"]:
     """S = sum_k w_k (r_k - mean of group) / std of group; A = (S - mean of batch) / std of batch: GDPO (arXiv 2601.05242).
 
-    The defaults are Flow-Factory's (ddof 0, floor 1e-6); DeepGen-RL has ddof=1, eps=1e-4, std_floor=0 and all weights 1.
+    A row without any reward that counts is in neither statistic; one that lacks some has the sum over those that it has. The defaults are
+    Flow-Factory's (ddof 0, floor 1e-6); DeepGen-RL has ddof=1, eps=1e-4, std_floor=0 and all weights 1.
     """
     options: dict[str, Any] = {"ddof": ddof, "eps": eps, "std_floor": std_floor}
     combined = per_reward_advantages({k: r.double() for k, r in rewards.items()}, group, weights=weights, std="group", **options)
-    has_reward = ~total_reward(rewards, weights).isnan()
-    batch = _statistics(combined, torch.zeros_like(group), has_reward, ddof=ddof)
-    index = _index(group)
-    counts = torch.stack(
-        [_informative(rewards[k].double(), index, has_reward) & (w != 0) for k, w in _weight_rows(rewards, weights).items()]
-    )
-    result = torch.where(counts.any(0), (combined - batch.mean) / (batch.std.clamp(min=std_floor) + eps), 0.0)
+    batch = _statistics(combined, torch.zeros_like(group), has_any_reward(rewards, weights), ddof=ddof)
+    teaches = torch.stack([informative(rewards[k].double(), group) & (w != 0) for k, w in _weight_rows(rewards, weights).items()])
+    result = torch.where(teaches.any(0), (combined - batch.mean) / (batch.std.clamp(min=std_floor) + eps), 0.0)
     return result.to(next(iter(rewards.values())).dtype)
 
 

@@ -269,7 +269,7 @@ class LitFlow(LitRL[FlowRollout]):
 
         before = int(self.all_ranks(torch.tensor([len(rollout)]))[: self.global_rank].sum())
         mine = slice(before, before + len(rollout))
-        use = total[mine].isfinite() & ((values[mine] != 0) | (not self.credit_rule.drop_zero))
+        use = self.credit_rule.usable(rewards, total, weights=weights)[mine] & ((values[mine] != 0) | (not self.credit_rule.drop_zero))
         mask = self.trained_pairs(rollout) & use[:, None].to(self.device)
         count = self.all_ranks(mask.sum()[None]).sum()
         self.rollout_metrics = group_metrics(total, group) | {f"reward/{name}": float(r.nanmean()) for name, r in rewards.items()}

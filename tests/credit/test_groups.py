@@ -14,6 +14,7 @@ from lit_rl.credit.groups import (
     group_advantages,
     group_metrics,
     group_statistics,
+    has_any_reward,
     leave_one_out,
     per_reward_advantages,
     total_reward,
@@ -127,19 +128,36 @@ def test_a_saturated_reward_has_no_say_with_gdpo():
     torch.testing.assert_close(gdpo_advantages(rewards, group, weights={"a": 1.0, "b": 1.0}), f64(-1, 1, -2, 2) / 2.5**0.5)
 
 
+def test_a_missing_score_is_missing_for_its_reward_only():
+    """By hand, deviations of the group with ddof 0: a of (0, 2, -) gives (-1, 1, 0), b of (-, 10, 14) gives (0, -1, 1); 2 a + b is
+    (-2, 1, 1), and the last row, which has neither, is nowhere. GDPO: mean 0, deviation sqrt(2)."""
+    group = torch.tensor([0, 0, 0, 0])
+    rewards, weights = {"a": f64(0, 2, NAN, NAN), "b": f64(NAN, 10, 14, NAN)}, {"a": 2.0, "b": 1.0}
+    parts = per_reward_advantages(rewards, group, weights=weights, std="group", eps=0.0)
+    torch.testing.assert_close(parts, f64(-2, 1, 1, 0))
+    assert has_any_reward(rewards, weights).tolist() == [True, True, True, False]
+    torch.testing.assert_close(gdpo_advantages(rewards, group, weights=weights), f64(-2, 1, 1, 0) / 2**0.5)
+    # The second row asks for b alone: what it scored in a does not count for it.
+    asked = {"a": f64(2, 0, 2, 2), "b": f64(1, 1, 1, 1)}
+    torch.testing.assert_close(per_reward_advantages(rewards, group, weights=asked, std="group", eps=0.0), f64(-2, -1, 1, 0))
+
+
 @given(scored_groups(), st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
-def test_several_rewards_agree_on_who_is_left_out(data, seed):
+def test_a_row_without_any_score_is_as_if_it_were_not_there(data, seed):
     first, group = data
-    second = torch.rand(len(first), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).round(decimals=1)
+    g = torch.Generator().manual_seed(seed)
+    second = torch.rand(len(first), generator=g, dtype=torch.float64).round(decimals=1)
+    second = second.where(torch.rand(len(first), generator=g) < 0.7, torch.nan)
     rewards, weights = {"a": first, "b": second}, {"a": 1.0, "b": 0.5}
-    lost = first.isnan()
-    for result in (gdpo_advantages(rewards, group, weights=weights), per_reward_advantages(rewards, group, weights=weights)):
+    lost = first.isnan() & second.isnan()
+    assert torch.equal(has_any_reward(rewards, weights), ~lost)
+    for rule in (gdpo_advantages, per_reward_advantages):
+        result = rule(rewards, group, weights=weights)
         assert result.isfinite().all() and (result[lost] == 0).all()
-    kept = ~lost
-    if kept.any():
-        rest = gdpo_advantages({k: r[kept] for k, r in rewards.items()}, group[kept], weights=weights)
-        torch.testing.assert_close(gdpo_advantages(rewards, group, weights=weights)[kept], rest)
+        if not lost.all():
+            rest = {k: r[~lost] for k, r in rewards.items()}
+            torch.testing.assert_close(result[~lost], rule(rest, group[~lost], weights=weights))
     # A single reward: GDPO is the group advantage, standardised once more.
     alone = gdpo_advantages({"a": first}, group, weights={"a": 2.0})
     assert (alone[group_advantages(first, group, std="none") == 0].abs() < 1e-9).all()

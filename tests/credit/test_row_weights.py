@@ -98,6 +98,16 @@ def test_a_run_trains_every_row_on_the_reward_that_it_asks_for(tmp_path: Path) -
     assert 0 < metrics.rows[0]["reward/odd"] < 1
 
 
+@pytest.mark.parametrize(("kind", "share"), [("sum", 0.5), ("per_reward", 1.0), ("gdpo", 1.0)])
+def test_a_sample_that_lacks_one_of_its_scores_trains_on_the_other(tmp_path: Path, kind: Any, share: float) -> None:
+    """Half of the prompts have no score `odd`, which counts for all: they have no sum, but their brightness."""
+    metrics = Metrics()
+    rewards, weights = {"brightness": Brightness(), "odd": OnlyOdd()}, {"brightness": 1.0, "odd": 1.0}
+    trainer = toy_trainer(tmp_path, rewards=rewards, weights=weights, max_failed_fraction=1.0, callbacks=[metrics], max_epochs=1)
+    trainer.fit(toy_method(prompts_per_iteration=6, advantage=Advantage(kind=kind)), ToyData())
+    assert metrics.rows[0]["trained_share"] == share and metrics.rows[0]["nan_ratio"] == 0.5
+
+
 def test_pairs_are_judged_over_http_in_groups_that_micro_batches_cut(tmp_path: Path) -> None:
     """Groups of four in micro-batches of six: two of them are cut. Win rates of a group average one half; the method learns from them."""
     metrics = Metrics()
