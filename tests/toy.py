@@ -171,10 +171,13 @@ def with_parts(cls: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     return {part: classes[part](**given) for part, given in parts.items()} | rest
 
 
-def toy_method(cls: type[FlowGRPO] = FlowGRPO, *, lr: float = 1e-2, dropout: float = 0.0, **kwargs: Any) -> FlowGRPO:
+CLIP = {"clip_low": 1e-2, "clip_high": 1e-2}
+
+
+def toy_method(cls: type[Any] = FlowGRPO, *, lr: float = 1e-2, dropout: float = 0.0, **kwargs: Any) -> FlowGRPO:
     defaults: dict[str, Any] = dict(
         prompts_per_iteration=4, group_size=4, num_steps=4, eval_num_steps=4, rollout_micro_batch=6, warmup_batch_size=24,
-        clip_low=1e-2, clip_high=1e-2, optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=lr), **({} if issubclass(cls, DiffusionNFT) else CLIP),
     )  # fmt: skip
     return cls(ToyPolicy(dropout=dropout), **with_parts(cls, defaults | kwargs))
 

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from toy import Metrics, ToyData, ToyPolicy, toy_method, toy_trainer, weights
 
+from callbacks.old_policy import OldPolicySync
 from lit_rl.errors import ConfigError
+from lit_rl.methods.diffusion_nft import AWM, DiffusionNFT
+from lit_rl.methods.flow_grpo import DanceGRPO, FlowGRPO, FlowGRPOFast, GRPOGuard, MixGRPO, RandomStepGRPO
 from lit_rl.modules.supervised import Supervised
 from lit_rl.replay.plan import rollout_plan, warmup_plan
 from lit_rl.types import ALL, Info
@@ -35,13 +38,14 @@ def test_a_plan_ends_each_optimizer_step_with_its_examples() -> None:
     assert [part.rows.tolist() for part in warmup_plan(steps=2, micro_batches=2)] == [[0, 0], [0, 1], [1, 0], [1, 1]]
 
 
-def gradients(folder: Path, **settings: Any) -> Tensor:
+def gradients(folder: Path, cls: type[Any] = FlowGRPO, **settings: Any) -> Tensor:
     """The first gradient of a run with plain gradient descent of rate 1: what it moves the weights by."""
-    method = toy_method(optimizer=torch.optim.SGD, updates_per_iteration=1, **settings)
+    method = toy_method(cls, optimizer=torch.optim.SGD, updates_per_iteration=1, **settings)
     method.optimizer = lambda params: torch.optim.SGD(params, lr=1.0)
     method.policy.load()
     before = weights(method).clone()
-    toy_trainer(folder, max_epochs=1).fit(method, ToyData())
+    callbacks = [OldPolicySync("copy")] if issubclass(cls, DiffusionNFT) else []
+    toy_trainer(folder, max_epochs=1, callbacks=callbacks).fit(method, ToyData())
     return before - weights(method)
 
 
@@ -58,6 +62,19 @@ def test_the_gradient_is_that_of_the_policy_and_coef_times_that_of_the_examples(
     alone = gradients(tmp_path, supervised=Supervised(warmup_steps=1, batch_size=7), train_micro_batch=size)
     torch.testing.assert_close(one - none, alone, rtol=1e-4, atol=1e-6)
     assert alone.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("cls", [GRPOGuard, DanceGRPO, FlowGRPOFast, MixGRPO, RandomStepGRPO, DiffusionNFT, AWM])
+def test_every_method_on_flow_models_mixes_in_the_same_examples(tmp_path: Path, cls: type[Any]) -> None:
+    """(1 - c) RL + c SFT, SFT being the gradient of a warm-up step on them, whatever the method."""
+
+    def of(**given: Any) -> Tensor:
+        own = {"window_size": 2} if cls in (FlowGRPOFast, MixGRPO) else {}
+        return gradients(tmp_path, cls, supervised=Supervised(batch_size=7, **given) if given else None, **own)
+
+    policy, both, examples = of(), of(coef=0.25, convex=True), of(warmup_steps=1)
+    torch.testing.assert_close(both, 0.75 * policy + 0.25 * examples, rtol=1e-4, atol=1e-6)
+    assert examples.abs().max() > 1e-3 and policy.abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("size", [None, 5])
