@@ -109,17 +109,44 @@ def saved_every_iteration(run: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], Any]:
-    """Train a run in `tmp_path`, with pseudo-random scores; returns the CLI."""
+    """Train a run in `tmp_path`, with pseudo-random scores and options of the command line; returns the CLI."""
     from lit_rl.command_line.run import CLI
 
-    def go(run: dict[str, Any]) -> Any:
+    def go(run: dict[str, Any], *options: str) -> Any:
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("DISABLE_RL_REWARD_MODEL", "true")
-        monkeypatch.setattr(sys, "argv", ["cli.py", "fit", "--config", "run.yaml"])
+        monkeypatch.setattr(sys, "argv", ["cli.py", "fit", "--config", "run.yaml", *options])
         return CLI()
 
     return go
+
+
+@pytest.mark.parametrize(
+    ("advantage", "sde"),
+    [
+        ({"kind": "sum", "std": "group", "ddof": 1}, {"dynamics": "flow_sde"}),  # grpo, flowgrpo_sde
+        ({"kind": "sum", "std": "batch", "ddof": 1}, {"dynamics": "dance_sde"}),  # grpo_global_std, dance_sde
+        ({"kind": "reinforce", "ddof": 1}, {"dynamics": "cps"}),  # reinforcepp, cps_sde; gdpo is that of the file
+    ],
+)
+def test_deepgen_trains_with_each_advantage_and_sampler(
+    advantage: dict[str, Any], sde: dict[str, Any], home: Path, fit: Callable[..., Any]
+) -> None:
+    """Options over configs/deepgen/flow_grpo.yaml; before a weight has moved every step has the log-probability that it was drawn with."""
+    kind = {"flow_sde": "v_diffusion"}.get(sde["dynamics"], "v_noise_std")
+    chosen = {f"advantage.{key}": value for key, value in advantage.items()} | {"kl.kind": kind}
+    chosen |= {f"sde.{key}": value for key, value in sde.items()}
+    options = [word for name, value in chosen.items() for word in (f"--model.init_args.{name}", str(value))]
+    run = shrunk(yaml.safe_load((CONFIGS / "deepgen/flow_grpo.yaml").read_text()), home)
+    done = fit(run, *options, "--trainer.precision", "32-true")
+    rule, sampler, metrics = done.model.credit_rule, done.model.sde, done.trainer.callback_metrics
+    assert advantage.items() <= vars(rule).items() and (sampler.dynamics, sampler.noise_level, sampler.same_latent) == (
+        sde["dynamics"], 1.0, True,
+    )  # fmt: skip
+    assert metrics["ratio_first_update_max_dev"] < 1e-4 and metrics["trained_share"] == 1 and np.isfinite(float(metrics["kl"]))
+    before, live = start(done.model.policy), dict(done.model.policy.named_parameters())
+    assert any(not torch.equal(value, live[name].detach()) for name, value in before.items())
 
 
 def start(policy: DeepGenPolicy) -> dict[str, torch.Tensor]:
