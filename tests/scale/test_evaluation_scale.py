@@ -21,7 +21,7 @@ def by_prompt(asked: Asked) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
 def test_two_processes_evaluate_as_one_does(pair: Pair, tmp_path: Path, strategy: str) -> None:
     """Five images: batches of two for each process, of which the last one of the second process is filled up; and two sets."""
     rows = [{"prompt": str(i), "sub_dims": {"Testpoints": ["Style"]}} for i in range(5)]
