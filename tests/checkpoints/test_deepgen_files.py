@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from torch import Tensor
 from lit_rl.checkpoints.deepgen import check_checkpoint, new_name, old_name, read_deepgen, split_parts
 from lit_rl.errors import ConfigError
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "deepgen"
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent.parent / "golden")) / "deepgen"
 NAMES = json.loads((GOLDEN / "checkpoint.json").read_text())
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("case", NAMES["remap"], ids=lambda case: case["inputs"])
 def test_names_are_those_that_the_authors_loader_makes(case: dict[str, str]) -> None:
     assert old_name(case["inputs"]) == case["outputs"]
@@ -30,6 +32,7 @@ def test_new_names_are_those_of_the_class_of_today() -> None:
     assert [new_name(name) for name in same] == same
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("file", ["checkpoint-7", "checkpoint-7/model.safetensors", "converted.pth"])
 def test_what_rl_writes_and_what_becomes_of_it_hold_the_same(file: str) -> None:
     found, stored = read_deepgen(GOLDEN / file), load_file(GOLDEN / "checkpoint-7" / "model.safetensors")

@@ -35,6 +35,7 @@ def convert(source: Path, output: Path, *options: object) -> dict[str, Tensor]:
     return guess_load_checkpoint(output.with_suffix(".pth"))
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("name", ["checkpoint-7", CONVERT["input"]])
 def test_the_result_is_the_authors(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Keys, precisions and values; `.pth` is added, the folder is made, `-q` prints nothing."""

@@ -43,6 +43,7 @@ def is_key(key: str, keys: set[str]) -> bool:
 
 
 # ---------------------------------------------------------------------- options
+@pytest.mark.golden
 def test_every_option_of_the_authors_is_known_and_on_the_page() -> None:
     theirs = set(GOLDEN["defaults"])
     assert theirs == {*FLAGS, *NOTHING, *OTHERS, *REMOVED}
@@ -56,6 +57,7 @@ def test_every_key_of_the_page_exists(keys: set[str]) -> None:
         assert named or len(row[3].strip()) > 10, row[1]
 
 
+@pytest.mark.golden
 def test_every_default_of_the_authors_becomes_keys_that_exist(keys: set[str]) -> None:
     """For the algorithms of two shapes; sizes of batches, the last flag and what has to be off included."""
     for algorithm in ("flowgrpo", "diffusionnft"):
@@ -66,6 +68,7 @@ def test_every_default_of_the_authors_becomes_keys_that_exist(keys: set[str]) ->
         assert made.settings["model.init_args.policy.init_args.guidance_scale"] == 1.0  # their 0: the prompt alone
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("case", GOLDEN["grad_accum"], ids=lambda case: str(case["inputs"].values()))
 def test_micro_batches_are_counted_as_the_authors_do(case: dict[str, Any]) -> None:
     given = case["inputs"]
@@ -77,6 +80,7 @@ def test_micro_batches_are_counted_as_the_authors_do(case: dict[str, Any]) -> No
         assert accumulation(**sizes) == case["outputs"]
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("case", GOLDEN["validation"], ids=lambda case: str(case["inputs"]))
 def test_values_are_refused_as_the_authors_do(case: dict[str, Any]) -> None:
     ((name, value),) = case["inputs"].items()
