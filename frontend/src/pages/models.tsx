@@ -2,15 +2,15 @@
 
 import { useState } from "preact/hooks";
 import { ApiError, get, post } from "../lib/api";
-import { bytes, plain } from "../lib/format";
+import { bytes } from "../lib/format";
 import { useLoad } from "../lib/load";
-import { t, told } from "../lib/prefs";
+import { t } from "../lib/prefs";
 import type { Model, Task } from "../lib/types";
-import { Bar, Empty, Failure } from "../parts/common";
+import { Empty, Failure } from "../parts/common";
+import { TaskCard } from "../parts/task";
 
 const METHODS = ["linear", "slerp", "ties", "dare_linear", "dare_ties", "task_arithmetic", "lora"];
 const NEEDS_BASE = new Set(["ties", "dare_linear", "dare_ties", "task_arithmetic"]);
-const OVER = new Set(["succeeded", "failed", "done"]);
 
 export function Models() {
   const { data, error, again } = useLoad<Model[] | { items: Model[] }>("models", (signal) => get("api/models", {}, signal));
@@ -102,26 +102,5 @@ function Merge({ chosen, started }: { chosen: string[]; started: (task: string) 
       <Failure error={error} />
       <button class="primary">{t("merge")}</button>
     </form>
-  );
-}
-
-function TaskCard({ id, over }: { id: string; over: () => void }) {
-  const { data, error } = useLoad<Task>(
-    id,
-    async (signal) => {
-      const task = await get<Task>(`api/tasks/${encodeURIComponent(id)}`, {}, signal);
-      if (OVER.has(task.state)) over();
-      return task;
-    },
-    1000,
-  );
-  if (!data) return <Failure error={error} />;
-  return (
-    <div class="card" role="status" data-task={data.state}>
-      <p>
-        <strong>{data.kind}</strong> {told("state", data.state)} {plain(data.message ?? data.output ?? "")}
-      </p>
-      <Bar value={OVER.has(data.state) ? 1 : data.progress} label={t("progress")} />
-    </div>
   );
 }

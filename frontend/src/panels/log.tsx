@@ -28,7 +28,8 @@ export function Log({ feed }: { feed: Feed }) {
   useEffect(() => {
     let left = false;
     let next = 0;
-    let reading: Promise<void> = Promise.resolve();
+    let busy = false;
+    let again = false;
     const tail = async (start: number) => {
       try {
         let piece = await read(start);
@@ -39,8 +40,8 @@ export function Log({ feed }: { feed: Feed }) {
         }
         for (;;) {
           if (left) return;
-          const more = piece.text;
-          setText((old) => (old + more).slice(-KEPT));
+          const added = piece.text;
+          setText((old) => (old + added).slice(-KEPT));
           if (piece.next_offset <= next) break;
           next = piece.next_offset;
           if (piece.eof || next >= piece.size) break;
@@ -50,10 +51,17 @@ export function Log({ feed }: { feed: Feed }) {
         if (!left) setError(failure as ApiError);
       }
     };
-    reading = tail(0);
-    const leave = feed.onLog(() => {
-      reading = reading.then(() => tail(next));
-    });
+    const more = async () => {
+      again = true;
+      if (busy) return;
+      for (busy = true; again && !left; ) {
+        again = false;
+        await tail(next);
+      }
+      busy = false;
+    };
+    void more();
+    const leave = feed.onLog(() => void more());
     return () => {
       left = true;
       leave();
