@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import hashlib
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,13 @@ def test_a_build_gives_the_committed_files(tmp_path: Path) -> None:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_page_is_in_the_package() -> None:
+    """Every file of it is among the data that setuptools puts beside the package, see pyproject.toml."""
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["lit_rl.platform"]
+    packed = {name for pattern in data for name in glob.glob(pattern, root_dir=BUILT.parent, recursive=True)}
+    assert {f"page/{name}" for name in files(BUILT)} <= packed
 
 
 def test_scripts_and_styles_keep_their_budget() -> None:
