@@ -2,7 +2,7 @@ import { describe, expect, it } from "vitest";
 import { bytes, duration, number } from "./format";
 import { wait } from "./live";
 import { outside, phases, sources } from "./names";
-import { body, fields, typed } from "./schema";
+import { body, fields, optionFields, typed } from "./schema";
 import { align, cumulate, empty, last, put, smooth } from "./series";
 
 describe("curves", () => {
@@ -59,6 +59,20 @@ describe("the form", () => {
     const list = fields(schema);
     expect(list.map(({ name, kind, required }) => [name, kind, required])).toEqual([["name", "text", true], ["lr", "number", false], ["method", "choice", false], ["tags", "list", false]]);
     expect(body(list, { name: "a", lr: "1e-6", method: "", tags: "x, y" })).toEqual({ name: "a", lr: 1e-6, tags: ["x", "y"] });
+  });
+  it("takes the options of a method for fields, and what the run file says for their defaults", () => {
+    const option = { name: "x", required: false, value: null, help: "" };
+    const options = [
+      { ...option, key: "a", type: "int", default: "1", value: 8 },
+      { ...option, key: "b", type: "float | None", default: "1e-05" },
+      { ...option, key: "c", type: "Literal['k1', 'k3']", default: "'k3'" },
+      { ...option, key: "d", type: "Surrogate | None", default: "None" },
+    ];
+    expect(optionFields(options).map(({ name, kind, initial, choices }) => [name, kind, initial, choices])).toEqual([
+      ["a", "integer", 8, []],
+      ["b", "number", 1e-5, []],
+      ["c", "choice", "k3", ["k1", "k3"]],
+    ]);
   });
   it("reads values of settings as JSON, else as text", () => expect(["8", "true", "lit_rl.methods.grpo.GRPO", "[1]"].map(typed)).toEqual([8, true, "lit_rl.methods.grpo.GRPO", [1]]));
 });

@@ -81,6 +81,35 @@ export function fields(schema: Schema, root: unknown = schema): Field[] {
   });
 }
 
+/** An option of a class of a run, as the service reads it off the signature: type and default are as Python writes them. */
+export interface Option {
+  key: string;
+  name: string;
+  type: string;
+  default: string | null;
+  required: boolean;
+  value: unknown;
+  help: string;
+}
+
+const PYTHON: Record<string, Kind> = { int: "integer", float: "number", bool: "switch", str: "text" };
+const LITERALS: Record<string, unknown> = { None: null, True: true, False: false };
+
+function literal(source: string | null): unknown {
+  if (source === null || source in LITERALS) return source === null ? null : LITERALS[source];
+  return /^'.*'$/.test(source) ? source.slice(1, -1) : typed(source.replaceAll("_", ""));
+}
+
+/** The options that are numbers, texts, switches or choices, as fields by key of the run's YAML; what the run file says is their default. */
+export function optionFields(options: Option[]): Field[] {
+  return options.flatMap(({ key, type, default: otherwise, value, help }) => {
+    const plain = type.replace(/ \| None$/, "");
+    const choices = [...(/^Literal\[(.*)\]$/.exec(plain)?.[1] ?? "").matchAll(/'([^']*)'/g)].map((found) => found[1]!);
+    const kind = choices.length ? "choice" : PYTHON[plain];
+    return kind ? [{ name: key, kind, help, required: false, initial: value ?? literal(otherwise), choices }] : [];
+  });
+}
+
 /** What was typed as JSON, where it is JSON, else as a text: values of settings by dotted keys. */
 export function typed(text: string): unknown {
   try {

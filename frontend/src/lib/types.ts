@@ -69,7 +69,8 @@ export interface Sample {
   kind?: string | null;
   rewards: Record<string, number | null>;
   advantage: number | null;
-  image_url: string | null;
+  image_urls: string[];
+  reward?: number | null;
 }
 
 export interface Alert {

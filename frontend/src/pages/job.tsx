@@ -60,7 +60,7 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
         {shown === "samples" && <Samples feed={feed} />}
         {shown === "log" && <Log feed={feed} />}
         {shown === "checkpoints" && <Checkpoints feed={feed} />}
-        {shown === "config" && <Config feed={feed} />}
+        {shown === "config" && (feed.job.source === "external" ? <Empty>{t("no_config")}</Empty> : <Config feed={feed} />)}
       </div>
     </>
   );

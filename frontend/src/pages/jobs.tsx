@@ -39,7 +39,7 @@ export function Jobs() {
         read.current();
       }, 300);
     };
-    const live = new Live("ws", { frame: (frame) => frame.type !== "hello" && soon(), resync: soon, connection: () => {} });
+    const live = new Live("ws", { frame: (frame) => frame.type === "state" && soon(), resync: soon, connection: () => {} });
     return () => {
       clearTimeout(timer);
       live.close();

@@ -12,7 +12,7 @@ import { TaskCard } from "../parts/task";
 
 export function Checkpoints({ feed }: { feed: Feed }) {
   const path = `api/jobs/${encodeURIComponent(feed.id)}`;
-  const resume = (checkpoint: string | number) => async () => go(jobLink((await post<Job>(`${path}/resume`, { checkpoint: String(checkpoint) })).uuid));
+  const resume = (checkpoint: string | number) => async () => go(jobLink((await post<Job>(`${path}/resume`, { checkpoint })).uuid));
   const ours = feed.job?.source === "platform";
   if (!feed.checkpoints.length) return <Empty>{t("no_checkpoints")}</Empty>;
   return (

@@ -9,11 +9,15 @@ import type { Feed } from "../lib/feed";
 import type { Sample } from "../lib/types";
 import { Dialog, Empty, Failure } from "../parts/common";
 
-type Answer = { items: Sample[]; steps?: number[] };
+type Answer = { items: Sample[]; steps: number[] };
+
+/** Steps that a prompt is followed over, the newest ones. */
+const FOLLOWED = 20;
 
 export function reward(sample: Sample): number {
+  if (typeof sample.reward === "number") return sample.reward;
   const values = Object.values(sample.rewards).filter((value): value is number => value !== null);
-  return sample.rewards.total ?? (values.length ? values.reduce((a, b) => a + b, 0) / values.length : Number.NaN);
+  return values.length ? values.reduce((a, b) => a + b, 0) / values.length : Number.NaN;
 }
 
 /** Samples in groups, those of one prompt and step; within a group as asked. */
@@ -34,27 +38,29 @@ export function Samples({ feed }: { feed: Feed }) {
   const [sort, setSort] = useState("best");
   const [open, setOpen] = useState<number | null>(null);
   const path = `api/jobs/${encodeURIComponent(feed.id)}/samples`;
-  const every = useLoad<Answer>(`${feed.id}|${feed.sampleCount}`, (signal) => get(path, { limit: 1000 }, signal));
-  const all = every.data?.items ?? [];
-  const steps = useMemo(() => [...new Set(every.data?.steps ?? all.map((sample) => sample.step))].sort((a, b) => a - b), [every.data]);
-  const prompts = useMemo(() => [...new Set(all.map((sample) => sample.prompt))].sort(), [every.data]);
-  const at = prompt ? null : (step ?? steps.at(-1) ?? null);
-  const one = useLoad<Answer>(`${feed.id}|${feed.sampleCount}|${at}|${steps.length}`, async (signal) =>
-    at === null ? { items: [] } : get<Answer>(path, { step: at, limit: 1000 }, signal),
-  );
-  const shown = prompt ? all.filter((sample) => sample.prompt === prompt).sort((a, b) => b.step - a.step) : (one.data?.items ?? []);
+  const read = (at: number | null, signal: AbortSignal) => get<Answer>(path, { step: at, limit: 1000 }, signal);
+  const one = useLoad<Answer>(`${feed.id}|${feed.sampleCount}|${step}`, (signal) => read(step, signal));
+  const steps = one.data?.steps ?? [];
+  const at = step ?? steps.at(-1) ?? null;
+  const over = useLoad<Sample[]>(`${feed.id}|${prompt}|${prompt && steps.length}`, async (signal) => {
+    const answers = await Promise.all((prompt ? steps.slice(-FOLLOWED) : []).map((one) => read(one, signal)));
+    return answers.flatMap(({ items }) => items.filter((sample) => sample.prompt === prompt)).sort((a, b) => b.step - a.step);
+  });
+  const all = one.data?.items ?? [];
+  const prompts = useMemo(() => [...new Set([...all.map((sample) => sample.prompt), ...(prompt ? [prompt] : [])])].sort(), [one.data, prompt]);
+  const shown = prompt ? (over.data ?? []) : all;
   const groups = grouped(shown, sort);
   const flat = groups.flat();
-  if (every.error) return <Failure error={every.error} />;
-  if (!all.length) return <Empty>{t(every.data ? "no_samples" : "loading")}</Empty>;
+  if (one.error) return <Failure error={one.error} />;
+  if (!steps.length) return <Empty>{t(one.data ? "no_samples" : "loading")}</Empty>;
   return (
     <section aria-label={t("tab.samples")}>
       <div class="row controls">
         <label>
           {t("step_label")}
-          <input type="range" min={0} max={Math.max(0, steps.length - 1)} value={at === null ? steps.length - 1 : steps.indexOf(at)} disabled={!!prompt}
+          <input type="range" min={0} max={Math.max(0, steps.length - 1)} value={at === null ? 0 : steps.indexOf(at)} disabled={!!prompt}
             aria-valuetext={String(at)} onInput={(event) => setStep(steps[event.currentTarget.valueAsNumber] ?? null)} />
-          <output>{at ?? t("all")}</output>
+          <output>{prompt ? t("all") : at}</output>
         </label>
         <label>
           {t("prompt")}
@@ -80,7 +86,7 @@ export function Samples({ feed }: { feed: Feed }) {
           <h3>
             <span class="prompt">{group[0]!.prompt}</span> <small class="dim">{t("step", { n: group[0]!.step })}</small>
           </h3>
-          <div class={group.some((sample) => sample.kind === "film" || sample.kind === "trajectory") ? "cards films" : "cards"}>
+          <div class={group.some((sample) => sample.image_urls.length > 1) ? "cards films" : "cards"}>
             {group.map((sample) => (
               <Card key={sample.id} sample={sample} open={() => setOpen(flat.indexOf(sample))} />
             ))}
@@ -113,11 +119,24 @@ function Scores({ sample }: { sample: Sample }) {
   );
 }
 
-function Card({ sample, open }: { sample: Sample; open: () => void }) {
-  const address = ownAddress(sample.image_url);
+/** The picture of a sample; several are the frames of a film strip, from left to right. */
+function Pictures({ sample, loaded }: { sample: Sample; loaded?: (picture: HTMLImageElement) => void }) {
+  const addresses = sample.image_urls.map(ownAddress).filter((address) => address !== null);
+  if (!addresses.length) return null;
   return (
-    <button type="button" class="sample card" onClick={open} data-sample={sample.id}>
-      {address && <img src={address} alt={sample.prompt} loading="lazy" />}
+    <span class="pictures">
+      {addresses.map((address, i) => (
+        <img key={address} src={address} alt={`${sample.prompt} ${i + 1}/${addresses.length}`} loading="lazy" onLoad={(event) => loaded?.(event.currentTarget)} />
+      ))}
+    </span>
+  );
+}
+
+function Card({ sample, open }: { sample: Sample; open: () => void }) {
+  const [wide, setWide] = useState(false);
+  return (
+    <button type="button" class={`sample card${wide ? " wide" : ""}`} onClick={open} data-sample={sample.id}>
+      <Pictures sample={sample} loaded={(picture) => setWide(picture.naturalWidth > 2 * picture.naturalHeight)} />
       {sample.text && <span class="answer">{sample.text}</span>}
       <Scores sample={sample} />
     </button>
@@ -134,11 +153,10 @@ function Viewer({ list, at, move, close }: { list: Sample[]; at: number; move: (
     addEventListener("keydown", key);
     return () => removeEventListener("keydown", key);
   }, [at, list]);
-  const address = ownAddress(sample.image_url);
   return (
     <Dialog title={`${t("step", { n: sample.step })} · ${at + 1}/${list.length}`} close={close} wide>
       <p class="prompt">{sample.prompt}</p>
-      {address && <img class="large" src={address} alt={sample.prompt} />}
+      <Pictures sample={sample} />
       {sample.text && <pre class="text">{sample.text}</pre>}
       <Scores sample={sample} />
       <div class="row">
