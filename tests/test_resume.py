@@ -67,7 +67,7 @@ class Watch(L.Callback):
         self.moment()
 
 
-Run = Callable[[Path, list[L.Callback], "str | None"], None]
+Run = Callable[[Path, list[L.Callback], "str | None"], object]
 EVERY_STEP: dict[str, Any] = dict(every_n_train_steps=1, save_top_k=-1)
 
 
@@ -156,19 +156,18 @@ def test_flow_models(tmp_path: Path, name: str) -> None:
     run = flow(**changes)
     whole = play(tmp_path / "whole", run, kinds)
     draw = random.Random(name)
-    for i, count in enumerate((2, 3)):
-        stops = [draw.randrange(2, whole["moments"] * 2 // 3) for _ in range(count)]
-        assert odd(whole, play(tmp_path / str(i), run, kinds, stops)) == [], stops
+    stops = [draw.randrange(2, whole["moments"] // 3) for _ in range(3)]  # none after the last checkpoint
+    assert odd(whole, play(tmp_path / "stopped", run, kinds, stops)) == [], stops
 
 
 @pytest.mark.slow
 def test_every_first_of_two_stops(tmp_path: Path) -> None:
     """The first one anywhere in the first two epochs, the second one wherever it is from there."""
     changes, kinds = PLANS["best and newest"]
-    run = flow(**changes)
+    run = flow(**changes | {"trainer": VALIDATE | {"max_epochs": 3}})
     whole = play(tmp_path / "whole", run, kinds)
-    for first in range(2, whole["moments"] // 2):
-        second = 2 + (5 * first) % (whole["moments"] // 2)
+    for first in range(2, whole["moments"] * 2 // 3):
+        second = 2 + 5 * first % (whole["moments"] - first - 2)
         assert odd(whole, play(tmp_path / str(first), run, kinds, [first, second])) == [], (first, second)
 
 
@@ -287,11 +286,14 @@ class Rates(L.Callback):
         self.rows[trainer.global_step] = (group["lr"], *group["betas"], group["weight_decay"])
 
 
-def trained(folder: Path, epochs: int, path: Path | None = None, *, optimizer: Any = None, **model: Any) -> dict[int, tuple[float, ...]]:
+def trained(
+    folder: Path, epochs: int, path: Path | None = None, *, save: bool = False, optimizer: Any = None, **model: Any
+) -> dict[int, tuple[float, ...]]:
     """Learning rate, betas and weight decay before each optimizer step; 2 steps in an iteration."""
-    rates, last = Rates(), ModelCheckpoint(dirpath=folder, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=1)
-    method = toy_method(updates_per_iteration=2, optimizer=optimizer or partial(torch.optim.AdamW, lr=0.01), **model)
-    settings: dict[str, Any] = dict(callbacks=[rates, last], max_epochs=epochs, enable_checkpointing=True)
+    rates, kept = Rates(), ModelCheckpoint(dirpath=folder, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=1)
+    sizes: dict[str, Any] = dict(prompts_per_iteration=2, group_size=2, num_steps=2, eval_num_steps=1)
+    method = toy_method(updates_per_iteration=2, optimizer=optimizer or partial(torch.optim.AdamW, lr=0.01), **sizes | model)
+    settings: dict[str, Any] = dict(callbacks=[rates, *([kept] if save else [])], max_epochs=epochs, enable_checkpointing=save)
     toy_trainer(folder, **settings).fit(method, ToyData(), ckpt_path=path)
     return rates.rows
 
@@ -299,7 +301,7 @@ def trained(folder: Path, epochs: int, path: Path | None = None, *, optimizer: A
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_continued_run_is_on_the_curve_of_its_options(tmp_path: Path, name: str) -> None:
     before, now = SCHEDULES[name]
-    trained(tmp_path / "a", 2, lr_scheduler=before)
+    trained(tmp_path / "a", 2, save=True, lr_scheduler=before)
     wanted = trained(tmp_path / "whole", 6, lr_scheduler=now)
     found = trained(tmp_path / "b", 6, tmp_path / "a" / "epoch=1-step=3.ckpt", lr_scheduler=now)
     assert found == {step: row for step, row in wanted.items() if step >= 3}
@@ -307,7 +309,7 @@ def test_a_continued_run_is_on_the_curve_of_its_options(tmp_path: Path, name: st
 
 def test_a_longer_cosine_after_the_warm_up(tmp_path: Path) -> None:
     model: dict[str, Any] = dict(warmup_steps=2, warmup_lr=0.1)
-    trained(tmp_path / "a", 2, lr_scheduler=partial(S.CosineAnnealingLR, T_max=2), **model)
+    trained(tmp_path / "a", 2, save=True, lr_scheduler=partial(S.CosineAnnealingLR, T_max=2), **model)
     wanted = trained(tmp_path / "whole", 5, lr_scheduler=partial(S.CosineAnnealingLR, T_max=8), **model)
     found = trained(tmp_path / "b", 5, tmp_path / "a" / "epoch=1-step=4.ckpt", lr_scheduler=partial(S.CosineAnnealingLR, T_max=8), **model)
     assert found == {step: row for step, row in wanted.items() if step >= 4} and found[6][0] < 0.01
@@ -334,7 +336,7 @@ def test_a_plateau_goes_on_from_what_it_has_seen(tmp_path: Path, at: str) -> Non
 
 
 def test_settings_of_the_optimizer_are_those_of_the_options(tmp_path: Path) -> None:
-    trained(tmp_path / "a", 2)
+    trained(tmp_path / "a", 2, save=True)
     path = tmp_path / "a" / "epoch=1-step=3.ckpt"
     other = partial(torch.optim.AdamW, lr=0.003, betas=(0.8, 0.9), weight_decay=0.5)
     assert trained(tmp_path / "b", 2, path, optimizer=other) == {3: (0.003, 0.8, 0.9, 0.5)}
@@ -354,7 +356,7 @@ def test_settings_of_the_optimizer_are_those_of_the_options(tmp_path: Path) -> N
     ],
 )
 def test_the_moments_of_another_optimizer_are_refused(tmp_path: Path, optimizer: Any, message: str) -> None:
-    trained(tmp_path / "a", 1)
+    trained(tmp_path / "a", 1, save=True)
     with pytest.raises(ConfigError, match=message):
         trained(tmp_path / "b", 2, tmp_path / "a" / "epoch=0-step=2.ckpt", optimizer=optimizer)
 
@@ -372,12 +374,29 @@ def test_weights_alone_are_not_continued(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- options that a stored rollout was made with
-def begun(at: Path, fit: Callable[[Path, list[L.Callback], str | None], object]) -> str:
-    """A checkpoint inside of iteration 0, after its first optimizer step."""
-    fit(at, checkpoints(at, [EVERY_STEP]), None)
-    path = next((at / "0").glob("epoch=0-step=1.ckpt"))
-    assert "rollout" in torch.load(path, weights_only=True)
-    return str(path)
+Begun = Callable[[Callable[..., Run], dict[str, Any]], Path]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Begun:
+    """begun(kind, options): folder with a checkpoint for each step of the run `kind(**options)`, which is made once."""
+    made: dict[str, Path] = {}
+
+    def run(kind: Callable[..., Run], options: dict[str, Any]) -> Path:
+        key = f"{kind.__name__} {options}"
+        if key not in made:
+            at = tmp_path_factory.mktemp("begun")
+            kind(**options)(at, checkpoints(at, [EVERY_STEP]), None)
+            assert "rollout" in torch.load(inside(at / "0"), weights_only=True)
+            made[key] = at / "0"
+        return made[key]
+
+    return run
+
+
+def inside(folder: Path) -> str:
+    """The checkpoint inside of iteration 0, after its first optimizer step."""
+    return str(folder / "epoch=0-step=1.ckpt")
 
 
 def flow_run(cls: Any = FlowGRPO, data: dict[str, Any] | None = None, **model: Any) -> Any:
@@ -417,17 +436,17 @@ def flow_run(cls: Any = FlowGRPO, data: dict[str, Any] | None = None, **model: A
     ],
 )
 def test_options_that_contradict_a_stored_rollout_are_refused(
-    tmp_path: Path, cls: Any, before: dict[str, Any], now: dict[str, Any], message: str
+    begun: Begun, tmp_path: Path, cls: Any, before: dict[str, Any], now: dict[str, Any], message: str
 ) -> None:
-    path = begun(tmp_path / "a", flow_run(cls, **before))
+    folder = begun(flow_run, {"cls": cls} | before)
     with pytest.raises(ConfigError, match=message):
-        flow_run(**{"cls": cls} | now)(tmp_path / "b", [], path)
-    end = max((tmp_path / "a" / "0").glob("epoch=0-step=*.ckpt"), key=lambda file: int(file.stem.rpartition("=")[2]))
+        flow_run(**{"cls": cls} | now)(tmp_path / "b", [], inside(folder))
+    end = max(folder.glob("epoch=0-step=*.ckpt"), key=lambda file: int(file.stem.rpartition("=")[2]))
     flow_run(**{"cls": cls} | now)(tmp_path / "c", [], str(end))  # the end of an iteration: everything may change
 
 
-def test_other_options_may_change_inside_an_iteration(tmp_path: Path) -> None:
-    path = begun(tmp_path / "a", flow_run())
+def test_other_options_may_change_inside_an_iteration(begun: Begun, tmp_path: Path) -> None:
+    path = inside(begun(flow_run, {"cls": FlowGRPO}))
     free = dict(lr=1e-3, clip_low=0.2, rollout_micro_batch=3, train_micro_batch=3, eval_num_steps=2, advantage=Advantage(clip=1.0))
     assert flow_run(**free)(tmp_path / "b", [], path) == 2 * 4
 
@@ -440,11 +459,13 @@ def test_the_warm_up_stays_as_long_as_it_was(tmp_path: Path) -> None:
 
 
 def text_run(folder: Path, cls: Any = GRPO, data: dict[str, Any] | None = None, **model: Any) -> Any:
-    def fit(at: Path, after: list[L.Callback], path: str | None) -> None:
+    def fit(at: Path, after: list[L.Callback], path: str | None) -> int:
         method = cls(policy(folder, keep_reference=True), **ACTING | model)
         callbacks = [RewardScoring({"sorted": Length()}), *after]
         settings: dict[str, Any] = dict(max_epochs=1, enable_checkpointing=True, limit_val_batches=0, default_root_dir=at)
-        trainer(callbacks=callbacks, **settings).fit(method, datamodule=Digits(**data or {}), ckpt_path=path)
+        run = trainer(callbacks=callbacks, **settings)
+        run.fit(method, datamodule=Digits(**data or {}), ckpt_path=path)
+        return run.global_step
 
     return fit
 
@@ -465,8 +486,14 @@ def text_run(folder: Path, cls: Any = GRPO, data: dict[str, Any] | None = None, 
         ({"data": {"digits": 4}}, "data: the prompts of iteration 0 are others"),
     ],
 )
-def test_options_that_contradict_stored_answers_are_refused(folder: Path, tmp_path: Path, now: dict[str, Any], message: str) -> None:
-    path = begun(tmp_path / "a", text_run(folder))
+def test_options_that_contradict_stored_answers_are_refused(
+    begun: Begun, folder: Path, tmp_path: Path, now: dict[str, Any], message: str
+) -> None:
+    path = inside(begun(text_run, {"folder": folder}))
     with pytest.raises(ConfigError, match=message):
-        text_run(folder, **now)(tmp_path / "b", [], path)
-    text_run(folder, surrogate=Clip(high=0.3), entropy_coef=0.01)(tmp_path / "c", [], path)
+        text_run(folder, **now)(tmp_path, [], path)
+
+
+def test_other_options_may_change_among_stored_answers(begun: Begun, folder: Path, tmp_path: Path) -> None:
+    steps = text_run(folder, surrogate=Clip(high=0.3), entropy_coef=0.01)(tmp_path, [], inside(begun(text_run, {"folder": folder})))
+    assert steps == 2 * 2, "two passes of two optimizer steps"
