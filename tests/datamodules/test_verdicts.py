@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import ended, forked
 from text_rows import attached, jsonl, parquet
 
 from datamodules import text, text_files, verdicts
@@ -197,10 +198,10 @@ def judge(rank: int, world: int, path: str, model: str, address: str, out: str) 
 
 
 def test_processes_share_the_rows_and_find_the_same(model: Path, tmp_path: Path) -> None:
-    import torch.multiprocessing as processes
-
     path = jsonl(tmp_path / "x.jsonl", LONG, *[{**ROW, "prompt": "p" * (i % 10 + 1)} for i in range(30)])
-    processes.spawn(judge, (3, path, str(model), f"file://{tmp_path}/meet", str(tmp_path)), nprocs=3)
+    given = (3, path, str(model), f"file://{tmp_path}/meet", str(tmp_path))
+    ranks = [forked(judge, rank, *given, folder=tmp_path, log=tmp_path / "log", environment=os.environ) for rank in range(3)]
+    assert [ended(rank, 200) for rank in ranks] == [0, 0, 0], (tmp_path / "log").read_text()
     found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(3)]
     assert found[0][0] == found[1][0] == found[2][0]
     (rows, error) = found[0][0]
