@@ -36,8 +36,9 @@ demo-deepgen: $(READY)
 demo-llm: $(READY)
 	$(BIN)/python -m lit_rl.demo.sorting --method $(METHOD) --seed $(SEED)
 
+# Bytecode is kept whatever the environment says: processes that tests start need it.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # vLLM's build for the CPU wants older packages than the project: it has an environment of its own.
 test-vllm: $(READY) $(VLLM)/.ready
