@@ -18,7 +18,7 @@ export function Input({ field, value, set, problem, label }: InputProps) {
   const { name, kind, help, required, choices } = field;
   const id = `field-${name}`;
   const shared = { id, name, required, "aria-describedby": `${id}-help`, "aria-invalid": problem ? true : undefined };
-  const hint = [help, field.initial === null || kind === "map" || kind === "switch" ? "" : t("form.default", { value: plain(field.initial) })].filter(Boolean).join(" · ");
+  const hint = [help, field.initial === null || field.initial === "" || (Array.isArray(field.initial) && !field.initial.length) || kind === "map" || kind === "switch" ? "" : t("form.default", { value: plain(field.initial) })].filter(Boolean).join(" · ");
   return (
     <label class={kind === "switch" ? "check" : ""}>
       <span>
