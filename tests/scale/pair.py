@@ -46,7 +46,7 @@ class Pair:
             calling.close()
         self.processes, self.calling = [], []
 
-    def run(self, function: str, *, timeout: float = 120, **arguments: Any) -> list[Any]:
+    def run(self, function: str, *, timeout: float = 300, **arguments: Any) -> list[Any]:
         """`function(**arguments)`, of `scenarios` or, as "room.function", of another file here, on every rank; what each returned.
 
         Raises RemoteError with what each rank said.

@@ -18,13 +18,17 @@ TOLERANCE = 2e-5
 ALL = ["transformer", "bridge", "adapter"]
 KINDS: dict[str, dict[str, Any]] = {
     "transformer": {"gradient_checkpointing": True},
-    "LoRA": {"lora": {"rank": 4, "alpha": 8.0, "init": "default"}},
     "bridge": {"train": ["bridge"], "gradient_checkpointing": True},
     "adapter": {"train": ["adapter"]},
     "all": {"train": ALL, "learning_rates": {"bridge": 3e-3, "adapter": 1e-3}, "gradient_checkpointing": True},
     "all, LoRA": {"train": ALL, "lora": {"rank": 4, "alpha": 8.0, "init": "default"}},
 }
-FIRST = {"transformer": "network", "LoRA": "network", "bridge": "conditioner.bridge", "adapter": "conditioner.language"}
+FIRST = {"transformer": "network", "bridge": "conditioner.bridge", "adapter": "conditioner.language"}
+
+
+SAVE = dict(every_n_train_steps=4)
+"""Inside the first iteration, which is steps 3 to 6."""
+INSIDE = "epoch=1-step=4.ckpt"
 
 
 def settings(folder: Path, kind: str, epochs: int) -> dict[str, Any]:
@@ -39,21 +43,13 @@ def method(pairs: int) -> dict[str, Any]:
     return dict(num_steps=3, train_micro_batch=pairs, seed=5)
 
 
-def resumed(folder: Path) -> str:
-    """The second checkpoint inside the first iteration."""
-    return str(sorted(folder.glob("epoch=1-step=*.ckpt"))[1])
-
-
 @pytest.mark.parametrize(
     ("strategy", "kind", "continues"),
     [
         ("ddp", "bridge", False),
-        ("ddp", "all, LoRA", True),
         ("fsdp2", "transformer", False),
         ("fsdp2", "all", True),
         ("zero2", "adapter", False),
-        ("zero2", "all", True),
-        ("zero3", "LoRA", False),
         ("zero3", "all", True),
         ("zero3-offload", "all, LoRA", False),
     ],
@@ -63,28 +59,28 @@ def test_two_processes_train_as_one_does(
 ) -> None:
     """A warm-up of two updates, then an iteration; the exported weights are those.
 
-    Some make another iteration and are continued inside the first: references of all parts, average and each part's moments come back.
+    Some are continued inside the iteration: references of all parts, average and each part's moments come back.
     """
-    epochs = 3 if continues else 2
-    more: dict[str, Any] = settings(deepgen_folder, kind, epochs)
+    more: dict[str, Any] = settings(deepgen_folder, kind, 2)
     one, _ = alone(scenarios.fit, method_args=method(8), **more)
     more |= dict(strategy=strategy, method_args=method(4))
-    two = pair.run("fit", folder=str(tmp_path / "two"), save=dict(every_n_train_steps=1) if continues else None, **more)
+    two = pair.run("fit", folder=str(tmp_path / "two"), save=SAVE if continues else None, **more)
     a, b = ended(one), ended(tmp_path / "two")
     for part in ("weights", "average"):
         assert distance(a[part], b[part]) < TOLERANCE, part
     assert [run["held"] < 0.55 for run in two] == [strategy in SPLIT_WEIGHTS] * 2
     parts = {name.split(".")[0] if name.startswith("network") else ".".join(name.split(".")[:2]) for name in a["trained"]}
     assert parts == ({FIRST[kind]} if kind in FIRST else set(FIRST.values()))
-    files = [load_file(run / "export" / f"iteration-{epochs - 1}" / "model.safetensors") for run in (one, tmp_path / "two")]
+    files = [load_file(run / "export" / "iteration-1" / "model.safetensors") for run in (one, tmp_path / "two")]
     assert distance(*files) < TOLERANCE
     if continues:
-        pair.run("fit", folder=str(tmp_path / "continued"), ckpt_path=resumed(tmp_path / "two"), **more)
+        pair.run("fit", folder=str(tmp_path / "continued"), ckpt_path=str(tmp_path / "two" / INSIDE), **more)
         assert identical(b, ended(tmp_path / "continued"))
 
 
 def test_one_process_continues_as_the_unbroken_run(tmp_path: Path, deepgen_folder: Path) -> None:
-    more: dict[str, Any] = settings(deepgen_folder, "all", 3) | dict(strategy="one", method_args=method(8))
-    scenarios.fit(str(tmp_path / "unbroken"), save=dict(every_n_train_steps=1), **more)
-    scenarios.fit(str(tmp_path / "continued"), ckpt_path=resumed(tmp_path / "unbroken"), **more)
+    """The rest of the first iteration, and another."""
+    more: dict[str, Any] = settings(deepgen_folder, "all, LoRA", 3) | dict(strategy="one", method_args=method(8))
+    scenarios.fit(str(tmp_path / "unbroken"), save=SAVE, **more)
+    scenarios.fit(str(tmp_path / "continued"), ckpt_path=str(tmp_path / "unbroken" / INSIDE), **more)
     assert identical(ended(tmp_path / "unbroken"), ended(tmp_path / "continued"))

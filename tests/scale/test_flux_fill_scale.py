@@ -62,14 +62,10 @@ def exported(folder: Path, epochs: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("strategy", "kind", "nft", "continues"),
     [
-        ("ddp", "everything", False, False),
         ("ddp", "adapter and LoRA", True, True),
         ("fsdp2", "adapter", False, False),
-        ("fsdp2", "adapter, frozen reference", False, False),
-        ("fsdp2", "everything", False, False),
-        ("fsdp2", "adapter and LoRA", True, True),
+        ("fsdp2", "everything", True, True),
         ("fsdp2-file", "adapter and LoRA", False, True),
-        ("zero2", "adapter", False, False),
         ("zero2", "everything", True, True),
         ("zero3", "adapter and LoRA", False, True),
         ("zero3", "adapter, frozen reference", True, False),
@@ -84,7 +80,7 @@ def test_two_processes_train_as_one_does(
     """
     epochs = 3 if nft or continues else 2
     more: dict[str, Any] = settings(fill_folder, kind, nft=nft, epochs=epochs) | dict(strategy=strategy, method_args=method(4, nft=nft))
-    saved = dict(every_n_train_steps=2) if continues else None
+    saved = dict(every_n_train_steps=4) if continues else None
     ranks = pair.run("fit", folder=str(tmp_path / "two"), export=True, save=saved, **more)
     assert [rank["held"] < 0.55 for rank in ranks] == [strategy in SPLIT_WEIGHTS] * 2
     a, b = one(kind, nft, epochs), ended(tmp_path / "two") | {"exported": exported(tmp_path / "two", epochs)}

@@ -47,8 +47,8 @@ def test_adapters_train_as_in_one_process(pair: Pair, alone: Alone, tmp_path: Pa
 def test_resume_equals_the_unbroken_run(pair: Pair, tmp_path: Path, strategy: str) -> None:
     """Inside an iteration, on its last minibatch."""
     settings: dict[str, Any] = dict(strategy=strategy, method_args=pairs(6) | dict(dropout=0.1), **TOY)
-    pair.run("fit", folder=str(tmp_path / "unbroken"), save=dict(every_n_train_steps=1), **settings)
-    for name in ("epoch=1-step=4", "epoch=1-step=6"):
+    pair.run("fit", folder=str(tmp_path / "unbroken"), save=dict(every_n_train_steps=2), **settings)
+    for name in ("epoch=1-step=4", "epoch=1-step=6") if strategy == "ddp" else ("epoch=1-step=4",):
         pair.run("fit", folder=str(tmp_path / name), ckpt_path=str(tmp_path / "unbroken" / f"{name}.ckpt"), **settings)
         unbroken, continued = ended(tmp_path / "unbroken"), ended(tmp_path / name)
         assert identical(unbroken, continued) and distance(unbroken["old"], continued["old"]) == 0, name

@@ -43,8 +43,7 @@ def test_two_processes_train_as_one_does(pair: Pair, alone: Alone, tmp_path: Pat
     assert distance(a["weights"], dict(untrained.named_parameters())) > 0.01
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize(("strategy", "kind"), [("ddp", "lora"), ("fsdp2", "lora"), ("fsdp2", "full"), ("zero3", "full")])
 def test_sd3_trains_as_in_one_process(pair: Pair, alone: Alone, tmp_path: Path, sd3_folder: Path, strategy: str, kind: str) -> None:
     """With gradient checkpointing, a KL to the reference that the warm-up left, and an export at the end."""
     # Of the seed: with some, a pixel lies so near to the middle of two of its 256 values that the last bits decide.

@@ -16,6 +16,9 @@ from pair import Pair, RemoteError
 
 pytestmark = pytest.mark.slow
 
+SHARDED = [("fsdp2", "dpo"), ("fsdp2", "ppo"), ("fsdp2", "gspo")]
+"""Those with a reference, with two models, and with rows of two kinds."""
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -37,8 +40,7 @@ def written(pair: Pair, model: str, tmp_path_factory: pytest.TempPathFactory) ->
     return run
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("method", text_runs.METHODS)
+@pytest.mark.parametrize(("strategy", "method"), [*(("ddp", method) for method in text_runs.METHODS), *SHARDED])
 def test_two_processes_train_as_one_does(written: Written, alone: Alone, model: str, strategy: str, method: str) -> None:
     """Two steps in each of three iterations; one process cuts a step into three micro-batches."""
     single, one = alone(partial(text_runs.fit, model), method=method, parts=3)
@@ -63,8 +65,7 @@ def test_processes_keep_step_where_one_has_nothing_to_answer(pair: Pair, tmp_pat
     assert distance(ended(tmp_path / "one")["weights"], ended(tmp_path / "two")["weights"]) < 1e-6
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
-@pytest.mark.parametrize("method", ["ppo", "dapo"])
+@pytest.mark.parametrize(("strategy", "method"), [("zero2", "dapo"), ("zero3", "ppo")])
 def test_deepspeed_trains_as_one_process_does(pair: Pair, alone: Alone, tmp_path: Path, model: str, strategy: str, method: str) -> None:
     """Without what DeepSpeed cannot: clip two models apart, and leave one as it is for a while."""
     plain: dict[str, Any] = dict(method=method, clip=None)
@@ -82,8 +83,7 @@ def test_deepspeed_does_not_leave_weights_alone(pair: Pair, tmp_path: Path, mode
         pair.run("text_runs.fit", model=model, out=str(tmp_path), strategy="zero2", **setting)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("method", text_runs.METHODS)
+@pytest.mark.parametrize(("strategy", "method"), [("ddp", "sft"), ("ddp", "grpo"), ("ddp", "dapo"), *SHARDED])
 def test_resume_equals_the_unbroken_run(pair: Pair, written: Written, tmp_path: Path, model: str, strategy: str, method: str) -> None:
     """Inside the second iteration and at its end."""
     settings: dict[str, Any] = dict(strategy=strategy, method=method, lora=method in ("ppo", "gspo"))
