@@ -85,11 +85,11 @@ def test_deepspeed_does_not_leave_weights_alone(pair: Pair, tmp_path: Path, mode
 
 @pytest.mark.parametrize(("strategy", "method"), [("ddp", "sft"), ("ddp", "grpo"), ("ddp", "dapo"), *SHARDED])
 def test_resume_equals_the_unbroken_run(pair: Pair, written: Written, tmp_path: Path, model: str, strategy: str, method: str) -> None:
-    """Inside the second iteration and at its end."""
+    """Inside the second iteration, and at its end where no weight is split."""
     settings: dict[str, Any] = dict(strategy=strategy, method=method, lora=method in ("ppo", "gspo"))
     whole, _ = written(**settings)
     unbroken = ended(whole)
-    for name in ("epoch=1-step=3", "epoch=1-step=4"):
+    for name in ("epoch=1-step=3", "epoch=1-step=4") if strategy == "ddp" else ("epoch=1-step=3",):
         pair.run("text_runs.fit", model=model, out=str(tmp_path / name), ckpt_path=str(whole / f"{name}.ckpt"), **settings)
         continued = ended(tmp_path / name)
         for kind in ("weights", "average"):
