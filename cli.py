@@ -60,8 +60,15 @@ def main() -> None:
 
     use_working_folder()
     from lit_rl.command_line.early import early_mistake
+    from lit_rl.errors import ConfigError
+    from lit_rl.net.env_file import use_env_file
 
-    if mistake := early_mistake(sys.argv):  # before the seconds of the imports that follow
+    try:
+        use_env_file()
+        mistake = early_mistake(sys.argv)  # before the seconds of the imports that follow
+    except ConfigError as error:
+        mistake = str(error)
+    if mistake:
         sys.stderr.write(f"error: {mistake}\n")
         raise SystemExit(2)
     from lit_rl.command_line.imports import quick_imports

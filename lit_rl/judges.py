@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lit_rl.errors import ConfigError
+from lit_rl.net.env_file import use_env_file
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cut = words.index("--") if "--" in words else len(words)
     args = parser().parse_args(words[:cut])
     try:
+        use_env_file()
         line = command(args, words[cut + 1 :], os.environ)
         if args.dry_run:
             print(printed(line))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -69,6 +71,22 @@ def action_of(name: str, body: dict[str, object]) -> Action:
         case "press-key":
             return Action(kind="key", keys=tuple(key.lower() for key in body["keys"]))
     return Action(kind="wait", seconds=0)  # the pointer and a device's buttons do nothing on the desktop
+
+
+@contextmanager
+def gbox_in_thread() -> Iterator[FakeGBox]:
+    """A service for programs that have an event loop of their own."""
+    fake, loop = FakeGBox(), asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="gbox")
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(fake.server.start_server(), loop).result(60)
+        yield fake
+        asyncio.run_coroutine_threadsafe(fake.server.close(), loop).result(60)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 class FakeGBox:

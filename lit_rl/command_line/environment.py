@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,7 +11,8 @@ from jsonargparse import Namespace
 from lit_rl.command_line.dotted import imported_class
 from lit_rl.command_line.options import short
 from lit_rl.errors import ConfigError
-from lit_rl.net.environment import VARIABLES, Variable
+from lit_rl.net.env_file import place_of
+from lit_rl.net.environment import VARIABLES, Variable, redacted
 
 
 class Place(NamedTuple):
@@ -50,7 +50,7 @@ class Place(NamedTuple):
             return self.variable.convert(self.text)
         except ValueError as error:
             raise ConfigError(
-                f"{self.variable.name}={self.text} in the environment must be {error} ({self.path}): correct it or unset it"
+                f"{self.variable.name}={self.text} in {place_of(self.variable.name)} must be {error} ({self.path}): correct it or unset it"
             ) from error
 
 
@@ -65,10 +65,11 @@ def fill_in(options: Namespace) -> Namespace:
 def sources(options: Namespace) -> Iterator[str]:
     """A line for each variable that is set and belongs to an option of the run: whether its value is the one that counts."""
     for place in places(options):
+        name, where = place.variable.name, place_of(place.variable.name)
         if place.text and (place.value == place.told or (place.variable.itself and place.value is None)):
-            yield f"{place.path} = {shown(place.text)}: from {place.variable.name} in the environment"
+            yield f"{place.path} = {redacted(place.text)}: from {name} in {where}"
         elif place.text:
-            yield f"{place.path} = {shown(str(place.value))}: from the run itself, before {place.variable.name} in the environment"
+            yield f"{place.path} = {redacted(str(place.value))}: from the run itself, before {name} in {where}"
 
 
 def places(options: Namespace) -> Iterator[Place]:
@@ -84,11 +85,6 @@ def places(options: Namespace) -> Iterator[Place]:
             if fits and isinstance(arguments := spec.get("init_args"), Namespace | dict):
                 place = Place(variable, arguments, key, short(f"{path}.{key}"))
                 yield from [place] if place.counts else []
-
-
-def shown(text: str) -> str:
-    """A value as others may read it: an address without its user and password."""
-    return re.sub(r"://[^/@\s]*@", "://***@", text)
 
 
 def _classes(node: object, path: str) -> Iterator[tuple[str, Namespace | dict[str, object]]]:

@@ -41,6 +41,7 @@ from lit_rl.command_line.usual import RunFolder, filled_in, set_float32_matmul
 from lit_rl.command_line.yaml_files import broken_yaml, missing_file
 from lit_rl.errors import ConfigError
 from lit_rl.modules.base import LitRL
+from lit_rl.net.environment import redacted
 from lit_rl.rewards.base import RewardError
 from lit_rl.rollouts.base import RolloutError
 
@@ -66,10 +67,13 @@ class Parser(LightningArgumentParser):
         raise SystemExit(2)
 
     def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
-        """The options with those of the environment, and comments that say which these are: --print_config asks before all is parsed."""
+        """The options with those of the environment, without secrets, and comments that say which come from there.
+
+        --print_config asks before all is parsed.
+        """
         options = fill_in(namespace.clone())
         comments = "".join(f"# {line}\n" for line in sources(options))
-        return f"{super().dump(options, *args, **kwargs)}{comments}"
+        return f"{redacted(super().dump(options, *args, **kwargs))}{comments}"
 
 
 class CLI(LightningCLI):

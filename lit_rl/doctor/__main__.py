@@ -19,6 +19,7 @@ from lit_rl.doctor import machine, servers, worlds
 from lit_rl.doctor.report import Finding, as_json, count, problem, show
 from lit_rl.errors import ConfigError
 from lit_rl.net.addresses import token_from_environment
+from lit_rl.net.env_file import place_of, use_env_file
 from lit_rl.net.environment import SECRETS
 from lit_rl.net.gpus import gpus
 from lit_rl.own_code import use_working_folder
@@ -49,6 +50,10 @@ def findings(args: argparse.Namespace, rest: Sequence[str]) -> Iterator[Finding]
     """All findings, in the order of the report."""
     found = gpus()
     train, launch = ([i.strip() for i in ids.split(",") if i.strip()] if ids else [] for ids in (args.train_gpu_ids, args.launch_gpu_ids))
+    try:
+        use_env_file()
+    except ConfigError as error:
+        yield problem("environment", str(error))
     yield from machine.packages()
     yield from worlds.browser(worlds.texts(args.config, rest))
     run, sentence = None, ""
@@ -67,6 +72,7 @@ def findings(args: argparse.Namespace, rest: Sequence[str]) -> Iterator[Finding]
     if run:
         yield from of_environment(run.config)
         yield from run.findings()
+        yield from around(run.config)
         train = run.gpu_ids()
     if train or launch:
         yield from servers.shared(train, launch, found=found)
@@ -88,7 +94,16 @@ def of_environment(config: Namespace) -> Iterator[Finding]:
 
     yield from (ok("environment", line) for line in sources(config))
     if there := [name for name in SECRETS if os.environ.get(name)]:
-        yield ok("environment", f"{', '.join(there)}: set, and not shown")
+        yield ok("environment", f"{', '.join(f'{name} (in {place_of(name)})' for name in there)}: set, and not shown")
+
+
+def around(config: Namespace) -> Iterator[Finding]:
+    """What an agent's run asks: the service of its boxes, and the servers that answer for its policy."""
+    from lit_rl.doctor import inference
+    from lit_rl.doctor.boxes import boxes
+
+    yield from boxes(config)
+    yield from inference.servers(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from lit_rl.envs.failures import WorldError
 from lit_rl.envs.validators import Printed
 from lit_rl.errors import ConfigError
 from lit_rl.net.addresses import parse_urls, token_from_environment
+from lit_rl.net.env_file import is_unset, why_unset
 from lit_rl.net.retry import NoAnswer, Reply, exchange, open_session, refusal, retried
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ Json = Mapping[str, object]
 KEY = "GBOX_API_KEY"
 BASE_URL = "GBOX_CLIENT_BASE_URL"
 DEFAULT_URL = "https://gbox.ai/api/v1"
-PLACEHOLDER = "your_"
-"""Beginning of the values that a template of `.env` has."""
 LIMIT = 64 * 2**20
 """Bytes of an answer."""
 PAGE = 100
@@ -46,10 +45,10 @@ class Box(NamedTuple):
 def check_key() -> None:
     """Raises ConfigError where the environment has no key, or a template's placeholder for one."""
     key = token_from_environment(KEY)
-    if key is None or key.startswith(PLACEHOLDER):
-        state = "holds the template's placeholder" if key else "is not in the environment"
+    if key is None or is_unset(key):
         raise ConfigError(
-            f"{KEY} is not set: it {state}. Write your key into .env ({KEY}=...) or export it; worlds of tiny_desktop and miniwob need none"
+            f"{KEY} is not set: {why_unset(KEY)}. Write your key into .env ({KEY}=...) or export it; worlds of tiny_desktop and miniwob "
+            "need none"
         )
 
 

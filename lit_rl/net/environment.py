@@ -1,10 +1,13 @@
 """Variables of the environment that stand for options of a run. An option beats the YAML, the YAML a variable, a variable the default.
+`lit_rl.net.env_file` takes variables that are not set from `.env`.
 
 This is the only table of them; `lit_rl.command_line.environment` fills them in. A guide's own variables are rows here.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,6 +63,7 @@ VARIABLES = (
     Variable("DATASET_CONFIG", "train", "datamodules.prompt_sets.PromptSets"),
     Variable("CLIP_MODEL_NAME_OR_PATH", "model_path", "lit_rl.rewards.clip.CLIPSimilarity"),
     Variable("SFTAUX_DATASET_CONFIG", "sources", PICTURES),
+    Variable("VLLM_API_BASE", "urls", "lit_rl.rollouts.http.HTTPEngine"),
     Variable("OUTPUT_DIR", "run.dir", within=DEEPGEN, unset="outputs"),
     Variable("NNODES", "trainer.num_nodes", within=DEEPGEN, convert=count, unset=1),
     Variable("NGPUS", "trainer.devices", within=DEEPGEN, convert=count, unset="auto"),
@@ -70,8 +74,20 @@ VARIABLES = (
     Variable("SWANLAB_EXP_NAME", "name", SWANLAB),
     Variable("SWANLAB_MODE", "mode", SWANLAB, convert=mode),
 )  # fmt: skip
-SECRETS = ("WANDB_API_KEY", "SWANLAB_API_KEY", "REWARD_TOKEN")
+SECRETS = ("WANDB_API_KEY", "SWANLAB_API_KEY", "REWARD_TOKEN", "ROLLOUT_TOKEN", "JUDGE_TOKEN", "GBOX_API_KEY", "HF_TOKEN")
 """Variables that the programs themselves read; what they hold is never shown."""
+HUB = ("HF_ENDPOINT", "HF_TOKEN")
+"""Variables that the hub's client reads when it is imported."""
+SHORTEST = 6
+"""Characters of a secret that is looked for in texts: a shorter one would be found in other words."""
+
+
+def redacted(text: str) -> str:
+    """The text with stars for the values of secret variables and for users and passwords in addresses."""
+    for name in SECRETS:
+        if len(value := os.environ.get(name, "").strip()) >= SHORTEST:
+            text = text.replace(value, "***")
+    return re.sub(r"://[^/@\s]*@", "://***@", text)
 
 
 def variable_of(owner: str, option: str) -> str:

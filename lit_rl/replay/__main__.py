@@ -17,6 +17,7 @@ from lit_rl.envs.actions import ActionError
 from lit_rl.envs.base import World, Worlds
 from lit_rl.envs.failures import WorldError
 from lit_rl.errors import ConfigError
+from lit_rl.net.env_file import use_env_file
 
 
 class Verdict(NamedTuple):
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", choices=("train", "eval"), default=None, help="only those of rollouts, or of evaluations")
     options = parser.parse_args(argv)
     try:
+        use_env_file()
         worlds, rows = read_records(options.file)
         chosen = [row for row in rows if row["reward"] is not None and options.stage in (None, row["stage"])][: options.limit]
         found = asyncio.run(replayed(worlds, chosen))

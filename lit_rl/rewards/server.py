@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_rl.net.env_file import use_env_file
 from lit_rl.net.sockets import LOOPBACK, bind, url_of
 from lit_rl.own_code import use_working_folder
 
@@ -185,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
+        use_env_file()
         check_arguments(args)
         sock = bind(args.host, args.port)
     except ValueError as error:

@@ -12,7 +12,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.ranks import gather_objects
 from lit_rl.rollouts.base import Request, RolloutError, Sample, Sampling
 from lit_rl.rollouts.connection import Call
-from lit_rl.rollouts.http import HTTPEngine
+from lit_rl.rollouts.http import SYNC_DIR, HTTPEngine
 from lit_rl.rollouts.vllm import VLLM
 
 
@@ -26,7 +26,7 @@ class ColocatedEngine(HTTPEngine):
         kwargs: See `HTTPEngine`; `dialect` is one of vLLM's.
     """
 
-    def __init__(self, urls: str | list[str], sync_dir: str, **kwargs: Any) -> None:
+    def __init__(self, urls: str | list[str] | None = None, sync_dir: str = SYNC_DIR, **kwargs: Any) -> None:
         super().__init__(urls, sync_dir, **kwargs)
         if not isinstance(self.dialect, VLLM):
             raise ConfigError("engine.dialect: a server that sleeps is vLLM's: set it to openai or vllm, or use HTTPEngine")

@@ -33,6 +33,7 @@ SAME_DISTRIBUTION = (
     "processed_logprobs, which are those of top_p and top_k too (with sampling.top_p or top_k draw at temperature 1 and use raw_logprobs); "
     "that its dtype is the trainer's; and that its prefix cache is reset with each push (SGLang does so; vLLM with VLLM_SERVER_DEV_MODE=1)"
 )
+URL, SYNC_DIR = "localhost:8000", "/dev/shm/lit-rl-weights"
 RESTORES = 3
 """Times in one call that servers which have lost the weights are given them again."""
 LOOKED_AT = 4
@@ -48,7 +49,8 @@ class HTTPEngine(ServedWeights):
     anew. Exact on resume as far as the server draws the same answer for the same seed.
 
     Args:
-        urls: `http://host:port`, bare `host:port`, or a range of ports `host:8000-8003`. A process asks every `world_size`-th of them.
+        urls: `http://host:port[/v1]`, bare `host:port`, or a range of ports `host:8000-8003`. A process asks every `world_size`-th of them.
+            None = the environment's VLLM_API_BASE, else localhost:8000.
         sync_dir: Folder that the servers can read.
         dialect: openai (vLLM's /v1/completions, and /v1/chat/completions with images), vllm (its /inference/v1/generate: started with
             --enable-scale-out, it tells the version of the weights with each answer) or sglang (/generate).
@@ -72,8 +74,8 @@ class HTTPEngine(ServedWeights):
 
     def __init__(
         self,
-        urls: str | list[str],
-        sync_dir: str,
+        urls: str | list[str] | None = None,
+        sync_dir: str = SYNC_DIR,
         dialect: Literal["openai", "vllm", "sglang"] = "openai",
         model: str | None = None,
         server_sync_dir: str | None = None,
@@ -102,7 +104,7 @@ class HTTPEngine(ServedWeights):
         for name, chosen, known in (("dialect", dialect, DIALECTS), ("dtype", dtype or "float32", DTYPES)):
             if chosen not in known:
                 raise ConfigError(f"engine.{name}={chosen!r}: choose one of {', '.join(known)}")
-        self.urls = [url.removesuffix("/v1") for url in parse_urls(urls)]
+        self.urls = [url.removesuffix("/v1") for url in parse_urls(urls or URL)]
         self.dialect = DIALECTS[dialect]
         self.sync_dir = Path(sync_dir).expanduser()
         self.server_sync_dir = server_sync_dir or str(self.sync_dir.absolute())

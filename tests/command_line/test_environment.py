@@ -14,8 +14,11 @@ from lit_rl.command_line.dotted import imported_class
 from lit_rl.command_line.environment import fill_in, places, sources
 from lit_rl.doctor import runs
 from lit_rl.errors import ConfigError
+from lit_rl.net import env_file
+from lit_rl.net.env_file import use_env_file
 from lit_rl.net.environment import DEEPGEN, SECRETS, VARIABLES, variable_of
 from lit_rl.rewards.services import ServiceReward
+from lit_rl.rollouts.http import HTTPEngine
 
 CHECKPOINT = "--model.init_args.policy.init_args.checkpoint"
 
@@ -152,6 +155,28 @@ def test_a_judge_reads_its_variable_itself_and_is_shown(monkeypatch: pytest.Monk
     assert list(sources(fill_in(options))) == [told] and judge.init_args.judge is None
     judge.init_args.judge = Namespace(urls="http://other:1")
     assert [line.partition(" = ")[2].partition(": from")[0] for line in sources(fill_in(options))] == ["http://other:1"]
+
+
+def test_the_file_comes_after_the_process_and_before_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Namespace(class_path="lit_rl.rollouts.http.HTTPEngine", init_args=Namespace(urls=None))
+    options = Namespace(model=Namespace(init_args=Namespace(answers=Namespace(engine=engine))))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(env_file, "_of_file", set())
+    (tmp_path / ".env").write_text("VLLM_API_BASE=http://file:1/v1\n")
+    monkeypatch.setenv("VLLM_API_BASE", "http://process:1/v1")
+    use_env_file()
+    assert list(sources(fill_in(options.clone()))) == [
+        "model.answers.engine.urls = http://process:1/v1: from VLLM_API_BASE in the environment"
+    ]
+    monkeypatch.setenv("VLLM_API_BASE", "your_server")
+    use_env_file()
+    filled = fill_in(options.clone())
+    assert list(sources(filled)) == ["model.answers.engine.urls = http://file:1/v1: from VLLM_API_BASE in .env"]
+    assert HTTPEngine(**vars(filled.model.init_args.answers.engine.init_args)).urls == ["http://file:1"]
+    engine.init_args.urls = "yaml:2"
+    told = "model.answers.engine.urls = yaml:2: from the run itself, before VLLM_API_BASE in .env"
+    assert list(sources(fill_in(options))) == [told]
+    assert HTTPEngine().urls == ["http://localhost:8000"]
 
 
 def test_the_page_has_the_table() -> None:
