@@ -107,15 +107,20 @@ class Export(RLCallback):
     # ------------------------------------------------------------------ what
     def export(self, trainer: L.Trainer, module: Method, *, iteration: int) -> None:
         """Write the folder of this iteration and of the step that has been reached. Collective."""
+        target = self.dirpath / self.folder.format(iteration=iteration, step=trainer.global_step)
+        self.put(trainer, module, target)
+        if trainer.is_global_zero:
+            self._forget_old(target.name)
+        self._exported = trainer.global_step
+
+    def put(self, trainer: L.Trainer, module: Method, target: Path) -> None:
+        """Write one folder, in the place of an older one of its name. Collective."""
         tensors = self._gather(trainer, module)
         if trainer.is_global_zero:
-            target = self.dirpath / self.folder.format(iteration=iteration, step=trainer.global_step)
             swept(target, lambda path: False)  # half of an export is of no use
             with naming(target):
                 self._write(module, tensors, target)
             trainer.print(f"exported {self.weights} weights to {target}")
-            self._forget_old(target.name)
-        self._exported = trainer.global_step
         trainer.strategy.barrier("export")
 
     def _write(self, module: Method, tensors: dict[str, Tensor], target: Path) -> None:

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 
 from benchmarks.house import shipped
 from lit_rl.losses.point_surrogates import NFT
+from lit_rl.methods.agent_grpo import AgentGRPO
 from lit_rl.methods.dpo import DPO
 from lit_rl.methods.flow_grpo import FlowGRPO
 from lit_rl.methods.sft import SFT
@@ -79,7 +80,10 @@ def samples_per_prompt(path: Path) -> int:
 def test_products_of_the_first_line_are_right(path: Path) -> None:
     """`a prompts x b samples = c images` (or answers) in the comment is what the run does."""
     prompts, group = yaml.safe_load(path.read_text())["model"]["init_args"]["prompts_per_iteration"], samples_per_prompt(path)
-    assert f"{prompts} prompts x {group} samples = {prompts * group} {method(path).samples}" in head(path)
+    if issubclass(method(path), AgentGRPO):  # whose episodes have turns
+        assert f"{prompts} tasks x {group} episodes = {prompts * group} episodes" in head(path)
+    else:
+        assert f"{prompts} prompts x {group} samples = {prompts * group} {method(path).samples}" in head(path)
 
 
 SHARES = re.compile(
@@ -105,7 +109,8 @@ def test_shares_of_the_first_lines_are_right(path: Path) -> None:
 
 OF_TEXTS = re.compile(r"on (\d+) GPUs (\d+) each = (\d+) updates? x (\d+) micro-batch(?:es)? of (\d+)")
 PASSES = re.compile(r"(\d+) epochs? of (\d+) rows (?:\(.*\) )?= (\d+) x (\d+) = (\d+) iterations")
-TEXTS = [path for path in RUNS if path.parent.name != "demo" and issubclass(method(path), LitTokens)]
+AGENTS = [path for path in RUNS if path.parent.name != "demo" and issubclass(method(path), AgentGRPO)]
+TEXTS = [path for path in RUNS if path.parent.name != "demo" and issubclass(method(path), LitTokens) and path not in AGENTS]
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=[f"{p.parent.name}/{p.stem}" for p in TEXTS])
@@ -125,7 +130,9 @@ def test_shares_and_length_of_runs_on_texts_are_right(path: Path) -> None:
 
 def test_production_runs_state_their_shares() -> None:
     """All but DanceGRPO, which trains a part of each trajectory."""
-    assert {p.stem for p in RUNS if p.parent.name != "demo" and p not in TEXTS} - {p.stem for p in STATED} == {"flux_dance_pickscore"}
+    assert {p.stem for p in RUNS if p.parent.name != "demo" and p not in [*TEXTS, *AGENTS]} - {p.stem for p in STATED} == {
+        "flux_dance_pickscore"
+    }
 
 
 GUIDE = {"flow_grpo": (500, 0.1, 0.9999), "diffusion_nft": (1000, 0.01, 0.999)}
@@ -166,7 +173,7 @@ def test_flux_fill_runs_are_the_guides(method: str) -> None:
 
 def test_runs_on_texts_are_listed_with_their_methods() -> None:
     listed = re.findall(r"`((?:sft|dpo|ppo|grpo|gspo|dapo|demo)/\w+)`", (CONFIGS.parent / "docs/methods.md").read_text())
-    there = {f"{p.parent.name}/{p.stem}" for p in RUNS if issubclass(method(p), LitTokens)}
+    there = {f"{p.parent.name}/{p.stem}" for p in RUNS if issubclass(method(p), LitTokens) and not issubclass(method(p), AgentGRPO)}
     assert there <= set(listed) and set(listed) <= {f"{p.parent.name}/{p.stem}" for p in RUNS}
 
 

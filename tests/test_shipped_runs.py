@@ -26,7 +26,8 @@ from lit_rl.miniatures.vlm import build_vlm
 from lit_rl.policies.deepgen import DeepGenPolicy
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("base", "demo"))
+SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("base", "demo", "agent"))
+"""Runs of agents are in tests/agents/test_cua_run.py."""
 VISION = [path for path in SHIPPED if "vision_language" in path.read_text()]
 TEXTS = [path for path in SHIPPED if "causal_lm" in path.read_text()] + VISION
 RUNS = [path for path in SHIPPED if path not in TEXTS]

@@ -37,8 +37,13 @@ def choose_checkpoint(path: str, keepers: Sequence[ModelCheckpoint], root: str) 
     return resolve_checkpoint(path, [keeper.dirpath for keeper in keepers if keeper.dirpath])
 
 
+def is_count(monitor: object) -> bool:
+    """True for what makes a ModelCheckpoint keep the newest ones: no monitor, or a number that only rises."""
+    return monitor in (None, "step", "epoch", "iteration")
+
+
 def _best(keepers: Sequence[ModelCheckpoint]) -> str:
-    keeper = next((k for k in keepers if k.monitor is not None and k.dirpath), None)
+    keeper = next((k for k in keepers if not is_count(k.monitor) and k.dirpath), None)
     if keeper is None:
         raise ConfigError(
             "--ckpt_path best is what a ModelCheckpoint with monitor has kept, and trainer.callbacks has none: add one, or "

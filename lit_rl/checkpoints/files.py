@@ -72,12 +72,14 @@ def resolve_checkpoint(path: str, folders: Sequence[str | os.PathLike]) -> str |
 
     "last" is the `last*.ckpt` of `folders` (the `dirpath`s of the checkpoint callbacks) after most optimizer steps, where there is none the
     complete checkpoint after most, None with a notice if there is nothing yet. Raises ConfigError if nothing is at `path`, or if it is
-    incomplete (a run was killed while writing, a disk was full), naming the newest undamaged checkpoint beside it.
+    incomplete (a run was killed while writing, a disk was full), naming the newest undamaged checkpoint beside it. `.ckpt` may be left out.
     """
     recover_all([*folders, Path(path).parent])
     if path == "last":
         return _resolve_last([Path(folder) for folder in folders])
     found = Path(path)
+    if (state := Path(f"{path.rstrip('/')}.ckpt")).exists() and not (found.exists() and _sharded(found)):
+        path, found = str(state), state  # the checkpoint of that name, beside which an export of its weights may stand
     if not found.exists():
         raise ConfigError(f"--ckpt_path {path}: no such file or folder; {_advice(found)}")
     if found.is_dir() and not _sharded(found) and _complete_in(found):

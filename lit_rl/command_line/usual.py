@@ -13,15 +13,18 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 
+from callbacks.agent_logs import AgentLogs
+from callbacks.best_model import BestModel
 from callbacks.episode_records import EpisodeRecords
 from callbacks.evaluation_sets import EvaluationSets
-from callbacks.export import Export
+from callbacks.export import FOLDERS, Export
 from callbacks.graceful_stop import GracefulStop
 from callbacks.rng_state import RngState
 from callbacks.sample_gallery import SampleGallery
 from callbacks.sample_texts import SampleTexts
 from callbacks.throughput import Throughput
 from callbacks.trackers import SwanLab, WandB
+from lit_rl.checkpoints.choosing import is_count
 from lit_rl.command_line.dotted import imported, imported_class
 from lit_rl.command_line.usual_classes import USUAL_CLASSES
 from lit_rl.errors import ConfigError
@@ -154,7 +157,7 @@ def _usual(run: Namespace, own: list[Namespace]) -> Iterator[tuple[str, Namespac
 
 def _replaces(spec: Namespace, kind: type | tuple[type, ...]) -> bool:
     cls = imported_class(spec.class_path)
-    best = cls is not None and issubclass(cls, ModelCheckpoint) and spec.get("init_args", Namespace()).get("monitor") is not None
+    best = cls is not None and issubclass(cls, ModelCheckpoint) and not is_count(spec.get("init_args", Namespace()).get("monitor"))
     return cls is not None and issubclass(cls, kind) and not best
 
 
@@ -167,6 +170,15 @@ def _checked(name: str, class_path: str, options: Options) -> Namespace:
     except ArgumentError as error:
         given = ", ".join(f"{key}: {value}" for key, value in options.items())
         raise ConfigError(f"run.callbacks.{name} are options of {class_path}, which does not take {{{given}}}: {error}") from error
+
+
+def _of_export(options: Namespace, every: list[Namespace]) -> str:
+    """The folder of exports: `export`; with checkpoints the run's own, or `checkpoints` where those have the same names, plus .ckpt."""
+    if options.get("at") != "checkpoint":
+        return "export"
+    keepers = [other for other in every if issubclass(imported_class(other.class_path) or object, ModelCheckpoint)]
+    name = options.get("folder") or FOLDERS["checkpoint"]
+    return "checkpoints" if any(other.get("init_args", Namespace()).get("filename") == name for other in keepers) else ""
 
 
 def _place_logger(spec: object, folder: Path, name: str | None) -> None:
@@ -184,13 +196,17 @@ def _place(spec: Namespace, folder: Path, every: list[Namespace]) -> None:
         return
     if issubclass(cls, ModelCheckpoint):
         if options.get("dirpath") is None:
-            options.dirpath = str(folder / ("checkpoints" if options.get("monitor") is None else "best"))
+            options.dirpath = str(folder / ("checkpoints" if is_count(options.get("monitor")) else "best"))
         if options.get("filename") is None:
             options.filename, options.auto_insert_metric_name = "iteration-{iteration:.0f}", False
+    elif issubclass(cls, BestModel) and options.get("dirpath") is None:
+        options.dirpath = str(folder / "best_model")
+    elif issubclass(cls, AgentLogs) and options.get("folder") is None:
+        options.folder = str(folder / "logs")
     elif issubclass(cls, Export) and options.get("dirpath") is None:
         exported = [other.init_args.get("weights") for other in every if issubclass(imported_class(other.class_path) or object, Export)]
         beside = options.get("weights") == "ema" and any(weights != "ema" for weights in exported)
-        options.dirpath = str(folder / ("" if options.get("at") == "checkpoint" else "export") / ("ema" if beside else ""))
+        options.dirpath = str(folder / _of_export(options, every) / ("ema" if beside else ""))
     elif issubclass(cls, SampleGallery) and options.get("folder") is None:
         options.folder = str(folder / "samples")
     elif issubclass(cls, EvaluationSets) and options.get("folder") is None:

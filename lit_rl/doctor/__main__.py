@@ -98,7 +98,7 @@ def of_environment(config: Namespace) -> Iterator[Finding]:
 
 
 def around(config: Namespace) -> Iterator[Finding]:
-    """What an agent's run asks: the service of its boxes, and the servers that answer for its policy."""
+    """The findings about the services that an agent's run asks: that of its boxes, and the servers that answer for its policy."""
     from lit_rl.doctor import inference
     from lit_rl.doctor.boxes import boxes
 

@@ -95,6 +95,11 @@ class AgentGRPO(GRPO):
             raise ConfigError("model.micro_batch_tokens needs the longest prompt: set model.episodes.manner.max_prompt_tokens")
         return limit + self.answers.sampling.max_new_tokens
 
+    @property
+    def units_per_prompt(self) -> int:
+        """Turns that a task may have at most: micro-batches are of turns."""
+        return self.group_size * self.episodes.manner.max_turns
+
     def micro_batches_within(self, tokens: int) -> int:
         return super().micro_batches_within(tokens) * self.episodes.manner.max_turns
 
