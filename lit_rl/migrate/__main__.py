@@ -2,9 +2,11 @@
 
     python -m lit_rl.migrate deepgen FILE
     python -m lit_rl.migrate verl FILE
+    python -m lit_rl.migrate cua FILE --gpus N
     python -m lit_rl.migrate verl -- python -m verl.trainer.main_ppo algorithm.adv_estimator=grpo ...
 
 deepgen: DeepGen-RL's launch scripts (.sh), training and evaluation data (.yaml) and SFT-aux configurations (.py).
+cua: the YAML of AReaL's guide for computer-use agents (rl-cua); --gpus are those that train.
 verl: scripts (.sh) or command lines of verl.trainer.main_ppo, sft_trainer and dpo_trainer.
 """
 
@@ -16,10 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lit_rl.errors import ConfigError
-from lit_rl.migrate import deepgen, verl
+from lit_rl.migrate import cua, deepgen, verl
 from lit_rl.migrate.migrated import Migrated
 
-SYSTEMS: Mapping[str, Callable[[Path], Migrated]] = {"deepgen": deepgen.migrate, "verl": verl.migrate_file}
+SYSTEMS: Mapping[str, Callable[[Path, int | None], Migrated]] = {
+    "deepgen": lambda file, _: deepgen.migrate(file),
+    "cua": lambda file, gpus: cua.migrate(file, gpus=gpus),
+    "verl": lambda file, _: verl.migrate_file(file),
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m lit_rl.migrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("system", choices=SYSTEMS, help="whose file it is")
     p.add_argument("file", type=Path, nargs="?", help="the file")
+    p.add_argument("--gpus", type=int, metavar="N", help="of cua: GPUs that train")
     return p
 
 
@@ -40,7 +47,7 @@ def migrated(argv: Sequence[str]) -> tuple[Migrated, str]:
     args = parser().parse_args(argv)
     if args.file is None:
         raise ConfigError(f"name a file of {args.system}")
-    return SYSTEMS[args.system](args.file.expanduser()), str(args.file)
+    return SYSTEMS[args.system](args.file.expanduser(), args.gpus), str(args.file)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
