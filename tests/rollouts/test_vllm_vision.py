@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from rollouts.vllm_agent import Seen, cell_tasks, clicker
 from rollouts.vllm_server import ServerProcess, vllm
 from rollouts.vllm_training import assert_within_noise, level, rewards
 from squares import write_squares
 from test_asynchronous import Late
 from test_http import move
+from toy_text import trainer
 
+from callbacks.best_model import BestModel
 from lit_rl.miniatures.vlm import Family, build_vlm
 from lit_rl.policies.vision_language import VisionLanguageModel
 from lit_rl.policies.weights.lora import LoraSettings
@@ -152,6 +157,23 @@ def test_training_on_images_learns_over_http_and_asynchronously_as_in_process(ad
     over_http = {dialect: (level(run(engine_of(server, tmp_path / dialect, dialect))), present) for dialect in ("vllm", "openai")}
     ahead = level(run(engine_of(server, tmp_path / "ahead"), asynchronous=True, late=True))
     assert_within_noise({**over_http, "asynchronous": (ahead, late)})
+
+
+def test_an_agent_trains_on_its_screens_and_its_best_adapter_is_served(adapters: tuple[ServerProcess, Path], tmp_path: Path) -> None:
+    """Three iterations of 16 episodes with two screenshots in each prompt; the engine holds the server against the trainer in each."""
+    server, model = adapters
+    seen, best = Seen(), BestModel(str(tmp_path / "best_model"), monitor="val/turns")
+    engine = engine_of(server, tmp_path, "openai")
+    run = trainer(max_epochs=3, callbacks=[seen, best], check_val_every_n_epoch=3, enable_checkpointing=False)
+    run.fit(clicker(model, engine, LORA), datamodule=cell_tasks(tmp_path))
+    assert run.global_step == 3 and len(seen.episodes) == 3 * 16 + 4 and all(episode.status.counts for episode in seen.episodes)
+    turns = [turn for episode in seen.episodes for turn in episode.turns]
+    assert {len(turn.shown.pictures) for turn in turns} == {1, 2} and max(len(episode.turns) for episode in seen.episodes) == 3
+    assert {i for turn in turns for i in turn.sample.versions} == {0, 1, 2, 3}  # evaluation has the newest weights
+    body = json.dumps({"lora_name": "best", "lora_path": str(tmp_path / "best_model")}).encode()
+    request = urllib.request.Request(f"{server.url}/v1/load_lora_adapter", data=body, headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        assert answer.status == 200
 
 
 @dialects
