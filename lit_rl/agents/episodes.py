@@ -158,7 +158,7 @@ class Episode:
 
     async def _turn(self, world: World, trajectory: Trajectory, seen: Observation, number: int) -> Turn:
         shown = self.prompt(world, trajectory, seen)
-        request = Request(shown.ids, (*self.key, trajectory.attempt, number), shown.media)
+        request = Request(shown.ids, (*self.key, trajectory.attempt, number), shown.media, {"prompt": list(shown.messages)})
         async with asyncio.timeout(self.manner.turn_s):
             sample = await self.answer(world, request, shown)
         text = self.policy.decode(sample.ids)

@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from fake_gbox import TOKEN, gbox_in_thread
-from lightning.pytorch.callbacks import EarlyStopping
 
 from lit_rl.doctor.runs import parse
 from lit_rl.miniatures.vlm import build_vlm
@@ -63,7 +62,7 @@ def minimal(folder: Path, model: Path, url: str) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:model.group_size=1")
 def test_the_guides_minimal_run_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped early at a target that each evaluation reaches, continued from the folder that the guide would name."""
+    """Continued from the folder that the guide names, and stopped early at a target that each evaluation reaches."""
     from lit_rl.command_line.run import CLI
 
     model = build_vlm(tmp_path / "model", family="qwen3_vl", hidden=32, layers=1, vision_hidden=32, vision_layers=1, max_side=64)
@@ -81,19 +80,21 @@ def test_the_guides_minimal_run_finishes(tmp_path: Path, monkeypatch: pytest.Mon
     folder = tmp_path / "outputs/grpo_cua"
     with gbox_in_thread() as gbox:
         run = minimal(tmp_path, model, gbox.url)
-        first = fit(target=-1.0)
-        assert first.global_step == 1 and any(isinstance(c, EarlyStopping) and c.stopped_epoch == 0 for c in first.callbacks)
+        assert fit(target=0.9).global_step == 2
+        kept = ["checkpoint-2", "checkpoint-2.ckpt", "last.ckpt"]  # save_total_limit is 1
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == kept
         best = (folder / "best_model/manifest.json").stat().st_mtime_ns
-        second = fit("--ckpt_path", "outputs/grpo_cua/checkpoints/checkpoint-1", target=0.9)
-        assert second.global_step == 2 and not gbox.running
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-2.ckpt", "last.ckpt"]
+        run["trainer"]["max_epochs"] = 4
+        again = fit("--ckpt_path", "outputs/grpo_cua/checkpoints/checkpoint-2", target=-1.0)
+        assert again.global_step == 3 and not gbox.running
     assert (folder / "best_model/manifest.json").stat().st_mtime_ns == best  # 0 is not better than 0
-    for adapter in (folder / "best_model", folder / "checkpoints/checkpoint-2"):
+    for adapter in (folder / "best_model", folder / "checkpoints/checkpoint-3"):
         assert loads_in_peft(adapter, model)
     training, rollouts = ((folder / "logs" / f"{name}.log").read_text() for name in ("training", "rollouts"))
-    assert [f"iteration {i}/2 step {i}: " in training for i in (1, 2)] == [True, True] and training.count("val/accuracy=0 ") == 2
+    told = [f"iteration {i}/{last} step {i}: " in training for i, last in ((1, 2), (2, 2), (3, 4))]
+    assert all(told) and training.count("val/accuracy=0 ") == 3
     rows = [json.loads(line) for line in (folder / "episodes/rollouts.jsonl").read_text().splitlines()[1:]]
-    assert len(rows) == 4 == len(rollouts.splitlines())
+    assert len(rows) == 6 == len(rollouts.splitlines())
     told = [f"iteration={row['iteration']} {row['stage']} task={row['task']['id']} group=" in rollouts for row in rows]
     assert all(told) and rollouts.count("status=parse_error") == sum(row["status"] == "parse_error" for row in rows)
 

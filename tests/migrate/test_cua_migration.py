@@ -18,6 +18,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.migrate.__main__ import main
 from lit_rl.migrate.cua import CONFIG, migrate
 from lit_rl.migrate.cua_keys import KEYS, NOTHING, TOGETHER
+from lit_rl.rollouts.base import Sampling
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/migration_agents.md").read_text()
@@ -63,7 +64,8 @@ def keys() -> set[str]:
     """Every key of the run that a YAML of theirs is laid over."""
     words = [word for file in ("configs/base/fsdp.yaml", CONFIG) for word in ("--config", str(ROOT / file))]
     found = [*options(words), *constructor_options(ModelCheckpoint, "run.callbacks.newest")]
-    return {option.path for option in found} | {f"model.init_args.episodes.manner.{field.name}" for field in fields(Manner)}
+    parts = {"episodes.manner": Manner, "answers.sampling": Sampling}
+    return {o.path for o in found} | {f"model.init_args.{name}.{field.name}" for name, part in parts.items() for field in fields(part)}
 
 
 def test_every_key_is_known_and_on_the_page() -> None:
