@@ -45,6 +45,8 @@ def test_the_best_is_found_after_a_move(run: tuple[Path, str], tmp_path: Path) -
 def test_the_best_of_nothing(run: tuple[Path, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="best is what a ModelCheckpoint with monitor has kept"):
         choose_checkpoint("best", keepers(run[0])[1:], "")
+    with pytest.raises(ConfigError, match="best is what a ModelCheckpoint with monitor has kept"):  # whose newest are no best ones
+        choose_checkpoint("best", keepers(run[0], monitor="step", filename="{step}"), "")
     with pytest.raises(ConfigError, match=r"no checkpoint in .* is known to be the best by val/brightness: run fit first"):
         choose_checkpoint("best", keepers(tmp_path), "")
 

@@ -37,6 +37,16 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.ckpt"]
 
 
+def test_the_ending_of_a_name_may_be_left_out(tmp_path: Path) -> None:
+    """Also where an export of the same name stands beside the checkpoint; a folder of shards is itself one."""
+    state = write(tmp_path / "checkpoint-10.ckpt")
+    assert resolve_checkpoint(str(tmp_path / "checkpoint-10"), []) == str(state)
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10/adapter_model.safetensors").touch()
+    for name in ("checkpoint-10", "checkpoint-10/", "checkpoint-10.ckpt"):
+        assert resolve_checkpoint(f"{tmp_path}/{name}", []) == str(state)
+
+
 def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     path = write(tmp_path / "last.ckpt")
     before = path.read_bytes()
