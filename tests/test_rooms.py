@@ -9,7 +9,7 @@ from benchmarks.house import FORMULAS, ROOT, circles, imports, sources
 
 FLOORS: Sequence[Sequence[str]] = (
     ("lit_rl.errors",),
-    ("lit_rl.types", "lit_rl.seeding", "lit_rl.own_code", "lit_rl.ranks", "lit_rl.net"),
+    ("lit_rl.types", "lit_rl.seeding", "lit_rl.own_code", "lit_rl.ranks", "lit_rl.net", "lit_rl.trackers"),
     ("lit_rl.losses", "lit_rl.samplers"),
     ("lit_rl.credit", "lit_rl.miniatures"),
     ("lit_rl.checkpoints", "lit_rl.envs", "lit_rl.rewards"),

@@ -142,7 +142,7 @@ def parameters(source: Source) -> dict[str, tuple[str, ast.expr | None]] | None:
     for base in node.bases:
         if _last_name(base) in WITHOUT_OPTIONS:
             continue
-        above = _named(module, base)
+        above = named(module, base)
         inherited = parameters(above) if above else None
         if inherited is None:
             return None
@@ -161,7 +161,7 @@ def _hands_on(init: ast.FunctionDef, kwargs: str) -> bool:
 def _component(module: str, annotation: ast.expr | None) -> Source | None:
     """The class of a parameter in whose place no other can stand, a final one, or None."""
     kinds = [kind for kind in _kinds(annotation) if not (isinstance(kind, ast.Constant) and kind.value is None)]
-    source = _named(module, kinds[0]) if len(kinds) == 1 else None
+    source = named(module, kinds[0]) if len(kinds) == 1 else None
     names = {_last_name(decorator) for decorator in source.node.decorator_list} if source else set()
     return source if "final" in names else None
 
@@ -174,7 +174,7 @@ def _kinds(annotation: ast.expr | None) -> Iterator[ast.expr]:
         yield annotation
 
 
-def _named(module: str, name: ast.expr) -> Source | None:
+def named(module: str, name: ast.expr) -> Source | None:
     """The class that a plain name means in a module of this project: one of its own, or one that it imports from another file."""
     if isinstance(name, ast.Subscript):
         name = name.value

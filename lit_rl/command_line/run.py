@@ -133,6 +133,11 @@ class CLI(LightningCLI):
         except (ValueError, MisconfigurationException) as error:
             self.parser.error(str(error))
 
+    def after_fit(self) -> None:
+        """Leave the mark by which the job service tells a run that is over from one that was ended: an exit code of 0 may be either."""
+        if self.trainer.is_global_zero and (mark := os.environ.get("PLATFORM_DONE_FILE")):
+            Path(mark).write_text("{}")
+
     def instantiate_trainer(self, **kwargs: object) -> L.Trainer:
         try:
             trainer = super().instantiate_trainer(**kwargs)

@@ -1,4 +1,4 @@
-"""What every server here checks of a request, whatever framework it is written in: who asks, from where, and what an error looks like."""
+"""Checks of a request that every server here makes, whatever its framework: who asks, and from where. And the form of an error."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 
@@ -49,12 +49,105 @@ class NewJob(Body):
 
 
 class ChangedJob(Body):
-    """What may be changed of a job at any time."""
+    """Fields of a job that may be changed at any time."""
 
     name: Annotated[Line, StringConstraints(min_length=1)] | None = None
     description: Text | None = None
     notes: Text | None = None
     tags: Tags | None = None
+
+
+class Stop(Body):
+    """How a job is to stop: with a checkpoint, by force after `grace_s` seconds; or at once."""
+
+    mode: Literal["graceful", "now"] = "graceful"
+    grace_s: Annotated[float, Field(ge=0, le=86400)] = 300.0
+
+
+class Resume(Body):
+    """Where a job continues: its `last` or `best` checkpoint, or the id of one of its list."""
+
+    checkpoint: Line | int = "last"
+
+
+Number = float | None | Literal["NaN", "Infinity", "-Infinity"]
+"""A metric's value. JSON has no number that is not finite: null, or its name, stands for one."""
+
+Key = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+StepNumber = Annotated[int, Field(ge=0, le=1 << 53)]
+Moment = Annotated[float, Field(ge=0, le=1e11)] | None
+
+
+class NewPoint(Body):
+    """Metrics of a step. ts: seconds since 1970."""
+
+    step: StepNumber
+    metrics: Annotated[dict[Key, Number], Field(max_length=512)]
+    epoch: StepNumber | None = None
+    ts: Moment = None
+
+    def numbers(self) -> dict[str, float | None]:
+        """The metrics; what is not finite is None."""
+        return {key: None if isinstance(value, str) else value for key, value in self.metrics.items()}
+
+
+class NewPoints(Body):
+    """Metrics of up to 1,000 steps."""
+
+    points: Annotated[list[NewPoint], Field(min_length=1, max_length=1000)]
+
+
+class NewGpuSample(Body):
+    """A GPU at a moment: utilization in percent, memory in GB, temperature in degrees Celsius, power in watts."""
+
+    gpu_index: Annotated[int, Field(ge=0, le=4096)]
+    utilization: float | None = None
+    memory_used: float | None = None
+    memory_total: float | None = None
+    temperature: float | None = None
+    power_w: float | None = None
+    ts: Moment = None
+
+
+class NewGpuSamples(Body):
+    """Figures of GPUs."""
+
+    samples: Annotated[list[NewGpuSample], Field(min_length=1, max_length=1000)]
+
+
+class NewCheckpoint(Body):
+    """A checkpoint that a run has written, and what its evaluation gave."""
+
+    step: StepNumber
+    path: PathText
+    eval_results: dict[Key, JsonValue] | None = None
+
+
+class NewStatus(Body):
+    """A state that a run reports: running, succeeded, failed, stopped, or a word of its own."""
+
+    status: Annotated[Line, StringConstraints(min_length=1)]
+    message: Text = ""
+
+
+class NewSample(Body):
+    """A sample of a step. images: names of the parts that hold its pictures, several for a film strip. reward: by default their mean."""
+
+    step: StepNumber
+    prompt: Text
+    text: Text | None = None
+    group: Line | int | None = None
+    source: Line | None = None
+    rewards: Annotated[dict[Key, float | None], Field(max_length=64)] = {}
+    reward: float | None = None
+    advantage: float | None = None
+    images: Annotated[list[Key], Field(max_length=64)] = []
+
+
+class NewSamples(Body):
+    """Samples of a job."""
+
+    items: Annotated[list[NewSample], Field(min_length=1, max_length=256)]
 
 
 class Login(Body):

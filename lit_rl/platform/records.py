@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from lit_rl.platform.answers import conflict, not_found, text_of
 from lit_rl.platform.bodies import NewJob
-from lit_rl.platform.schema import jobs, metric_keys, points
+from lit_rl.platform.schema import alerts, jobs, metric_keys, points
 from lit_rl.platform.store import Store
 
 ACTIVE = ("queued", "starting", "running", "stopping")
@@ -26,6 +26,9 @@ FIELDS = (
 )  # fmt: skip
 CANONICAL = ("policy_loss", "value_loss", "reward_mean", "kl_divergence", "entropy", "clip_fraction")
 """Metrics that every method reports under the same names, where it has such a thing."""
+
+STALLED = "stalled"
+"""The rule of alerts for jobs whose steps do not come."""
 
 Job = Mapping[str, object]
 
@@ -141,7 +144,13 @@ class Records:
             "run_dir": str(self.folder(str(job["uuid"]))),
             "exit": {"returncode": job["returncode"], "signal": job["signal"], "reason": job["reason"]},
             "last_metrics": self.last_metrics(str(job["uuid"])),
+            "stalled": job["state"] == "running" and self._stalled(str(job["uuid"])),
         }  # fmt: skip
+
+    def _stalled(self, name: str) -> bool:
+        query = sa.select(alerts.c.id).where(alerts.c.job == name, alerts.c.rule == STALLED, alerts.c.ended_at.is_(None))
+        with self.store.read() as connection:
+            return connection.execute(query).first() is not None
 
     def _keyed(self, key: str) -> Job | None:
         """The job that this key and body have made. Raises ApiError 409 for the key with another body."""

@@ -1,4 +1,4 @@
-"""What the routes of one server share."""
+"""The parts of a server, which its routes share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,21 @@ from typing import Annotated
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
+from lit_rl.net.gpus import gpus
+from lit_rl.platform.alerts import Alerts
+from lit_rl.platform.checkpoints import Checkpoints
+from lit_rl.platform.gpu_history import GpuHistory
+from lit_rl.platform.gpu_reader import Nvml
+from lit_rl.platform.hub import Hub
+from lit_rl.platform.logs import Logs
+from lit_rl.platform.machine import Monitor
+from lit_rl.platform.metrics import MetricStore
 from lit_rl.platform.records import Records
+from lit_rl.platform.reports import Reports
+from lit_rl.platform.samples import Samples
 from lit_rl.platform.settings import Settings
 from lit_rl.platform.store import Store
+from lit_rl.platform.supervisor import Supervisor
 
 
 class Service:
@@ -28,9 +40,28 @@ class Service:
             raise ValueError(f"another server works in --data {settings.data}: stop it, or choose another folder") from error
         self.store = Store(settings.data)
         self.records = Records(self.store, settings.data.resolve() / "runs")
+        self.checkpoints = Checkpoints(self.store, self.records)
+        self.metrics = MetricStore(self.store)
+        self.logs = Logs(self.records)
+        self.gpu_history = GpuHistory(self.store)
+        self.hub = Hub()
+        self.alerts = Alerts(self.store, self.hub)
+        self.reports = Reports(self.records, self.metrics, self.checkpoints, self.gpu_history, self.alerts, self.hub)
+        self.samples = Samples(self.store, self.records)
+        self.monitor = Monitor(settings.reader or Nvml(), settings.data, self.gpu_history, self.alerts, self.hub, self.reports.look)
+        ids = settings.gpu_ids if settings.gpu_ids is not None else tuple(gpu.index for gpu in gpus())
+        self.supervisor = Supervisor(settings, self.records, self.logs, self.hub, lambda: ids)
+
+    def start(self) -> None:
+        """Begin to work: adopt the jobs that an earlier server left."""
+        self.supervisor.start()
+        self.monitor.start()
 
     def close(self) -> None:
-        """Close the files, so that another server may begin."""
+        """Close the files, so that another server may begin. Jobs go on."""
+        self.supervisor.close()
+        self.monitor.close()
+        self.hub.close()
         self.store.close()
         os.close(self._lock)
 

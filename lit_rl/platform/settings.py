@@ -1,4 +1,4 @@
-"""What a server of the platform is started with."""
+"""Options of a server of the platform."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lit_rl.net.guards import socket_owner
+from lit_rl.platform.gpu_reader import GpuReader
 
 Owner = Callable[[tuple[str, int], tuple[str, int]], int | None]
 REPOSITORY = Path(__file__).parents[2]
@@ -20,7 +21,9 @@ class Settings:
 
     data: its folder: database, token, folders of runs. url: where jobs report to. allowed_hosts: names in the Host header beside those of
     loopback. owner: the user id of a caller on this machine, whose own user needs no token. run_root: folder that has `cli.py`, `configs`
-    and the data that relative paths mean. body_seconds: time in which the body of a request must arrive.
+    and the data that relative paths mean. body_seconds: time in which the body of a request must arrive. cpu_jobs: how many jobs without
+    GPUs run at the same time. gpu_ids: those that jobs may have; None: all of the machine.
+    reader: what measures GPUs; None: NVIDIA's driver.
     """
 
     data: Path
@@ -29,6 +32,9 @@ class Settings:
     owner: Owner = socket_owner
     run_root: Path = REPOSITORY
     body_seconds: float = 10.0
+    cpu_jobs: int = field(default_factory=lambda: max((os.cpu_count() or 1) // 2, 1))
+    gpu_ids: tuple[int, ...] | None = None
+    reader: GpuReader | None = None
     token: str = field(default="", repr=False)
 
     @property

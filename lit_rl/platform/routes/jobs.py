@@ -6,8 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Query, Response
 
-from lit_rl.platform.answers import Json, StrictRoute
-from lit_rl.platform.bodies import ChangedJob, NewJob
+from lit_rl.platform.answers import Json, StrictRoute, conflict
+from lit_rl.platform.bodies import ChangedJob, NewJob, Resume, Stop
+from lit_rl.platform.records import ENDED, Job
 from lit_rl.platform.service import Here
 
 router = APIRouter(prefix="/api/jobs", route_class=StrictRoute, tags=["jobs"])
@@ -18,7 +19,7 @@ JobId = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 def create(body: NewJob, here: Here, idempotency_key: Annotated[str | None, Header(max_length=200)] = None) -> Response:
     """Make a job. Its list `problems` says why it could not start as it is."""
     job = here.records.create(body, problems=[], key=idempotency_key)
-    return Json(here.records.shown(job), status_code=201)
+    return _made(here, job)
 
 
 @router.get("")
@@ -58,3 +59,47 @@ def remove(name: JobId, here: Here, files: bool = False) -> Response:
         trash.mkdir(exist_ok=True)
         folder.rename(trash / name)
     return Response(status_code=204)
+
+
+@router.post("/{name}/start", status_code=202)
+def start(name: JobId, here: Here) -> Response:
+    """Let a job wait for its GPUs; 422 with its problems where it could not start."""
+    return Json(here.records.shown(here.supervisor.enqueue(name)), status_code=202)
+
+
+@router.post("/{name}/stop", status_code=202)
+def stop(name: JobId, here: Here, body: Stop | None = None) -> Response:
+    """Stop a job, with a checkpoint unless it must be at once."""
+    wish = body or Stop()
+    return Json(here.records.shown(here.supervisor.stop(name, now=wish.mode == "now", grace=wish.grace_s)), status_code=202)
+
+
+@router.post("/{name}/resume", status_code=201)
+def resume(name: JobId, here: Here, body: Resume | None = None) -> Response:
+    """A new job that continues from a checkpoint of this one."""
+    parent = here.records.find(name)
+    if parent["state"] not in ENDED:
+        raise conflict(f"the job is {parent['state']}; stop it first", "wrong_state")
+    path = here.checkpoints.chosen(name, (body or Resume()).checkpoint)
+    return _made(here, here.records.derive(parent, checkpoint=str(path), problems=[]))
+
+
+@router.post("/{name}/clone", status_code=201)
+def clone(name: JobId, here: Here) -> Response:
+    """A new job with the same settings."""
+    return _made(here, here.records.derive(here.records.find(name), checkpoint=None, problems=[]))
+
+
+@router.get("/{name}/config")
+def config(name: JobId, here: Here) -> Response:
+    """The command of a job, its whole configuration, and the YAML that is laid over its template."""
+    job = here.records.find(name)
+    plan = here.supervisor.plan(job)
+    argv = here.supervisor.argv(job, plan)
+    return Json({"argv": argv, "config": plan.config, "yaml": plan.yaml, "problems": plan.problems})
+
+
+def _made(here: Here, job: Job) -> Response:
+    name = str(job["uuid"])
+    made = here.records.change(name, problems=here.supervisor.plan(job).problems)
+    return Json(here.records.shown(made), status_code=201)

@@ -1,0 +1,86 @@
+"""Alerts by rule, without any setup: one is open for a job and a rule until the reason is gone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import sqlalchemy as sa
+
+from lit_rl.platform.answers import text_of
+from lit_rl.platform.hub import Hub
+from lit_rl.platform.metrics import Metrics
+from lit_rl.platform.schema import alerts
+from lit_rl.platform.store import Store
+
+
+class Rule(NamedTuple):
+    """A bound on metrics. applies: by the metric's name. broken: by its value. says: the sentence, of name and value."""
+
+    name: str
+    applies: Callable[[str], bool]
+    broken: Callable[[float], bool]
+    says: str
+
+
+RULES = (
+    Rule("kl", lambda key: key == "kl_divergence", lambda value: value > 0.1, "{key} is {value:.3g}, above 0.1: far from the reference"),
+    Rule(
+        "zero_std", lambda key: key.endswith("zero_std_ratio"), lambda value: value > 0.8,
+        "{value:.0%} of the groups have equal rewards and teach nothing",
+    ),
+    Rule(
+        "failed_rewards", lambda key: key.endswith(("failed_frac", "failed_fraction")), lambda value: value > 0.01,
+        "{key}: {value:.1%} of the samples could not be scored",
+    ),
+    Rule("agreement", lambda key: key.endswith("agreement"), lambda value: value < 0.0, "{key} is {value:.2f}: rewards contradict"),
+)  # fmt: skip
+
+
+class Alerts:
+    """The alerts of a store's jobs. Those of no job have the empty name."""
+
+    def __init__(self, store: Store, hub: Hub) -> None:
+        self.store, self.hub = store, hub
+        with store.read() as connection:
+            rows = connection.execute(sa.select(alerts.c.job, alerts.c.rule).where(alerts.c.ended_at.is_(None))).all()
+        self._open = {(row.job, row.rule) for row in rows}  # most reports change nothing, and ask the database for nothing
+
+    def judge(self, job: str, step: int, metrics: Metrics) -> None:
+        """Open and close alerts by the metrics of a step."""
+        found = found_by_rules(metrics)
+        for rule, sentence in found.items():
+            self.note(job, rule, sentence, step)
+
+    def note(self, job: str, rule: str, sentence: str | None, step: int | None = None) -> None:
+        """Open an alert, or with None as sentence close it; nothing changes where it is so already."""
+        if ((job, rule) in self._open) == (sentence is not None):
+            return
+        mine = sa.and_(alerts.c.job == job, alerts.c.rule == rule, alerts.c.ended_at.is_(None))
+        with self.store.write() as connection:
+            if sentence is None:
+                connection.execute(sa.update(alerts).where(mine).values(ended_at=time.time()))
+            else:
+                connection.execute(sa.insert(alerts).values(job=job, rule=rule, message=sentence, step=step, ts=time.time()))
+        self._open ^= {(job, rule)}
+        self.hub.publish("alert", job or None, rule=rule, message=sentence or "", open=sentence is not None, step=step)
+
+    def listed(self, job: str) -> list[dict[str, object]]:
+        """Alerts of a job, the oldest first."""
+        with self.store.read() as connection:
+            rows = connection.execute(sa.select(alerts).where(alerts.c.job == job).order_by(alerts.c.id)).mappings().all()
+        kept = ("id", "rule", "message", "step", "ts")
+        return [{key: row[key] for key in kept} | {"created_at": text_of(row["ts"]), "ended_at": text_of(row["ended_at"])} for row in rows]
+
+
+def found_by_rules(metrics: Metrics) -> dict[str, str | None]:
+    """By rule that these metrics are of: the sentence, or None where all is well."""
+    broken = sorted(key for key, value in metrics.items() if value is None)
+    found: dict[str, str | None] = {"nan": f"{', '.join(broken[:5])}: not a finite number" if broken else None}
+    for rule in RULES:
+        mine: Mapping[str, float] = {key: value for key, value in metrics.items() if value is not None and rule.applies(key)}
+        if mine:
+            key, value = next(((k, v) for k, v in mine.items() if rule.broken(v)), ("", 0.0))
+            found[rule.name] = rule.says.format(key=key, value=value) if key else None
+    return found

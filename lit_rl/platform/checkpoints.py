@@ -1,0 +1,104 @@
+"""Checkpoints of jobs: those that runs report, and those that lie in a run's folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
+
+from lit_rl.platform.answers import invalid, not_found, text_of
+from lit_rl.platform.records import Records
+from lit_rl.platform.schema import checkpoints
+from lit_rl.platform.store import Store
+
+Found = dict[str, object]
+
+
+class Checkpoints:
+    """The checkpoints of a store's jobs."""
+
+    def __init__(self, store: Store, records: Records) -> None:
+        self.store, self.records = store, records
+
+    def add(self, job: str, *, step: int, path: str, eval_results: Mapping[str, object] | None, kind: str = "reported") -> Found:
+        """Note a checkpoint; one of the same path is replaced."""
+        values = {"job": job, "step": step, "path": path, "eval_results": eval_results, "kind": kind, "created_at": time.time()}
+        new = {key: value for key, value in values.items() if key not in ("job", "path")}
+        query = insert(checkpoints).values(values).on_conflict_do_update(index_elements=["job", "path"], set_=new)
+        with self.store.write() as connection:
+            connection.execute(query)
+        return next(found for found in self.listed(job) if found["path"] == path)
+
+    def listed(self, job: str) -> list[Found]:
+        """All checkpoints of a job by step; the one of the best result is marked."""
+        query = sa.select(checkpoints).where(checkpoints.c.job == job).order_by(checkpoints.c.step, checkpoints.c.id)
+        with self.store.read() as connection:
+            rows: list[Found] = [dict(row) for row in connection.execute(query).mappings()]
+        known = {row["path"] for row in rows}
+        rows += [found for found in self._on_disk(job) if found["path"] not in known]
+        best = max((score(row) for row in rows if score(row) is not None), default=None)  # type: ignore[type-var]
+        folder = self.records.folder(job)
+        return [self._shown(row, folder, best) for row in rows]
+
+    def file(self, job: str, which: str) -> Path:
+        """The file of a checkpoint below the job's folder, links followed. Raises ApiError 404 for all others."""
+        row = next((found for found in self.listed(job) if str(found["id"]) == which), None)
+        folder = self.records.folder(job).resolve()
+        path = None if row is None else (folder / str(row["path"])).resolve()
+        if path is None or not path.is_relative_to(folder) or not path.is_file():
+            raise not_found("checkpoint", which)
+        return path
+
+    def chosen(self, job: str, which: str | int) -> Path:
+        """The checkpoint that `last`, `best` or an id means. Raises ApiError 422 where there is none."""
+        folder, rows = self.records.folder(job), self.listed(job)
+        if which == "last":
+            paths = [path for path in (folder / "checkpoints").glob("last*.ckpt") if path.exists()]
+            paths = paths or [folder / str(row["path"]) for row in rows if row["exists"]][-1:]
+        elif which == "best":
+            paths = [folder / str(row["path"]) for row in rows if row["is_best"] and row["exists"]]
+            paths = paths or list((folder / "best").glob("*.ckpt"))
+        else:
+            paths = [folder / str(row["path"]) for row in rows if str(row["id"]) == str(which) and row["exists"]]
+        if not paths:
+            raise invalid(f"the job has no checkpoint {str(which)[:80]!r} any more", [{"field": "checkpoint", "problem": "not there"}])
+        return max(paths, key=lambda path: path.stat().st_mtime)
+
+    def _on_disk(self, job: str) -> list[Found]:
+        folder = self.records.folder(job)
+        paths = [path for kind in ("checkpoints", "best") for path in sorted((folder / kind).glob("*.ckpt"))]
+        return [
+            {"id": f"{path.parent.name}.{path.stem}", "step": _step(path), "path": str(path), "kind": path.parent.name,
+             "eval_results": None, "created_at": path.stat().st_mtime}
+            for path in paths
+        ]  # fmt: skip
+
+    def _shown(self, row: Found, folder: Path, best: float | None) -> Found:
+        path = folder / str(row["path"])
+        exists = path.exists()
+        size = (
+            sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
+            if path.is_dir()
+            else path.stat().st_size
+            if exists
+            else None
+        )
+        created = row["created_at"]
+        assert isinstance(created, float)
+        mark = {"is_best": best is not None and score(row) == best, "exists": exists, "size_bytes": size, "created_at": text_of(created)}
+        return {key: row[key] for key in ("id", "step", "path", "kind", "eval_results")} | mark
+
+
+def score(row: Mapping[str, object]) -> float | None:
+    """The first number of a checkpoint's results."""
+    results = row["eval_results"]
+    numbers = [value for value in results.values() if isinstance(value, int | float)] if isinstance(results, dict) else []
+    return float(numbers[0]) if numbers else None
+
+
+def _step(path: Path) -> int:
+    digits = path.stem.rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else 0

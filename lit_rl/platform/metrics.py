@@ -1,0 +1,172 @@
+"""Metrics of jobs: one number for each job, name and step, kept and read back as rows or as curves."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
+
+from lit_rl.platform.answers import invalid
+from lit_rl.platform.schema import jobs, metric_keys, points, steps
+from lit_rl.platform.store import Store
+
+MAX_KEYS = 512
+"""Different metrics of a job."""
+
+MAX_ROWS = 100_000
+ALIASES = {
+    "policy_loss": ("actor/pg_loss", "loss"),
+    "value_loss": ("critic/vf_loss",),
+    "reward_mean": ("critic/rewards/mean", "reward", "reward_avg"),
+    "kl_divergence": ("actor/ppo_kl", "approx_kl", "kl"),
+    "entropy": ("actor/entropy",),
+    "clip_fraction": ("actor/pg_clipfrac", "clipfrac", "clip_ratio"),
+}
+"""Names that other trainers give to the canonical metrics; their values are copied, and kept under their own name too."""
+
+HELD_OUT = ("val/", "val_", "eval/", "test/")
+"""Beginnings of metrics that are not of training."""
+
+Metrics = Mapping[str, float | None]
+Row = dict[str, object]
+
+
+class Point(NamedTuple):
+    """The metrics of a step; None is a number that is not finite. ts: when, in seconds since 1970."""
+
+    step: int
+    metrics: Metrics
+    epoch: int | None
+    ts: float
+
+
+class MetricStore:
+    """The metrics of a store's jobs."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def add(self, job: str, given: Sequence[Point]) -> list[Point]:
+        """Keep points; a number of the same name and step is replaced. Returns them with the canonical names. Raises ApiError 422."""
+        named = [point._replace(metrics=with_canonical(point.metrics)) for point in given]
+        with self.store.write() as connection:
+            ids = self._ids(connection, job, {key for point in named for key in point.metrics})
+            rows: list[dict[str, object]] = [
+                {"key": ids[key], "step": p.step, "value": value} for p in named for key, value in p.metrics.items()
+            ]
+            _upsert(connection, points, rows, ("key", "step"))
+            _upsert(connection, steps, [{"job": job, "step": p.step, "ts": p.ts, "epoch": p.epoch} for p in named], ("job", "step"))
+            newest = max(named, key=lambda point: point.step)
+            connection.execute(sa.update(jobs).where(jobs.c.uuid == job).values(reported_at=time.time()))
+            ahead = sa.update(jobs).where(jobs.c.uuid == job, sa.func.coalesce(jobs.c.step, -1) < newest.step)
+            connection.execute(ahead.values(step=newest.step, epoch=sa.func.coalesce(newest.epoch, jobs.c.epoch)))
+        return named
+
+    def usual_seconds(self, job: str) -> float | None:
+        """The median time between the newest 20 steps of a job."""
+        query = sa.select(steps.c.ts).where(steps.c.job == job).order_by(steps.c.step.desc()).limit(20)
+        with self.store.read() as connection:
+            times = list(connection.execute(query).scalars())
+        return statistics.median(a - b for a, b in pairwise(times)) if len(times) > 2 else None
+
+    def names(self, job: str) -> dict[str, int]:
+        """The metrics of a job, and their ids."""
+        with self.store.read() as connection:
+            return _known(connection, job)
+
+    def rows(
+        self, job: str, *, split: str = "train", since: int = -1, limit: int = MAX_ROWS, keys: Sequence[str] = ()
+    ) -> list[dict[str, object]]:
+        """One row for each step, ascending: step, ts, epoch, and its metrics; the newest `limit`, or from `since` on the oldest.
+
+        split: train: rows that have the policy's loss and the mean reward as numbers, as far as the job reports them; eval: rows with
+        held-out metrics; all: every row.
+        """
+        known = self.names(job)
+        ids = {number: name for name, number in known.items() if not keys or name in keys}
+        newest = steps.c.step.desc() if since < 0 else steps.c.step
+        query = sa.select(steps).where(steps.c.job == job, steps.c.step > since).order_by(newest)
+        with self.store.read() as connection:
+            found: dict[int, dict[str, object]] = {}
+            for row in connection.execute(query.limit(MAX_ROWS)):
+                found[row.step] = {"step": row.step, "ts": row.ts, "epoch": row.epoch}
+            span = (min(found, default=0), max(found, default=-1))
+            for part in (list(ids)[i : i + 256] for i in range(0, len(ids), 256)):
+                values = sa.select(points).where(points.c.key.in_(part), points.c.step.between(*span))
+                for value in connection.execute(values):
+                    if value.step in found:
+                        found[value.step][ids[value.key]] = value.value
+        wanted = [name for name in ("policy_loss", "reward_mean") if name in known and (not keys or name in keys)]
+        chosen = [row for row in found.values() if _in_split(row, split, wanted)][:limit]
+        return sorted(chosen, key=lambda row: int(str(row["step"])))
+
+    def series(self, job: str, keys: Sequence[str], *, buckets: int, first: int | None, last: int | None) -> dict[str, dict[str, object]]:
+        """Curves by name: of each bucket of steps its first step, and the least, largest and mean value; raw where each has one point."""
+        known = self.names(job)
+        with self.store.read() as connection:
+            return {key: _curve(connection, known[key], buckets, first, last) for key in keys or known if key in known}
+
+    def _ids(self, connection: sa.Connection, job: str, names: set[str]) -> dict[str, int]:
+        known = _known(connection, job)
+        new = sorted(names - known.keys())
+        if len(known) + len(new) > MAX_KEYS:
+            raise invalid(
+                f"a job has at most {MAX_KEYS} metrics; {new[-1][:80]!r} would be one more", [{"field": "metrics", "problem": "too many"}]
+            )
+        if new:
+            connection.execute(sa.insert(metric_keys), [{"job": job, "name": name} for name in new])
+            known = _known(connection, job)
+        return known
+
+
+def with_canonical(metrics: Metrics) -> dict[str, float | None]:
+    """The metrics, and under their canonical names copies of those that have another one."""
+    copied = {
+        name: metrics[other] for name, others in ALIASES.items() if name not in metrics for other in reversed(others) if other in metrics
+    }
+    return {key: None if value is None or not math.isfinite(value) else float(value) for key, value in {**metrics, **copied}.items()}
+
+
+def _known(connection: sa.Connection, job: str) -> dict[str, int]:
+    query = sa.select(metric_keys.c.name, metric_keys.c.id).where(metric_keys.c.job == job).order_by(metric_keys.c.id)
+    return {row.name: row.id for row in connection.execute(query)}
+
+
+def _upsert(connection: sa.Connection, table: sa.Table, rows: list[dict[str, object]], keys: tuple[str, ...]) -> None:
+    query = insert(table)
+    new = {column.name: query.excluded[column.name] for column in table.c if column.name not in keys}
+    if rows:
+        connection.execute(query.on_conflict_do_update(index_elements=list(keys), set_=new), rows)
+
+
+def _in_split(row: Mapping[str, object], split: str, wanted: Sequence[str]) -> bool:
+    held_out = [key for key in row if key.startswith(HELD_OUT)]
+    if split == "all":
+        return True
+    if split == "eval":
+        return bool(held_out)
+    if wanted:
+        return all(row.get(name) is not None for name in wanted)
+    return len(row) - 3 > len(held_out)
+
+
+def _curve(connection: sa.Connection, key: int, buckets: int, first: int | None, last: int | None) -> dict[str, object]:
+    mine = [points.c.key == key]
+    mine += [] if first is None else [points.c.step >= first]
+    mine += [] if last is None else [points.c.step <= last]
+    low, high, count = connection.execute(
+        sa.select(sa.func.min(points.c.step), sa.func.max(points.c.step), sa.func.count()).where(*mine)
+    ).one()
+    raw = count <= buckets
+    width = 1 if raw else max(1, -(-(high - low + 1) // buckets))
+    bucket = sa.literal(0) + (points.c.step - (low or 0)) // width
+    figures = [sa.func.min(points.c.step), sa.func.min(points.c.value), sa.func.max(points.c.value), sa.func.avg(points.c.value)]
+    rows = connection.execute(sa.select(*figures).where(*mine).group_by(bucket).order_by(sa.func.min(points.c.step))).all()
+    step, least, largest, mean = zip(*rows) if rows else ((), (), (), ())
+    return {"step": list(step), "min": list(least), "max": list(largest), "mean": list(mean), "raw": raw}

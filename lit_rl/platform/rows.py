@@ -1,0 +1,21 @@
+"""How many rows a file of training data has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def count_rows(path: Path) -> int | None:
+    """Rows of a Parquet file, or lines of a text or JSONL file; None for anything else and for what cannot be read."""
+    if path.suffix == ".parquet" and path.is_file():
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return int(pyarrow.parquet.ParquetFile(path).metadata.num_rows)
+        except pyarrow.ArrowInvalid:
+            return None
+    if path.suffix in (".jsonl", ".txt") and path.is_file():
+        with path.open("rb") as file:
+            return sum(bool(line.strip()) for line in file)
+    return None

@@ -1,0 +1,1 @@
+"""Reports of a run to the platform and to Weights & Biases, without torch and Lightning."""

@@ -1,0 +1,140 @@
+"""Reports on their way to the platform: a queue that never blocks, one thread that sends, a file for what could not be sent."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+WAITING = 50_000
+"""Points of metrics that wait at most; of more, the oldest are dropped."""
+
+BATCH = 500
+PERIOD, TIMEOUT, LONGEST_PAUSE = 0.5, 10.0, 10.0
+Payload = Mapping[str, object]
+
+
+class Outbox:
+    """Sends reports of one job, in order, in batches. Nothing of it raises or blocks in the thread that reports.
+
+    spool: a file that takes what could not be sent until the end, and whose content is sent first by the next outbox of the job.
+    """
+
+    def __init__(self, url: str, job: str, *, token: str | None, spool: Path | None) -> None:
+        self.url, self.job, self.token, self.spool = url.rstrip("/"), job, token, spool
+        self.dropped = 0
+        self._points: deque[Payload] = deque()
+        self._others: deque[tuple[str, Payload]] = deque()
+        self._lock, self._some, self._closing = threading.Lock(), threading.Event(), False
+        self._reached: bool | None = None
+        self._give_up = float("inf")
+        self._recover()
+        self._thread = threading.Thread(target=self._work, name="platform", daemon=True)
+        self._thread.start()
+
+    def point(self, point: Payload) -> None:
+        """Metrics of a step."""
+        with self._lock:
+            self._points.append(point)
+            if len(self._points) > WAITING:
+                self._points.popleft()
+                self.dropped += 1
+        if len(self._points) >= BATCH:
+            self._some.set()
+
+    def other(self, route: str, body: Payload) -> None:
+        """A checkpoint, a state or a GPU; of these none is dropped."""
+        with self._lock:
+            self._others.append((route, body))
+
+    def close(self, seconds: float) -> None:
+        """Send what waits, for so long at most; the rest is spooled."""
+        self._give_up, self._closing = time.monotonic() + seconds, True
+        self._some.set()
+        self._thread.join(seconds + TIMEOUT)
+        self._keep()
+
+    def _work(self) -> None:
+        pause = PERIOD
+        while True:
+            self._some.wait(pause)
+            self._some.clear()
+            sent = self._send_waiting()
+            if self._closing and (not (self._points or self._others) or time.monotonic() >= self._give_up):
+                return
+            pause = PERIOD if sent else min(2 * pause, 1.0 if self._closing else LONGEST_PAUSE)
+
+    def _send_waiting(self) -> bool:
+        """Send batch after batch; False once one could not be sent."""
+        while self._points or self._others:
+            with self._lock:
+                batch, others = list(self._points)[:BATCH], list(self._others)[:1]
+            if batch and not self._post("metrics", {"points": batch}):
+                return False
+            self._taken(len(batch), 0)
+            if others and not self._post(*others[0]):
+                return False
+            self._taken(0, len(others))
+        return True
+
+    def _taken(self, points: int, others: int) -> None:
+        with self._lock:
+            for _ in range(min(points, len(self._points))):
+                self._points.popleft()
+            for _ in range(others):
+                self._others.popleft()
+
+    def _post(self, route: str, body: Payload) -> bool:
+        """True once the platform has taken a report, or refused it for good; False where it is worth another try."""
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
+        request = urllib.request.Request(f"{self.url}/api/jobs/{self.job}/{route}", json.dumps(body).encode(), headers)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=TIMEOUT) as answer:
+                answer.read()
+        except urllib.error.HTTPError as error:
+            if error.code in (408, 429, 500, 502, 503, 504):
+                return self._told(False, f"it answers {error.code}")
+            log.warning(
+                "the platform at %s refuses %s of job %s: %s", self.url, route, self.job, error.read(500).decode("utf-8", "replace")
+            )
+        except (OSError, ValueError) as error:
+            return self._told(False, str(error))
+        return self._told(True, "")
+
+    def _told(self, reached: bool, reason: str) -> bool:
+        """Say once when the platform is away, and once when it is back."""
+        if reached != self._reached and not (reached and self._reached is None):
+            text = "is there again" if reached else f"is away ({reason}); the run goes on, and reports wait"
+            log.warning("the platform at %s %s", self.url, text)
+        self._reached = reached
+        return reached
+
+    def _keep(self) -> None:
+        with self._lock:
+            lines = [json.dumps(["metrics", {"points": [point]}]) for point in self._points] + [json.dumps(pair) for pair in self._others]
+        if lines and self.spool is not None:
+            self.spool.parent.mkdir(parents=True, exist_ok=True)
+            with self.spool.open("a") as file:
+                file.writelines(f"{line}\n" for line in lines)
+        if lines or self.dropped:
+            where = f"kept in {self.spool}" if self.spool else "lost"
+            log.warning("%d reports could not be sent to %s: %s; %d older ones were dropped", len(lines), self.url, where, self.dropped)
+
+    def _recover(self) -> None:
+        if self.spool is None or not self.spool.exists():
+            return
+        for line in self.spool.read_text().splitlines():
+            route, body = json.loads(line)
+            if route == "metrics":
+                self._points.extend(body["points"])
+            else:
+                self._others.append((route, body))
+        self.spool.unlink()
