@@ -32,7 +32,7 @@ def init_logging(
 
 
 class DualLogger:
-    """Reports to the platform and to Weights & Biases. Calls cost microseconds: a thread sends; on processes of rank above 0 they do nothing.
+    """Reports to the platform and to Weights & Biases. A call takes microseconds, a thread sends; on ranks above 0 nothing is done.
 
     Args:
         job_uuid: The job's id; an unknown one becomes a job that somebody else started.

@@ -8,7 +8,7 @@ from typing import SupportsFloat
 
 
 def flat_numbers(metrics: Mapping[str, object], prefix: str = "") -> dict[str, float]:
-    """Numbers by name; nested mappings are joined by "/". Takes Python's and numpy's numbers and tensors of one element; others are left out."""
+    """Numbers by name; nested mappings are joined by "/". Tensors of one element are numbers, too; texts are left out."""
     found: dict[str, float] = {}
     for key, value in metrics.items():
         name = f"{prefix}{key}"

@@ -21,7 +21,7 @@ class WandBRun:
         run.define_metric("*", step_metric=STEP)
 
     @classmethod
-    def begun(cls, **options: object) -> WandBRun | None:
+    def begun(cls, **options: Any) -> WandBRun | None:
         """A new run; None, and a warning, where there can be none."""
         try:
             import wandb
