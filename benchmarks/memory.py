@@ -7,11 +7,14 @@ Prints the table of docs/memory.md: what a GPU holds at the fullest moment, in w
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import lightning as L
 
@@ -36,8 +39,15 @@ MODELS: Mapping[str, Published] = {
     "openai/clip-vit-large-patch14": "clip_l",
 }
 """Sizes of the models that shipped recipes name."""
-UNTOLD = {"deepgen/diffusion_nft", "deepgen/flow_grpo", "deepgen/grpo_guard"}
-"""Recipes whose pictures, or whose language model before a diffusion transformer, are not in the estimate yet."""
+NAMED = {
+    "SD3_5_MODEL_NAME_OR_PATH": "deepgen/sd3",
+    "QWEN2_5_VL_MODEL_NAME_OR_PATH": "deepgen/language",
+    "CHECKPOINT": "deepgen/checkpoint.pth",
+    "CLIP_MODEL_NAME_OR_PATH": "clip_l",
+    "SFTAUX_DATASET_CONFIG": "pictures.yaml",
+    "DATASET_CONFIG": "prompts.yaml",
+}
+"""Variables of the environment by which DeepGen's recipes name their files, and where these are in the folder of models."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +64,8 @@ class Recipe:
 
 
 def recipes() -> list[Recipe]:
-    """All but the demos, and UNTOLD."""
-    found = [_recipe(path) for path in shipped() if path.parent.name != "demo"]
-    return [recipe for recipe in found if recipe.name not in UNTOLD]
+    """All but the demos."""
+    return [_recipe(path) for path in shipped() if path.parent.name != "demo"]
 
 
 def _recipe(path: Path) -> Recipe:
@@ -72,12 +81,24 @@ def estimated(recipe: Recipe, models: Path) -> Estimate:
     for name, model in MODELS.items():
         if re.search(rf"{re.escape(name)}(?![\w.-])", text):
             text = re.sub(rf"{re.escape(name)}(?![\w.-])", str(write_configs(model, models / model)), text)
+    if "DeepGenPolicy" in text:
+        write_named(models)
     (file := models / f"{recipe.path.parent.name}_{recipe.path.name}").write_text(text)
     options = ["--config", str(ROOT / f"configs/base/{recipe.base}.yaml"), "--config", str(file), "--trainer.devices", str(recipe.gpus)]
-    run = Run(parse(options), options, [], [])
-    callbacks = [run.build(L.Callback, value) for value in run.config.trainer.callbacks]
-    placement = Placement.of(run.config.trainer, processes=recipe.gpus, gpu=True)
-    return estimate(run.build(LitRL, run.config.model), placement, data=run.config.data, callbacks=callbacks)
+    with patch.dict(os.environ, {name: str(models / place) for name, place in NAMED.items()}):
+        run = Run(parse(options), options, [], [])
+        callbacks = [run.build(L.Callback, value) for value in run.config.trainer.callbacks]
+        placement = Placement.of(run.config.trainer, processes=recipe.gpus, gpu=True)
+        return estimate(run.build(LitRL, run.config.model), placement, data=run.config.data, callbacks=callbacks)
+
+
+def write_named(models: Path) -> None:
+    """The files that the environment names, where they are not there yet: sizes of DeepGen and CLIP, and a list of one picture."""
+    for model in ("deepgen", "clip_l"):
+        if not (models / model).is_dir():
+            write_configs(model, models / model)
+    (models / "pictures.json").write_text(json.dumps([{"image_path": "a.png", "txt": "a"}]))
+    (models / "pictures.yaml").write_text("sources: [{path: pictures.json}]")
 
 
 def row(recipe: Recipe, found: Estimate) -> str:

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from lit_rl.checkpoints.restricted import deepspeed_reads_plain_files
-from lit_rl.checkpoints.weights import check_numbers, read_plain
+from lit_rl.checkpoints.weights import check_numbers, read_plain, read_sizes
 from lit_rl.errors import ConfigError, listed
 
 Tensors = dict[str, Tensor]
@@ -70,18 +72,21 @@ def split_parts(state: Mapping[str, Tensor]) -> DeepGenWeights:
     return parts
 
 
-def read_deepgen(path: str | Path) -> Tensors:
+def read_deepgen(path: str | Path, *, sizes: bool = False) -> Tensors:
     """The tensors of a checkpoint, on the CPU, under `old_name`. Nothing in the file is executed.
 
     path: A .pth or .safetensors file, flat or with "state_dict"; a folder with model.safetensors, whole or in shards; or a DeepSpeed
-    folder. Raises ConfigError for anything else, and for one with NaN in it.
+    folder. sizes: Tensors of the meta device, for which no numbers are read. Raises ConfigError for anything else, and for a checkpoint
+    with NaN in it.
     """
     place = Path(path).expanduser()
     what = f"checkpoint: {str(path)!r}"
-    found = _read_folder(place, what) if place.is_dir() else _flat(read_plain(place, what=what))
+    read = read_sizes if sizes else read_plain
+    found = _read_folder(place, what, read) if place.is_dir() else _flat(read(place, what=what))
     if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise ConfigError(f"{what} is not a file of tensors by name, flat or under 'state_dict'")
-    check_numbers(found, what=what)
+    if not sizes:
+        check_numbers(found, what=what)
     return {old_name(str(name)): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 
@@ -119,10 +124,12 @@ def _is_deepspeed(folder: Path) -> bool:
     return any(folder.glob("*model_states.pt")) or (folder / "latest").is_file()
 
 
-def _read_folder(folder: Path, what: str) -> object:
+def _read_folder(folder: Path, what: str, read: Callable[..., object]) -> object:
     if files := _shards(folder):
-        parts = [read_plain(file, what=f"{what}, {file.name}") for file in files]
+        parts = [read(file, what=f"{what}, {file.name}") for file in files]
         return {name: tensor for part in parts if isinstance(part, Mapping) for name, tensor in part.items()}
+    if read is read_sizes:
+        return _deepspeed_sizes(folder, what)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     above, tag = (folder, None) if (folder / "latest").is_file() else (folder.absolute().parent, folder.absolute().name)
@@ -131,3 +138,11 @@ def _read_folder(folder: Path, what: str) -> object:
             return get_fp32_state_dict_from_zero_checkpoint(os.fspath(above), tag)
     except (FileNotFoundError, ValueError, KeyError) as error:
         raise ConfigError(f"{what} is not a whole DeepSpeed folder: {error}") from error
+
+
+def _deepspeed_sizes(folder: Path, what: str) -> Tensors:
+    """Tensors of the meta device for the trained weights of a DeepSpeed folder: the first process's file names their shapes."""
+    place = folder / (folder / "latest").read_text().strip() if (folder / "latest").is_file() else folder
+    with deepspeed_reads_plain_files():
+        found: Any = read_sizes(min(place.glob("*model_states.pt"), default=place), what=what)
+    return {name: torch.empty(shape, device="meta") for shapes in found["param_shapes"] for name, shape in shapes.items()}

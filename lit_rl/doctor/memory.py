@@ -76,8 +76,6 @@ def estimate(method: LitRL[Rollout], placement: Placement, *, data: Namespace | 
 
     Raises ConfigError for models whose configs are not there, and for methods and policies that are not of this project's kinds.
     """
-    if isinstance(method.policy, DeepGenPolicy):
-        raise ConfigError("the sizes of a DeepGen policy are told by its checkpoint, which no config describes")
     networks, policy = built(method), method.policy
     blocks = {network: owner.blocks(network) for owner in method.models() for network in owner.networks()}
     lines = [
@@ -108,6 +106,8 @@ def built(method: LitRL[Rollout]) -> Mapping[str, nn.Module]:
     found = {"policy": policy.network}
     if policy.reference_network is not None:
         found["reference"] = policy.reference_network
+    if isinstance(policy, DeepGenPolicy) and policy.trains_condition:
+        found["conditioner"] = policy.conditioner
     return found | ({"critic": critic.network} if isinstance(critic, Critic) else {})
 
 

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from lit_rl.doctor.conditioners import answering, hand_out_states, learned_conditions, masks_of, reading
 from lit_rl.doctor.ledger import Ledger, imagine, imagined, mixed
 from lit_rl.doctor.placement import Line, Placement
 from lit_rl.doctor.shallow import extrapolated
@@ -17,16 +18,18 @@ from lit_rl.modules.flow import LitFlow
 from lit_rl.modules.tokens import LitTokens
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.critic import Critic
+from lit_rl.policies.deepgen import DeepGenPolicy
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
 from lit_rl.policies.language_model import TokenNetwork
 from lit_rl.policies.vision_language import VisionLanguageModel
 from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.decoder import Decoder, unsupported
+from lit_rl.rollouts.graphs import BUCKET
 from lit_rl.rollouts.hf import HFEngine
 from lit_rl.rollouts.native import NativeEngine
 from lit_rl.rollouts.room import need_of
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "style_encoder")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "style_encoder", "conditioner")
 Blocks = Mapping[nn.Module, Sequence[nn.Module]]
 
 
@@ -117,14 +120,19 @@ def _answers(
     own: Blocks = {network: networks[network]}
     with imagined(gpu=placement.gpu):
         imagine(own, dtype=placement.whole)
-        copies, forward = extrapolated(own, lambda: _decoder(network.lm, [[0] * lengths.prompt] * prompts, placement))
+        asked = [[0] * lengths.prompt] * prompts
+        copies, forward, step = extrapolated(own, lambda: _decoder(network.lm, asked, placement, rows=rows, columns=longest - 1))
     yield Line("the sampler's copies of weights", copies, "rollout")
     logits = rows * config.vocab_size * 4 * 3
     yield Line("reading prompts and drawing tokens", max(forward, logits), "rollout")
+    if isinstance(engine, NativeEngine) and engine.cuda_graphs:
+        yield Line("steps of decoding as CUDA graphs", step + (-(-longest // BUCKET) - 1) * rows * config.vocab_size * 4, "rollout")
 
 
 @torch.no_grad()
-def _decoder(lm: object, prompts: Sequence[Sequence[int]], placement: Placement) -> list[float]:
+def _decoder(lm: object, prompts: Sequence[Sequence[int]], placement: Placement, *, rows: int, columns: int) -> list[float]:
+    """Bytes of the decoder's copies of weights, of reading prompts, and of one step of so many rows over so many columns."""
+
     def copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor.detach().to(dtype, copy=placement.cuts_weights)
 
@@ -134,7 +142,13 @@ def _decoder(lm: object, prompts: Sequence[Sequence[int]], placement: Placement)
         ledger.peak = copies = ledger.now
         cache = decoder.cache(rows=len(prompts), columns=len(prompts[0]), places=0, prompt=0)
         decoder.prefill(prompts, range(len(prompts)), cache)
-    return [copies, ledger.peak - copies]
+        reading = ledger.peak - copies
+        del cache
+        tokens, cache = torch.zeros(rows, dtype=torch.long), decoder.cache(rows=rows, columns=columns, places=0, prompt=1)
+        cache.reserve(columns)
+        ledger.peak = before = ledger.now
+        decoder.step(tokens, tokens, cache, None, newest=columns - 1, columns=tokens)
+    return [copies, reading, ledger.peak - before]
 
 
 # ---------------------------------------------------------------------- pictures
@@ -149,10 +163,14 @@ def pairs_at_once(method: LitFlow, placement: Placement) -> int:
 def of_pictures(method: LitFlow, policy: DiffusersFlowPolicy, networks: Blocks, placement: Placement) -> Iterator[Line]:
     """Denoising, decoding and encoding in a rollout, and training on pairs."""
     pairs, images, lower = pairs_at_once(method, placement), method.rollout_micro_batch, placement.autocast
+    prompts = -(-method.prompts_per_iteration // placement.processes)
     with imagined(gpu=placement.gpu):
         prepared(networks, placement)
+        if isinstance(policy, DeepGenPolicy) and policy.trains_condition:
+            hand_out_states(policy.conditioner)
         training, sampling = extrapolated(
-            networks, lambda: [_trained_pairs(method, policy, pairs, lower), _velocity(policy, images, lower)]
+            answering(networks),
+            lambda: [_trained_pairs(method, policy, pairs, lower, prompts=min(pairs, prompts)), _velocity(policy, images, lower)],
         )
     with imagined(gpu=placement.gpu):
         vae = policy._pipe.vae
@@ -161,19 +179,25 @@ def of_pictures(method: LitFlow, policy: DiffusersFlowPolicy, networks: Blocks, 
     yield Line(f"activations of {pairs} pairs", training, "training")
     yield Line(f"denoising {images} images", sampling, "rollout")
     yield Line(f"decoding {min(images, policy.vae_slice)} images", decoding, "decoding")
+    if isinstance(policy, DeepGenPolicy):
+        at_once, precision = (prompts, lower) if policy.trains_condition else (1, None)
+        yield Line(f"reading {at_once} prompts", reading(policy, at_once, gpu=placement.gpu, lower=precision), "encoding")
     yield from _frozen_parts(policy)
     yield from _kept(method, policy, placement)
 
 
 def _conditions(policy: DiffusersFlowPolicy, rows: int) -> dict[str, Tensor]:
     shapes = policy.condition_shapes()
-    return {name: torch.zeros(1 if name.startswith("negative") else rows, *shape) for name, shape in shapes.items()}
+    found = {name: torch.zeros(1 if name.startswith("negative") else rows, *shape) for name, shape in shapes.items()}
+    return found | (masks_of(found) if isinstance(policy, DeepGenPolicy) else {})
 
 
-def _trained_pairs(method: LitFlow, policy: DiffusersFlowPolicy, pairs: int, lower: torch.dtype | None) -> float:
+def _trained_pairs(method: LitFlow, policy: DiffusersFlowPolicy, pairs: int, lower: torch.dtype | None, *, prompts: int) -> float:
     with Ledger() as ledger:
-        x, t, cond = torch.zeros(pairs, *policy.latent_shape()), torch.zeros(pairs), _conditions(policy, pairs)
+        x, t = torch.zeros(pairs, *policy.latent_shape()), torch.zeros(pairs)
         with mixed(lower):
+            learns = isinstance(policy, DeepGenPolicy) and policy.trains_condition
+            cond = learned_conditions(policy, prompts=prompts, rows=pairs) if learns else _conditions(policy, pairs)
             v = policy.velocity(x, t, cond)
             if getattr(getattr(method, "kl", None), "coef", 0):
                 with torch.no_grad(), policy.reference():
@@ -200,10 +224,11 @@ def _decoded(policy: DiffusersFlowPolicy, images: int) -> float:
 
 
 def _frozen_parts(policy: DiffusersFlowPolicy) -> Iterator[Line]:
-    sizes = {name: sum(p.nbytes for p in part.parameters()) for name in ENCODERS if (part := getattr(policy._pipe, name, None)) is not None}
+    parts = [part for name in ENCODERS if (part := getattr(policy._pipe, name, None)) is not None and part not in policy.networks()]
+    size = sum(p.nbytes for part in parts for p in part.parameters())
     vae = sum(p.nbytes for p in policy._pipe.vae.parameters())
     yield Line("VAE", vae, "decoding" if policy.frozen.offload_vae else "")
-    yield Line("text and style encoders", sum(sizes.values()), "encoding" if policy.frozen.offload_text_encoders else "")
+    yield Line("text and style encoders", size, "encoding" if policy.frozen.offload_text_encoders else "")
 
 
 def _kept(method: LitFlow, policy: DiffusersFlowPolicy, placement: Placement) -> Iterator[Line]:

@@ -56,9 +56,12 @@ def build_deepgen(
         torch.manual_seed(seed)
         decoder = _language(place / "language", hidden=language_hidden, layers=language_layers)
         fused = len(range(language_layers - 1, 0, -6))
-        state = _bridge(language_hidden, fused, queries=queries, hidden=connector_hidden, layers=connector_layers, heads=connector_heads)
+        state = bridge_weights(
+            language_hidden, fused, queries=queries, hidden=connector_hidden, intermediate=2 * connector_hidden, layers=connector_layers,
+            heads=connector_heads, sequence=connector_hidden,
+        )  # fmt: skip
         if adapter_rank:
-            state |= _adapter(decoder, adapter_rank)
+            state |= adapter_weights(decoder, adapter_rank)
     torch.save({"state_dict": state}, place / "checkpoint.pth")
     return place
 
@@ -108,17 +111,20 @@ def _language(folder: Path, *, hidden: int, layers: int) -> nn.Module:
     return model.model.language_model
 
 
-def _bridge(language: int, fused: int, *, queries: int, hidden: int, layers: int, heads: int) -> dict[str, Tensor]:
+def bridge_weights(
+    language: int, fused: int, *, queries: int, hidden: int, intermediate: int, layers: int, heads: int, sequence: int
+) -> dict[str, Tensor]:
+    """A new bridge from `fused` states of width `language` to conditions of width `sequence`, as a checkpoint names its tensors."""
     from transformers import SiglipVisionConfig
     from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
-    config = SiglipVisionConfig(hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=heads)
+    config = SiglipVisionConfig(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads)
     encoder: Callable[..., nn.Module] = SiglipEncoder
     parts: dict[str, nn.Module] = {
         "connector": encoder(config),
         "projector_1": nn.Linear(fused * language, hidden),
         "projector_2": nn.Linear(hidden, hidden),
-        "projector_3": nn.Linear(hidden, hidden),
+        "projector_3": nn.Linear(hidden, sequence),
     }
     for part in parts.values():
         if isinstance(part, nn.Linear):
@@ -127,7 +133,7 @@ def _bridge(language: int, fused: int, *, queries: int, hidden: int, layers: int
     return found | {"meta_queries": torch.randn(queries, language) * language**-0.5}
 
 
-def _adapter(decoder: nn.Module, rank: int) -> dict[str, Tensor]:
+def adapter_weights(decoder: nn.Module, rank: int) -> dict[str, Tensor]:
     """On every linear layer and the embedding, as DeepGen's; under the names of transformers 4.51."""
     found: dict[str, Tensor] = {}
     for name, module in decoder.named_modules():

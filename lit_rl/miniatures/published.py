@@ -1,6 +1,6 @@
 """Configs of published models, written as their folders hold them, without weights: what `python -m lit_rl.doctor` needs for memory.
 
-python -m lit_rl.miniatures.published {qwen25_7b,sd35_medium,flux_dev,flux_fill,siglip} FOLDER
+python -m lit_rl.miniatures.published {qwen25_7b,sd35_medium,flux_dev,flux_fill,siglip,deepgen} FOLDER
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from lit_rl.miniatures.deepgen import adapter_weights, bridge_weights
 from lit_rl.miniatures.full_size import CLIP_G, CLIP_L, CLIP_TOKENS, FLUX_DEV, FLUX_LATENTS, SD35_LATENTS, SD35_MEDIUM, T5_XXL, VAE
 
 Published = Literal[
-    "qwen25_7b", "qwen25_math_7b", "qwen25_vl_7b", "qwen3_06b_reward", "sd35_medium", "flux_dev", "flux_fill", "siglip", "clip_h", "clip_l"
-]
+    "qwen25_7b", "qwen25_math_7b", "qwen25_vl_7b", "qwen25_vl_3b", "qwen3_06b_reward", "sd35_medium", "flux_dev", "flux_fill", "siglip",
+    "clip_h", "clip_l", "deepgen",
+]  # fmt: skip
 Json = dict[str, object]
 
 QWEN25_7B: Json = {
@@ -30,6 +34,17 @@ QWEN25_7B: Json = {
     "rope_theta": 1e6,
     "tie_word_embeddings": False,
 }
+VISION: Json = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 3584,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
 QWEN25_VL_7B: Json = QWEN25_7B | {
     "model_type": "qwen2_5_vl",
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -39,17 +54,17 @@ QWEN25_VL_7B: Json = QWEN25_7B | {
     "vision_end_token_id": 151653,
     "image_token_id": 151655,
     "video_token_id": 151656,
-    "vision_config": {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-    },
+    "vision_config": VISION,
+}
+QWEN25_VL_3B: Json = QWEN25_VL_7B | {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "vision_config": {**VISION, "out_hidden_size": 2048},
 }
 QWEN_PICTURES: Json = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
 QWEN3_06B: Json = {
@@ -89,6 +104,7 @@ ALONE: Mapping[str, Json] = {
     "qwen25_7b": QWEN25_7B,
     "qwen25_math_7b": QWEN25_7B | {"max_position_embeddings": 4096, "rope_theta": 1e4},
     "qwen25_vl_7b": QWEN25_VL_7B,
+    "qwen25_vl_3b": QWEN25_VL_3B,
     "qwen3_06b_reward": QWEN3_06B,
     "siglip": SIGLIP,
     "clip_h": CLIP_VIT_H,
@@ -132,9 +148,11 @@ PIPELINES: Mapping[str, tuple[str, Mapping[str, tuple[str, str, Json]]]] = {
 def write_configs(model: Published, folder: str | Path) -> Path:
     """Write the config files of a published model, of which no weights are needed to know its size, and return their folder."""
     folder = Path(folder)
+    if model == "deepgen":
+        return _write_deepgen(folder)
     if model in ALONE:
         _write(folder / "config.json", ALONE[model])
-        if model == "qwen25_vl_7b":
+        if model in ("qwen25_vl_7b", "qwen25_vl_3b"):
             _write(folder / "preprocessor_config.json", QWEN_PICTURES)
         return folder
     name, parts = PIPELINES[model]
@@ -143,6 +161,20 @@ def write_configs(model: Published, folder: str | Path) -> Path:
         if config:  # tokenizers are named and not there
             file = "scheduler_config.json" if part == "scheduler" else "config.json"
             _write(folder / part / file, ({"_class_name": kind} if library == "diffusers" else {}) | config)
+    return folder
+
+
+def _write_deepgen(folder: Path) -> Path:
+    """DeepGen's three places `sd3`, `language` and `checkpoint.pth`, of which the last names the shapes of bridge and adapter."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    write_configs("sd35_medium", folder / "sd3")
+    language = AutoConfig.from_pretrained(write_configs("qwen25_vl_3b", folder / "language"))
+    with torch.device("meta"):
+        decoder = AutoModelForImageTextToText.from_config(language).model.language_model
+        state = bridge_weights(2048, 6, queries=128, hidden=2048, intermediate=11946, layers=6, heads=32, sequence=4096)
+        state |= adapter_weights(decoder, rank=64)
+    torch.save({"state_dict": state}, folder / "checkpoint.pth")
     return folder
 
 

@@ -16,11 +16,13 @@ from lit_rl.net.environment import DEEPGEN, variable_of
 from lit_rl.policies.conditioner import Conditioner, blocks_of
 from lit_rl.policies.deepgen_files import check_sd3_folder, read_sd3, read_transformer, write_export
 from lit_rl.policies.deepgen_parts import FrozenBridge, FrozenLanguageAdapter, build_conditioner
+from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
 from lit_rl.policies.frozen import filled_up
 from lit_rl.policies.language_model import check_folder, recompute
 from lit_rl.policies.pretrained import Pipeline, given_or_set
 from lit_rl.policies.sd3 import SD3Policy
 from lit_rl.policies.tokenizer import Tokenizer, read_tokenizer
+from lit_rl.policies.unread import leaves_weights
 from lit_rl.policies.weights.adapters import geometry
 from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.policies.weights.reference import Combined, NoReference, Reference
@@ -125,7 +127,7 @@ class DeepGenPolicy(SD3Policy):
     def _read_pipeline(self) -> Pipeline:
         from lit_rl.policies.joint_attention import mask_text
 
-        parts, where = split_parts(read_deepgen(self.checkpoint)), str(self.folder or self.pretrained)
+        parts, where = split_parts(read_deepgen(self.checkpoint, sizes=leaves_weights())), str(self.folder or self.pretrained)
         if parts.unknown:
             log.warning("checkpoint: %r has %d unknown weights: %s", str(self.checkpoint), len(parts.unknown), listed(parts.unknown))
         transformer = read_transformer(where, dtype=torch.float32 if self.full else self.dtype, **self.source)
@@ -164,6 +166,10 @@ class DeepGenPolicy(SD3Policy):
             super().recompute(network)
 
     # ------------------------------------------------------------------ conditions
+    def condition_shapes(self, before: int = 0) -> dict[str, tuple[int, ...]]:
+        """The shapes of the longest prompt, with the queries behind it; of prompts of one length, for which no mask is needed."""
+        return DiffusersFlowPolicy.condition_shapes(self, before + self._pipe.conditioner.bridge.sizes.queries)
+
     def tokens(self, prompt: str) -> list[int]:
         """A prompt in its frame, as token ids."""
         self._tokenizer = self._tokenizer or read_tokenizer(self.language_folder)

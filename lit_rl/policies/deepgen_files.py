@@ -14,12 +14,13 @@ from lit_rl.errors import ConfigError
 from lit_rl.policies.conditioner import outer_name
 from lit_rl.policies.language_model import read_lm
 from lit_rl.policies.pretrained import Pipeline, check_components, without_bars
+from lit_rl.policies.unread import leaves_weights, parts_of
 from lit_rl.policies.weights.adapters import TRAINED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TRANSFORMER, PIPELINE = "SD3Transformer2DModel", "StableDiffusion3Pipeline"
+TRANSFORMER, PIPELINE, SCHEDULER = "SD3Transformer2DModel", "StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"
 EXPORT = "model.safetensors"
 
 
@@ -32,6 +33,8 @@ def read_transformer(where: str, *, dtype: torch.dtype, **source: str | None) ->
     """The stock class, whichever of its descendants the folder names: text to image needs no more."""
     import diffusers
 
+    if leaves_weights():
+        return parts_of({"transformer": ("diffusers", TRANSFORMER)}, where, dtypes={"default": dtype}, **source)["transformer"]
     without_bars()
     try:
         return getattr(diffusers, TRANSFORMER).from_pretrained(where, subfolder="transformer", torch_dtype=dtype, **source).eval()
@@ -47,9 +50,14 @@ def read_sd3(where: str, transformer: nn.Module, *, vae_dtype: torch.dtype, **so
 
     kind = diffusers.AutoencoderKL.load_config(where, subfolder="vae", revision=source.get("revision")).get("_class_name")
     cls = PixelUnshuffleVAE if kind == PixelUnshuffleVAE.__name__ else diffusers.AutoencoderKL
-    vae = cls.from_pretrained(where, subfolder="vae", torch_dtype=vae_dtype, **source).requires_grad_(False)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(where, subfolder="scheduler", revision=source.get("revision"))
     text = dict.fromkeys(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3"))
+    if leaves_weights():
+        named = {"vae": (cls.__module__, cls.__name__), "scheduler": ("diffusers", SCHEDULER)}
+        return getattr(diffusers, PIPELINE)(
+            transformer=transformer, **parts_of(named, where, dtypes={"default": vae_dtype}, **source), **text
+        )
+    vae = cls.from_pretrained(where, subfolder="vae", torch_dtype=vae_dtype, **source).requires_grad_(False)
+    scheduler = getattr(diffusers, SCHEDULER).from_pretrained(where, subfolder="scheduler", revision=source.get("revision"))
     return getattr(diffusers, PIPELINE)(transformer=transformer, scheduler=scheduler, vae=vae, **text)
 
 

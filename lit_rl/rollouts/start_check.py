@@ -18,6 +18,7 @@ from lit_rl.policies.weights.shards import part, reshard
 from lit_rl.ranks import gather_objects
 from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
 from lit_rl.rollouts.hf import HFEngine
+from lit_rl.rollouts.native import NativeEngine
 from lit_rl.seeding import generator
 
 TEXT = "Question: what is 12 + 34? Answer: 46."
@@ -136,6 +137,14 @@ def check_sampler(
         wrong = gap(requests)
         if wrong <= limit:
             return
+        if isinstance(engine, NativeEngine) and engine.cuda_graphs:
+            engine.cuda_graphs = False
+            if gap(requests) <= limit:
+                raise ConfigError(
+                    f"{_name(policy)}: steps of decoding that are replayed as CUDA graphs give log-probabilities {wrong:.3g} from those "
+                    f"that training computes, more than rounding ({limit:g}), and the same steps without graphs do not: set "
+                    "model.answers.engine.cuda_graphs to false"
+                )
         stock = getattr(engine, "fallback", None) or engine
         if isinstance(stock, HFEngine):
             if gap(*([request, replace(request, key=("sibling", *request.key))] for request in requests)) <= limit:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from any_lm import save_lm
+from jsonargparse import Namespace
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from toy_text import policy
@@ -34,6 +35,7 @@ from lit_rl.policies.unread import without_weights
 from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Sampling
+from lit_rl.rollouts.native import NativeEngine
 
 SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 2000}
 LENGTHS = Lengths(prompt=40, row=128, trained=80)
@@ -160,7 +162,7 @@ def test_activations_and_decoding_of_pictures_are_those_of_real_ones(family: str
     blocks = {network: policy.blocks(network)}
     with imagined(gpu=False):
         phases.prepared(blocks, Placement(gpu=False))
-        (told,) = extrapolated(blocks, lambda: [phases._trained_pairs(method, policy, 3, None)])
+        (told,) = extrapolated(blocks, lambda: [phases._trained_pairs(method, policy, 3, None, prompts=1)])
         imagine([policy._pipe.vae])
         decoded = phases._decoded(policy, 3)
     assert told == pytest.approx(training, rel=0.15)
@@ -191,6 +193,22 @@ def test_weights_gradients_and_moments_are_exact(lm: Path, optimizer: type[torch
     found = {line.what: line.bytes for line in estimate(made(), Placement(gpu=False), data=None).lines if line.phase in ("", "training")}
     assert sum(size for what, size in found.items() if what.startswith("weights")) == weights
     assert (found["gradients"], found[f"moments of {optimizer.__name__}"]) == (gradients, moments)
+
+
+def test_graphs_of_decoding_keep_their_logits(lm: Path) -> None:
+    """128 tokens are one graph, 600 are three: each has its own Float32 logits, and they share the rest."""
+
+    def told(answer: int, *, graphs: bool) -> float:
+        engine = NativeEngine(batch=8, cuda_graphs=graphs)
+        answers = Answers(engine=engine, sampling=Sampling(max_new_tokens=answer), chunk=16)
+        method = GRPO(policy(lm), prompts_per_iteration=8, group_size=2, answers=answers)
+        found = estimate(method, Placement(), data=Namespace(init_args=Namespace(max_prompt_length=40)))
+        return sum(line.bytes for line in found.lines if "CUDA graphs" in line.what)
+
+    logits = 8 * SIZES["vocab_size"] * 4
+    short, long = told(88, graphs=True), told(560, graphs=True)
+    assert told(88, graphs=False) == 0 and short > logits
+    assert long - short == pytest.approx(2 * logits, rel=0.2)
 
 
 class Layer(nn.Linear):
@@ -283,8 +301,6 @@ def test_it_fits_or_the_knob_is_named() -> None:
 
 
 def test_the_longest_rows_follow_from_data_and_sampling(lm: Path) -> None:
-    from jsonargparse import Namespace
-
     method = grpo(lm)
     answer = LENGTHS.row - LENGTHS.prompt
     assert lengths(method, Namespace(init_args=Namespace(max_prompt_length=40))) == Lengths(prompt=40, row=128, trained=answer)

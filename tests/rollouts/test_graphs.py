@@ -13,11 +13,13 @@ import torch
 from rough_lm import farthest, policy_of, ready, requests
 from torch import Tensor
 
+from lit_rl.errors import ConfigError
 from lit_rl.miniatures.lm import Family
 from lit_rl.rollouts import graphs, room
 from lit_rl.rollouts.base import Sampling
 from lit_rl.rollouts.decoder import Decoder
 from lit_rl.rollouts.native import NativeEngine
+from lit_rl.rollouts.start_check import check_sampler
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,22 @@ def test_static_steps_give_the_answers_of_growing_ones(
     rows, widths = {step[0] for step in seen}, sorted({step[1] for step in seen})
     whole = max(len(request.prompt) for request in asked) + sampling.max_new_tokens - 1
     assert rows == {4} and len(seen) == len(widths) and widths[:-1] == list(range(widths[0], widths[-1], 16)) and widths[-1] <= whole
+
+
+def test_a_replay_that_does_not_see_its_tokens_stops_the_run_at_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph goes on with the tokens of its capture: the start check names the option. With the right ones it finds nothing."""
+    policy = policy_of(tmp_path, "qwen2")
+    engine = ready(NativeEngine(batch=2, cuda_graphs=True), policy)
+    check_sampler(policy, engine, Sampling(max_new_tokens=8), world_size=1)
+    original = graphs.StaticSteps.step
+
+    def stale(self: graphs.StaticSteps, columns: int) -> Tensor:
+        self.tokens = torch.zeros_like(self.tokens)
+        return original(self, columns)
+
+    monkeypatch.setattr(graphs.StaticSteps, "step", stale)
+    with pytest.raises(ConfigError, match=r"as CUDA graphs .* set model\.answers\.engine\.cuda_graphs to false"):
+        check_sampler(policy, engine, Sampling(max_new_tokens=8), world_size=1)
 
 
 class FakeCuda:
