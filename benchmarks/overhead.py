@@ -5,9 +5,10 @@
 Ours is `FlowGRPO` under Lightning's Trainer with `RewardScoring` and a TensorBoard logger. The bare loop does the same arithmetic without
 any of that: it draws unkeyed noise, keeps the path, scores in place, normalizes rewards in each group, takes one optimizer step per
 minibatch, and stacks the three metrics of Flow-GRPO's own trainer, which it reads once per iteration. The third arm is the bare loop
-under Lightning's Trainer, which logs the same three numbers once per iteration: the least that a LightningModule can cost. Ours and the
-bare loop take turns within one process, one thread; the third follows. Prints medians of CPU milliseconds for an iteration of each number
-of minibatches, the cost of one more minibatch (the slope between the two numbers), and the ratios.
+under Lightning's Trainer, which logs the same three numbers once per iteration: the least that a LightningModule can cost, and so the bound
+of the first ratio. Ours and the bare loop take turns within one process, one thread, and the third arm has a turn after every few
+iterations. Prints medians of CPU milliseconds for an iteration of each number of minibatches, the cost of one more minibatch (the slope
+between the two numbers), and the ratios.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from lit_rl.types import Cond, Info
 
 CLIP, NOISE_LEVEL, LR = 1e-2, 0.7, 1e-3
 SHAPE = (1, 2, 2)
-SKIPPED = 5  # first iterations
+SKIPPED = 5  # first iterations of each turn
+TURNS = 3  # turns that ours, beside the bare loop, and the bare loop under Lightning take
 
 Minibatch = tuple[list[Tensor], Tensor, Tensor, Cond]
 """Points and times, log-probabilities, advantages, conditioning."""
@@ -238,20 +240,30 @@ def beside_bare(work: Work, iterations: int, logs: Path, profiler: cProfile.Prof
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(method, data)
+    if profiler:
+        profiler.disable()
     return turns.seconds
 
 
 def measure(minibatches: int, iterations: int, logs: Path, profiler: cProfile.Profile | None = None) -> dict[str, float]:
     """Median CPU milliseconds of an iteration by arm."""
-    seconds = beside_bare(work := Work(minibatches), iterations, logs, profiler)
+    work, each = Work(minibatches), -(-iterations // TURNS)
+    seconds: dict[str, list[float]] = {"ours": [], "bare": [], "lightning": []}
+    for _ in range(TURNS):
+        for arm, taken in (beside_bare(work, each, logs, profiler) | {"lightning": under_lightning(work, each, logs)}).items():
+            seconds[arm] += taken[SKIPPED:]
+    return {arm: 1000 * statistics.median(taken) for arm, taken in seconds.items()}
+
+
+def under_lightning(work: Work, iterations: int, logs: Path) -> list[float]:
+    """CPU seconds of each iteration of the bare loop under Lightning's Trainer."""
     least = UnderLightning(BareLoop(work))
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_epochs=SKIPPED + iterations + 1, logger=TensorBoardLogger(logs),
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(least, Replayed(least.loop))
-    seconds["lightning"] = [after - before for before, after in zip(least.seconds, least.seconds[1:])]
-    return {side: 1000 * statistics.median(taken[SKIPPED:]) for side, taken in seconds.items()}
+    return [after - before for before, after in zip(least.seconds, least.seconds[1:])]
 
 
 def report(found: Mapping[int, Mapping[str, float]]) -> str:
@@ -259,10 +271,11 @@ def report(found: Mapping[int, Mapping[str, float]]) -> str:
     few, many = min(found), max(found)
     rows = {f"iteration of {n} minibatches": times for n, times in found.items()}
     rows["one more minibatch"] = {arm: (found[many][arm] - found[few][arm]) / (many - few) for arm in found[few]}
-    lines = [f"{'CPU milliseconds':28}{'ours':>8}{'bare':>8}{'lightning':>11}{'ours / bare':>13}{'ours / lightning':>18}"]
+    pairs = (("ours", "bare"), ("lightning", "bare"), ("ours", "lightning"))
+    lines = [f"{'CPU milliseconds':28}{'ours':>8}{'bare':>8}{'lightning':>11}" + "".join(f"{f'{a} / {b}':>18}" for a, b in pairs)]
     for name, t in rows.items():
-        ratios = t["ours"] / t["bare"], t["ours"] / t["lightning"]
-        lines.append(f"{name:28}{t['ours']:8.2f}{t['bare']:8.2f}{t['lightning']:11.2f}{ratios[0]:13.2f}{ratios[1]:18.2f}")
+        ratios = "".join(f"{t[a] / t[b]:18.2f}" for a, b in pairs)
+        lines.append(f"{name:28}{t['ours']:8.2f}{t['bare']:8.2f}{t['lightning']:11.2f}{ratios}")
     return "\n".join(lines)
 
 
