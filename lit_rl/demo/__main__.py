@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from lit_rl.demo.commands import cli
 from lit_rl.demo.curves import held_out, read_curves, remember, summarize
 from lit_rl.demo.pictures import compare, draw
 from lit_rl.demo.tasks import TASKS
@@ -113,17 +114,6 @@ def server(folder: Path, name: str, module: str, *options: str) -> Iterator[str]
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)
-
-
-def cli(*args: str) -> float:
-    """Run `python cli.py ...` and return its seconds; a failure ends the demo with the same exit code."""
-    command = [sys.executable, "cli.py", *args]
-    print("$ python " + " ".join(command[1:]), flush=True)
-    started = time.perf_counter()
-    done = subprocess.run(command)
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

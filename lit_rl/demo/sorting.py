@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from lit_rl.demo.__main__ import QUIET, cli, say
+from lit_rl.demo.__main__ import QUIET, say
+from lit_rl.demo.commands import cli
 from lit_rl.demo.curves import Curve, Stages, read_curves
 
 OUT = Path("outputs/demo-llm")
