@@ -196,8 +196,10 @@ def _trained_pairs(method: LitFlow, policy: DiffusersFlowPolicy, pairs: int, low
     with Ledger() as ledger:
         x, t = torch.zeros(pairs, *policy.latent_shape()), torch.zeros(pairs)
         with mixed(lower):
-            learns = isinstance(policy, DeepGenPolicy) and policy.trains_condition
-            cond = learned_conditions(policy, prompts=prompts, rows=pairs) if learns else _conditions(policy, pairs)
+            if isinstance(policy, DeepGenPolicy) and policy.trains_condition:
+                cond = learned_conditions(policy, prompts=prompts, rows=pairs)
+            else:
+                cond = _conditions(policy, pairs)
             v = policy.velocity(x, t, cond)
             if getattr(getattr(method, "kl", None), "coef", 0):
                 with torch.no_grad(), policy.reference():

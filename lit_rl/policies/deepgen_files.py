@@ -34,7 +34,9 @@ def read_transformer(where: str, *, dtype: torch.dtype, **source: str | None) ->
     import diffusers
 
     if leaves_weights():
-        return parts_of({"transformer": ("diffusers", TRANSFORMER)}, where, dtypes={"default": dtype}, **source)["transformer"]
+        network = parts_of({"transformer": ("diffusers", TRANSFORMER)}, where, dtypes={"default": dtype}, **source)["transformer"]
+        assert isinstance(network, nn.Module)
+        return network
     without_bars()
     try:
         return getattr(diffusers, TRANSFORMER).from_pretrained(where, subfolder="transformer", torch_dtype=dtype, **source).eval()

@@ -56,7 +56,7 @@ BUILT: Mapping[str, Callable[[Path], object]] = {
     "lm": lambda folder: build_lm(folder / "lm"),
     "ocr": lambda folder: build_sd3(folder / "ocr", height=32, width=64, layers=2, t5_hidden=None),
     "fill": lambda folder: build_fill(folder / "fill"),
-    "deepgen": lambda folder: build_deepgen(folder / "deepgen", height=16, width=16),
+    "deepgen": lambda folder: build_deepgen(folder / "deepgen", height=16, width=16, adapter_rank=None),
 }
 
 
