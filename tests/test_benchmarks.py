@@ -21,6 +21,7 @@ from benchmarks import (
     growth,
     overhead,
     overlap,
+    pages,
     processes,
     push,
     startup,
@@ -244,3 +245,9 @@ def test_demos_that_did_other_work_are_not_compared(tmp_path: Path) -> None:
     assert demos.row("llm", 1, then, now) == "| llm, seed 1 | 80 | 20 s | 13 s | **0.65** | 0.750 / 0.800 |"
     with pytest.raises(SystemExit, match="did not do the same"):
         demos.row("llm", 1, then, replace(now, evaluations=1))
+
+
+def test_pages_are_compared_by_medians() -> None:
+    """2 episodes a second there; 4 pages at once give 5, which is 2.5 times as many."""
+    table = pages.report({0: [1.0, 3.0, 2.0], 4: [4.0, 9.0, 5.0]})
+    assert re.findall(r"([\d.]+) episodes/s", table) == ["2.00", "5.00"] and table.endswith("ratio 2.50")

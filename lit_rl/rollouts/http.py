@@ -104,7 +104,7 @@ class HTTPEngine(ServedWeights):
         for name, chosen, known in (("dialect", dialect, DIALECTS), ("dtype", dtype or "float32", DTYPES)):
             if chosen not in known:
                 raise ConfigError(f"engine.{name}={chosen!r}: choose one of {', '.join(known)}")
-        self.urls = [url.removesuffix("/v1") for url in parse_urls(urls or URL)]
+        self.urls = [url.removesuffix("/v1") for url in parse_urls(URL if urls is None else urls)]
         self.dialect = DIALECTS[dialect]
         self.sync_dir = Path(sync_dir).expanduser()
         self.server_sync_dir = server_sync_dir or str(self.sync_dir.absolute())
