@@ -67,7 +67,7 @@ class Judging:
         if found is None:
             self.client.note_unreadable(reply.text, FORM)
             return replace(asked.verdict, status="unreadable", reason=self.client.last_error)
-        return replace(asked.verdict, status="judged", scores=found[0], analysis=found[1])
+        return replace(asked.verdict, status="judged", scores=found[0], analysis=found[1], reason="")
 
 
 def unigenbench_judge() -> Judge:

@@ -77,6 +77,7 @@ def test_each_image_is_written_and_judged_once_and_training_does_not_notice(tmp_
     assert len(judge.asked) == 6 and "temperature" not in judge.asked[0].body
     with open(step / "bench/unigenbench_scores.csv", newline="") as file:
         table = list(csv.DictReader(file))
+    assert all((row["reason"] == "") == (row["status"] == "judged") for row in table)
     for row in table:
         grey = images(step / "bench")[row["file"]]
         bright = int(sum(grey) / len(grey) > 127)
