@@ -26,6 +26,7 @@ from callbacks.reward_scoring import RewardScoring
 from callbacks.rng_state import RngState
 from datamodules.base import PromptDataModule
 from datamodules.mixed import PromptsAndPairs
+from datamodules.picture_sources import PictureSources, Source
 from lit_rl.credit.advantage import Advantage
 from lit_rl.errors import ConfigError
 from lit_rl.losses.off_policy import Correction
@@ -33,6 +34,7 @@ from lit_rl.methods.diffusion_nft import DiffusionNFT
 from lit_rl.methods.flow_grpo import FlowGRPO
 from lit_rl.methods.grpo import GRPO
 from lit_rl.methods.gspo_mixed import MixedGSPO
+from lit_rl.modules.supervised import Supervised
 from lit_rl.policies.base import FlowPolicy
 from lit_rl.policies.sd3 import SD3Policy
 from lit_rl.policies.weights.lora import LoraSettings
@@ -114,6 +116,9 @@ def method(
     settings = defaults | settings | {"optimizer": chosen}
     dropout = settings.pop("dropout", 0.0)
     settings["advantage"] = Advantage(**settings.get("advantage", {}))
+    if aux := settings.pop("aux", None):
+        pictures = PictureSources([Source(path=aux["sources"])], size=16, multiple=8)
+        settings["supervised"] = Supervised(**{name: value for name, value in aux.items() if name != "sources"}, data=pictures)
     nft = settings.pop("nft", None)
     if nft is None:
         return FlowGRPO(policy(sd3, fill, dropout, deepgen), **with_parts(FlowGRPO, settings))

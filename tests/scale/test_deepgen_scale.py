@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import scenarios
+import torch
 from comparing import SPLIT_WEIGHTS, Alone, distance, ended, identical
 from pair import Pair
+from PIL import Image
 from safetensors.torch import load_file
+
+from lit_rl.checkpoints.rl_to_sft import main as rl_to_sft
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +81,40 @@ def test_two_processes_train_as_one_does(
     if continues:
         pair.run("fit", folder=str(tmp_path / "continued"), ckpt_path=str(tmp_path / "two" / INSIDE), **more)
         assert identical(b, ended(tmp_path / "continued"))
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_the_shards_of_two_processes_become_the_guides_file(pair: Pair, tmp_path: Path, deepgen_folder: Path, strategy: str) -> None:
+    """By its command, from the folder that DeepSpeed writes: all that was trained, as the export of the same run has it."""
+    more: dict[str, Any] = settings(deepgen_folder, "all", 1)
+    pair.run("fit", folder=str(tmp_path), strategy=strategy, method_args=method(4), save=dict(every_n_train_steps=2), timeout=240, **more)
+    (folder,) = tmp_path.glob("epoch=*-step=2.ckpt")
+    assert folder.is_dir()
+    rl_to_sft(["--rl_checkpoint", str(folder), "--output", str(tmp_path / "rl.pth"), "--quiet"])
+    found, exported = torch.load(tmp_path / "rl.pth", weights_only=True), load_file(tmp_path / "export/iteration-0/model.safetensors")
+    same = found.keys() & exported.keys()
+    assert len(same) >= len(ended(tmp_path)["trained"])
+    assert distance({name: found[name] for name in same}, {name: exported[name] for name in same}) == 0
+
+
+@pytest.mark.parametrize(("strategy", "continues"), [("ddp", False), ("zero2", True)])
+def test_two_processes_share_the_pictures_of_sft_aux(
+    pair: Pair, alone: Alone, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, deepgen_folder: Path, strategy: str, continues: bool
+) -> None:
+    """Seven pictures of three shapes in each optimizer step, the policy's loss weighs 1 - c; continued in the middle of an iteration."""
+    folder = tmp_path_factory.getbasetemp()
+    for i, size in enumerate(((20, 12), (12, 20), (16, 16))):
+        Image.radial_gradient("L").rotate(30 * i).resize(size).convert("RGB").save(folder / f"{i}.png")
+    (folder / "pictures.json").write_text(json.dumps([{"image_path": f"{i}.png", "txt": f"picture {i}"} for i in range(3)]))
+    aux = {"coef": 0.3, "convex": True, "batch_size": 7, "timesteps": "uniform", "shift": 3.0, "sources": str(folder / "pictures.json")}
+    more: dict[str, Any] = dict(deepgen={"folder": str(deepgen_folder), "keep_reference": True}, trainer_args=dict(max_epochs=2))
+    one, _ = alone(scenarios.fit, method_args=method(8) | {"aux": aux}, **more)
+    more |= dict(strategy=strategy, method_args=method(4) | {"aux": aux})
+    pair.run("fit", folder=str(tmp_path / "two"), save=dict(every_n_train_steps=1) if continues else None, **more)
+    assert distance(ended(one)["weights"], ended(tmp_path / "two")["weights"]) < TOLERANCE
+    if continues:
+        pair.run("fit", folder=str(tmp_path / "continued"), ckpt_path=resumed(tmp_path / "two"), **more)
+        assert identical(ended(tmp_path / "two"), ended(tmp_path / "continued"))
 
 
 def test_one_process_continues_as_the_unbroken_run(tmp_path: Path, deepgen_folder: Path) -> None:
