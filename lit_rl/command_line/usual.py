@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from callbacks.episode_records import EpisodeRecords
 from callbacks.evaluation_sets import EvaluationSets
 from callbacks.export import FOLDERS, Export
 from callbacks.graceful_stop import GracefulStop
+from callbacks.platform_logger import PlatformLogger
 from callbacks.rng_state import RngState
 from callbacks.sample_gallery import SampleGallery
 from callbacks.sample_texts import SampleTexts
@@ -110,6 +112,7 @@ def filled_in(options: Namespace) -> Namespace:
     if trainer.logger in (None, True):
         logger = {"save_dir": str(folder), "name": "logs", "version": ""}
         trainer.logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=Namespace(**logger))
+    _report_to_platform(trainer)
     for spec in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
         _place_logger(spec, folder, run.run.name)
     own = trainer.callbacks or []
@@ -179,6 +182,18 @@ def _of_export(options: Namespace, every: list[Namespace]) -> str:
     keepers = [other for other in every if issubclass(imported_class(other.class_path) or object, ModelCheckpoint)]
     name = options.get("folder") or FOLDERS["checkpoint"]
     return "checkpoints" if any(other.get("init_args", Namespace()).get("filename") == name for other in keepers) else ""
+
+
+def _report_to_platform(trainer: Namespace) -> None:
+    """Add the platform's logger where JOB_UUID and PLATFORM_URL are set, and W&B where WANDB_PROJECT is. Changes `trainer.logger`."""
+    if not (os.environ.get("JOB_UUID") and os.environ.get("PLATFORM_URL")):
+        return
+    own = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger] if trainer.logger else []
+    classes = [imported_class(spec.class_path) or object for spec in own]
+    if any(issubclass(cls, PlatformLogger) for cls in classes):
+        return
+    wandb = bool(os.environ.get("WANDB_PROJECT")) and not any(issubclass(cls, WandB) for cls in classes)
+    trainer.logger = [*own, Namespace(class_path="callbacks.platform_logger.PlatformLogger", init_args=Namespace(wandb=wandb))]
 
 
 def _place_logger(spec: object, folder: Path, name: str | None) -> None:
