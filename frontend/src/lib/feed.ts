@@ -28,12 +28,12 @@ export class Feed {
   constructor(readonly id: string) {}
 
   start(): void {
-    void this.read();
     this.live = new Live(`ws/jobs/${encodeURIComponent(this.id)}`, {
       frame: (frame) => this.take(frame),
       resync: () => void this.read(),
       connection: (state) => {
         this.connection = state;
+        if (state === "waiting" && !this.job) void this.read(); // events do not come; what there is can be shown
         this.changed();
       },
     });

@@ -15,7 +15,7 @@ export function wait(n: number, random: number): number {
 
 export interface Handlers {
   frame(frame: Frame): void;
-  /** Everything must be read again: events were lost. */
+  /** Everything must be read, from now on events follow: at the first connection, and where some were lost. */
   resync(): void;
   connection(state: Connection): void;
 }
@@ -58,7 +58,7 @@ export class Live {
   private take(frame: Frame): void {
     this.tries = 0;
     if (frame.type === "hello") {
-      if (this.epoch !== null && frame.epoch !== this.epoch) this.handlers.resync();
+      if (frame.epoch !== this.epoch) this.handlers.resync();
       this.epoch = frame.epoch ?? null;
     }
     if (frame.type === "resync") this.handlers.resync();

@@ -39,7 +39,12 @@ export function Jobs() {
         read.current();
       }, 300);
     };
-    const live = new Live("ws", { frame: (frame) => frame.type === "state" && soon(), resync: soon, connection: () => {} });
+    let first = true; // the list is being read already
+    const resync = () => {
+      if (!first) soon();
+      first = false;
+    };
+    const live = new Live("ws", { frame: (frame) => frame.type === "state" && soon(), resync, connection: () => {} });
     return () => {
       clearTimeout(timer);
       live.close();
