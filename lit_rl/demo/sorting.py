@@ -51,7 +51,7 @@ def main() -> None:
     else:
         say(f"{title} against the gsm8k rule, from the exported model")
     seconds["rl"] = cli("fit", "--config", config(method), *seed)
-    learned = ["--model.init_args.policy.init_args.pretrained", str(exported(method)), "--run.name", evaluation]
+    learned = ["--model.init_args.policy.init_args.pretrained", str(exported(OUT / method)), "--run.name", evaluation]
     cli("validate", "--config", config("grpo"), *learned, *seed)
     cli("predict", "--config", config("grpo"), *learned, *seed, "--texts.output_file", str(OUT / method / "answers.jsonl"))
     before, after = (read_curves(OUT / name / "logs")[ACCURACY].values[-1] for name in ("sft", evaluation))
@@ -74,16 +74,16 @@ def config(stage: str) -> str:
     return f"configs/demo/{stage}_sort.yaml"
 
 
-def exported(stage: str) -> Path:
-    """The folder of the model that a stage wrote last."""
-    return max((OUT / stage / "export").glob("iteration-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+def exported(run: Path) -> Path:
+    """The folder of the model that a run wrote last."""
+    return max((run / "export").glob("iteration-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
 
 
 def fine_tune(seed: int) -> float:
     """Model, data and the fine-tuned model that all methods start from; seconds that it took. Kept from the last demo of the same seed."""
     known = OUT / "sft.json"
     if known.is_file() and (before := json.loads(known.read_text()))["seed"] == seed:
-        say(f"the fine-tuned model of the last demo is in {exported('sft')}/")
+        say(f"the fine-tuned model of the last demo is in {exported(OUT / 'sft')}/")
         return float(before["seconds"])
     if OUT.exists():
         say(f"removing the previous demo in {OUT}/")

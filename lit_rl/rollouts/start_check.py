@@ -175,9 +175,10 @@ def _compared(policy: CausalLM, requests: Sequence[Request], samples: Sequence[S
 
 # ---------------------------------------------------------------------- what it is tried with
 def token_ids(policy: CausalLM) -> list[int]:
-    """At least 12 ids, of plain words where the tokenizer has them: some models take special ones for places of images."""
+    """At least 12 ids, of plain words where the tokenizer has them, and none that stands for a picture."""
     words = [i for i in policy.encode(TEXT) if i < vocabulary(policy)]
-    return words if len(words) >= 12 else [3 + i % max(1, vocabulary(policy) - 3) for i in range(12)]
+    others = [i for i in range(3, vocabulary(policy)) if i not in policy.banned_ids] or [0]
+    return words if len(words) >= 12 else [others[i % len(others)] for i in range(12)]
 
 
 def vocabulary(policy: CausalLM) -> int:

@@ -308,3 +308,11 @@ def test_the_start_checks_look_at_a_picture(folders: dict[str, Path], family: Fa
     monkeypatch.setattr(policy.pictures, "patches", dark)
     with pytest.raises(ConfigError, match="the log-probabilities that training computes are"):
         check_logprobs(policy, world_size=1)
+
+
+def test_a_vocabulary_of_a_few_words_has_each_as_one_token_and_passes_the_check(tmp_path: Path) -> None:
+    """The check tries words that stand for no picture, however few there are."""
+    policy = loaded(build_vlm(tmp_path, family="qwen3_vl", characters="\n", words=("click", " red", " 1", " 2"), hidden=32, layers=1))
+    ids = policy.encode("click 1 2")
+    assert len(ids) == 3 and policy.decode(ids) == "click 1 2" and policy.decode(policy.encode("click red")) == "click red"
+    check_logprobs(policy, world_size=1)
