@@ -131,6 +131,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of DARE's draws")
     p.add_argument("--best", metavar="METRIC", help="choose among the checkpoints by this metric")
     p.add_argument("--mode", choices=("max", "min"), default="max", help="whether --best is the highest or the lowest value")
+    p.add_argument("--whole", action="store_true", help="with --method linear: adapters are added to their base, as by --method lora")
+    p.add_argument("--progress", action="store_true", help="print a line for each tensor, for programs that wait")
     p.add_argument("--top", type=int, default=1, help="how many of the best are averaged")
     return p
 
@@ -145,6 +147,8 @@ def run(args: argparse.Namespace) -> Path:
             raise ConfigError(f"{len(places)} inputs: say by --method how they become one, e.g. --method linear")
         return merge(places[0], out, base=args.base, dtype=args.dtype)
     from lit_rl.surgery.choosing import best_checkpoints
+    from lit_rl.surgery.formulas import Method
+    from lit_rl.surgery.inputs import Adapter, open_input
     from lit_rl.surgery.merging import merge as merge_all
 
     if args.best is not None:
@@ -152,8 +156,16 @@ def run(args: argparse.Namespace) -> Path:
         for place, value in chosen.items():
             print(f"{place}: {args.best}={value:.6g}")
         places = list(chosen)
+    method: Method = args.method or "linear"
+    if args.whole and method == "linear" and isinstance(open_input(places[0]), Adapter):
+        method = "lora"
     how = {"base": args.base, "density": args.density, "dtype": args.dtype, "seed": args.seed}
-    return merge_all(places, out, method=args.method or "linear", weights=args.weights, progress=_tell, **how)
+    return merge_all(places, out, method=method, weights=args.weights, progress=_print if args.progress else _tell, **how)
+
+
+def _print(done: int, total: int, name: str) -> None:
+    """One line for each tensor."""
+    print(f"progress {done}/{total} {name}", flush=True)
 
 
 def _tell(done: int, total: int, name: str) -> None:

@@ -17,12 +17,12 @@ from starlette.staticfiles import StaticFiles
 from lit_rl.net.guards import ApiError
 from lit_rl.platform.answers import answer_error
 from lit_rl.platform.guard import Guard
-from lit_rl.platform.routes import jobs, live, reports, samples, scraping, system
+from lit_rl.platform.routes import jobs, live, models, reports, samples, scraping, system
 from lit_rl.platform.service import Service
 from lit_rl.platform.settings import Settings, token_of
 
 PAGE = Path(__file__).parent / "page"
-ROUTERS = (system.router, scraping.router, jobs.router, reports.router, samples.router, live.router)
+ROUTERS = (system.router, scraping.router, models.router, jobs.router, reports.router, samples.router, live.router)
 
 
 def create_app(settings: Settings, *, page: Path = PAGE) -> FastAPI:

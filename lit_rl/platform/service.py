@@ -21,9 +21,10 @@ from lit_rl.platform.metrics import MetricStore
 from lit_rl.platform.records import Records
 from lit_rl.platform.reports import Reports
 from lit_rl.platform.samples import Samples
-from lit_rl.platform.settings import Settings
+from lit_rl.platform.settings import REPOSITORY, Settings
 from lit_rl.platform.store import Store
 from lit_rl.platform.supervisor import Supervisor
+from lit_rl.platform.tasks import Tasks
 
 
 class Service:
@@ -40,6 +41,7 @@ class Service:
             raise ValueError(f"another server works in --data {settings.data}: stop it, or choose another folder") from error
         self.store = Store(settings.data)
         self.records = Records(self.store, settings.data.resolve() / "runs")
+        self.tasks = Tasks(REPOSITORY)
         self.checkpoints = Checkpoints(self.store, self.records)
         self.metrics = MetricStore(self.store)
         self.logs = Logs(self.records)
@@ -59,6 +61,7 @@ class Service:
 
     def close(self) -> None:
         """Close the files, so that another server may begin. Jobs go on."""
+        self.tasks.close()
         self.supervisor.close()
         self.monitor.close()
         self.hub.close()

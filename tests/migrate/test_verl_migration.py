@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,14 @@ def test_values_are_read_as_hydra_does() -> None:
     assert yaml.safe_load(migrate_words(["verl.trainer.main_ppo", "actor_rollout_ref.actor.optim.lr=1e-6"]).yaml("x"))["model"] == {
         "init_args": {"optimizer": {"init_args": {"lr": 1e-6}}}
     }
+
+
+def test_the_command_of_the_chinese_page_is_read() -> None:
+    page = (ROOT / "docs/zh/platform.md").read_text()
+    command = page.split("python -m lit_rl.migrate verl -- ")[1].split(" > run.yaml")[0]
+    made = migrate_words(shlex.split(command.replace("\\\n", " ")))
+    assert (made.settings["trainer.max_epochs"], made.settings["trainer.devices"]) == (105, 8)
+    assert all((ROOT / name).is_file() for name in re.findall(r"`(configs/[\w/]+\.yaml)`", page))
 
 
 def test_every_key_has_a_row_on_the_page_and_the_page_no_other() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -24,7 +25,7 @@ from served_platform import listening
 from deploy import dashboards
 from lit_rl.net.metrics import Metrics
 from lit_rl.net.sockets import bind
-from lit_rl.platform.prometheus import KEPT_SECONDS, MOST_JOBS, text
+from lit_rl.platform.prometheus import GPUS, KEPT_SECONDS, MOST_JOBS, NUMBERS, text
 from lit_rl.platform.records import CANONICAL, Records
 from lit_rl.platform.schema import gpu_samples, jobs, metric_keys, points
 from lit_rl.platform.store import Store
@@ -138,6 +139,15 @@ def test_dashboards_are_as_generated_and_whole() -> None:
             cells |= mine
             assert {str(target["datasource"]["uid"]) for target in panel["targets"]} | {panel["datasource"]["uid"]} == {"${ds}"}
         assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+
+
+def test_the_page_names_every_series_and_every_alert() -> None:
+    page = (DEPLOY.parent / "docs/monitoring.md").read_text()
+    names = {name for _, name, _ in NUMBERS} | {name for name, _ in GPUS.values()} | {"rl_jobs", "rl_job_state", "rl_train_step"}
+    assert set(re.findall(r"`(rl_\w+)`", page)) == names
+    rules = yaml.safe_load((DEPLOY / "rules.yml").read_text())
+    alerts = {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
+    assert {name for row in re.findall(r"^\| ([A-Z]\w+(?:, [A-Z]\w+)*) \|", page, re.MULTILINE) for name in row.split(", ")} == alerts
 
 
 # ---------------------------------------------------------------------- a real Prometheus
