@@ -34,7 +34,7 @@ def test_nine_places_are_clicks_below_the_instruction() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not HERE, reason="no browser here: apt-get install chromium-headless-shell")
 def test_clicks_on_pages_move_weights_and_leave_no_browser(tmp_path: Path) -> None:
-    """That success rises is shown by `benchmarks.web_agent`, which takes minutes."""
+    """Success on held-out seeds is measured by `benchmarks.web_agent`, which takes minutes."""
     torch.manual_seed(0)
     made = learner(tmp_path / "model", tasks=2, group_size=4)
     before: list[torch.Tensor] = []
