@@ -1,7 +1,7 @@
 """Makes one model of a LoRA adapter and its base, or of several models or adapters, or of the best checkpoint of a run.
 
 python -m lit_rl.merge ADAPTER --out FOLDER [--base MODEL] [--dtype bfloat16]
-python -m lit_rl.merge INPUT INPUT ... --method linear|task_arithmetic|ties|dare_linear|dare_ties|lora --out FOLDER [--weights 0.7 0.3]
+python -m lit_rl.merge INPUT INPUT ... --method linear|slerp|task_arithmetic|ties|dare_linear|dare_ties|lora --out FOLDER [--weights 7 3]
 python -m lit_rl.merge RUN --best val/reward [--mode min] [--top 3] --out FOLDER [--base MODEL]
 
 ADAPTER: a folder in PEFT's format, or a LoRA file (or its folder) that diffusers reads. The base is the one that the adapter names, unless
@@ -125,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--base", help="folder or hub id; default: the one that the adapter names")
     p.add_argument("--out", required=True, type=Path, help="a new folder")
     p.add_argument("--dtype", choices=DTYPES, help="precision of what is written; default: that of the files")
-    p.add_argument("--method", help="linear, task_arithmetic, ties, dare_linear, dare_ties or lora; needed for several inputs")
+    p.add_argument("--method", help="linear, slerp, task_arithmetic, ties, dare_linear, dare_ties or lora; needed for several inputs")
     p.add_argument("--weights", type=float, nargs="+", help="one for each input; default: 1")
     p.add_argument("--density", type=float, default=0.5, help="share that ties and DARE keep of each difference")
     p.add_argument("--seed", type=int, default=0, help="of DARE's draws")

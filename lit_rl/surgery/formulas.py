@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Method = Literal["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "lora"]
+Method = Literal["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "lora"]
 METHODS: Mapping[Method, str] = {
     "linear": "average by weights, which are divided by their sum",
+    "slerp": "of two models: on the arc between them, tensor by tensor",
     "task_arithmetic": "the base plus the weighted differences from it (arXiv 2212.04089)",
     "ties": "of each difference the largest share, without those against the majority's sign (arXiv 2306.01708)",
     "dare_linear": "task arithmetic of a random share of each difference, scaled up (arXiv 2311.03099)",
@@ -28,6 +29,20 @@ def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     from peft.utils.merge_utils import task_arithmetic
 
     return task_arithmetic([tensor.float() for tensor in tensors], torch.tensor(weights) / sum(weights))
+
+
+def slerp(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """(sin((1 - t) o) a + sin(t o) b) / sin(o), t = w_b / (w_a + w_b), where o is the angle between a and b (Shoemake 1985).
+
+    Tensors of almost the same or of opposite directions, and those that are 0, are averaged by `linear`.
+    """
+    a, b = (tensor.float() for tensor in tensors)
+    share = weights[1] / sum(weights)
+    lengths = a.norm() * b.norm()
+    angle = torch.arccos((torch.dot(a.flatten(), b.flatten()) / lengths.clamp(min=1e-30)).clamp(-1, 1))
+    if lengths == 0 or torch.sin(angle) < 1e-4:
+        return linear(tensors, weights)
+    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
 
 
 def of_differences(

@@ -77,6 +77,8 @@ def _job(found: Sequence[Model | Adapter], base: str | None, settings: Settings)
         )
     if adapters:
         check_adapters(adapters)
+        if settings.method == "slerp":
+            raise ConfigError(f"method slerp is of whole models, and {adapters[0].tensors.place} is an adapter: use linear")
         if settings.method != "lora":
             return AdapterMerge(adapters, settings, base or adapters[0].base)
         if (named := base or adapters[0].base) is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_rl.checkpoints.deepgen_tensors import shard_files
 from lit_rl.checkpoints.manifest import MANIFEST
 from lit_rl.errors import ConfigError, listed
-from lit_rl.surgery.formulas import linear, of_differences
+from lit_rl.surgery.formulas import linear, of_differences, slerp
 from lit_rl.surgery.inputs import GROUPS, Adapter, Model
 from lit_rl.surgery.settings import Settings
 from lit_rl.surgery.tensors import Facts, Tensors
@@ -49,6 +49,8 @@ class ModelMerge:
                 return found[0]
             if settings.method == "linear":
                 return linear(found, settings.weights)
+            if settings.method == "slerp":
+                return slerp(found, settings.weights)
             start = frame.tensors.number(name)
             return of_differences(settings.method, start, found, settings.weights, density=settings.density, seed=settings.seed, name=name)
 

@@ -36,8 +36,10 @@ class Settings:
             raise ConfigError(f"there are {inputs} inputs and {len(self.weights)} weights: give one weight for each input")
         if not all(math.isfinite(weight) for weight in self.weights):
             raise ConfigError(f"weights {list(self.weights)} must be finite")
-        if self.method == "linear" and abs(sum(self.weights)) < 1e-12:
-            raise ConfigError(f"weights {list(self.weights)} sum to 0, by which method linear divides: use task_arithmetic")
+        if self.method == "slerp" and inputs != 2:
+            raise ConfigError(f"method slerp is of two models, and there are {inputs} inputs: use linear")
+        if self.method in ("linear", "slerp") and abs(sum(self.weights)) < 1e-12:
+            raise ConfigError(f"weights {list(self.weights)} sum to 0, by which method {self.method} divides: use task_arithmetic")
         if not 0 < self.density <= 1:
             raise ConfigError(f"density {self.density} must be in (0, 1]")
         if self.dtype is not None and self.dtype not in PRECISIONS:

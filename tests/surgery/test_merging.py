@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from lit_rl.miniatures.lm import build_lm
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.sd3 import SD3Policy
 from lit_rl.policies.weights.lora import LoraSettings
-from lit_rl.surgery.formulas import combined, linear, of_differences
+from lit_rl.surgery.formulas import combined, linear, of_differences, slerp
 from lit_rl.surgery.merging import merge
 from lit_rl.surgery.tensors import Facts
 from lit_rl.surgery.writing import write_shards
@@ -82,6 +83,14 @@ def test_formulas_by_hand() -> None:
     # at density 1 all is kept: signs +, -, +, +; (4 + 1) / 2, -3, (1 + 2) / 2, 0.5
     whole = of_differences("ties", start, [a, b], [1.0, 0.5], **how | {"density": 1.0})
     torch.testing.assert_close(whole, start + torch.tensor([2.5, -3.0, 1.5, 0.5]))
+
+
+def test_slerp_by_hand() -> None:
+    """A third of a right angle; the length stays that of both; directions that agree are averaged."""
+    a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    torch.testing.assert_close(slerp([a, b], [2.0, 1.0]), torch.tensor([[math.sqrt(3.0), 1.0]]))
+    torch.testing.assert_close(slerp([a, 3 * a], [1.0, 1.0]), 2 * a)
+    torch.testing.assert_close(slerp([a, 0 * a], [1.0, 1.0]), a / 2)
 
 
 def test_draws_of_dare_are_a_function_of_seed_and_name() -> None:
@@ -234,6 +243,8 @@ REFUSED: list[tuple[str, Callable[[Path, Path], dict[str, Any]]]] = [
     (r"density 1.5 must be", lambda base, _: {"inputs": [base], "density": 1.5}),
     (r"dtype 'int8' must be one of", lambda base, _: {"inputs": [base], "dtype": "int8"}),
     (r"is an adapter and .* a whole model", lambda base, other: {"inputs": [base, other / "adapter"]}),
+    (r"method slerp is of two models, and there are 1 inputs", lambda base, _: {"inputs": [base], "method": "slerp"}),
+    (r"method slerp is of whole models", lambda base, other: {"inputs": [other / "adapter"] * 2, "method": "slerp"}),
     (r"method lora adds adapters", lambda base, _: {"inputs": [base], "method": "lora"}),
     (r"not of the same architecture as .*: it lacks: .* and \d+ more", lambda base, other: {"inputs": [base, other / "small"]}),
     (r"it differs: .*is \[\d+, 64\], not \[\d+, 32\]", lambda base, other: {"inputs": [base, other / "wide"]}),
