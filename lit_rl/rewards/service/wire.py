@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lit_rl.net import strict_json
+
 CONTENT_TYPE = "application/octet-stream"
 MAX_HEADER = 1 << 20
 """Bytes of JSON that may stand in front of the pixels."""
