@@ -9,7 +9,7 @@ import type { Model, Task } from "../lib/types";
 import { Empty, Failure } from "../parts/common";
 import { TaskCard } from "../parts/task";
 
-const METHODS = ["linear", "slerp", "ties", "dare_linear", "dare_ties", "task_arithmetic", "lora"];
+const METHODS = ["linear", "ties", "dare_linear", "dare_ties", "task_arithmetic", "lora"];
 const NEEDS_BASE = new Set(["ties", "dare_linear", "dare_ties", "task_arithmetic"]);
 
 export function Models() {
@@ -86,13 +86,13 @@ function Merge({ chosen, started }: { chosen: string[]; started: (task: string) 
       {NEEDS_BASE.has(method) && (
         <label>
           <span>{t("base_model")}</span>
-          <input required value={base} onInput={(event) => setBase(event.currentTarget.value)} />
+          <input value={base} onInput={(event) => setBase(event.currentTarget.value)} />
         </label>
       )}
       {NEEDS_BASE.has(method) && method !== "task_arithmetic" && (
         <label>
           <span>{t("density")}</span>
-          <input type="number" min={0} max={1} step={0.05} value={density} onInput={(event) => setDensity(event.currentTarget.valueAsNumber)} />
+          <input type="number" min={0.01} max={1} step="any" value={density} onInput={(event) => setDensity(event.currentTarget.valueAsNumber)} />
         </label>
       )}
       <label>
