@@ -50,3 +50,6 @@ def test_a_job_of_the_form_runs_to_its_end_while_the_page_looks_on(tmp_path: Pat
         page.get_by_role("tab", name="Log").click()
         expect(page.locator("[data-log]")).to_contain_text(re.compile(r"\S"), timeout=MINUTES)
         expect(page.locator("[data-state=succeeded]")).to_be_visible(timeout=MINUTES)
+        page.get_by_role("tab", name="Overview").click()
+        expect(page.locator("[data-tile=reward_mean]")).to_be_visible()
+        expect(page.locator("[data-plot] canvas")).not_to_have_count(0)
