@@ -80,6 +80,13 @@ class Records:
             raise not_found("job", name)
         return dict(row)
 
+    def own(self, name: str) -> Job:
+        """The job of an id, which this server starts and stops. Raises ApiError 404, and 409 for a run that somebody else started."""
+        job = self.find(name)
+        if job["source"] != "platform":
+            raise conflict("somebody else started this run: start, stop and configure it there", "external_job")
+        return job
+
     def listed(self, *, state: str | None, q: str | None, limit: int, cursor: int | None) -> tuple[list[Job], str | None]:
         """Jobs, the newest first, and where the next page begins. q: words of the name, the id or the description."""
         query = sa.select(jobs).order_by(jobs.c.seq.desc()).limit(limit + 1)

@@ -142,6 +142,15 @@ def test_states_of_other_peoples_runs_are_theirs(platform: TestClient) -> None:
     assert platform.get("/api/jobs/silent").json()["state"] == "running"
 
 
+@pytest.mark.parametrize(("method", "route"), [("GET", "config"), ("POST", "start"), ("POST", "stop"), ("POST", "resume"), ("POST", "clone")])
+def test_runs_of_others_are_neither_configured_nor_moved_here(platform: TestClient, method: str, route: str) -> None:
+    report(platform, "theirs", {"step": 1, "metrics": {"x": 1.0}})
+    platform.post("/api/jobs/theirs/status", json={"status": "failed"})
+    answer = platform.request(method, f"/api/jobs/theirs/{route}")
+    assert answer.status_code == 409 and answer.json()["error"]["code"] == "external_job"
+    assert [job["uuid"] for job in platform.get("/api/jobs").json()["items"]] == ["theirs"]
+
+
 def test_gpu_figures_come_back_and_grow_thin(platform: TestClient) -> None:
     now = time.time()
     sample = {"gpu_index": 0, "utilization": 92.5, "memory_used": 65.0, "memory_total": 80.0, "temperature": 72.0}

@@ -77,7 +77,7 @@ def stop(name: JobId, here: Here, body: Stop | None = None) -> Response:
 @router.post("/{name}/resume", status_code=201)
 def resume(name: JobId, here: Here, body: Resume | None = None) -> Response:
     """A new job that continues from a checkpoint of this one."""
-    parent = here.records.find(name)
+    parent = here.records.own(name)
     if parent["state"] not in ENDED:
         raise conflict(f"the job is {parent['state']}; stop it first", "wrong_state")
     path = here.checkpoints.chosen(name, (body or Resume()).checkpoint)
@@ -87,13 +87,13 @@ def resume(name: JobId, here: Here, body: Resume | None = None) -> Response:
 @router.post("/{name}/clone", status_code=201)
 def clone(name: JobId, here: Here) -> Response:
     """A new job with the same settings."""
-    return _made(here, here.records.derive(here.records.find(name), checkpoint=None, problems=[]))
+    return _made(here, here.records.derive(here.records.own(name), checkpoint=None, problems=[]))
 
 
 @router.get("/{name}/config")
 def config(name: JobId, here: Here) -> Response:
-    """The command of a job, its whole configuration, and the YAML that is laid over its template."""
-    job = here.records.find(name)
+    """The command of a job, its whole configuration, and the YAML that is laid over its template; 409 where somebody else started it."""
+    job = here.records.own(name)
     plan = here.supervisor.plan(job)
     argv = here.supervisor.argv(job, plan)
     return Json({"argv": argv, "config": plan.config, "yaml": plan.yaml, "problems": plan.problems})
