@@ -9,6 +9,7 @@ import lightning as L
 import torch
 
 from callbacks.base import Method, RLCallback, method_of
+from callbacks.reported_samples import report_films
 from callbacks.sample_gallery import spread
 from lit_rl.agents.episodes import Trajectory
 from lit_rl.agents.film import film_strip
@@ -85,6 +86,8 @@ class EpisodeRecords(RLCallback):
     def _show(self, trainer: L.Trainer, module: Method, trajectories: Sequence[Trajectory], name: str) -> None:
         chosen = [trajectories[i] for i in sorted(spread(len(trajectories), self.strips))] if self.strips else []
         films = [(i, film) for i, trajectory in enumerate(chosen) if (film := film_strip(trajectory)) is not None]
+        told = [(f"{chosen[i].task.id}: {chosen[i].instruction}", chosen[i].group, chosen[i].reward, film) for i, film in films]
+        report_films(trainer, module, told)
         for i, film in films:
             (self.folder / "film").mkdir(exist_ok=True)
             film.save(self.folder / "film" / f"{name}-{i}.png")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor, nn
 
+from lit_rl.modules.base import LitRL
+from lit_rl.modules.reporting import last_step
 from lit_rl.trackers.dual import DualLogger, init_logging
+from lit_rl.trackers.samples import Sample
 
 STEP_METRICS = ("epoch",)
 
 
 class PlatformLogger(Logger):
-    """Metrics and checkpoints of the run for the platform at $PLATFORM_URL, under the job $JOB_UUID.
+    """Metrics, samples, checkpoints and length of the run for the platform at $PLATFORM_URL, under the job $JOB_UUID.
 
     The command line adds it where both variables are set. Reports wait in a queue: a platform that is away stops no run.
 
@@ -57,6 +61,17 @@ class PlatformLogger(Logger):
         epoch = metrics.get("epoch")
         numbers = {key: value for key, value in metrics.items() if key not in STEP_METRICS}
         self.experiment.log_metrics(self._step, numbers, epoch=None if epoch is None else int(epoch))
+
+    @rank_zero_only
+    def log_samples(self, samples: Sequence[Sample]) -> None:
+        """Samples of a step."""
+        self.experiment.log_samples(samples)
+
+    @rank_zero_only
+    def log_graph(self, model: nn.Module, input_array: Tensor | None = None) -> None:
+        """Tell how many steps the run has. Lightning calls it with the method when a run begins."""
+        if isinstance(model, LitRL) and model.trainer.training and (last := last_step(model.trainer, model)) is not None:
+            self.experiment.log_last_step(last)
 
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from callbacks.base import Media, Method, RLCallback
 from callbacks.image_writer import to_image
+from callbacks.reported_samples import Shown, report_rows
 from lit_rl.errors import ConfigError
 from lit_rl.modules.reporting import logged_step
 from lit_rl.types import Info, Prompts, Rollout
@@ -29,7 +30,8 @@ CAPTION_LINES = 3
 class SampleGallery(RLCallback):
     """Shows a few images of the rollout every n iterations, and of every evaluation, to each logger that takes images.
 
-    TensorBoard gets one contact sheet, loggers with `log_image` (W&B, SwanLab) the single images with captions. The first process
+    TensorBoard gets one contact sheet, loggers with `log_image` (W&B, SwanLab) the single images with captions, the platform each image
+    with its rewards and advantage. The first process
     shows its own share of the samples: images spread evenly over the rollout, the first ones of the evaluation set.
 
     Args:
@@ -65,7 +67,7 @@ class SampleGallery(RLCallback):
 
     def on_rollout_end(self, trainer: L.Trainer, module: Method, rollout: Rollout) -> None:
         """Show the sheet of the rollout."""
-        self._show(trainer, module, "samples/rollout", f"rollout-{module.iteration + 1:05d}", rollout.rewards)
+        self._show(trainer, module, "samples/rollout", f"rollout-{module.iteration + 1:05d}", rollout, rollout.rewards)
 
     # ------------------------------------------------------------------ evaluation samples
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -88,14 +90,16 @@ class SampleGallery(RLCallback):
     def on_evaluation_end(self, trainer: L.Trainer, module: Method, prompts: Prompts, rewards: Mapping[str, Tensor]) -> None:
         """Show the sheet of the evaluation."""
         if not trainer.sanity_checking:
-            self._show(trainer, module, "samples/evaluation", f"evaluation-{trainer.global_step:06d}", rewards)
+            self._show(trainer, module, "samples/evaluation", f"evaluation-{trainer.global_step:06d}", prompts, rewards)
 
     # ------------------------------------------------------------------ to people
-    def _show(self, trainer: L.Trainer, module: Method, key: str, name: str, rewards: Mapping[str, Tensor]) -> None:
+    def _show(self, trainer: L.Trainer, module: Method, key: str, name: str, prompts: Prompts, rewards: Mapping[str, Tensor]) -> None:
         """Under the step of the numbers that belong to the pictures."""
         kept, self._kept, step = self._kept, [], logged_step(trainer, module)
         if not kept:
             return
+        shown = (Shown(row, str(info["prompt"]), image=image) for row, image, info in kept)
+        report_rows(trainer, module, key.rpartition("/")[2], shown, prompts, rewards)
         images = [image for _, image, _ in kept]
         captions = [caption(info, {n: float(values[row]) for n, values in rewards.items()}) for row, _, info in kept]
         sheet = contact_sheet(images, captions)

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from callbacks.base import Media, Method, RLCallback
+from callbacks.reported_samples import Shown, report_rows
 from lit_rl.errors import ConfigError
 from lit_rl.modules.reporting import logged_step
 from lit_rl.policies.base import TokenPolicy
@@ -16,7 +17,8 @@ from lit_rl.types import Info, Prompts, Rollout, TokenRollout
 
 
 class SampleTexts(RLCallback):
-    """Shows answers every n iterations, and of every evaluation, to loggers that take texts (TensorBoard) and, of rollouts, on the console.
+    """Shows answers every n iterations, and of every evaluation, to loggers that take texts (TensorBoard, the platform) and, of rollouts,
+    on the console.
 
     The first process shows the first ones of its share.
 
@@ -57,6 +59,7 @@ class SampleTexts(RLCallback):
 
     def on_rollout_end(self, trainer: L.Trainer, module: Method, rollout: Rollout) -> None:
         """Show the answers of the rollout."""
+        self._report(trainer, module, "rollout", rollout, rollout.rewards)
         rows = self._take(rollout.rewards)
         self._show(trainer, module, "samples/rollout", rows)
         if self.console:
@@ -78,9 +81,14 @@ class SampleTexts(RLCallback):
     def on_evaluation_end(self, trainer: L.Trainer, module: Method, prompts: Prompts, rewards: Mapping[str, Tensor]) -> None:
         """Show the answers of the evaluation."""
         if not trainer.sanity_checking:
+            self._report(trainer, module, "evaluation", prompts, rewards)
             self._show(trainer, module, "samples/evaluation", self._take(rewards))
 
     # ------------------------------------------------------------------ to people
+    def _report(self, trainer: L.Trainer, module: Method, source: str, prompts: Prompts, rewards: Mapping[str, Tensor]) -> None:
+        shown = (Shown(row, prompt_text(info["prompt"]), text=text) for row, (text, info) in enumerate(self._kept))
+        report_rows(trainer, module, source, shown, prompts, rewards)
+
     def _take(self, rewards: Mapping[str, Tensor]) -> list[tuple[str, str, str]]:
         """(prompt, answer, scores) of what was kept."""
         kept, self._kept = self._kept, []

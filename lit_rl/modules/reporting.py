@@ -65,6 +65,10 @@ class Iterating(Protocol):
     inner_epochs: int
 
     @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def warmup_epochs(self) -> int: ...
+    @property
     def updates(self) -> int: ...
     @property
     def warming_up(self) -> bool: ...
@@ -74,3 +78,9 @@ def logged_step(trainer: L.Trainer, method: Iterating) -> int:
     """The step under which loggers get the numbers of this epoch: those of a rollout come at its end, with its last optimizer step."""
     now = trainer.fit_loop.epoch_loop._batches_that_stepped
     return now + method.inner_epochs * method.updates - 1 if trainer.training and not method.warming_up else now
+
+
+def last_step(trainer: L.Trainer, method: Iterating) -> int | None:
+    """The step under which loggers get the numbers of the last epoch of a run; None for a run without end."""
+    iterations = (trainer.max_epochs or 0) - method.warmup_epochs
+    return method.warmup_steps + iterations * method.inner_epochs * method.updates - 1 if iterations > 0 else None

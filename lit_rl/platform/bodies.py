@@ -124,10 +124,11 @@ class NewCheckpoint(Body):
 
 
 class NewStatus(Body):
-    """A state that a run reports: running, succeeded, failed, stopped, or a word of its own."""
+    """A state that a run reports: running, succeeded, failed, stopped, or a word of its own. max_steps: the step of its last report."""
 
     status: Annotated[Line, StringConstraints(min_length=1)]
     message: Text = ""
+    max_steps: StepNumber | None = None
 
 
 class NewSample(Body):

@@ -47,9 +47,11 @@ class Reports:
         self.hub.publish("checkpoint", name, checkpoint=found)
         return found
 
-    def status(self, name: str, status: str, message: str) -> Job:
-        """Take in a state. It holds for a run that somebody else started; of others it is only told."""
+    def status(self, name: str, status: str, message: str, *, last: int | None = None) -> Job:
+        """Take in a state. It holds for a run that somebody else started; of others it is only told. last: the step of the last report."""
         job = self._heard(name)
+        if last is not None:
+            self.records.change(name, max_steps=last)
         state = status if status in ("running", *ENDED) else None
         if job["source"] == "external" and state is not None:
             ended = time.time() if state in ENDED else None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lit_rl.trackers.outbox import Outbox
+from lit_rl.trackers.samples import Sample
 from lit_rl.trackers.values import as_json, flat_numbers
 from lit_rl.trackers.weights_and_biases import WandBRun
 
@@ -94,6 +95,16 @@ class DualLogger:
         if self._outbox is not None:
             self._outbox.other("status", {"status": status, "message": message})
         self._also(lambda run: run.alert(status, message))
+
+    def log_samples(self, samples: Sequence[Sample]) -> None:
+        """Samples of a step, for the platform's gallery; of many that wait, the oldest are dropped."""
+        if self._outbox is not None and samples:
+            self._outbox.samples(samples)
+
+    def log_last_step(self, step: int) -> None:
+        """The step of the last report that the run will make, for the platform's progress."""
+        if self._outbox is not None:
+            self._outbox.other("status", {"status": "running", "max_steps": step})
 
     def log_config(self, config: Mapping[str, object]) -> None:
         """Options of the run, for Weights & Biases."""

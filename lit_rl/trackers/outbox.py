@@ -9,12 +9,17 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from lit_rl.trackers.samples import Sample, multipart
 
 log = logging.getLogger(__name__)
 WAITING = 50_000
 """Points of metrics that wait at most; of more, the oldest are dropped."""
+
+SETS = 8
+"""Sets of samples that wait at most; of more, the oldest are dropped. Their pictures are in memory."""
 
 BATCH = 500
 PERIOD, TIMEOUT, LONGEST_PAUSE = 0.5, 10.0, 10.0
@@ -32,6 +37,7 @@ class Outbox:
         self.dropped = 0
         self._points: deque[Payload] = deque()
         self._others: deque[tuple[str, Payload]] = deque()
+        self._samples: deque[Sequence[Sample]] = deque()
         self._lock, self._some, self._closing = threading.Lock(), threading.Event(), False
         self._reached: bool | None = None
         self._give_up = float("inf")
@@ -54,6 +60,14 @@ class Outbox:
         with self._lock:
             self._others.append((route, body))
 
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """Samples of a step, all of one report. Their pictures are encoded by the thread that sends; none is kept in the spool."""
+        with self._lock:
+            self._samples.append(samples)
+            if len(self._samples) > SETS:
+                self._samples.popleft()
+                self.dropped += 1
+
     def close(self, seconds: float) -> None:
         """Send what waits, for so long at most; the rest is spooled."""
         self._give_up, self._closing = time.monotonic() + seconds, True
@@ -67,13 +81,13 @@ class Outbox:
             self._some.wait(pause)
             self._some.clear()
             sent = self._send_waiting()
-            if self._closing and (not (self._points or self._others) or time.monotonic() >= self._give_up):
+            if self._closing and (not (self._points or self._others or self._samples) or time.monotonic() >= self._give_up):
                 return
             pause = PERIOD if sent else min(2 * pause, 1.0 if self._closing else LONGEST_PAUSE)
 
     def _send_waiting(self) -> bool:
         """Send batch after batch; False once one could not be sent."""
-        while self._points or self._others:
+        while self._points or self._others or self._samples:
             with self._lock:
                 batch, others = list(self._points)[:BATCH], list(self._others)[:1]
             if batch and not self._post("metrics", {"points": batch}):
@@ -82,7 +96,24 @@ class Outbox:
             if others and not self._post(*others[0]):
                 return False
             self._taken(0, len(others))
+            if not self._send_samples():
+                return False
         return True
+
+    def _send_samples(self) -> bool:
+        """Send the oldest set; False where it could not be sent, and waits on unless enough newer ones do."""
+        with self._lock:
+            samples = self._samples.popleft() if self._samples else None
+        if samples is None:
+            return True
+        body, kind = multipart(samples)
+        sent = self._send("samples", body, kind)
+        with self._lock:
+            if not sent and len(self._samples) < SETS:
+                self._samples.appendleft(samples)
+            else:
+                self.dropped += not sent
+        return sent
 
     def _taken(self, points: int, others: int) -> None:
         with self._lock:
@@ -92,9 +123,12 @@ class Outbox:
                 self._others.popleft()
 
     def _post(self, route: str, body: Payload) -> bool:
+        return self._send(route, json.dumps(body).encode(), "application/json")
+
+    def _send(self, route: str, body: bytes, kind: str) -> bool:
         """True once the platform has taken a report, or refused it for good; False where it is worth another try."""
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
-        request = urllib.request.Request(f"{self.url}/api/jobs/{self.job}/{route}", json.dumps(body).encode(), headers)
+        headers = {"Content-Type": kind} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
+        request = urllib.request.Request(f"{self.url}/api/jobs/{self.job}/{route}", body, headers)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(request, timeout=TIMEOUT) as answer:
@@ -124,9 +158,10 @@ class Outbox:
             self.spool.parent.mkdir(parents=True, exist_ok=True)
             with self.spool.open("a") as file:
                 file.writelines(f"{line}\n" for line in lines)
-        if lines or self.dropped:
+        dropped = self.dropped + len(self._samples)
+        if lines or dropped:
             where = f"kept in {self.spool}" if self.spool else "lost"
-            log.warning("%d reports could not be sent to %s: %s; %d older ones were dropped", len(lines), self.url, where, self.dropped)
+            log.warning("%d reports could not be sent to %s: %s; %d others were dropped", len(lines), self.url, where, dropped)
 
     def _recover(self) -> None:
         if self.spool is None or not self.spool.exists():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from copies import every_step
 from digit_world import agent, digit_tasks
+from lightning.pytorch.loggers.logger import DummyLogger
 from PIL import Image
 from test_episodes import BUTTONS, play
 from toy_text import model_folder, trainer
@@ -23,6 +25,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.miniatures.vlm import build_vlm
 from lit_rl.policies.vision_language import VisionLanguageModel
 from lit_rl.replay.__main__ import main
+from lit_rl.trackers.samples import Sample
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,22 @@ def test_a_film_strip_marks_the_actions(file: Path) -> None:
     assert any(colour == MARK for _, colour in first.getcolors(1 << 20) or ())
     last = strip.crop((4 * (frame + 8), 0, strip.width, strip.height))
     assert not any(colour == MARK for _, colour in last.getcolors(1 << 20) or ())
+
+
+def test_film_strips_go_to_loggers_that_take_samples(policy: VisionLanguageModel, tmp_path: Path) -> None:
+    class Takes(DummyLogger):
+        def log_samples(self, samples: Sequence[Sample]) -> None:
+            taken.extend(samples)
+
+    taken: list[Sample] = []
+    said = {0: ["click 0 0", "click 1 1"], 1: ["done", "done"]}
+    found, _ = play(policy, lambda key: said[key[-3]][key[-1] % 2], tasks=[(BUTTONS, 0, 0), (BUTTONS, 0, 1)], manner=Manner(max_repeats=0))
+    run, learner = trainer(), agent(model_folder(tmp_path / "lm"))
+    run.loggers = [Takes()]
+    EpisodeRecords(str(tmp_path), strips=2)._show(run, learner, found, "train-00001")
+    assert [sample.prompt for sample in taken] == [f"{t.task.id}: {t.instruction}" for t in found]
+    assert [sample.rewards["reward"] for sample in taken] == [t.reward for t in found]
+    assert [sample.picture.size for sample in taken if sample.picture] == [film.size for t in found if (film := film_strip(t))]
 
 
 # ---------------------------------------------------------------------- of whole runs

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import requests
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
 from served_platform import listening
 from toy import ToyData, toy_method, toy_trainer
+from toy_text import Digits, Sorted, model_folder, policy, trainer
 
 from callbacks.platform_logger import PlatformLogger
+from callbacks.reward_scoring import RewardScoring
+from callbacks.sample_gallery import SampleGallery
+from callbacks.sample_texts import SampleTexts
 from lit_rl.command_line.usual import _report_to_platform
+from lit_rl.methods.grpo import GRPO
+from lit_rl.rollouts.answers import Answers
+from lit_rl.rollouts.base import Sampling
+from lit_rl.trackers.outbox import SETS, Outbox
+from lit_rl.trackers.samples import BYTES, WIDEST, Sample, webp
 
 CANONICAL_OF_FLOWS = {"policy_loss", "reward_mean", "clip_fraction"}
 
@@ -55,3 +68,62 @@ def test_a_run_reports_its_metrics_and_checkpoints(tmp_path: Path, monkeypatch: 
     assert len(rows) == 2 and all(isinstance(row[name], float) for row in rows for name in ("policy_loss", "reward_mean"))
     assert job["last_metrics"].keys() >= CANONICAL_OF_FLOWS and job["state"] == "succeeded"
     assert checkpoints and all(found["path"].endswith(".ckpt") for found in checkpoints)
+
+
+def reported(url: str, step: int) -> list[dict[str, Any]]:
+    items: list[dict[str, Any]] = requests.get(f"{url}/api/jobs/toy/samples?step={step}", timeout=60).json()["items"]
+    return items
+
+
+def test_pictures_of_a_run_come_with_their_rewards_and_its_progress_with_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reward is the picture's brightness, so what the gallery shows can be checked against its pixels."""
+    monkeypatch.chdir(tmp_path)
+    with listening(tmp_path) as url:
+        monkeypatch.setenv("JOB_UUID", "toy")
+        monkeypatch.setenv("PLATFORM_URL", url)
+        gallery = SampleGallery(max_images=4, every_n_iterations=1)
+        run = toy_trainer(
+            tmp_path, callbacks=[gallery], max_epochs=3, logger=PlatformLogger(), limit_val_batches=1.0, check_val_every_n_epoch=3
+        )
+        run.fit(toy_method(updates_per_iteration=2, inner_epochs=2, warmup_steps=3), ToyData())
+        progress = requests.get(f"{url}/api/jobs/toy", timeout=60).json()["progress"]
+        assert (progress["step"], progress["max_steps"], progress["eta_s"]) == (run.global_step - 1, run.global_step - 1, 0.0)
+        assert requests.get(f"{url}/api/jobs/toy/samples", timeout=60).json()["steps"] == [4, 6]
+        items = reported(url, 4)
+        assert len(items) == 4 and len({item["group"] for item in items}) == 4
+        for item in items + reported(url, 6):
+            picture = Image.open(io.BytesIO(requests.get(url + item["image_url"], timeout=60).content))
+            assert item["rewards"]["brightness"] == pytest.approx(np.asarray(picture).mean() / 255, abs=0.03)  # WebP
+            assert (item["advantage"] is None) == (item["source"] == "evaluation")
+    assert {item["source"] for item in items} == {"rollout"}
+
+
+def test_answers_of_a_run_come_with_their_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with listening(tmp_path) as url:
+        monkeypatch.setenv("JOB_UUID", "toy")
+        monkeypatch.setenv("PLATFORM_URL", url)
+        learner = GRPO(
+            policy(model_folder(tmp_path)), prompts_per_iteration=4, group_size=4, answers=Answers(sampling=Sampling(max_new_tokens=4))
+        )
+        run = trainer(callbacks=[RewardScoring({"sorted": Sorted()}), SampleTexts(3)], max_epochs=1, logger=PlatformLogger())
+        run.fit(learner, datamodule=Digits())
+        items = [item for item in reported(url, 0) if item["source"] == "rollout"]
+    assert [item["kind"] for item in items] == ["text"] * 3 and len({(item["prompt"], item["group"]) for item in items}) == 1
+    assert all(isinstance(item["text"], str) and item["rewards"] and isinstance(item["advantage"], float) for item in items)
+
+
+def test_samples_wait_in_bounded_number_for_a_platform_that_is_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    away = Outbox("http://127.0.0.1:9", "j", token=None, spool=tmp_path / "unsent.jsonl")
+    for step in range(SETS + 5):
+        away.samples([Sample(step, "a", "rollout", picture=Image.new("RGB", (8, 8)))])
+        assert len(away._samples) <= SETS
+    away.close(0.1)
+    assert f"{SETS + 5} others were dropped" in caplog.text and not (tmp_path / "unsent.jsonl").exists()
+
+
+def test_pictures_are_made_small_enough() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), dtype=np.uint8))
+    assert len(webp(noise)) <= BYTES and Image.open(io.BytesIO(webp(Image.new("L", (3 * WIDEST, 8))))).size[0] == WIDEST

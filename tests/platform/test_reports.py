@@ -142,7 +142,9 @@ def test_states_of_other_peoples_runs_are_theirs(platform: TestClient) -> None:
     assert platform.get("/api/jobs/silent").json()["state"] == "running"
 
 
-@pytest.mark.parametrize(("method", "route"), [("GET", "config"), ("POST", "start"), ("POST", "stop"), ("POST", "resume"), ("POST", "clone")])
+@pytest.mark.parametrize(
+    ("method", "route"), [("GET", "config"), ("POST", "start"), ("POST", "stop"), ("POST", "resume"), ("POST", "clone")]
+)
 def test_runs_of_others_are_neither_configured_nor_moved_here(platform: TestClient, method: str, route: str) -> None:
     report(platform, "theirs", {"step": 1, "metrics": {"x": 1.0}})
     platform.post("/api/jobs/theirs/status", json={"status": "failed"})

@@ -106,7 +106,7 @@ def download(name: JobId, checkpoint: Line, here: Here) -> Response:
 @router.post("/status")
 def add_status(name: JobId, body: NewStatus, here: Here) -> Response:
     """Take in a state that a run reports; for jobs of this server its process decides."""
-    return Json(here.records.shown(here.reports.status(name, body.status, body.message)))
+    return Json(here.records.shown(here.reports.status(name, body.status, body.message, last=body.max_steps)))
 
 
 @router.get("/alerts")
