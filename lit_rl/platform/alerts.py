@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -45,6 +46,7 @@ class Alerts:
         self.store, self.hub = store, hub
         with store.read() as connection:
             rows = connection.execute(sa.select(alerts.c.job, alerts.c.rule).where(alerts.c.ended_at.is_(None))).all()
+        self._noting = threading.Lock()
         self._open = {(row.job, row.rule) for row in rows}  # most reports change nothing, and ask the database for nothing
 
     def judge(self, job: str, step: int, metrics: Metrics) -> None:
@@ -57,14 +59,25 @@ class Alerts:
         """Open an alert, or with None as sentence close it; nothing changes where it is so already."""
         if ((job, rule) in self._open) == (sentence is not None):
             return
+        with self._noting:  # of two reports at the same time, one opens the alert
+            if ((job, rule) in self._open) == (sentence is not None):
+                return
+            self._write(job, rule, sentence, step)
+            self._open ^= {(job, rule)}
+        self.hub.publish("alert", job or None, rule=rule, message=sentence or "", open=sentence is not None, step=step)
+
+    def forget(self, job: str) -> None:
+        """Forget what is open of a job that is removed; one of the same id begins without alerts."""
+        with self._noting:
+            self._open = {(name, rule) for name, rule in self._open if name != job}
+
+    def _write(self, job: str, rule: str, sentence: str | None, step: int | None) -> None:
         mine = sa.and_(alerts.c.job == job, alerts.c.rule == rule, alerts.c.ended_at.is_(None))
         with self.store.write() as connection:
             if sentence is None:
                 connection.execute(sa.update(alerts).where(mine).values(ended_at=time.time()))
             else:
                 connection.execute(sa.insert(alerts).values(job=job, rule=rule, message=sentence, step=step, ts=time.time()))
-        self._open ^= {(job, rule)}
-        self.hub.publish("alert", job or None, rule=rule, message=sentence or "", open=sentence is not None, step=step)
 
     def listed(self, job: str) -> list[dict[str, object]]:
         """Alerts of a job, the oldest first."""

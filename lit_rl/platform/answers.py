@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
+import sqlalchemy as sa
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
@@ -15,6 +17,9 @@ from starlette.exceptions import HTTPException
 
 from lit_rl.net.guards import STATUS_CODES, ApiError, envelope
 from lit_rl.net.strict_json import parse_json
+
+LAST = 253_402_300_799.0
+"""The last second of the year 9999; files may say that they are of a later one."""
 
 
 class Json(Response):
@@ -56,7 +61,11 @@ class StrictRoute(APIRoute):
 
 def text_of(seconds: float | None) -> str | None:
     """A time as RFC 3339, in UTC."""
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return (
+        None
+        if seconds is None
+        else datetime.fromtimestamp(min(max(seconds, 0.0), LAST), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    )
 
 
 def not_found(kind: str, name: object) -> ApiError:
@@ -74,6 +83,16 @@ def invalid(message: str, details: Sequence[object] = ()) -> ApiError:
     return ApiError(422, "validation_error", message, details=details)
 
 
+def trouble(error: Exception) -> ApiError:
+    """The answer to an error that nobody expected: where the disk is full or the database is busy, when to come again."""
+    text = str(error).lower() if isinstance(error, sa.exc.OperationalError) else ""
+    if "disk is full" in text or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return ApiError(503, "storage_full", "the disk of --data is full, nothing was kept; make room, then send it again", retry_after=30)
+    if "locked" in text:
+        return ApiError(503, "database_busy", "another program holds the database; send it again", retry_after=1)
+    return ApiError(500, "internal_error", "internal error; the server's log has the trace")
+
+
 def answer_error(request: Request, error: Exception) -> Response:
     """The answer to an error that a route, or the framework before it, raised."""
     told = _api_error(error)
@@ -89,4 +108,6 @@ def _api_error(error: Exception) -> ApiError:
         first = details[0] if details else {"field": "", "problem": "invalid"}
         return invalid(f"{first['field']}: {first['problem']}".removeprefix(": "), details)
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ApiError):  # the framework's words for a body that `StrictRequest` refused
+        return error.__cause__
     return ApiError(error.status_code, STATUS_CODES.get(error.status_code, "http_error"), str(error.detail)[:200])

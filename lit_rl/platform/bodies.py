@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 
 Line = Annotated[str, StringConstraints(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 """One line of text."""
@@ -13,6 +13,23 @@ PathText = Annotated[str, StringConstraints(min_length=1, max_length=4096, patte
 Text = Annotated[str, StringConstraints(max_length=20_000, pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Field(ge=1, le=1 << 40)]
 Tags = Annotated[list[Line], Field(max_length=32)]
+DEPTH = 32
+"""Levels of lists and objects in a value."""
+
+
+def bounded(value: JsonValue, depth: int = DEPTH) -> JsonValue:
+    """A value that can be answered again: no whole number beyond 64 bits, at most `depth` levels. Raises ValueError."""
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise ValueError("a whole number has more than 64 bits")
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    if inner and not depth:
+        raise ValueError(f"lists and objects are more than {DEPTH} levels deep")
+    for one in inner:
+        bounded(one, depth - 1)
+    return value
+
+
+Value = Annotated[JsonValue, AfterValidator(bounded)]
 
 
 class Body(BaseModel):
@@ -45,7 +62,7 @@ class NewJob(Body):
     context_length: Count | None = None
     rollout_n: Count | None = None
     kl_coef: Annotated[float, Field(ge=0)] | None = None
-    overrides: dict[Line, JsonValue] = {}
+    overrides: dict[Line, Value] = {}
 
 
 class ChangedJob(Body):
@@ -120,7 +137,7 @@ class NewCheckpoint(Body):
 
     step: StepNumber
     path: PathText
-    eval_results: dict[Key, JsonValue] | None = None
+    eval_results: dict[Key, Value] | None = None
 
 
 class NewStatus(Body):

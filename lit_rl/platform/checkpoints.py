@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from lit_rl.platform.answers import invalid, not_found, text_of
+from lit_rl.platform.places import file_below, modified, size_of, there, utf8
 from lit_rl.platform.records import Records
 from lit_rl.platform.schema import checkpoints
 from lit_rl.platform.store import Store
@@ -46,9 +47,9 @@ class Checkpoints:
     def file(self, job: str, which: str) -> Path:
         """The file of a checkpoint below the job's folder, links followed. Raises ApiError 404 for all others."""
         row = next((found for found in self.listed(job) if str(found["id"]) == which), None)
-        folder = self.records.folder(job).resolve()
-        path = None if row is None else (folder / str(row["path"])).resolve()
-        if path is None or not path.is_relative_to(folder) or not path.is_file():
+        folder = self.records.folder(job)
+        path = None if row is None else file_below(folder, folder / str(row["path"]))
+        if path is None:
             raise not_found("checkpoint", which)
         return path
 
@@ -65,30 +66,23 @@ class Checkpoints:
             paths = [folder / str(row["path"]) for row in rows if str(row["id"]) == str(which) and row["exists"]]
         if not paths:
             raise invalid(f"the job has no checkpoint {str(which)[:80]!r} any more", [{"field": "checkpoint", "problem": "not there"}])
-        return max(paths, key=lambda path: path.stat().st_mtime)
+        return max(paths, key=modified)
 
     def _on_disk(self, job: str) -> list[Found]:
         folder = self.records.folder(job)
-        paths = [path for kind in ("checkpoints", "best") for path in sorted((folder / kind).glob("*.ckpt"))]
+        paths = [path for kind in ("checkpoints", "best") for path in sorted((folder / kind).glob("*.ckpt")) if utf8(path)]
         return [
             {"id": f"{path.parent.name}.{path.stem}", "step": _step(path), "path": str(path), "kind": path.parent.name,
-             "eval_results": None, "created_at": path.stat().st_mtime}
+             "eval_results": None, "created_at": modified(path)}
             for path in paths
         ]  # fmt: skip
 
     def _shown(self, row: Found, folder: Path, best: float | None) -> Found:
         path = folder / str(row["path"])
-        exists = path.exists()
-        size = (
-            sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
-            if path.is_dir()
-            else path.stat().st_size
-            if exists
-            else None
-        )
         created = row["created_at"]
         assert isinstance(created, float)
-        mark = {"is_best": best is not None and score(row) == best, "exists": exists, "size_bytes": size, "created_at": text_of(created)}
+        mark: Found = {"is_best": best is not None and score(row) == best, "exists": there(path), "size_bytes": size_of(path)}
+        mark["created_at"] = text_of(created)
         return {key: row[key] for key in ("id", "step", "path", "kind", "eval_results")} | mark
 
 

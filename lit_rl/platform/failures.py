@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -24,8 +25,9 @@ def explained(reason: str | None, log: Path) -> str:
 
 def last_text(log: Path) -> str:
     """The end of a log, as text."""
-    if not log.exists():
+    try:
+        with log.open("rb") as file:
+            file.seek(max(os.fstat(file.fileno()).st_size - LAST_BYTES, 0))
+            return file.read(LAST_BYTES).decode("utf-8", "replace")
+    except OSError:  # never written, or gone
         return ""
-    with log.open("rb") as file:
-        file.seek(max(log.stat().st_size - LAST_BYTES, 0))
-        return file.read().decode("utf-8", "replace")

@@ -13,6 +13,7 @@ import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lit_rl.net.guards import LOOPBACK_NAMES, ApiError, check_host, check_origin, check_token, envelope, request_id
+from lit_rl.platform.answers import trouble
 from lit_rl.platform.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -53,11 +54,11 @@ class Guard:
             await self.app(scope, receive, answering if scope["type"] == "http" else send)
         except ApiError as error:
             await _refuse(scope, answering, error)
-        except Exception:
+        except Exception as error:
             if answering.begun or scope["type"] == "websocket":
                 raise
             log.exception("request %s on %s failed", named, scope["path"][:200])
-            await _refuse(scope, answering, ApiError(500, "internal_error", "internal error; the server's log has the trace"))
+            await _refuse(scope, answering, trouble(error))
 
     def _check(self, scope: Scope, headers: Mapping[str, str]) -> None:
         hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
@@ -105,7 +106,7 @@ class Guard:
     async def _whole(self, receive: Receive, headers: Mapping[str, str], limit: int) -> bytes:
         too_large = ApiError(413, "too_large", f"the body is larger than {limit} bytes; send it in parts")
         announced = headers.get("content-length", "0")
-        if not announced.isdecimal() or int(announced) > limit:
+        if not announced.isdecimal() or len(announced) > 18 or int(announced) > limit:
             raise too_large
         body, more = bytearray(), True
         try:

@@ -14,6 +14,9 @@ KEPT = 5000
 WAITING = 256
 """Events that wait for one listener."""
 
+KEPT_WEIGHT, WAITING_WEIGHT = 1_000_000, 200_000
+"""Numbers, or eight letters of a log each, in the events that are kept and in those that wait for one listener."""
+
 Event = Mapping[str, object]
 
 
@@ -24,6 +27,7 @@ class Listener:
         self.job, self.topics = job, frozenset[str]()
         self.lost = self.closed = False
         self._events: deque[Event] = deque()
+        self._weight = 0
         self._loop, self._some, self._lock = loop, asyncio.Event(), threading.Lock()
 
     def wants(self, event: Event) -> bool:
@@ -31,10 +35,11 @@ class Listener:
         mine = event.get("job") in (self.job, None) if self.job is not None else event["type"] in ("state", "gpu", "alert")
         return mine and (not self.topics or event["type"] in self.topics)
 
-    def offer(self, event: Event) -> None:
+    def offer(self, event: Event, weight: int) -> None:
         """Take an event in, from any thread. Where too many wait, all are dropped."""
         with self._lock:
-            self.lost = self.lost or len(self._events) >= WAITING
+            self._weight += weight
+            self.lost = self.lost or len(self._events) >= WAITING or self._weight > WAITING_WEIGHT
             if self.lost:
                 self._events.clear()
             else:
@@ -53,7 +58,7 @@ class Listener:
             self._some.clear()
             events, lost = list(self._events), self.lost
             self._events.clear()
-            self.lost = False
+            self.lost, self._weight = False, 0
         return events, lost
 
     def _wake(self) -> None:
@@ -66,7 +71,8 @@ class Hub:
 
     def __init__(self) -> None:
         self.epoch, self.seq = secrets.token_hex(4), 0
-        self._kept: deque[Event] = deque(maxlen=KEPT)
+        self._kept: deque[tuple[Event, int]] = deque()
+        self._weight = 0
         self._listeners: set[Listener] = set()
         self._lock = threading.Lock()
 
@@ -80,10 +86,14 @@ class Hub:
         with self._lock:
             self.seq += 1
             event = {"type": kind, "seq": self.seq, **({} if job is None else {"job": job}), **payload}
-            self._kept.append(event)
+            weight = weight_of(payload)
+            self._kept.append((event, weight))
+            self._weight += weight
+            while len(self._kept) > KEPT or self._weight > KEPT_WEIGHT:
+                self._weight -= self._kept.popleft()[1]
             for listener in self._listeners:
                 if listener.wants(event):
-                    listener.offer(event)
+                    listener.offer(event, weight)
 
     def listen(self, job: str | None, *, since: int | None) -> tuple[Listener, int, list[Event] | None]:
         """A listener, the number of the newest event, and those after `since`; None in their place where some are not kept any more."""
@@ -94,7 +104,7 @@ class Hub:
             if since is None or since == self.seq:
                 missed: list[Event] | None = []
             elif oldest <= since <= self.seq:
-                missed = [event for event in self._kept if int(str(event["seq"])) > since and listener.wants(event)]
+                missed = [event for event, _ in self._kept if int(str(event["seq"])) > since and listener.wants(event)]
             else:
                 missed = None
             return listener, self.seq, missed
@@ -109,3 +119,10 @@ class Hub:
         with self._lock:
             for listener in self._listeners:
                 listener.close()
+
+
+def weight_of(payload: Mapping[str, object]) -> int:
+    """How much memory an event holds, in numbers."""
+    points, text = payload.get("points"), payload.get("text")
+    numbers = sum(len(point.get("metrics", ())) + 4 for point in points if isinstance(point, Mapping)) if isinstance(points, list) else 0
+    return 1 + numbers + (len(text) // 8 if isinstance(text, str) else 0)

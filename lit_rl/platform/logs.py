@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from lit_rl.platform.hub import Hub
+from lit_rl.platform.places import size_of
 from lit_rl.platform.records import Records
 
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -25,10 +27,11 @@ class Logs:
     def follow(self, job: str, hub: Hub) -> None:
         """Tell what a job has printed since the last look, as far as anybody listens."""
         path = self.path(job)
-        size = path.stat().st_size if path.exists() else 0
+        size = size_of(path) or 0
         if hub.heard and (job in self._told) and size != self._told[job]:
             part = self.read(job, offset=self._told[job], limit=FOLLOWED)
-            hub.publish("log", job, stream="stdout", offset=self._told[job], text=part["text"])
+            if part["text"]:
+                hub.publish("log", job, stream="stdout", offset=self._told[job], text=part["text"])
             size = int(str(part["next_offset"]))
         if size != self._told.get(job):
             self._told[job] = size
@@ -39,14 +42,14 @@ class Logs:
 
     def read(self, job: str, *, offset: int, limit: int) -> dict[str, object]:
         """Lines from a byte offset on, where the next reading begins, and the size. An offset behind the end begins anew: another file."""
-        path = self.path(job)
-        if not path.exists():
+        try:
+            with self.path(job).open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                begin = max(size + offset, 0) if offset < 0 else offset if offset <= size else 0
+                file.seek(begin)
+                data = file.read(limit)
+        except FileNotFoundError:
             return {"text": "", "next_offset": 0, "size": 0, "eof": True}
-        size = path.stat().st_size
-        begin = max(size + offset, 0) if offset < 0 else offset if offset <= size else 0
-        with path.open("rb") as file:
-            file.seek(begin)
-            data = file.read(limit)
         if offset < 0 and begin:  # the middle of a line
             skipped = data.find(b"\n") + 1
             begin, data = begin + skipped, data[skipped:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -52,7 +53,7 @@ class Monitor:
 
     def __init__(self, reader: GpuReader, folder: Path, history: GpuHistory, alerts: Alerts, hub: Hub, more: Callable[[], None]) -> None:
         self.reader, self.folder, self.history, self.alerts, self.hub = reader, folder, history, alerts, hub
-        self._more, self._thinned = more, 0.0
+        self._more, self._thinned = more, -math.inf
         self._end, self._thread = threading.Event(), threading.Thread(target=self._watch, name="monitor", daemon=True)
 
     def start(self) -> None:
@@ -82,8 +83,8 @@ class Monitor:
         disk = psutil.disk_usage(str(self.folder))
         full = disk.free < LITTLE_DISK * disk.total
         self.alerts.note("", "disk", f"{disk.free / 1e9:.1f} GB are left on the disk of {self.folder}" if full else None)
-        if time.time() - self._thinned > 3600:
-            self._thinned = time.time()
+        if time.monotonic() - self._thinned > 3600:
+            self._thinned = time.monotonic()
             self.history.thin()
 
     def _watch(self) -> None:

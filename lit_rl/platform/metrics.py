@@ -19,7 +19,9 @@ from lit_rl.platform.store import Store
 MAX_KEYS = 512
 """Different metrics of a job."""
 
-MAX_ROWS = 100_000
+MAX_ROWS, MAX_CELLS = 100_000, 2_000_000
+"""Rows, and numbers of all rows, of one answer."""
+
 ALIASES = {
     "policy_loss": ("actor/pg_loss", "loss"),
     "value_loss": ("critic/vf_loss",),
@@ -94,7 +96,7 @@ class MetricStore:
         query = sa.select(steps).where(steps.c.job == job, steps.c.step > since).order_by(newest)
         with self.store.read() as connection:
             found: dict[int, dict[str, object]] = {}
-            for row in connection.execute(query.limit(MAX_ROWS)):
+            for row in connection.execute(query.limit(_most_rows(len(ids)) + 1)):
                 found[row.step] = {"step": row.step, "ts": row.ts, "epoch": row.epoch}
             span = (min(found, default=0), max(found, default=-1))
             for part in (list(ids)[i : i + 256] for i in range(0, len(ids), 256)):
@@ -106,11 +108,17 @@ class MetricStore:
         chosen = [row for row in found.values() if _in_split(row, split, wanted)][:limit]
         return sorted(chosen, key=lambda row: int(str(row["step"])))
 
+    def most_rows(self, job: str, keys: Sequence[str] = ()) -> int:
+        """Rows that one answer has at most, so that its numbers are at most `MAX_CELLS`."""
+        return _most_rows(sum(not keys or name in keys for name in self.names(job)))
+
     def series(self, job: str, keys: Sequence[str], *, buckets: int, first: int | None, last: int | None) -> dict[str, dict[str, object]]:
         """Curves by name: of each bucket of steps its first step, and the least, largest and mean value; raw where each has one point."""
         known = self.names(job)
+        wanted = [key for key in dict.fromkeys(keys or known) if key in known]
+        buckets = min(buckets, MAX_CELLS // max(4 * len(wanted), 1))
         with self.store.read() as connection:
-            return {key: _curve(connection, known[key], buckets, first, last) for key in keys or known if key in known}
+            return {key: _curve(connection, known[key], buckets, first, last) for key in wanted}
 
     def _ids(self, connection: sa.Connection, job: str, names: set[str]) -> dict[str, int]:
         known = _known(connection, job)
@@ -123,6 +131,10 @@ class MetricStore:
             connection.execute(sa.insert(metric_keys), [{"job": job, "name": name} for name in new])
             known = _known(connection, job)
         return known
+
+
+def _most_rows(keys: int) -> int:
+    return min(MAX_ROWS, MAX_CELLS // max(keys, 1))
 
 
 def with_canonical(metrics: Metrics) -> dict[str, float | None]:

@@ -13,6 +13,7 @@ from pydantic import Field, StringConstraints
 from lit_rl.errors import ConfigError
 from lit_rl.platform.answers import invalid
 from lit_rl.platform.bodies import Body, Line, PathText
+from lit_rl.platform.places import modified, place_of, size_of, there, utf8
 from lit_rl.platform.schema import checkpoints
 from lit_rl.platform.service import Service
 from lit_rl.platform.tasks import Task
@@ -71,7 +72,7 @@ def merge_task(here: Service, body: Merge) -> Task:
 def select_task(here: Service, body: Select) -> Task:
     """The task that makes a model of the best checkpoints. Raises ApiError where there are none, or no result of this name."""
     job = here.records.find(body.job)
-    rows = [row for row in _checkpoints(here, body.job) if Path(str(row["path"])).exists()]
+    rows = [row for row in _checkpoints(here, body.job) if there(Path(str(row["path"])))]
     results = {str(row["path"]): _numbers(row["eval_results"]) for row in rows}
     try:
         chosen = best(results, body.metric, mode=body.mode, top=body.top_k)
@@ -90,31 +91,32 @@ def select_task(here: Service, body: Select) -> Task:
 def listed(here: Service) -> list[dict[str, object]]:
     """Merged models, and checkpoints and exports of jobs, the newest first."""
     found = [*_merged(here), *_of_jobs(here)]
-    return sorted(found, key=lambda one: Path(str(one["path"])).stat().st_mtime, reverse=True)[:LISTED]
+    return sorted(found, key=lambda one: modified(Path(str(one["path"]))), reverse=True)[:LISTED]
 
 
 def _merged(here: Service) -> Iterator[dict[str, object]]:
     folder = _folder(here)
     for place in folder.iterdir() if folder.is_dir() else ():
-        if place.is_dir() and not place.name.startswith("."):
-            yield {"path": str(place), "name": place.name, "kind": "model", "job": None, "step": None, "size_bytes": _size(place)}
+        if place.is_dir() and not place.name.startswith(".") and utf8(place):
+            yield {"path": str(place), "name": place.name, "kind": "model", "job": None, "step": None, "size_bytes": size_of(place)}
 
 
 def _of_jobs(here: Service) -> Iterator[dict[str, object]]:
     told = set()
     for row in _checkpoints(here):
         place = Path(str(row["path"]))
-        if place.is_absolute() and place.exists():
+        if place.is_absolute() and there(place):
             told.add(place)
             yield _entry(place, str(row["job"]), row["step"], str(row["kind"]), row["eval_results"])
     for place in here.records.runs.glob("*/export/*"):
-        if place.is_dir() and place not in told and not place.name.startswith("."):
+        if place.is_dir() and place not in told and not place.name.startswith(".") and utf8(place):
             yield _entry(place, place.parents[1].name, None, "export", None)
 
 
 def _entry(place: Path, job: str, step: object, kind: str, results: object) -> dict[str, object]:
     return {
-        "path": str(place), "name": place.name, "kind": kind, "job": job, "step": step, "eval_results": results, "size_bytes": _size(place)
+        "path": str(place), "name": place.name, "kind": kind, "job": job, "step": step, "eval_results": results,
+        "size_bytes": size_of(place),
     }  # fmt: skip
 
 
@@ -136,8 +138,8 @@ def _folder(here: Service) -> Path:
 
 
 def _place(here: Service, path: str, field: str) -> Path:
-    place = (here.settings.run_root / Path(path).expanduser()).absolute()
-    if not place.exists():
+    place = place_of(here.settings.run_root, path).absolute()
+    if not there(place):
         raise invalid(f"{field}: there is nothing at {path[:200]}", [{"field": field, "problem": "there is nothing at this path"}])
     return place
 
@@ -154,15 +156,10 @@ def _base_of(here: Service, places: Sequence[Path]) -> Path | None:
 
 
 def _folder_or_none(here: Service, path: object) -> Path | None:
-    place = here.settings.run_root / Path(str(path)).expanduser() if path else None
-    return place.absolute() if place is not None and place.is_dir() else None
+    place = place_of(here.settings.run_root, str(path)).absolute() if path else None
+    return place if place is not None and there(place) and place.is_dir() else None
 
 
 def _numbers(results: object) -> dict[str, float]:
     found = results.items() if isinstance(results, Mapping) else ()
     return {str(name): float(value) for name, value in found if isinstance(value, int | float) and not isinstance(value, bool)}
-
-
-def _size(place: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
-    return sum(file.stat().st_size for file in ([place] if place.is_file() else place.rglob("*")) if file.is_file())

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from lit_rl.command_line.early import early_mistake, parameters, source_of
+from lit_rl.platform.places import place_of, there
 from lit_rl.platform.rows import count_rows
 from lit_rl.platform.templates import Tree, at, find, laid_over, put, read
 
@@ -76,7 +77,7 @@ def planned(fields: Mapping[str, object], folder: Path, *, root: Path, gpus: int
     _files(plan, fields, base, root)
     _overrides(plan, fields.get("overrides") or {})
     plan.config = laid_over(base, plan.overrides)
-    if checkpoint is not None and not Path(checkpoint).exists():
+    if checkpoint is not None and not there(Path(checkpoint)):
         plan.problem("checkpoint", f"{checkpoint} does not exist any more")
     return plan
 
@@ -92,7 +93,7 @@ def _models(plan: Plan, fields: Mapping[str, object], base: Tree, root: Path) ->
     if path is not None:
         plan.set(f"{POLICY}.pretrained", path)
     path = path or at(base, f"{POLICY}.pretrained")
-    if isinstance(path, str) and re.match(r"[/~.]|outputs/", path) and not (root / Path(path).expanduser()).exists():
+    if isinstance(path, str) and re.match(r"[/~.]|outputs/", path) and not there(place_of(root, path)):
         plan.problem("model_path", f"{path} does not exist on this machine")
     rate, kl = fields.get("learning_rate"), fields.get("kl_coef")
     if rate is not None:
@@ -184,10 +185,10 @@ def _files(plan: Plan, fields: Mapping[str, object], base: Tree, root: Path) -> 
         if path is not None and _has(base, key, plan, name, of="data"):
             plan.set(f"{DATA}.{key}", path)
         path = path or at(base, f"{DATA}.{key}")
-        if isinstance(path, str) and not (root / Path(path).expanduser()).exists():
+        if isinstance(path, str) and not there(place_of(root, path)):
             plan.problem(name, f"{path} does not exist on this machine")
         elif isinstance(path, str) and name == "train_data_path" and isinstance(fields.get("num_epochs"), int):
-            _passes(plan, _number(fields["num_epochs"]), root / Path(path).expanduser(), base)
+            _passes(plan, _number(fields["num_epochs"]), place_of(root, path), base)
 
 
 def _passes(plan: Plan, passes: int, path: Path, base: Tree) -> None:
@@ -215,12 +216,17 @@ def _has(base: Tree, option: str, plan: Plan, name: str, *, of: str = "model") -
 def _overrides(plan: Plan, given: object) -> None:
     assert isinstance(given, dict)
     for key, value in given.items():
-        if key.split(".")[0] not in KEYS or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key) or key.startswith(("run.dir", "run.name")):
+        if key.split(".")[0] not in KEYS or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key) or _of_ours(key):
             plan.problem("overrides", f"{key!r} is no key that a job may set; they begin with {', '.join(KEYS)}, e.g. trainer.max_epochs")
             continue
         for path in foreign(key, value):
             plan.problem("overrides", f"{key}: the class {path[:200]!r} is not of this project")
         plan.set(key, value)
+
+
+def _of_ours(key: str) -> bool:
+    """True for the keys that say where a run writes, and for what holds them."""
+    return key == "run" or key.split(".")[:2] in (["run", "dir"], ["run", "name"])
 
 
 def foreign(key: str, value: object) -> Iterator[str]:

@@ -27,6 +27,9 @@ FIELDS = (
 CANONICAL = ("policy_loss", "value_loss", "reward_mean", "kl_divergence", "entropy", "clip_fraction")
 """Metrics that every method reports under the same names, where it has such a thing."""
 
+DIGEST = 1 + 64
+"""Characters that follow the key of a request where it is kept: a colon, and the SHA-256 of the body."""
+
 STALLED = "stalled"
 """The rule of alerts for jobs whose steps do not come."""
 
@@ -49,17 +52,13 @@ class Records:
         if key is not None:
             digest = hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).hexdigest()
             key = f"{key[:200]}:{digest}"
-            if (before := self._keyed(key)) is not None:
-                return before
-        return self._insert(
-            fields={name: asked[name] for name in FIELDS}, problems=problems, idempotency_key=key,
-            **{name: asked[name] for name in ("name", "description", "notes", "tags")},
-        )  # fmt: skip
+        told = {name: asked[name] for name in ("name", "description", "notes", "tags")}
+        return self._insert(key, **told, fields={name: asked[name] for name in FIELDS}, problems=problems)
 
     def derive(self, parent: Job, *, checkpoint: str | None, problems: list[dict[str, str]]) -> Job:
         """A new job with the settings of another, which continues from a checkpoint of it, or begins anew."""
         copied = {name: parent[name] for name in ("name", "description", "notes", "tags", "fields")}
-        return self._insert(**copied, problems=problems, parent_uuid=parent["uuid"], checkpoint=checkpoint)
+        return self._insert(None, **copied, problems=problems, parent_uuid=parent["uuid"], checkpoint=checkpoint)
 
     def register(self, name: str) -> Job:
         """The job of this id; one that nobody created is made as a run that somebody else started (source external)."""
@@ -117,13 +116,22 @@ class Records:
         with self.store.write() as connection:
             return bool(connection.execute(query).rowcount)
 
+    def silent(self, name: str, since: float) -> bool:
+        """Note that a running job has not reported since a moment. False where it has, or runs no more."""
+        query = sa.update(jobs).where(jobs.c.uuid == name, jobs.c.state == "running")
+        query = query.where(sa.func.coalesce(jobs.c.reported_at, jobs.c.started_at) < since).values(state="stale")
+        with self.store.write() as connection:
+            return bool(connection.execute(query).rowcount)
+
     def remove(self, name: str) -> None:
         """Forget a job. Raises ApiError 404, and 409 while it is active."""
-        job = self.find(name)
-        if job["state"] in ACTIVE and job["source"] == "platform":
-            raise conflict(f"the job is {job['state']}: stop it first", "job_active")
         keys = sa.select(metric_keys.c.id).where(metric_keys.c.job == name)
         with self.store.write() as connection:
+            job = connection.execute(sa.select(jobs.c.state, jobs.c.source).where(jobs.c.uuid == name)).one_or_none()
+            if job is None:
+                raise not_found("job", name)
+            if job.state in ACTIVE and job.source == "platform":
+                raise conflict(f"the job is {job.state}: stop it first", "job_active")
             connection.execute(sa.delete(points).where(points.c.key.in_(keys)))
             for table in jobs.metadata.sorted_tables:
                 if "job" in table.c:
@@ -159,21 +167,26 @@ class Records:
         with self.store.read() as connection:
             return connection.execute(query).first() is not None
 
-    def _keyed(self, key: str) -> Job | None:
-        """The job that this key and body have made. Raises ApiError 409 for the key with another body."""
-        word = key.rpartition(":")[0]
-        query = sa.select(jobs).where(jobs.c.idempotency_key.startswith(f"{word}:", autoescape=True))
-        with self.store.read() as connection:
-            row = connection.execute(query).mappings().first()
-        if row is not None and row["idempotency_key"] != key:
-            raise conflict("this Idempotency-Key made another job", "idempotency_conflict")
-        return None if row is None else dict(row)
-
-    def _insert(self, **values: object) -> Job:
+    def _insert(self, idempotency_key: str | None, **values: object) -> Job:
+        """A new row, or the one that the same key has made: looked for and written at once, so that two requests make one job."""
         name = str(uuid.uuid4())
         with self.store.write() as connection:
-            connection.execute(sa.insert(jobs).values(_defaults(time.time()) | values | {"uuid": name}))
+            if idempotency_key is not None and (before := _keyed(connection, idempotency_key)) is not None:
+                return before
+            more = {"uuid": name, "idempotency_key": idempotency_key}
+            connection.execute(sa.insert(jobs).values(_defaults(time.time()) | values | more))
         return self.find(name)
+
+
+def _keyed(connection: sa.Connection, key: str) -> Job | None:
+    """The job that this key and body have made. Raises ApiError 409 for the key with another body."""
+    word, digest = key[:-DIGEST], key[-DIGEST:]
+    column = jobs.c.idempotency_key
+    query = sa.select(jobs).where(sa.func.substr(column, 1, sa.func.length(column) - DIGEST) == word)
+    row = connection.execute(query).mappings().first()
+    if row is not None and row["idempotency_key"] != word + digest:
+        raise conflict("this Idempotency-Key made another job", "idempotency_conflict")
+    return None if row is None else dict(row)
 
 
 def _defaults(now: float) -> dict[str, object]:

@@ -77,14 +77,13 @@ class Reports:
     def silence(self) -> None:
         """Note the runs of others that have not reported for long."""
         for job in self.records.in_states(("running",), source="external"):
-            heard = job["reported_at"] or job["started_at"]
-            if isinstance(heard, float) and time.time() - heard > SILENT and self.records.move(str(job["uuid"]), ("running",), "stale"):
+            if self.records.silent(str(job["uuid"]), time.time() - SILENT):
                 self.hub.publish("state", str(job["uuid"]), state="stale", message="no report for ten minutes")
 
     def _heard(self, name: str) -> Job:
         """The job that reports; it runs, whatever was thought of it."""
         job = self.records.register(name)
         before = ("starting",) if job["source"] == "platform" else ("stale",)
-        if job["state"] in before and self.records.move(name, before, "running"):
+        if job["state"] in before and self.records.move(name, before, "running", reported_at=time.time()):
             self.hub.publish("state", name, state="running", message="")
         return job

@@ -77,7 +77,7 @@ class Samples:
             (folder / f"{number}.webp").write_bytes(drawn[name])
             names.append(f"{number}.webp")
         known = [value for value in item.rewards.values() if value is not None]
-        reward = item.reward if item.reward is not None else math.fsum(known) / len(known) if known else None
+        reward = item.reward if item.reward is not None else math.fsum(value / len(known) for value in known) if known else None
         group = None if item.group is None else str(item.group)
         plain = item.model_dump(include={"step", "source", "prompt", "text", "rewards", "advantage"})
         return plain | {"job": job, "group": group, "reward": reward, "images": names}

@@ -39,7 +39,11 @@ class Service:
         except BlockingIOError as error:
             os.close(self._lock)
             raise ValueError(f"another server works in --data {settings.data}: stop it, or choose another folder") from error
-        self.store = Store(settings.data)
+        try:
+            self.store = Store(settings.data)
+        except ValueError:
+            os.close(self._lock)
+            raise
         self.records = Records(self.store, settings.data.resolve() / "runs")
         self.tasks = Tasks(REPOSITORY)
         self.checkpoints = Checkpoints(self.store, self.records)

@@ -11,6 +11,9 @@ from pathlib import Path
 from lit_rl.net.guards import socket_owner
 from lit_rl.platform.gpu_reader import GpuReader
 
+SHORTEST = 16
+"""Letters of a token; with an empty one everybody could enter."""
+
 Owner = Callable[[tuple[str, int], tuple[str, int]], int | None]
 REPOSITORY = Path(__file__).parents[2]
 
@@ -44,10 +47,13 @@ class Settings:
 
 
 def token_of(folder: Path) -> str:
-    """The token of a data folder; made, and readable by this user alone, where there is none."""
+    """The token of a data folder; made, and readable by this user alone, where there is none. Raises ValueError for one that is none."""
     path, whole = folder / "token", folder / f"token.{secrets.token_hex(4)}"
     if not path.exists():
         with os.fdopen(os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_urlsafe(32))
         whole.rename(path)
-    return path.read_text().strip()
+    token = path.read_text().strip()
+    if len(token) < SHORTEST or path.stat().st_mode & 0o077:
+        raise ValueError(f"{path} is shorter than {SHORTEST} letters, or others may read it: remove it, and a new one is made")
+    return token

@@ -12,13 +12,17 @@ import sqlalchemy as sa
 
 from lit_rl.platform.schema import migrate
 
+BUSY_SECONDS = 5.0
+"""Time for which a writer waits for another program's."""
+
 NETWORK_FILESYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "lustre")
 
 
 class Store:
     """The database of a data folder, in WAL mode: what is written survives the end of this process, at any moment.
 
-    Raises ValueError where the folder is on a network file system, on which SQLite's locks do not hold, and for a later release's file.
+    Raises ValueError where the folder is on a network file system, on which SQLite's locks do not hold, for a later release's file, and
+    for one that is damaged, held by another program or not to be written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -27,13 +31,17 @@ class Store:
             raise ValueError(f"--data {folder} is on {kind}, where SQLite's locks do not hold: choose a folder on a local disk")
         self.path = folder / "platform.db"
         self._engine = sa.create_engine(
-            f"sqlite:///{self.path}", connect_args={"timeout": 5.0, "check_same_thread": False}, pool_size=16, max_overflow=48
+            f"sqlite:///{self.path}", connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, pool_size=16, max_overflow=48
         )
         self._writing = threading.Lock()
         sa.event.listen(self._engine, "connect", _prepare)
         sa.event.listen(self._engine, "begin", _begin)
-        with self.write() as connection:
-            migrate(connection)
+        try:
+            with self.write() as connection:
+                migrate(connection)
+        except sa.exc.DatabaseError as error:
+            self._engine.dispose()
+            raise ValueError(f"{self.path}: {_cause(error)}") from error
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
@@ -59,6 +67,16 @@ class Store:
         """Wait for the writer, then close the file."""
         with self._writing:
             self._engine.dispose()
+
+
+def _cause(error: sa.exc.DatabaseError) -> str:
+    """The reason why a database does not open, and the way out."""
+    said = str(error.orig)
+    if "locked" in said:
+        return f"{said}: another program holds the file, such as a shell of sqlite3; end it, then start again"
+    if "full" in said or "readonly" in said or "unable to open" in said:
+        return f"{said}: make room on the disk, or let this user write there"
+    return f"{said}: the file is damaged; move it away and put a copy from /api/backup in its place, or begin with an empty folder"
 
 
 def _prepare(connection: sqlite3.Connection, _: object) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from lit_rl.platform import processes
 from lit_rl.platform.answers import conflict, invalid
 from lit_rl.platform.environment import environment_of
-from lit_rl.platform.failures import explained
+from lit_rl.platform.failures import explained, last_text
 from lit_rl.platform.hub import Hub
 from lit_rl.platform.logs import Logs
 from lit_rl.platform.plan import Plan, check_keys, planned
@@ -33,7 +33,9 @@ class Supervisor:
     def __init__(self, settings: Settings, records: Records, logs: Logs, hub: Hub, gpus: Callable[[], Sequence[int]]) -> None:
         self.settings, self.records, self.logs, self.hub, self.gpus = settings, records, logs, hub, gpus
         self._shims: dict[str, subprocess.Popen[bytes]] = {}
-        self._looking = threading.Lock()
+        self._ends: dict[str, float] = {}  # when a job is ended by force, by a clock that nobody sets
+        self._odd: set[object] = set()
+        self._looking, self._asking = threading.Lock(), threading.Lock()
         self._end, self._thread = threading.Event(), threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def start(self) -> None:
@@ -65,6 +67,10 @@ class Supervisor:
 
     def enqueue(self, name: str) -> Job:
         """Let a job wait for its GPUs. Raises ApiError 409 in another state, 422 where it could not start."""
+        with self._asking:  # one after the other: the second must not write `job.yaml` while the run of the first reads it
+            return self._enqueue(name)
+
+    def _enqueue(self, name: str) -> Job:
         job = self.records.own(name)
         if job["state"] != "created":
             raise conflict(f"the job is {job['state']}; only a created one starts, a stopped one is resumed or cloned", "wrong_state")
@@ -91,10 +97,12 @@ class Supervisor:
         if self.records.move(name, ("created", "queued"), "stopped", stop_requested_at=moment, ended_at=moment):
             self._tell(name, "stopped")
         elif self.records.move(name, ("starting", "running"), "stopping", stop_requested_at=moment, kill_at=moment + grace):
+            self._ends[name] = time.monotonic() + grace
             self._tell(name, "stopping")
             processes.ask_to_stop(self.records.folder(name))
         if now:
             self.records.move(name, ("stopping",), "stopping", kill_at=moment)
+            self._ends[name] = time.monotonic()
             processes.kill(self.records.folder(name))
         return self.records.find(name)
 
@@ -110,25 +118,36 @@ class Supervisor:
         """Note the jobs that have ended, end those whose time to stop is over, start those whose turn it is."""
         with self._looking:
             for job in self.records.in_states(ALIVE):
-                self._look_at(job)
+                try:
+                    self._look_at(job)
+                except (OSError, ValueError, AssertionError, KeyError, TypeError):  # files that somebody changed: the others go on
+                    if job["uuid"] not in self._odd:
+                        log.exception("looking at job %s failed; it is said once", job["uuid"])
+                    self._odd.add(job["uuid"])
             self._schedule()
+
+    def _late(self, job: Job) -> bool:
+        """True once the time is over in which a job may stop by itself; a clock that is set meanwhile changes nothing."""
+        name, wanted, asked = str(job["uuid"]), job["kill_at"], job["stop_requested_at"]
+        if not isinstance(wanted, float) or not isinstance(asked, float):
+            return False
+        left = min(max(wanted - time.time(), 0.0), max(wanted - asked, 0.0))
+        return time.monotonic() >= self._ends.setdefault(name, time.monotonic() + left)
 
     def _look_at(self, job: Job) -> None:
         name, folder = str(job["uuid"]), self.records.folder(str(job["uuid"]))
         end = processes.ending(folder)
         shim = self._shims.get(name)
         if end is None and (processes.alive(folder) or (shim is not None and shim.poll() is None)):
-            deadline = job["kill_at"]
             self.logs.follow(name, self.hub)
-            if isinstance(deadline, float) and time.time() > deadline:
+            if self._late(job):
                 processes.kill(folder)
             elif job["state"] == "stopping":
                 self._ask_again(folder)
             return
-        if end is None and not processes.begun(folder) and job["state"] == "starting":
+        if end is None and shim is None and not processes.begun(folder) and job["state"] == "starting":
             self._launch(job)  # the server ended between its decision and the start
             return
-        self._shims.pop(name, None)
         self._ended(job, processes.ending(folder))
 
     def _ask_again(self, folder: Path) -> None:
@@ -140,8 +159,11 @@ class Supervisor:
 
     def _ended(self, job: Job, end: processes.Ending | None) -> None:
         name, folder = str(job["uuid"]), self.records.folder(str(job["uuid"]))
-        deadline, asked = job["kill_at"], job["stop_requested_at"] is not None
-        killed = isinstance(deadline, float) and time.time() > deadline and end is not None and end.signal == "SIGKILL"
+        asked, shim = job["stop_requested_at"] is not None, self._shims.pop(name, None)
+        killed = end is not None and end.signal == "SIGKILL" and self._late(job)
+        if end is None and shim is not None and not processes.begun(folder):
+            end = processes.Ending(error=last_text(folder / "shim.log").strip()[-300:] or f"its folder {folder} is gone")
+        self._ends.pop(name, None)
         state, reason = processes.verdict(end, asked=asked, done=(folder / processes.DONE).exists(), killed=killed)
         if end is None and state == "failed" and processes.rebooted(folder):
             reason = "host_rebooted: the machine started again; resume the job from its last checkpoint"
@@ -183,7 +205,10 @@ class Supervisor:
         name, folder = str(job["uuid"]), self.records.folder(str(job["uuid"]))
         argv = self.argv(job, self.plan(job))
         environment = environment_of(self.settings, name, folder, gpus=_ids(job))
-        self._shims[name] = processes.launch(folder, argv, cwd=self.settings.run_root, environment=environment)
+        try:
+            self._shims[name] = processes.launch(folder, argv, cwd=self.settings.run_root, environment=environment)
+        except OSError as error:  # a full disk, no memory for a process, a folder that is gone
+            self._ended(job, processes.Ending(error=str(error)))
 
     def _tell(self, name: str, state: str, message: str = "") -> None:
         self.hub.publish("state", name, state=state, message=message)

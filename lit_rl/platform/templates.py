@@ -8,6 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from lit_rl.platform.places import file_below
+
 USUAL: Mapping[str, str] = {"flow_grpo": "sd35m_ocr", "diffusion_nft": "sd35m_multi_reward", "deepgen": "flow_grpo"}
 """The template of an algorithm whose first file is not the one that people begin with."""
 
@@ -33,8 +35,8 @@ def find(root: Path, algorithm: str, template: str | None) -> Path:
         raise ValueError(f"algorithm {algorithm!r} is none of {', '.join(known)}")
     if template is None:
         return root / templates(root, algorithm)[0]
-    path = (root / template).resolve()
-    if not path.is_relative_to((root / "configs").resolve()) or path.suffix != ".yaml" or not path.is_file():
+    path = file_below(root / "configs", root / template)
+    if path is None or path.suffix != ".yaml":
         raise ValueError(f"template {template[:200]!r} is no run file below configs/, such as {templates(root, algorithm)[0]}")
     return path
 

@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 
 from lit_rl.net.sockets import bind, url_of
 from lit_rl.platform.app import create_app
+from lit_rl.platform.patience import PatientProtocol
 from lit_rl.platform.settings import Settings
 
 GUIDE_JOB: dict[str, Any] = {
@@ -38,7 +39,7 @@ def listening(folder: Path, **settings: Any) -> Iterator[str]:
     """The URL of a platform on a free port."""
     sock = bind("127.0.0.1", 0)
     app = create_app(Settings(data=folder / "data", url=url_of(sock), **settings))
-    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2, ws_max_size=1 << 16, lifespan="on")
+    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2, ws_max_size=1 << 16, lifespan="on", http=PatientProtocol)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Query, Response
@@ -53,11 +54,12 @@ def change(name: JobId, body: ChangedJob, here: Here) -> Response:
 def remove(name: JobId, here: Here, files: bool = False) -> Response:
     """Forget a job. With `files` its folder is moved to the folder `trash` of the data folder."""
     here.records.remove(name)
+    here.alerts.forget(name)
     folder = here.records.folder(name)
     if files and folder.is_dir():
         trash = here.settings.data / "trash"
         trash.mkdir(exist_ok=True)
-        folder.rename(trash / name)
+        folder.rename(trash / f"{name}.{time.time_ns()}" if (trash / name).exists() else trash / name)
     return Response(status_code=204)
 
 

@@ -90,12 +90,16 @@ async def _hear(socket: WebSocket, listener: Listener) -> int | None:
         except (orjson.JSONDecodeError, KeyError):
             return VIOLATION
         match word:
-            case {"type": "subscribe", "topics": [*topics], **rest} if not rest and all(topic in TOPICS for topic in topics):
+            case {"type": "subscribe", "topics": [*topics], **rest} if not rest and all(map(_known, topics)):
                 listener.topics = frozenset(map(str, topics))
             case {"type": "ping"} if len(word) == 1:
                 continue
             case _:
                 return VIOLATION
+
+
+def _known(topic: object) -> bool:
+    return isinstance(topic, str) and topic in TOPICS
 
 
 def joined(events: Sequence[Event]) -> Sequence[Event]:

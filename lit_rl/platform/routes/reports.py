@@ -39,9 +39,11 @@ def rows(
 ) -> Response:
     """One row for each step."""
     here.records.find(name)
-    found = here.metrics.rows(name, split=split, since=-1 if since_step is None else since_step, limit=limit + 1, keys=_words(keys))
-    kept = found[-limit:] if since_step is None else found[:limit]
-    return Json(kept, headers={"x-truncated": "true"} if len(found) > limit else None)
+    words = _words(keys)
+    most = min(limit, here.metrics.most_rows(name, words))
+    found = here.metrics.rows(name, split=split, since=-1 if since_step is None else since_step, limit=most + 1, keys=words)
+    kept = found[-most:] if since_step is None else found[:most]
+    return Json(kept, headers={"x-truncated": "true"} if len(found) > most else None)
 
 
 @router.get("/metrics.csv")

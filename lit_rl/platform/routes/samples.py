@@ -17,6 +17,7 @@ from lit_rl.platform.routes.jobs import JobId
 from lit_rl.platform.service import Here, Service
 
 router = APIRouter(prefix="/api/jobs/{name}/samples", route_class=StrictRoute, tags=["samples"])
+ImageName = Annotated[Line, Path(pattern=r"^\d{1,9}\.webp$")]
 MAX_IMAGES, IMAGE_BYTES = 64, 1 << 20
 
 
@@ -65,6 +66,6 @@ def listed(
 
 
 @router.get("/{step}/images/{file}")
-def image(name: JobId, step: Annotated[int, Path(ge=0)], file: Annotated[Line, Path(pattern=r"^\d{1,9}\.webp$")], here: Here) -> Response:
+def image(name: JobId, step: Annotated[int, Path(ge=0, le=1 << 53)], file: ImageName, here: Here) -> Response:
     """A picture."""
     return FileResponse(here.samples.image(name, step, file), media_type="image/webp", headers={"cache-control": "private, max-age=86400"})
