@@ -18,6 +18,7 @@ from lit_rl.platform.logs import Logs
 from lit_rl.platform.plan import Plan, check_keys, planned
 from lit_rl.platform.records import ENDED, Job, Records
 from lit_rl.platform.settings import Settings
+from lit_rl.platform.trial import check_values
 
 log = logging.getLogger(__name__)
 PERIOD = 0.5
@@ -79,13 +80,21 @@ class Supervisor:
             folder = self.records.folder(name)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "job.yaml").write_text(plan.yaml, encoding="utf-8")
-            check_keys(plan, folder, self.settings.run_root)
+            self._check(job, plan, folder)
         self.records.change(name, problems=plan.problems)
         if plan.problems:
             raise invalid(f"the job cannot start: {plan.problems[0]['problem']}", plan.problems)
         if self.records.move(name, ("created",), "queued", queued_at=time.time()):
             self._tell(name, "queued")
         return self.records.find(name)
+
+    def _check(self, job: Job, plan: Plan, folder: Path) -> None:
+        """Read the job's files as its command would: first their keys, then, where somebody set keys of his own, their values."""
+        check_keys(plan, folder, self.settings.run_root)
+        fields = job["fields"]
+        if isinstance(fields, dict) and fields["overrides"] and not plan.problems:
+            environment = environment_of(self.settings, str(job["uuid"]), folder, gpus=[])
+            check_values(plan, folder, self.settings.run_root, environment)
 
     def stop(self, name: str, *, now: bool, grace: float = GRACE) -> Job:
         """Ask a job to stop with a checkpoint, or end it at once. Asked again, the answer is the same."""

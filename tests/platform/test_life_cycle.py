@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -100,6 +101,19 @@ def test_a_job_runs_to_its_end(jobs: TestClient, monkeypatch: pytest.MonkeyPatch
     assert job["exit"] == {"returncode": 0, "signal": None, "reason": None} and job["ended_at"]
     assert f"sees  {uuid} None" in (folder / "stdout.log").read_text()
     assert jobs.delete(f"/api/jobs/{uuid}?files=true").status_code == 204 and not folder.exists()
+
+
+@pytest.mark.slow
+def test_a_value_of_the_wrong_type_is_told_before_the_start(tmp_path: Path, root: Path) -> None:
+    """The sentence is the command line's own."""
+    with asked(tmp_path, gpu_ids=()) as client:
+        rows, wrong = str(root / "rows.jsonl"), {"model.init_args.group_size": "many"}
+        uuid = new(client, model_path=str(root / "model"), train_data_path=rows, eval_data_path=rows, overrides=wrong)
+        refused = client.post(f"/api/jobs/{uuid}/start")
+        assert refused.status_code == 422 and state(client, uuid) == "created"
+    (problem,) = refused.json()["error"]["details"]
+    assert problem["field"] == "overrides"
+    assert re.fullmatch(r"job.yaml:\d+: group_size is 'many'; expected a whole number", problem["problem"])
 
 
 def test_a_failure_says_why(jobs: TestClient) -> None:
