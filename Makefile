@@ -1,4 +1,4 @@
-# make setup | make demo [SEED=1] | make demo-nft [SEED=1] | make demo-fill | make demo-fill-nft | make demo-deepgen [SEED=1] | make demo-llm [METHOD=ppo] | make demo-agent [SEED=1] [METHOD=lora] | make test | make test-vllm | make lint — each prepares what it needs, on a machine with Python 3.11 or newer.
+# make setup | make demo [SEED=1] | make demo-nft [SEED=1] | make demo-fill | make demo-fill-nft | make demo-deepgen [SEED=1] | make demo-llm [METHOD=ppo] | make demo-agent [SEED=1] [METHOD=lora] | make demo-platform | make test | make test-vllm | make lint — each prepares what it needs, on a machine with Python 3.11 or newer.
 PYTHON ?= python3
 SEED ?= 0
 METHOD ?= grpo
@@ -6,7 +6,7 @@ BIN = .venv/bin
 READY = .venv/.ready
 VLLM = .venv-vllm
 
-.PHONY: page setup demo demo-nft demo-fill demo-fill-nft demo-deepgen demo-llm demo-agent test test-vllm lint
+.PHONY: page setup demo demo-nft demo-fill demo-fill-nft demo-deepgen demo-llm demo-agent demo-platform test test-vllm lint
 
 setup: $(READY)
 
@@ -38,6 +38,9 @@ demo-llm: $(READY)
 
 demo-agent: $(READY)
 	$(BIN)/python -m lit_rl.demo.desktop --method $(METHOD) --seed $(SEED)
+
+demo-platform: $(READY)
+	$(BIN)/python -m lit_rl.demo.jobs --seed $(SEED)
 
 # Bytecode is kept whatever the environment says: processes that tests start need it.
 test: $(READY)
