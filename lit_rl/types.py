@@ -137,6 +137,7 @@ class TokenRollout(Rollout):
     | column       | contents                                                                                         | set by         |
     | `preference` | 1 chosen, -1 rejected, of the pair that has the same `group`; 0 for an answer of the policy      | DPO, MixedGSPO |
     | `trajectory` | equal for rows of one group that are turns of the same episode, see `lit_rl.credit.trajectories` | agents         |
+    | `temperature`| of sampling and training, above 0, where siblings have different ones                            | agents         |
     """
 
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # Int "B S+1"

@@ -82,7 +82,8 @@ class Turn:
 class Trajectory:
     """An episode that has ended.
 
-    reward: NaN where the infrastructure failed; the parse penalty is not in it. seed: of the world.
+    reward: NaN where the infrastructure failed; the parse penalty is not in it. seed: of the world. temperature: of its answers, where
+    siblings have different ones.
     """
 
     task: Task
@@ -97,6 +98,7 @@ class Trajectory:
     last: Image.Image | None = None
     seconds: float = 0.0
     why: str = ""
+    temperature: float | None = None
 
     @property
     def parse_errors(self) -> int:
@@ -158,7 +160,8 @@ class Episode:
 
     async def _turn(self, world: World, trajectory: Trajectory, seen: Observation, number: int) -> Turn:
         shown = self.prompt(world, trajectory, seen)
-        request = Request(shown.ids, (*self.key, trajectory.attempt, number), shown.media, {"prompt": list(shown.messages)})
+        key, row = (*self.key, trajectory.attempt, number), {"prompt": list(shown.messages)}
+        request = Request(shown.ids, key, shown.media, row, trajectory.temperature)
         async with asyncio.timeout(self.manner.turn_s):
             sample = await self.answer(world, request, shown)
         text = self.policy.decode(sample.ids)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar, final
 
 from lit_rl.agents.codecs import Codec, Compact
@@ -32,6 +33,7 @@ class Job:
     """An episode that is wanted.
 
     world_seed: The same for all siblings; the task's own if it has one. key: All that the randomness of its answers depends on.
+    temperature: Of its answers; None = the sampling's.
     """
 
     task: Task
@@ -39,6 +41,7 @@ class Job:
     number: int
     world_seed: int
     key: tuple[Key, ...]
+    temperature: float | None = None
 
 
 @final
@@ -156,11 +159,12 @@ class Episodes:
 
     async def _episode(self, kind: type[Episode], policy: TokenPolicy, desk: Desk, job: Job) -> Trajectory:
         """The trajectory of a job; one that was lost in each of its worlds has the status of its last failure."""
-        latest = Trajectory(job.task, job.group, job.number, job.world_seed)
+        start = partial(Trajectory, job.task, job.group, job.number, job.world_seed, temperature=job.temperature)
+        latest = start()
 
         async def attempt(world: World, number: int) -> Trajectory:
             nonlocal latest
-            latest = Trajectory(job.task, job.group, job.number, job.world_seed, attempt=number)
+            latest = start(attempt=number)
             return await kind(policy, self.codec, self.manner, desk, key=job.key).play(world, latest)
 
         try:

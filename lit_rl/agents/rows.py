@@ -24,14 +24,15 @@ def task_of(info: Info) -> Task:
 
 
 def rollout_of(trajectories: Sequence[Trajectory], info: Mapping[int, Info], policy: TokenPolicy, manner: Manner) -> TokenRollout:
-    """The turns of all trajectories that count, on the CPU, with the columns `trajectory`, `turn` and `state`, and the pictures of each.
+    """The turns of all trajectories that count, on the CPU, with the columns `trajectory`, `turn`, `state` and, where siblings have
+    different ones, `temperature`, and the pictures of each.
 
     info: Row of the data by group. A trajectory that the infrastructure lost has no row. Where none is left there is one row without a
     chosen token, for the forwards that other processes wait for.
     """
     played = [(t, number, turn) for t in trajectories if t.status.counts for number, turn in enumerate(t.turns)]
     if not played:
-        return _nothing(info, policy, manner)
+        return _with_temperatures(_nothing(info, policy, manner), trajectories[:1])
     group = [t.group for t, _, _ in played]
     prompts = Prompts(group=torch.tensor(group), info=[info[g] for g in group])
     rollout = assemble(prompts, [turn.shown.ids for _, _, turn in played], [turn.sample for _, _, turn in played])
@@ -40,7 +41,7 @@ def rollout_of(trajectories: Sequence[Trajectory], info: Mapping[int, Info], pol
         rewards["format"] = torch.tensor([-manner.parse_penalty * t.parse_errors for t, _, _ in played], dtype=torch.float64)
     media = [turn.shown.media for _, _, turn in played]
     return replace(
-        rollout.with_columns(
+        _with_temperatures(rollout, [t for t, _, _ in played]).with_columns(
             trajectory=torch.tensor([t.number for t, _, _ in played]),
             turn=torch.tensor([number for _, number, _ in played]),
             state=torch.tensor(state_numbers([turn.state for _, _, turn in played], group)),
@@ -49,6 +50,12 @@ def rollout_of(trajectories: Sequence[Trajectory], info: Mapping[int, Info], pol
         media=media if any(media) else (),
         mask=rollout.mask & ~_banned(rollout, policy),
     )
+
+
+def _with_temperatures(rollout: TokenRollout, trajectories: Sequence[Trajectory]) -> TokenRollout:
+    """With the column `temperature` Float32 "B", where siblings have different ones. trajectories: Of each row."""
+    values = [t.temperature for t in trajectories if t.temperature is not None]
+    return rollout.with_columns(temperature=torch.tensor(values)) if values else rollout
 
 
 def _banned(rollout: TokenRollout, policy: TokenPolicy) -> torch.Tensor:

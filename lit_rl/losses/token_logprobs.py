@@ -28,7 +28,7 @@ def token_logprobs(
     *,
     bias: Float[Tensor, "V"] | None = None,
     low_rank: tuple[Float[Tensor, "N R"], Float[Tensor, "V R"]] | None = None,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, "N"] = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
@@ -42,7 +42,7 @@ def token_logprobs(
 
     Args:
         low_rank: (low, up): an adapter of the head, hidden A^T and its B with the scaling in one of them; low in the precision of up.
-        temperature: that of sampling; the trainer's log-probabilities must be of the distribution that was sampled from.
+        temperature: that of sampling, of all tokens or of each: log-probabilities must be of the distribution that was sampled from.
         entropy: also the entropy, with its gradient.
         arriving: the gradient that backward will bring to `logprobs`, but for one factor that all tokens share: the weights of a loss that
             is linear in them. Gradients are then made in forward, with the logits at hand, and scaled in backward, which raises
@@ -71,13 +71,22 @@ def token_logprobs(
 class _Head(NamedTuple):
     scale: float
     softcap: float | None
-    temperature: float
+    temperature: float | Tensor  # of all tokens; or Float "N" of each, and "N 1" where `of` has chosen some
     entropy: bool
 
+    def of(self, rows: slice) -> _Head:
+        """The head for these tokens' logits "n V"."""
+        return self if isinstance(self.temperature, float) else self._replace(temperature=self.temperature[rows, None])
+
     @property
-    def slope(self) -> float:
+    def slope(self) -> float | Tensor:
         """d z / d (hidden W^T + bias + low up^T), where no cap bends it."""
         return self.scale / self.temperature
+
+    @property
+    def plain(self) -> bool:
+        """The slope is 1 for all tokens."""
+        return isinstance(self.temperature, float) and self.scale == self.temperature
 
     def logits(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None
@@ -88,7 +97,7 @@ class _Head(NamedTuple):
         if low is not None and up is not None:
             raw = raw + F.linear(low, up)
         if self.softcap is None:
-            return (raw if self.slope == 1 else raw * self.slope), None
+            return (raw if self.plain else raw * self.slope), None
         bent = torch.tanh(raw * (self.scale / self.softcap))
         return bent * (self.softcap / self.temperature), bent
 
@@ -96,7 +105,7 @@ class _Head(NamedTuple):
 def _plain(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None, targets: Tensor, head: _Head
 ) -> TokenLogprobs:
-    z, _ = head.logits(hidden, weight, bias, *(low_rank or (None, None)))
+    z, _ = head.of(slice(None)).logits(hidden, weight, bias, *(low_rank or (None, None)))
     logp = z.log_softmax(-1)
     picked = logp.gather(-1, targets[:, None])[:, 0]
     entropy = -(logp.exp() * logp).sum(-1) if head.entropy else None
@@ -121,8 +130,8 @@ class _Gradients:
         g_hidden, g_weight, g_bias, g_low, g_up = self.sums
         if bent is not None:
             dz.mul_(1 - bent**2)
-        if self.head.slope != 1:
-            dz.mul_(self.head.slope)
+        if not self.head.plain:
+            dz.mul_(self.head.of(rows).slope)
         if g_bias is not None:
             g_bias += dz.sum(0)
         if g_low is not None and up is not None:
@@ -157,7 +166,7 @@ class _Linear(torch.autograd.Function):
         for start in range(0, len(targets), size):
             rows = slice(start, start + size)
             target, g = targets[rows, None], arriving[rows, None].to(work)
-            z, bent = head.logits(hidden[rows], weight, bias, None if low is None else low[rows], up)
+            z, bent = head.of(rows).logits(hidden[rows], weight, bias, None if low is None else low[rows], up)
             picked, highest = z.gather(1, target), z.amax(1, keepdim=True)
             e = z.sub_(highest).exp_()
             total = e.sum(1, keepdim=True)
@@ -198,7 +207,7 @@ class _Chunked(torch.autograd.Function):
         for start in range(0, count, size):
             rows = slice(start, start + size)
             target = targets[rows, None]
-            z, _ = head.logits(hidden[rows], weight, bias, None if low is None else low[rows], up)
+            z, _ = head.of(rows).logits(hidden[rows], weight, bias, None if low is None else low[rows], up)
             picked, highest = z.gather(1, target), z.amax(1, keepdim=True)
             z.sub_(highest)
             e = z.exp() if entropy is not None else z.exp_()
@@ -228,7 +237,7 @@ class _Chunked(torch.autograd.Function):
         gradients = _Gradients(ctx.needs_input_grad[:5], (hidden, weight, bias, low, up), head, normalisers.dtype)
         for start in range(0, len(targets), ctx.size):
             rows = slice(start, start + ctx.size)
-            z, bent = head.logits(hidden[rows], weight, bias, None if low is None else low[rows], up)
+            z, bent = head.of(rows).logits(hidden[rows], weight, bias, None if low is None else low[rows], up)
             z.sub_(normalisers[rows, None])
             g = g_logprobs[rows, None]
             if entropy is None or g_entropy is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,17 +39,28 @@ class AgentGRPO(GRPO):
         episodes: In which worlds and how episodes are played.
         aggregation: `traj-mean`: every trajectory weighs the same whatever its turns; `token-mean`: every token; `dr-grpo`: tokens
             over a constant length.
+        temperature_increment: Sibling n of a group (0, 1, ...) is sampled, and trained, at `answers.sampling.temperature` + n times this.
         kwargs: See `GRPO`.
     """
 
     samples = "turns"
     sources: Sequence[Callable[..., PromptSource]] = (TaskSource,)
     datamodules = "datamodules.agent_tasks.AgentTasks"
+    stored_with: Sequence[str] = ("temperature_increment",)
 
     def __init__(
-        self, policy: TokenPolicy, *, episodes: Episodes | None = None, aggregation: Aggregation = "traj-mean", **kwargs: Any
+        self,
+        policy: TokenPolicy,
+        *,
+        episodes: Episodes | None = None,
+        aggregation: Aggregation = "traj-mean",
+        temperature_increment: float = 0.0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(policy, aggregation=aggregation, **kwargs)
+        if temperature_increment < 0:
+            raise ConfigError(f"model.temperature_increment={temperature_increment} must not be negative; 0.0 is one temperature for all")
+        self.temperature_increment = temperature_increment
         self.episodes = episodes or Episodes()
         self.evaluated_episodes: list[Trajectory] = []
         if self.dynamic_sampling is not None or self.answers.asynchronous:
@@ -107,16 +119,20 @@ class AgentGRPO(GRPO):
     def collect(self, prompts: Prompts) -> TokenRollout:
         """Play, and compute what training needs of the turns."""
         self.answers.engine.update_weights(self.iteration)
-        played = self.play(prompts, ("train", self.iteration), self.answers.sampling, seed=self.seed)
+        place, increment = ("train", self.iteration), self.temperature_increment
+        played = self.play(prompts, place, self.answers.sampling, seed=self.seed, increment=increment)
         self.rollout_metrics = trajectory_metrics(played)
         rows = dict(zip(prompts.group.tolist(), prompts.info, strict=True))
         return self.annotate(rollout_of(played, rows, self.policy, self.episodes.manner).to(self.device))
 
-    def play(self, prompts: Prompts, place: tuple[Key, ...], sampling: Sampling, *, seed: int) -> list[Trajectory]:
-        """The episodes of these tasks, which the callbacks are told of."""
+    def play(self, prompts: Prompts, place: tuple[Key, ...], sampling: Sampling, *, seed: int, increment: float = 0.0) -> list[Trajectory]:
+        """The episodes of these tasks, which the callbacks are told of. increment: Of the temperature, from sibling to sibling."""
         numbers = sibling_numbers(prompts.group)
         wanted = [(task_of(row), g, n) for row, g, n in zip(prompts.info, prompts.group.tolist(), numbers, strict=True)]
-        played = self.episodes.play(self.policy, self.answers.engine, sampling, jobs_of(wanted, seed=seed, place=place))
+        jobs = jobs_of(wanted, seed=seed, place=place)
+        if increment:
+            jobs = [replace(job, temperature=sampling.temperature + job.number * increment) for job in jobs]
+        played = self.episodes.play(self.policy, self.answers.engine, sampling, jobs)
         self.notify("on_trajectories", played)
         return played
 

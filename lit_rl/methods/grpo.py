@@ -77,7 +77,7 @@ class GRPO(LitPolicyGradient):
 
     # ------------------------------------------------------------------ loss
     def loss(self, batch: Minibatch) -> Terms:
-        temperature, look = self.answers.sampling.temperature, self.entropy_coef != 0
+        temperature, look = batch.columns.get("temperature", self.answers.sampling.temperature), self.entropy_coef != 0
         new, entropy = self.policy.logprobs(
             batch.tokens, batch.lengths, batch.mask, media=batch.media, temperature=temperature, entropy=look
         )

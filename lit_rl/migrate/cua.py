@@ -17,6 +17,7 @@ from lit_rl.migrate.cua_keys import (
     MODEL,
     NOTHING,
     POLICY,
+    SAMPLING,
     SHARDING,
     TOGETHER,
     Given,
@@ -30,6 +31,8 @@ from lit_rl.migrate.migrated import Migrated, unknown
 
 CONFIG = "configs/agent/cua_grpo.yaml"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+VARIATION = {"base_temperature": 0.6, "temperature_increment": 0.1}
+"""Their defaults."""
 BEST = {"training.metric_for_best_model", "training.greater_is_better", "training.early_stopping_patience", "training.target_accuracy"}
 OF_CALLBACKS = BEST | {"training.save_total_limit", *(key for key in TOGETHER if key.startswith("logging."))}
 """Keys that stand in the list of callbacks, which a YAML can only replace as a whole."""
@@ -113,6 +116,9 @@ def _together(given: Given) -> Settings:
     if {"inference.vllm.timeout", "inference.vllm.max_retries"} & given.keys():
         seconds = float(number(given.get("inference.vllm.timeout", 120.0))) * (1 + int(number(given.get("inference.vllm.max_retries", 3))))
         found |= {f"{ENGINE}.deadline_s": seconds, f"{EPISODES}.manner.turn_s": seconds}
+    if switch(given.get("rollout.enable_temperature_variation", False)):
+        base, step = (float(number(given.get(f"rollout.{key}", usual))) for key, usual in VARIATION.items())
+        found |= {f"{SAMPLING}.temperature": base, f"{MODEL}.temperature_increment": step}
     if OF_CALLBACKS & given.keys():
         found["trainer.callbacks"] = _callbacks(given)
     if any(key.startswith("monitoring.") for key in given):

@@ -70,6 +70,16 @@ def one_of(values: Mapping[str, object], key: str = "") -> Callable[[object], Se
     return made
 
 
+def checked(convert: Callable[[object], object]) -> Callable[[object], Settings]:
+    """A value that `lit_rl.migrate.cua` reads together with others."""
+
+    def made(value: object) -> Settings:
+        convert(value)
+        return {}
+
+    return made
+
+
 def only(wanted: object, why: str) -> Callable[[object], Settings]:
     """The one value that can be had."""
 
@@ -113,7 +123,6 @@ def _metric(value: object) -> Settings:
 
 
 METRICS = {"eval/accuracy": "val/accuracy", "eval/reward": "val/reward", "eval/turns": "val/turns"}
-ONE_TEMPERATURE = "siblings share inference.vllm.temperature, under which all of them are drawn and trained"
 KEYS: Mapping[str, Callable[[object], Settings]] = {
     "model.name": same(f"{POLICY}.pretrained", text),
     "model.torch_dtype": one_of({"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}, f"{POLICY}.dtype"),
@@ -142,7 +151,9 @@ KEYS: Mapping[str, Callable[[object], Settings]] = {
     "rollout.num_rollouts": same(f"{MODEL}.group_size", count),
     "rollout.max_turns": same(f"{EPISODES}.manner.max_turns", count),
     "rollout.concurrency": same(f"{EPISODES}.concurrency", count),
-    "rollout.enable_temperature_variation": only(False, ONE_TEMPERATURE),
+    "rollout.enable_temperature_variation": checked(switch),
+    "rollout.base_temperature": checked(number),
+    "rollout.temperature_increment": checked(number),
     "rollout.action_delay": same(f"{EPISODES}.manner.action_delay_s", lambda value: float(number(value))),
     "rollout.screenshot_delay": same(f"{WORLDS}.screenshot_delay", lambda value: float(number(value))),
     "rollout.gbox.box_type": one_of({"android": "android", "linux": "linux"}, f"{WORLDS}.box_type"),
@@ -159,7 +170,7 @@ KEYS: Mapping[str, Callable[[object], Settings]] = {
     "distributed.fsdp.gradient_clipping": _clipped,
     "checkpoint.ignore_data_skip": only(False, "a run that is continued goes on with the tasks where it stopped"),
 }
-"""One key by itself. Those that belong together are in `lit_rl.migrate.cua`."""
+"""One key by itself, or looked at by itself. Those that belong together are in `lit_rl.migrate.cua`."""
 
 NOTHING = {
     "model.trust_remote_code": "the models are those of transformers, and no code of a repository is executed",
@@ -177,8 +188,6 @@ TOGETHER = {
     "training.greater_is_better": "mode of callbacks.best_model.BestModel and EarlyStopping",
     "training.early_stopping_patience": "patience of EarlyStopping, in evaluations",
     "training.target_accuracy": "stopping_threshold of EarlyStopping",
-    "rollout.base_temperature": "inference.vllm.temperature is that of all siblings",
-    "rollout.temperature_increment": "inference.vllm.temperature is that of all siblings",
     "inference.vllm.max_retries": "model.init_args.answers.engine.init_args.deadline_s: the timeout of all tries together",
     "inference.vllm.top_p": "log-probabilities of a cut distribution are not those that training computes: all tokens are drawn from",
     "distributed.fsdp.cpu_offload": "configs/base/deepspeed_zero3_offload.yaml",

@@ -265,10 +265,14 @@ class LitTokens(LitRL[TokenRollout]):
         return int(batch.mask.sum())
 
     def all_logprobs(self, rollout: TokenRollout, *, temperature: float = 1.0, rows: Tensor | None = None) -> Tensor:
-        """Log-probabilities Float32 "B S" of the chosen tokens (of `rows` alone, if given), micro-batch by micro-batch."""
+        """Log-probabilities Float32 "B S" of the chosen tokens (of `rows` alone, if given), micro-batch by micro-batch.
+
+        temperature: Of rows that have none of their own, in the column `temperature`.
+        """
 
         def of(batch: TokenBatch) -> Tensor:
-            return self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, media=batch.media, temperature=temperature)[0]
+            own = batch.columns.get("temperature", temperature)
+            return self.policy.logprobs(batch.tokens, batch.lengths, batch.mask, media=batch.media, temperature=own)[0]
 
         return self.each_action(rollout, of, rows=rows)
 

@@ -218,14 +218,14 @@ class TokenPolicy(Policy):
         mask: Tensor,
         *,
         media: Media = (),
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         entropy: bool = False,
         arriving: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """log p(tokens[:, s + 1] | tokens[:, : s + 1]) Float32 "B S" where `mask` is True, 0 elsewhere, and the entropies if asked for.
 
         tokens: Int "B S+1", padded on the right with anything; lengths: Int "B", tokens of each row; mask: Bool "B S". Logits are
-        divided by `temperature` and computed at the masked places only, a chunk of tokens at a time.
+        divided by `temperature` (of all, or Float "B" of each row) and computed at the masked places only, a chunk of tokens at a time.
         media: Of each row, as `self.media` gives them; empty where no row has any.
         arriving: Float "B S", where the loss is linear in log p: its weights, but for one factor. A policy may save work by it.
         """

@@ -189,7 +189,7 @@ class CausalLM(TrainedPolicy, TokenPolicy):
         mask: Tensor,
         *,
         media: Media = (),
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         entropy: bool = False,
         arriving: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -208,6 +208,8 @@ class CausalLM(TrainedPolicy, TokenPolicy):
             positions = packed if positions is None else torch.cat([packed[None], positions[:, real][:, None]])
         network = getattr(self, self.called)
         weights = None if arriving is None else arriving[:, : width - 1].flatten()[places]
+        if isinstance(temperature, Tensor):
+            temperature = temperature[places // (width - 1)]
         seen = {"positions": positions, "pictures": pictures}
         new, entropies = network(inputs, at, targets, temperature=temperature, entropy=entropy, arriving=weights, **seen)
 

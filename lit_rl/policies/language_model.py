@@ -74,7 +74,7 @@ class TokenNetwork(nn.Module):
         targets: Tensor,
         *,
         positions: Tensor | None,
-        temperature: float,
+        temperature: float | Tensor,
         entropy: bool,
         arriving: Tensor | None = None,
         pictures: Pictures | None = None,
@@ -84,6 +84,7 @@ class TokenNetwork(nn.Module):
 
         positions: Int "1 T" of sequences side by side in one row: where they start again at 0, attention does not look back further. Of
         models that place pictures in a plane "3 B T", and "4 1 T" of sequences side by side, the first of them as above.
+        temperature: Of all tokens, or Float "N" of each.
         arriving: The gradient "N" that will come back to log p, but for one factor: see `token_logprobs`.
         plain: Of the logits that the model's forward gives, all of them at once.
         """
@@ -101,7 +102,7 @@ class TokenNetwork(nn.Module):
         return self._affine(hidden, targets, temperature=temperature, entropy=entropy, arriving=arriving)
 
     def _affine(
-        self, hidden: Tensor, targets: Tensor, *, temperature: float, entropy: bool, arriving: Tensor | None
+        self, hidden: Tensor, targets: Tensor, *, temperature: float | Tensor, entropy: bool, arriving: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         head = self.lm.get_output_embeddings()
         expect(self, head)

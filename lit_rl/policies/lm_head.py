@@ -96,33 +96,35 @@ def own_logits(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def own_logprobs(
-    lm: PreTrainedModel, hidden: Tensor, targets: Tensor, *, temperature: float, entropy: bool, chunk: int | None = None
+    lm: PreTrainedModel, hidden: Tensor, targets: Tensor, *, temperature: float | Tensor, entropy: bool, chunk: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """log_softmax(logits / temperature)[targets] and the entropies of hidden states "N H", a chunk at a time and again in backward."""
     embedding = lm.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
     size = chunk or max(CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["other"]) // embedding.shape[0], 1)
 
-    def of(rows: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
-        return picked(own_logits(lm, rows), chosen, temperature=temperature, entropy=entropy)
+    def of(rows: Tensor, chosen: Tensor, own: float | Tensor) -> tuple[Tensor, Tensor | None]:
+        return picked(own_logits(lm, rows), chosen, temperature=own, entropy=entropy)
 
     waits = any(hasattr(p, "ds_id") for p in lm.parameters())  # then every process must ask for the head equally often
     if waits or len(targets) <= size:
-        return of(hidden, targets)
-    parts = [_again(of, hidden[i : i + size], targets[i : i + size]) for i in range(0, len(targets), size)]
+        return of(hidden, targets, temperature)
+    chunks = [slice(first, first + size) for first in range(0, len(targets), size)]
+    parts = [_again(of, hidden[at], targets[at], temperature[at] if isinstance(temperature, Tensor) else temperature) for at in chunks]
     logprobs = torch.cat([part[0] for part in parts])
     return logprobs, torch.cat([part[1] for part in parts]) if entropy else None
 
 
-def picked(logits: Tensor, targets: Tensor, *, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities and entropies Float32 "N" of logits "N V"."""
-    logp = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+def picked(logits: Tensor, targets: Tensor, *, temperature: float | Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities and entropies Float32 "N" of logits "N V", divided by the temperature of all or Float "N" of each."""
+    each = temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    logp = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / each).log_softmax(-1)
     found = logp.gather(-1, targets[:, None])[:, 0]
     return found, torch.special.entr(logp.exp()).sum(-1) if entropy else None  # p log p is 0 where p is, for masked words too
 
 
-def _again(of: Callable[..., T], *tensors: Tensor) -> T:
-    return checkpoint(of, *tensors, use_reentrant=False) if torch.is_grad_enabled() else of(*tensors)
+def _again(of: Callable[..., T], *given: Tensor | float) -> T:
+    return checkpoint(of, *given, use_reentrant=False) if torch.is_grad_enabled() else of(*given)
 
 
 class _Given(nn.Module):

@@ -6,9 +6,10 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lit_rl.errors import ConfigError
@@ -91,6 +92,18 @@ class Request:
     key: tuple[Key, ...]
     media: Sequence[Tensor] = ()  # of the prompt, as `TokenPolicy.media` gives them
     row: Info = field(default_factory=dict)  # of the data, whose conversation servers of chat completions are sent with its images
+    temperature: float | None = None  # of this answer alone, above 0; None = the sampling's
+
+    def sampling(self, general: Sampling) -> Sampling:
+        """How this answer is drawn."""
+        return general if self.temperature is None else replace(general, temperature=self.temperature)
+
+
+def temperatures(requests: Sequence[Request], sampling: Sampling, device: torch.device) -> float | Tensor:
+    """The temperature of all these answers; Float32 "N" of each where one has its own."""
+    if all(request.temperature is None for request in requests):
+        return sampling.temperature
+    return torch.tensor([request.sampling(sampling).temperature for request in requests], device=device)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.policies.weights.shards import reshard
 from lit_rl.ranks import gather_objects
-from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
+from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling, temperatures
 from lit_rl.rollouts.room import memory_for_answers, need_of, plan_rows
 from lit_rl.samplers.tokens import draw_tokens
 from lit_rl.seeding import uniforms
@@ -101,7 +101,8 @@ class HFEngine(RolloutEngine):
             mask[i, longest - len(request.prompt) :] = 1
         stops = list(self.policy.stop_ids)
         uniform = uniforms([request.key for request in requests], sampling.max_new_tokens)
-        draw = _Draw(uniform, longest, sampling, self.policy.banned_ids)
+        temperature = temperatures(requests, sampling, self.policy.device)
+        draw = _Draw(uniform, longest, sampling, self.policy.banned_ids, temperature)
         settings = GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=stops[0])
         # What the settings leave open comes from the model's own, such as Qwen2.5's repetition_penalty: another distribution.
         own, lm.generation_config = lm.generation_config, GenerationConfig()
@@ -141,14 +142,14 @@ def _as_forward(network: torch.nn.Module, answer: Callable[[Tensor], Tensor], id
 class _Draw:
     """A logits processor after which only the drawn token is possible."""
 
-    def __init__(self, uniform: Tensor, prompt: int, sampling: Sampling, banned: Sequence[int]) -> None:
-        self.uniform, self.prompt, self.sampling, self.banned = uniform, prompt, sampling, banned
+    def __init__(self, uniform: Tensor, prompt: int, sampling: Sampling, banned: Sequence[int], temperature: float | Tensor) -> None:
+        self.uniform, self.prompt, self.sampling, self.banned, self.temperature = uniform, prompt, sampling, banned, temperature
         self.logprobs: list[Tensor] = []
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         s = self.sampling
         uniform = self.uniform[:, ids.shape[1] - self.prompt].to(scores.device)
-        chosen, logprobs = draw_tokens(scores, uniform, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, banned=self.banned)
+        chosen, logprobs = draw_tokens(scores, uniform, temperature=self.temperature, top_p=s.top_p, top_k=s.top_k, banned=self.banned)
         self.logprobs.append(logprobs)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
 

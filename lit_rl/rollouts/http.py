@@ -15,7 +15,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.net.addresses import parse_urls, servers_of_rank
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.ranks import gather_objects
-from lit_rl.rollouts.base import Request, RolloutError, Sample, Sampling
+from lit_rl.rollouts.base import Request, RolloutError, Sample, Sampling, temperatures
 from lit_rl.rollouts.connection import Again, Call, Connection, Forgotten
 from lit_rl.rollouts.dialects import Dialect, served_models
 from lit_rl.rollouts.pictures import asked_of, check_prompt
@@ -211,7 +211,8 @@ class HTTPEngine(ServedWeights):
             urls = [*self.own[first:], *self.own[:first]]
             asked, model = asked_of(request, self.policy), self._asked_for(self.model)
             lost = self.dialect.forgotten(model) if self.adapter else None
-            route, body = self.dialect.ask(asked, sampling, seed=seed_of(*request.key), stops=self.policy.stop_ids, model=model)
+            own, seed = request.sampling(sampling), seed_of(*request.key)
+            route, body = self.dialect.ask(asked, own, seed=seed, stops=self.policy.stop_ids, model=model)
             return Call(urls, route, body, partial(self._sample, request), forgotten=lost)
 
         return [[call(request) for request in chunk] for chunk in chunks]
@@ -234,9 +235,9 @@ class HTTPEngine(ServedWeights):
         """Raise RolloutError unless the trainer gives these answers the same log-probabilities. Collective: one forward everywhere."""
         answered: list[tuple[Sequence[int], Sequence[int]]] = [(request.prompt, sample.ids) for request, sample in zip(requests, samples)]
         rows = answered or [self.probes[0].row]
-        mine = trainer_logprobs(self.policy, rows, temperature=sampling.temperature, media=[request.media for request in requests])
-        kept = mine if requests else []
-        wrong = disagreement(samples, kept, temperature=sampling.temperature, tolerance=self.probe_tolerance)
+        temperature = temperatures(requests, sampling, self.policy.device)
+        mine = trainer_logprobs(self.policy, rows, temperature=temperature, media=[request.media for request in requests])
+        wrong = disagreement(samples, mine if requests else [], temperature=temperature, tolerance=self.probe_tolerance)
         for rank, told in enumerate(gather_objects(wrong)):
             if told:
                 raise RolloutError(f"inference server of process {rank} ({', '.join(self.own)}): {told}. {SAME_DISTRIBUTION}")

@@ -67,7 +67,7 @@ def _with_picture(policy: TokenPolicy, text: str, media: Sequence[Tensor], most:
 
 @torch.no_grad()
 def trainer_logprobs(
-    policy: TokenPolicy, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, temperature: float, media: Media = ()
+    policy: TokenPolicy, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, temperature: float | Tensor, media: Media = ()
 ) -> list[list[float]]:
     """Log-probabilities of the answers in (prompt, answer) pairs, without autocast: the same numbers in every hook. One forward."""
     lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows])
@@ -130,14 +130,15 @@ def distinct(requests: Sequence[Request], most: int) -> list[int]:
     return chosen if shown is None or shown in chosen else [*chosen[:-1], shown]
 
 
-def disagreement(samples: Sequence[Sample], mine: Sequence[Sequence[float]], *, temperature: float, tolerance: float) -> str:
+def disagreement(samples: Sequence[Sample], mine: Sequence[Sequence[float]], *, temperature: float | Tensor, tolerance: float) -> str:
     """The difference between the log-probabilities of answers, in words; empty if there is none."""
     theirs = torch.tensor([value for sample in samples for value in sample.logprobs], dtype=torch.float64)
     ours = torch.tensor([value for row in mine for value in row], dtype=torch.float64)
     gap = (theirs - ours).abs()
     if not len(gap) or float(gap.mean()) <= tolerance:
         return ""
+    told = ", ".join(f"{value:g}" for value in temperature.unique().tolist()) if isinstance(temperature, Tensor) else f"{temperature:g}"
     return (
         f"its log-probabilities of its own answers are {gap.mean():.4f} from the trainer's on average (mean {theirs.mean():.4f}, trainer "
-        f"{ours.mean():.4f} at temperature {temperature:g}), above engine.probe_tolerance={tolerance:g}, while its weights are right"
+        f"{ours.mean():.4f} at temperature {told}), above engine.probe_tolerance={tolerance:g}, while its weights are right"
     )

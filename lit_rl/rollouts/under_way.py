@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_rl.rollouts.base import Request, Sample, Sampling
+from lit_rl.rollouts.base import Request, Sample, Sampling, temperatures
 from lit_rl.rollouts.cache import Siblings
 from lit_rl.rollouts.decoder import Decoder
 from lit_rl.rollouts.graphs import StaticSteps
@@ -148,7 +148,8 @@ class UnderWay:
         """Choose a token for each of the rows, and retire those that it ends."""
         s = self.sampling
         last, _, place = self.state[:, rows]
-        tokens, logprobs = draw_tokens(logits, self.uniform.take(place), temperature=s.temperature, top_p=s.top_p, top_k=s.top_k)
+        temperature = temperatures([self.requests[i] for i in self.under_way[rows]], s, logits.device)
+        tokens, logprobs = draw_tokens(logits, self.uniform.take(place), temperature=temperature, top_p=s.top_p, top_k=s.top_k)
         last.copy_(tokens)
         self.state[1:, rows] += 1
         ended = []

@@ -14,28 +14,30 @@ def draw_tokens(
     logits: Float[Tensor, "B V"],
     uniform: Float[Tensor, "B"],
     *,
-    temperature: float,
+    temperature: float | Float[Tensor, "B"],
     top_p: float = 1.0,
     top_k: int = 0,
     banned: Sequence[int] = (),
 ) -> tuple[Int[Tensor, "B"], Float[Tensor, "B"]]:
     """Tokens by inverse cumulative distribution of softmax(logits / temperature), and their log-probabilities in the *whole* of it.
 
-    temperature 0: the likeliest token, its log-probability at temperature 1. top_k, then top_p leave the likeliest tokens only, as
-    transformers' warpers do; at least one stays. banned: Tokens that are never drawn. A multiple faster than `torch.multinomial` on a CPU.
+    temperature: Of all rows, or of each. 0, of all alone: the likeliest token, its log-probability at temperature 1. top_k, then top_p
+    leave the likeliest tokens only, as transformers' warpers do; at least one stays. banned: Tokens that are never drawn. A multiple
+    faster than `torch.multinomial` on a CPU.
     """
     logits = logits.float()
     allowed = logits.index_fill(-1, torch.tensor(banned, device=logits.device), -torch.inf) if banned else logits
-    if not temperature:
+    each = temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    if isinstance(each, float) and not each:
         chosen = allowed.argmax(-1)
         return chosen, log_probability(logits, chosen)
     largest = logits.amax(-1, keepdim=True)
-    weights = (logits - largest).div_(temperature).exp_()
+    weights = (logits - largest).div_(each).exp_()
     kept = allowed
     if 0 < top_k < logits.shape[-1]:
         kept = kept.where(kept >= kept.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
     if top_p < 1:
-        kept = nucleus(kept / temperature, top_p)
+        kept = nucleus(kept / each, top_p)
     chosen, total = inverse_cumulative(weights if kept is logits else weights.where(kept > -torch.inf, 0.0), uniform)
     if kept is not logits:
         total = weights.sum(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,10 @@ from lit_rl.credit.trajectories import trajectory_numbers
 from lit_rl.credit.turns import GiGPO, TurnReturns
 from lit_rl.errors import ConfigError
 from lit_rl.losses.kl import KL
+from lit_rl.losses.surrogates import Clip
 from lit_rl.modules.dynamic import DynamicSampling
+from lit_rl.rollouts.answers import Answers
+from lit_rl.rollouts.base import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +73,38 @@ def test_trajectories_weigh_and_vote_once(model: Path, tmp_path: Path, settings:
     assert run.callback_metrics["val/accuracy"] <= 1 and rollout.advantages.isfinite().all()
 
 
+class Compared(Clip):
+    """The largest difference between the policy's log-probabilities in the loss and the old ones."""
+
+    gap = 0.0
+
+    def __call__(self, new: Any, old: Any, *args: Any, **kwargs: Any) -> Any:
+        self.gap = max(self.gap, float((new - old).abs().max()))
+        return super().__call__(new, old, *args, **kwargs)
+
+
+def test_siblings_train_at_the_temperatures_that_they_were_sampled_at(model: Path, tmp_path: Path) -> None:
+    """1, 1.5, 2, 2.5: the engine's log-probabilities are the trainer's and the loss's at each, the reference's and evaluation's too."""
+    sampling, surrogate = Sampling(max_new_tokens=2), Compared()
+    answers = Answers(sampling=sampling, eval_sampling=sampling, old_logprobs="recompute")
+    settings: dict[str, Any] = {"answers": answers, "surrogate": surrogate, "kl": KL(coef=0.1), "keep_reference": True}
+    made = agent(model, group_size=4, temperature_increment=0.5, **settings)
+    run = trainer(max_epochs=1, callbacks=[], check_val_every_n_epoch=1)
+    run.fit(made, datamodule=digit_tasks(tmp_path))
+    rollout, behaviour = made.rollout, made.rollout.streams["behaviour"]
+    assert torch.equal(rollout.columns["temperature"], 1 + 0.5 * rollout.columns["trajectory"])
+    assert rollout.columns["temperature"].unique().tolist() == [1.0, 1.5, 2.0, 2.5]
+    for mine in (rollout.logprobs, rollout.streams["reference"]):  # before a weight has moved
+        assert (mine - behaviour)[rollout.mask].abs().max() < 1e-4
+    assert surrogate.gap < 1e-4 and (made.all_logprobs(replace(rollout, columns={})) - behaviour)[rollout.mask].abs().max() > 0.05
+    assert {t.temperature for t in made.evaluated_episodes} == {None}
+
+
 def test_a_continued_run_is_the_unbroken_one(model: Path, tmp_path: Path) -> None:
-    """Inside an iteration, whose turns are in the checkpoint, and between two."""
+    """Inside an iteration, whose turns and temperatures are in the checkpoint, and between two."""
 
     def run(out: str, ckpt: str | None = None) -> torch.Tensor:
-        learner = agent(model, prompts_per_update=4, inner_epochs=2)
+        learner = agent(model, prompts_per_update=4, inner_epochs=2, temperature_increment=0.1)
         fit = trainer(max_epochs=3, limit_val_batches=0, enable_checkpointing=True, callbacks=[RngState(), every_step(tmp_path / out)])
         fit.fit(learner, datamodule=digit_tasks(tmp_path), ckpt_path=ckpt)
         return weights(learner)
@@ -96,6 +127,8 @@ def test_a_group_of_one_warns_and_finishes(model: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_had_is_told(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model.dynamic_sampling and model.answers.asynchronous are not for agents"):
         agent(model, dynamic_sampling=DynamicSampling())
+    with pytest.raises(ConfigError, match="model.temperature_increment=-0.1 must not be negative"):
+        agent(model, temperature_increment=-0.1)
     with pytest.raises(ConfigError, match="set model.episodes.manner.max_prompt_tokens"):
         agent(model).longest_sequence()
     made = agent(model)

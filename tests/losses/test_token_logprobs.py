@@ -41,12 +41,22 @@ def test_temperature_by_hand():
     assert got.entropy.item() == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
 
 
+def test_tokens_may_have_temperatures_of_their_own():
+    """The same logits 0 and log 3 at temperatures 1 and 1/2: probabilities .75 and .9."""
+    hidden, weight, temperature = torch.ones(2, 1), torch.tensor([[0.0], [math.log(3)]]), torch.tensor([1.0, 0.5])
+    got = token_logprobs(hidden, weight, torch.tensor([1, 1]), temperature=temperature)
+    assert got.logprobs.exp().tolist() == pytest.approx([0.75, 0.9])
+
+
+EACH = torch.linspace(0.5, 1.5, 11, dtype=torch.float64)
 OPTIONS = [
     {},
     {"temperature": 0.7},
     {"scale": 0.5, "softcap": 3.0},
     {"entropy": True},
     {"entropy": True, "temperature": 1.3, "softcap": 4.0},
+    {"temperature": EACH},
+    {"entropy": True, "temperature": EACH, "scale": 0.5, "softcap": 4.0},
 ]
 
 

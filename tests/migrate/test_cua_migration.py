@@ -124,7 +124,7 @@ def test_a_whole_file_becomes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("training: {max_steps: many}", ":1: training.max_steps: many: it must be a positive whole number"),
         ("training: {learning_rate: fast}", "training.learning_rate: fast: it must be a number"),
         ("model:\n  lora:\n    dropout: 0.1", ":3: model.lora.dropout: 0.1: it must be 0: with dropout the policy that trains is not"),
-        ("rollout: {enable_temperature_variation: true}", "it must be false: siblings share inference.vllm.temperature"),
+        ("rollout: {enable_temperature_variation: sometimes}", "it must be true or false"),
         ("inference: {backend: tgi}", "inference.backend: tgi: it must be one of vllm, sglang"),
         ("distributed: {fsdp: {sharding_strategy: HYBRID_SHARD}}", "it must be one of FULL_SHARD, SHARD_GRAD_OP, NO_SHARD"),
         ("checkpoint: {ignore_data_skip: true}", "it must be false: a run that is continued goes on with the tasks where it stopped"),
@@ -155,6 +155,12 @@ def test_the_gpus_must_be_known(tmp_path: Path) -> None:
         ("model: {use_lora: false, lora: {r: 8}}", "fsdp", {"lora": None, "keep_reference": True}),
         ("inference: {vllm: {api_base: 'http://gpu7:8000/v1'}}", "fsdp", {"urls": "http://gpu7:8000/v1"}),
         ("training: {warmup_steps: 0}", "fsdp", {"lr_scheduler": None}),
+        ("rollout: {enable_temperature_variation: true}", "fsdp", {"temperature": 0.6, "temperature_increment": 0.1}),
+        (
+            "rollout: {enable_temperature_variation: true, base_temperature: 0.8}\ninference: {vllm: {temperature: 0.9}}",
+            "fsdp",
+            {"temperature": 0.8, "temperature_increment": 0.1},
+        ),
     ],
 )
 def test_choices_between_files_and_classes(text: str, base: str, settings: dict[str, Any], tmp_path: Path) -> None:

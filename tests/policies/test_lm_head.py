@@ -84,7 +84,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return tokens, places, tokens.flatten()[places + 1]
 
 
-def by_hand(lm: Any, temperature: float) -> tuple[Tensor, Tensor]:
+def by_hand(lm: Any, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
     tokens, places, targets = batch()
     logp = (lm(input_ids=tokens).logits.flatten(0, 1)[places] / temperature).log_softmax(-1)
     return logp.gather(-1, targets[:, None])[:, 0], torch.special.entr(logp.exp()).sum(-1)
@@ -108,6 +108,17 @@ def test_logprobs_and_gradients_are_those_of_the_models_own_forward(name: str, m
         assert len(results[0]) == len(results[1]) > 5
         for mine, theirs in zip(results[1], results[0], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["affine", "own", "whole"])
+def test_tokens_may_have_temperatures_of_their_own(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, head = made("granite")
+    temperature = torch.linspace(0.5, 1.5, 6)
+    expected = by_hand(lm, temperature[:, None])
+    for elements in (2**22, 128):  # all at once, and two tokens at a time
+        monkeypatch.setitem(token_logprobs.CHUNK_ELEMENTS, "cpu", elements)
+        asked = TokenNetwork(lm, LMHead(kind, head.scale))
+        torch.testing.assert_close(asked(*batch(), positions=None, temperature=temperature, entropy=True), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_head_is_found_without_a_draw_and_leaves_the_model_as_it_was() -> None:

@@ -12,8 +12,9 @@ from rough_lm import farthest, policy_of, ready, recomputed, requests
 
 from lit_rl.miniatures.lm import Family
 from lit_rl.rollouts import hf
-from lit_rl.rollouts.base import Sampling
+from lit_rl.rollouts.base import Request, Sampling
 from lit_rl.rollouts.hf import HFEngine
+from lit_rl.rollouts.native import NativeEngine
 from lit_rl.rollouts.room import need_of
 
 
@@ -38,6 +39,25 @@ def test_an_answer_depends_on_its_key_and_on_nothing_it_was_batched_with(tmp_pat
     assert backwards[::-1] == together
     others = ready(HFEngine(), policy).generate(requests(policy, seed=1), sampling)
     assert [answer.ids for answer in others] != together and len({tuple(ids) for ids in together[:3]}) > 1
+
+
+def test_answers_with_temperatures_of_their_own_are_those_of_a_sampling_at_each(tmp_path: Path) -> None:
+    """Siblings of one prompt, at 0.4, 1.0 (the sampling's) and 2.5, through both engines; log-probabilities are the trainer's at each."""
+    policy, values = policy_of(tmp_path), [0.4, None, 2.5]
+    asked = [replace(request, temperature=values[i % 3]) for i, request in enumerate(requests(policy))]
+    sampling = Sampling(max_new_tokens=12)
+    hot = {t: ready(HFEngine(), policy).generate(asked_at(asked), Sampling(max_new_tokens=12, temperature=t)) for t in (0.4, 1.0, 2.5)}
+    for engine in (HFEngine(batch=5), NativeEngine(batch=4)):
+        answers = ready(engine, policy).generate(asked, sampling)
+        for i, (request, answer) in enumerate(zip(asked, answers)):
+            temperature = request.temperature or 1.0
+            assert answer.ids == hot[temperature][i].ids
+            assert farthest(answer.logprobs, recomputed(policy, request, answer, temperature)) < 1e-4
+
+
+def asked_at(requests: list[Request]) -> list[Request]:
+    """Without temperatures of their own."""
+    return [replace(request, temperature=None) for request in requests]
 
 
 def test_what_generation_config_does_to_the_distribution_is_left_out(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,16 @@ def test_answers_are_those_of_the_engine_in_process(
     assert_same(found, in_process(answering, requests(answering), sampling))
     assert {version for sample in found for version in sample.versions} == {3}
     assert len({tuple(sample.ids) for sample in found}) > 3 or not sampling.temperature
+
+
+def test_siblings_may_have_temperatures_of_their_own(base: Path, server: FakeServer, tmp_path: Path) -> None:
+    """The server is asked at each, and its answers are compared with the trainer at each."""
+    answering = loaded(base, LORA, shift=0.05)
+    asked = [replace(request, temperature=[0.4, None, 2.5][i % 3]) for i, request in enumerate(requests(answering))]
+    found = pushed(server, tmp_path, answering).generate(asked, SHORT)
+    assert_same(found, in_process(answering, asked))
+    with pytest.raises(RolloutError, match=r"at temperature 0\.4, 1, 2\.5\), above engine.probe_tolerance"):
+        pushed(server, tmp_path, answering, probe_tolerance=1e-3)._look_at(asked[:3], in_process(answering, requests(answering)[:3]), SHORT)
 
 
 class Small(TextReward):

@@ -78,6 +78,16 @@ def test_the_nucleus_by_hand() -> None:
     assert left == {0.01: [False, True, False, False], 0.79: [False, True, False, True], 0.81: [False, True, True, True]}
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5, "top_p": 0.9}], ids=str)
+def test_rows_with_temperatures_of_their_own_are_drawn_as_if_alone(settings: dict[str, float]) -> None:
+    logits, uniform = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 0.9, 4).double()
+    each = torch.tensor([0.5, 0.8, 1.0, 2.0])
+    together = draw_tokens(logits, uniform, temperature=each, **settings)  # type: ignore[arg-type]
+    alone = [draw_tokens(logits[[i]], uniform[[i]], temperature=float(each[i]), **settings) for i in range(4)]  # type: ignore[arg-type]
+    assert together[0].tolist() == [int(chosen) for chosen, _ in alone]
+    torch.testing.assert_close(together[1], torch.cat([logprobs for _, logprobs in alone]))
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("settings", [{}, {"top_k": 2, "top_p": 0.5}])
