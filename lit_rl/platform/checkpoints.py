@@ -33,16 +33,24 @@ class Checkpoints:
             connection.execute(query)
         return next(found for found in self.listed(job) if found["path"] == path)
 
+    def choose(self, job: str, path: str) -> None:
+        """Mark the checkpoint of a job that was selected as its best, in place of an earlier one."""
+        mine = sa.update(checkpoints).where(checkpoints.c.job == job)
+        with self.store.write() as connection:
+            connection.execute(mine.values(chosen=sa.case((checkpoints.c.path == path, 1), else_=None)))
+
     def listed(self, job: str) -> list[Found]:
-        """All checkpoints of a job by step; the one of the best result is marked."""
+        """All checkpoints of a job by step; the one that was selected is marked as the best, else that of the best result."""
         query = sa.select(checkpoints).where(checkpoints.c.job == job).order_by(checkpoints.c.step, checkpoints.c.id)
         with self.store.read() as connection:
             rows: list[Found] = [dict(row) for row in connection.execute(query).mappings()]
         known = {row["path"] for row in rows}
         rows += [found for found in self._on_disk(job) if found["path"] not in known]
-        best = max((score(row) for row in rows if score(row) is not None), default=None)  # type: ignore[type-var]
+        chosen = any(row.get("chosen") for row in rows)
+        scores = {id(row): found for row in rows if (found := float(bool(row.get("chosen"))) if chosen else score(row)) is not None}
+        best = max(scores.values(), default=None)
         folder = self.records.folder(job)
-        return [self._shown(row, folder, best) for row in rows]
+        return [self._shown(row, folder, is_best=best is not None and scores.get(id(row)) == best) for row in rows]
 
     def file(self, job: str, which: str) -> Path:
         """The file of a checkpoint below the job's folder, links followed. Raises ApiError 404 for all others."""
@@ -77,11 +85,11 @@ class Checkpoints:
             for path in paths
         ]  # fmt: skip
 
-    def _shown(self, row: Found, folder: Path, best: float | None) -> Found:
+    def _shown(self, row: Found, folder: Path, *, is_best: bool) -> Found:
         path = folder / str(row["path"])
         created = row["created_at"]
         assert isinstance(created, float)
-        mark: Found = {"is_best": best is not None and score(row) == best, "exists": there(path), "size_bytes": size_of(path)}
+        mark: Found = {"is_best": is_best, "exists": there(path), "size_bytes": size_of(path)}
         mark["created_at"] = text_of(created)
         return {key: row[key] for key in ("id", "step", "path", "kind", "eval_results")} | mark
 

@@ -74,6 +74,7 @@ checkpoints = _table(
     sa.Column("kind", sa.Text, nullable=False),
     sa.Column("eval_results", sa.JSON),
     sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("chosen", sa.Integer),  # 1 for the one that was last selected as the best of its job
     sa.UniqueConstraint("job", "path"),
 )
 gpu_samples = _table(
@@ -112,6 +113,18 @@ alerts = _table(
     sa.Column("ts", sa.Float, nullable=False),
     sa.Column("ended_at", sa.Float),
 )
+tasks = _table(
+    "tasks",
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("output", sa.Text, nullable=False),
+    sa.Column("details", sa.JSON, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("progress", sa.Float, nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("ended_at", sa.Float),
+)
 
 TABLES_1 = (
     """CREATE TABLE jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, uuid TEXT NOT NULL UNIQUE, name TEXT NOT NULL, state TEXT NOT NULL,
@@ -135,8 +148,13 @@ TABLES_1 = (
     step INTEGER, ts FLOAT NOT NULL, ended_at FLOAT)""",
     "CREATE INDEX ix_alerts_job ON alerts (job)",
 )
+TABLES_2 = (
+    "ALTER TABLE checkpoints ADD COLUMN chosen INTEGER",
+    """CREATE TABLE tasks (id TEXT PRIMARY KEY, kind TEXT NOT NULL, output TEXT NOT NULL, details JSON NOT NULL, state TEXT NOT NULL,
+    progress FLOAT NOT NULL, message TEXT NOT NULL, created_at FLOAT NOT NULL, ended_at FLOAT)""",
+)
 
-MIGRATIONS = (TABLES_1,)
+MIGRATIONS = (TABLES_1, TABLES_2)
 """Statements that make each version of the database of the one before it. Those of a release are never edited, new ones follow."""
 
 

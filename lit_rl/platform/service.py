@@ -24,7 +24,7 @@ from lit_rl.platform.samples import Samples
 from lit_rl.platform.settings import REPOSITORY, Settings
 from lit_rl.platform.store import Store
 from lit_rl.platform.supervisor import Supervisor
-from lit_rl.platform.tasks import Tasks
+from lit_rl.platform.tasks import Task, Tasks
 
 
 class Service:
@@ -45,8 +45,8 @@ class Service:
             os.close(self._lock)
             raise
         self.records = Records(self.store, settings.data.resolve() / "runs")
-        self.tasks = Tasks(REPOSITORY)
         self.checkpoints = Checkpoints(self.store, self.records)
+        self.tasks = Tasks(REPOSITORY, self.store, self._made)
         self.metrics = MetricStore(self.store)
         self.logs = Logs(self.records)
         self.gpu_history = GpuHistory(self.store)
@@ -57,6 +57,12 @@ class Service:
         self.monitor = Monitor(settings.reader or Nvml(), settings.data, self.gpu_history, self.alerts, self.hub, self.reports.look)
         ids = settings.gpu_ids if settings.gpu_ids is not None else tuple(gpu.index for gpu in gpus())
         self.supervisor = Supervisor(settings, self.records, self.logs, self.hub, lambda: ids)
+
+    def _made(self, task: Task) -> None:
+        """Mark the checkpoint of which a selection made a model."""
+        chosen = task.details.get("chosen")
+        if task.kind == "select" and isinstance(chosen, list):
+            self.checkpoints.choose(str(task.details["job"]), str(chosen[0]["path"]))
 
     def start(self) -> None:
         """Begin to work: adopt the jobs that an earlier server left."""

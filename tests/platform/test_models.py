@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import sqlalchemy as sa
 import toy_text
 from fastapi.testclient import TestClient
 from safetensors.torch import load_file
-from served_platform import GUIDE_JOB
+from served_platform import GUIDE_JOB, asked
 
 from lit_rl.merge import main
 from lit_rl.platform.models import Select, select_task
@@ -101,6 +102,32 @@ def test_requests_that_cannot_be_done_are_refused(platform: TestClient, tmp_path
     assert platform.post("/api/models/select", json={"job": "nobody", "metric": "x"}).status_code == 404
     assert platform.get("/api/tasks/nothing").json()["error"]["code"] == "task_not_found"
     assert platform.get("/api/models").json() == {"items": []}
+
+
+def test_another_server_knows_the_tasks_and_the_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was done stays done, what was not is said to be lost, and the selected checkpoint is the best one, whatever its first result."""
+    with asked(tmp_path) as client:
+        here = service(client)
+        for step in (1, 2):
+            place = toy_text.model_folder(tmp_path / f"{step}", seed=step)
+            body = {"step": step, "path": str(place), "eval_results": {"x": float(step), "y": -float(step)}}
+            assert client.post("/api/jobs/j/checkpoints", json=body).status_code == 201
+        marks = [[row["is_best"] for row in client.get("/api/jobs/j/checkpoints").json()]]
+        done, lost, made = (select_task(here, Select(job="j", metric="y", output_name=name)) for name in ("done", "lost", "made"))
+        monkeypatch.setattr(here.tasks, "_worker", threading.current_thread())  # nobody works
+        monkeypatch.setattr(here.tasks, "close", lambda: None)
+        for task in (done, lost, made):
+            here.tasks.start(task)
+        done.state, done.progress, done.ended_at = "succeeded", 1.0, 1.0
+        here.tasks._keep(done)
+        here._made(done)
+        made.output.mkdir(parents=True)
+    with asked(tmp_path) as client:
+        found = [client.get(f"/api/tasks/{task.id}").json() for task in (done, lost, made)]
+        assert [task["state"] for task in found] == ["succeeded", "failed", "succeeded"]
+        assert found[1]["message"].startswith("lost: ") and found[0]["details"]["metric"] == "y" and found[1]["output"] is None
+        marks.append([row["is_best"] for row in client.get("/api/jobs/j/checkpoints").json()])
+    assert marks == [[False, True], [True, False]]
 
 
 def test_the_end_of_the_server_ends_its_task(platform: TestClient, tmp_path: Path) -> None:
