@@ -18,6 +18,7 @@ from lit_rl.doctor.runs import Run, parse
 from lit_rl.miniatures.deepgen import build_deepgen
 from lit_rl.miniatures.images import build_sd3
 from lit_rl.miniatures.lm import build_lm
+from lit_rl.miniatures.vlm import build_vlm
 from lit_rl.modules.base import LitRL
 
 DEMOS = [path for path in shipped() if path.parent.name == "demo"]
@@ -56,13 +57,14 @@ BUILT: Mapping[str, Callable[[Path], object]] = {
     "lm": lambda folder: build_lm(folder / "lm"),
     "ocr": lambda folder: build_sd3(folder / "ocr", height=32, width=64, layers=2, t5_hidden=None),
     "fill": lambda folder: build_fill(folder / "fill"),
+    "agent": lambda folder: build_vlm(folder / "agent", family="qwen3_vl", max_side=96),
     "deepgen": lambda folder: build_deepgen(folder / "deepgen", height=16, width=16, adapter_rank=None),
 }
 
 
 @pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.stem)
 def test_a_demo_s_memory_is_told(path: Path, models: Path) -> None:
-    kind = next((kind for kind in ("fill", "ocr", "deepgen") if kind in path.stem), "lm")
+    kind = next((kind for kind in ("fill", "ocr", "deepgen", "agent") if kind in path.stem), "lm")
     if not (models / kind).is_dir():
         BUILT[kind](models)
     folder = models / kind
