@@ -101,6 +101,7 @@ def prepare_deepgen(out: Path, seed: int) -> None:
         layers=4,
         language_hidden=48,
         language_layers=3,
+        language_std=0.07,
         connector_hidden=96,
         adapter_rank=None,
     )

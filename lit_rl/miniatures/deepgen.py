@@ -34,6 +34,7 @@ def build_deepgen(
     layers: int = 2,
     language_hidden: int = 32,
     language_layers: int = 8,
+    language_std: float = 0.15,
     queries: int = 6,
     connector_hidden: int = 32,
     connector_layers: int = 1,
@@ -44,8 +45,10 @@ def build_deepgen(
     """Save the three and return their folder.
 
     factor, patch_size, shift, qk_norm: see `lit_rl.miniatures.images.build_sd3`. hidden, heads, layers: of the transformer.
-    language_layers: every sixth hidden state below the last layer is fused. adapter_rank: of the language model's adapter in the
-    checkpoint; None leaves it out. A policy is told `connector_heads`, and alpha = 2 rank.
+    language_layers: every sixth hidden state below the last layer is fused. language_std: of the decoder's random matrices; the smaller
+    they are, the less a token's state depends on its neighbours, and what a bridge learns of a character then holds beside any other one.
+    adapter_rank: of the language model's adapter in the checkpoint; None leaves it out. A policy is told `connector_heads`, and
+    alpha = 2 rank.
     """
     place, text = Path(folder), connector_hidden
     build_sd3(
@@ -54,7 +57,7 @@ def build_deepgen(
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        decoder = _language(place / "language", hidden=language_hidden, layers=language_layers)
+        decoder = _language(place / "language", hidden=language_hidden, layers=language_layers, std=language_std)
         fused = len(range(language_layers - 1, 0, -6))
         state = bridge_weights(
             language_hidden, fused, queries=queries, hidden=connector_hidden, intermediate=2 * connector_hidden, layers=connector_layers,
@@ -66,7 +69,7 @@ def build_deepgen(
     return place
 
 
-def _language(folder: Path, *, hidden: int, layers: int) -> nn.Module:
+def _language(folder: Path, *, hidden: int, layers: int, std: float) -> nn.Module:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     tokenizer = char_tokenizer(PRINTABLE, chat=False, max_length=512)
@@ -105,7 +108,7 @@ def _language(folder: Path, *, hidden: int, layers: int) -> nn.Module:
         if name.endswith(("q_proj.bias", "k_proj.bias")):
             nn.init.normal_(values, std=3.0)  # each head looks at a distance of its own, so a state says what stands around it
         elif values.ndim == 2:
-            nn.init.normal_(values, std=0.15)
+            nn.init.normal_(values, std=std)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model.model.language_model
