@@ -110,10 +110,10 @@ def test_two_processes_share_the_pictures_of_sft_aux(
     more: dict[str, Any] = dict(deepgen={"folder": str(deepgen_folder), "keep_reference": True}, trainer_args=dict(max_epochs=2))
     one, _ = alone(scenarios.fit, method_args=method(8) | {"aux": aux}, **more)
     more |= dict(strategy=strategy, method_args=method(4) | {"aux": aux})
-    pair.run("fit", folder=str(tmp_path / "two"), save=SAVE if continues else None, **more)
+    pair.run("fit", folder=str(tmp_path / "two"), save=dict(every_n_train_steps=2) if continues else None, **more)
     assert distance(ended(one)["weights"], ended(tmp_path / "two")["weights"]) < TOLERANCE
     if continues:
-        pair.run("fit", folder=str(tmp_path / "continued"), ckpt_path=str(tmp_path / "two" / INSIDE), **more)
+        pair.run("fit", folder=str(tmp_path / "continued"), ckpt_path=str(tmp_path / "two/epoch=0-step=2.ckpt"), **more)
         assert identical(ended(tmp_path / "two"), ended(tmp_path / "continued"))
 
 
