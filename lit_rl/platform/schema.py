@@ -15,7 +15,7 @@ def _table(name: str, *columns: sa.schema.SchemaItem, **options: Any) -> sa.Tabl
 
 jobs = _table(
     "jobs",
-    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True),  # never given to a second job, as pages of a list begin at it
     sa.Column("uuid", sa.Text, nullable=False, unique=True),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("state", sa.Text, nullable=False, index=True),
@@ -42,6 +42,7 @@ jobs = _table(
     sa.Column("max_steps", sa.Integer),
     sa.Column("epoch", sa.Integer),
     sa.Column("idempotency_key", sa.Text, unique=True),
+    sqlite_autoincrement=True,
 )
 metric_keys = _table(
     "metric_keys",
@@ -76,6 +77,7 @@ checkpoints = _table(
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("chosen", sa.Integer),  # 1 for the one that was last selected as the best of its job
     sa.UniqueConstraint("job", "path"),
+    sqlite_autoincrement=True,
 )
 gpu_samples = _table(
     "gpu_samples",
@@ -102,6 +104,7 @@ samples = _table(
     sa.Column("reward", sa.Float),
     sa.Column("advantage", sa.Float),
     sa.Column("images", sa.JSON, nullable=False),  # names of files in the job's folder of samples
+    sqlite_autoincrement=True,
 )
 alerts = _table(
     "alerts",
@@ -112,6 +115,7 @@ alerts = _table(
     sa.Column("step", sa.Integer),
     sa.Column("ts", sa.Float, nullable=False),
     sa.Column("ended_at", sa.Float),
+    sqlite_autoincrement=True,
 )
 tasks = _table(
     "tasks",
@@ -126,44 +130,29 @@ tasks = _table(
     sa.Column("ended_at", sa.Float),
 )
 
-TABLES_1 = (
-    """CREATE TABLE jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, uuid TEXT NOT NULL UNIQUE, name TEXT NOT NULL, state TEXT NOT NULL,
-    source TEXT NOT NULL, description TEXT NOT NULL, notes TEXT NOT NULL, tags JSON NOT NULL, fields JSON NOT NULL, problems JSON NOT NULL,
-    gpu_ids JSON NOT NULL, created_at FLOAT NOT NULL, queued_at FLOAT, started_at FLOAT, ended_at FLOAT, stop_requested_at FLOAT,
-    kill_at FLOAT, reported_at FLOAT, returncode INTEGER, signal TEXT, reason TEXT, parent_uuid TEXT, checkpoint TEXT, step INTEGER,
-    max_steps INTEGER, epoch INTEGER, idempotency_key TEXT UNIQUE)""",
-    "CREATE INDEX ix_jobs_state ON jobs (state)",
-    "CREATE TABLE metric_keys (id INTEGER PRIMARY KEY, job TEXT NOT NULL, name TEXT NOT NULL, UNIQUE (job, name))",
-    "CREATE TABLE points (key INTEGER NOT NULL, step INTEGER NOT NULL, value FLOAT, PRIMARY KEY (key, step)) WITHOUT ROWID",
-    """CREATE TABLE steps (job TEXT NOT NULL, step INTEGER NOT NULL, ts FLOAT NOT NULL, epoch INTEGER, PRIMARY KEY (job, step))
-    WITHOUT ROWID""",
-    """CREATE TABLE checkpoints (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, step INTEGER NOT NULL, path TEXT NOT NULL,
-    kind TEXT NOT NULL, eval_results JSON, created_at FLOAT NOT NULL, UNIQUE (job, path))""",
-    """CREATE TABLE gpu_samples (job TEXT NOT NULL, gpu_index INTEGER NOT NULL, ts FLOAT NOT NULL, utilization FLOAT, memory_used FLOAT,
-    memory_total FLOAT, temperature FLOAT, power_w FLOAT, PRIMARY KEY (job, gpu_index, ts)) WITHOUT ROWID""",
-    """CREATE TABLE samples (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, step INTEGER NOT NULL, "group" TEXT, source TEXT,
-    prompt TEXT NOT NULL, text TEXT, rewards JSON NOT NULL, reward FLOAT, advantage FLOAT, images JSON NOT NULL)""",
-    "CREATE INDEX ix_samples_job ON samples (job)",
-    """CREATE TABLE alerts (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, rule TEXT NOT NULL, message TEXT NOT NULL,
-    step INTEGER, ts FLOAT NOT NULL, ended_at FLOAT)""",
-    "CREATE INDEX ix_alerts_job ON alerts (job)",
-)
-TABLES_2 = (
+FROM_1 = (
     "ALTER TABLE checkpoints ADD COLUMN chosen INTEGER",
-    """CREATE TABLE tasks (id TEXT PRIMARY KEY, kind TEXT NOT NULL, output TEXT NOT NULL, details JSON NOT NULL, state TEXT NOT NULL,
-    progress FLOAT NOT NULL, message TEXT NOT NULL, created_at FLOAT NOT NULL, ended_at FLOAT)""",
+    """CREATE TABLE tasks (id TEXT NOT NULL PRIMARY KEY, kind TEXT NOT NULL, output TEXT NOT NULL, details JSON NOT NULL,
+    state TEXT NOT NULL, progress FLOAT NOT NULL, message TEXT NOT NULL, created_at FLOAT NOT NULL, ended_at FLOAT)""",
 )
 
-MIGRATIONS = (TABLES_1, TABLES_2)
-"""Statements that make each version of the database of the one before it. Those of a release are never edited, new ones follow."""
+MIGRATIONS = (FROM_1,)
+"""Statements that make the version after the first one, the second one, ... of a database that exists; a new one is made from the tables.
+
+They are texts, and never edited: a step must give the tables of its own version, whatever the tables above become later.
+"""
+
+VERSION = 1 + len(MIGRATIONS)
 
 
 def migrate(connection: sa.Connection) -> None:
     """Bring a database to the version of this release, in one transaction. Raises ValueError for one of a later release."""
     version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-    if version > len(MIGRATIONS):
-        raise ValueError(f"the database is of version {version}, this release knows {len(MIGRATIONS)}: use the release that wrote it")
-    for statements in MIGRATIONS[version:]:
+    if version > VERSION:
+        raise ValueError(f"the database is of version {version}, this release knows {VERSION}: use the release that wrote it")
+    if not version:
+        metadata.create_all(connection)
+    for statements in MIGRATIONS[version - 1 :] if version else ():
         for statement in statements:
             connection.exec_driver_sql(statement)
-    connection.exec_driver_sql(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    connection.exec_driver_sql(f"PRAGMA user_version = {VERSION}")

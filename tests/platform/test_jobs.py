@@ -13,7 +13,7 @@ from served_platform import GUIDE_JOB, asked, listening
 
 from lit_rl.platform.__main__ import main
 from lit_rl.platform.app import create_app
-from lit_rl.platform.schema import MIGRATIONS, metadata
+from lit_rl.platform.schema import VERSION, metadata
 from lit_rl.platform.settings import Settings
 from lit_rl.platform.store import Store, filesystem_of
 
@@ -100,16 +100,38 @@ def test_the_page_is_served_from_its_folder(tmp_path: Path) -> None:
         assert client.get("/").text == "<title>x</title>" and client.get("/assets/a.js").text == "1"
 
 
-def test_the_tables_of_the_migrations_are_those_that_are_asked(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+def columns(store: Store) -> dict[str, list[tuple[str, str, bool]]]:
+    """Name, type and whether it may be NULL of each column of each table."""
     with store.read() as connection:
         inspector = sa.inspect(connection)
-        found = {name: [column["name"] for column in inspector.get_columns(name)] for name in inspector.get_table_names()}
-    assert {name: columns for name, columns in found.items() if name != "sqlite_sequence"} == {
-        name: [column.name for column in table.columns] for name, table in metadata.tables.items()
-    }
+        return {
+            table: [(column["name"], str(column["type"]), column["nullable"]) for column in inspector.get_columns(table)]
+            for table in inspector.get_table_names()
+        }
+
+
+def test_a_database_of_the_first_version_becomes_one_of_today(tmp_path: Path) -> None:
+    """The first version has neither tasks nor selected checkpoints; what it holds is kept."""
+    store = Store(tmp_path)
+    new = columns(store)
+    assert new.keys() - {"sqlite_sequence"} == metadata.tables.keys()
+    row = "INSERT INTO checkpoints (job, step, path, kind, created_at) VALUES ('j', 3, 'a.ckpt', 'reported', 1.0)"
     with store.write() as connection:
-        connection.exec_driver_sql(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+        for statement in (row, "ALTER TABLE checkpoints DROP COLUMN chosen", "DROP TABLE tasks", "PRAGMA user_version = 1"):
+            connection.exec_driver_sql(statement)
+    store.close()
+    store = Store(tmp_path)
+    assert columns(store) == new
+    with store.read() as connection:
+        assert connection.exec_driver_sql("SELECT job, step, path, chosen FROM checkpoints").all() == [("j", 3, "a.ckpt", None)]
+    store.close()
+    Store(tmp_path).close()  # and again, where nothing is to be done
+
+
+def test_a_database_of_a_later_release_is_refused(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.write() as connection:
+        connection.exec_driver_sql(f"PRAGMA user_version = {VERSION + 1}")
     store.close()
     with pytest.raises(ValueError, match="use the release that wrote it"):
         Store(tmp_path)
