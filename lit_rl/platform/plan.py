@@ -12,6 +12,7 @@ import yaml
 
 from lit_rl.command_line.early import early_mistake, parameters, source_of
 from lit_rl.platform.places import place_of, there
+from lit_rl.platform.processes import OVERLAY
 from lit_rl.platform.rows import count_rows
 from lit_rl.platform.templates import Tree, at, find, laid_over, put, read
 
@@ -57,7 +58,7 @@ class Plan:
     def argv(self, folder: Path, root: Path, checkpoint: str | None) -> list[str]:
         """The command. What a user wrote is in the YAML and never a word of it."""
         more = ["--ckpt_path", checkpoint] if checkpoint else []
-        return [sys.executable, str(root / "cli.py"), "fit", "--config", str(self.template), "--config", str(folder / "job.yaml"), *more]
+        return [sys.executable, str(root / "cli.py"), "fit", "--config", str(self.template), "--config", str(folder / OVERLAY), *more]
 
 
 def planned(fields: Mapping[str, object], folder: Path, *, root: Path, gpus: int, checkpoint: str | None = None) -> Plan:

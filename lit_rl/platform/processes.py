@@ -1,4 +1,4 @@
-"""The process of a job, as the files in its folder tell of it: alive, or how it ended."""
+"""Tells from the files in a job's folder whether its process lives or how it ended; it starts and ends that process."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lit_rl.platform import shim
-from lit_rl.platform.shim import boot_id, start_ticks
+from lit_rl.platform.shim import boot_id, identity, start_ticks
 
 STOPPED = 143
 DONE = ".done.json"
 """Written by the command line when `fit` has returned; without it an exit code of 0 means nothing."""
 
 
+OVERLAY = "job.yaml"
+"""The file in a job's folder that is laid over its template; a word of the command, by which its processes are known."""
+
+
 @dataclass(frozen=True)
 class Ending:
-    """How a job's process ended. code, signal: None where nobody was there to see it."""
+    """Describes how a job's process ended. code, signal: None where nobody was there to see it."""
 
     code: int | None = None
     signal: str | None = None
@@ -40,11 +46,11 @@ def launch(folder: Path, argv: Sequence[str], *, cwd: Path, environment: Mapping
 
 
 def alive(folder: Path) -> bool:
-    """True while the shim or the job holds the folder's lock."""
+    """True while the shim or the job holds the folder's lock, or, in a folder that somebody removed, while one of them lives."""
     try:
         lock = os.open(folder / "run.lock", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        return False
+        return bool(_seen(folder))
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -60,7 +66,7 @@ def begun(folder: Path) -> bool:
 
 
 def ending(folder: Path) -> Ending | None:
-    """How the job ended, as its shim has written it."""
+    """Returns how the job ended, as its shim has written it; None while it has not."""
     found = _read(folder / "exit.json")
     return None if found is None else Ending(found.get("returncode"), found.get("signal"), found.get("error"))
 
@@ -73,12 +79,12 @@ def rebooted(folder: Path) -> bool:
 
 def child_pid(folder: Path) -> int | None:
     """The number of the job's process, if that process still lives."""
-    return _living((_read(folder / "runner.json") or {}).get("child"))
+    return _living(_runner(folder).get("child"))
 
 
 def ask_to_stop(folder: Path) -> None:
     """SIGTERM to the shim, which hands it on; to the job itself where the shim is gone. Never to a process that is neither."""
-    runner = _read(folder / "runner.json") or {}
+    runner = _runner(folder)
     pid = _living(runner.get("shim")) or _living(runner.get("child"))
     if pid is not None:
         _send(pid, signal.SIGTERM)
@@ -101,12 +107,12 @@ def verdict(end: Ending | None, *, asked: bool, done: bool, killed: bool = False
     """
     if killed:
         return "failed", "stop_timeout: it did not stop in time and was killed; its last checkpoint may be old"
-    if end is not None and end.error:
-        return "failed", f"it could not be started: {end.error}"
     if done and (end is None or end.code == 0):
         return "succeeded", None
     if asked or (end is not None and end.code == STOPPED):
         return "stopped", None
+    if end is not None and end.error:
+        return "failed", f"it could not be started: {end.error}"
     if end is None:
         return "failed", "lost: its processes are gone, and nobody saw how they ended"
     if end.signal == "SIGKILL":
@@ -129,6 +135,28 @@ def _living(process: object) -> int | None:
         return None
     pid, ticks = process["pid"], process["start_ticks"]
     return pid if ticks is not None and start_ticks(pid) == ticks else None
+
+
+def _runner(folder: Path) -> Mapping[str, object]:
+    """The shim and the job's process, as the shim wrote them down; where that file is gone, as the list of processes shows them."""
+    return _read(folder / "runner.json") or _seen(folder)
+
+
+def _seen(folder: Path) -> dict[str, object]:
+    """The shim and the job's process by their command lines, which name a file of the folder; either leads a session of its own."""
+    found: dict[str, object] = {}
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or ()
+        if str(folder / OVERLAY) in words and _leads(process.pid):
+            found["shim" if shim.__file__ in words else "child"] = identity(process.pid)
+    return found
+
+
+def _leads(pid: int) -> bool:
+    try:
+        return os.getsid(pid) == pid
+    except ProcessLookupError:
+        return False
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -79,7 +79,7 @@ class Supervisor:
         if plan.template is not None:
             folder = self.records.folder(name)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "job.yaml").write_text(plan.yaml, encoding="utf-8")
+            (folder / processes.OVERLAY).write_text(plan.yaml, encoding="utf-8")
             self._check(job, plan, folder)
         self.records.change(name, problems=plan.problems)
         if plan.problems:
@@ -110,7 +110,7 @@ class Supervisor:
             self._tell(name, "stopping")
             processes.ask_to_stop(self.records.folder(name))
         if now:
-            self.records.move(name, ("stopping",), "stopping", kill_at=moment)
+            self.records.move(name, ("stopping",), "stopping", stop_requested_at=moment, kill_at=moment)
             self._ends[name] = time.monotonic()
             processes.kill(self.records.folder(name))
         return self.records.find(name)
@@ -162,20 +162,23 @@ class Supervisor:
     def _ask_again(self, folder: Path) -> None:
         """A server that ended right after it noted the wish has not told the job."""
         told = folder / "asked"
-        if processes.child_pid(folder) is not None and not told.exists():
+        if folder.is_dir() and not told.exists() and processes.child_pid(folder) is not None:
             told.touch()
             processes.ask_to_stop(folder)
 
     def _ended(self, job: Job, end: processes.Ending | None) -> None:
         name, folder = str(job["uuid"]), self.records.folder(str(job["uuid"]))
         asked, shim = job["stop_requested_at"] is not None, self._shims.pop(name, None)
-        killed = end is not None and end.signal == "SIGKILL" and self._late(job)
-        if end is None and shim is not None and not processes.begun(folder):
+        had_time = job["kill_at"] != job["stop_requested_at"]  # who wants the end at once gets what he asked for
+        killed = end is not None and end.signal == "SIGKILL" and self._late(job) and had_time
+        if end is None and shim is not None and not processes.begun(folder) and job["state"] == "starting":
             end = processes.Ending(error=last_text(folder / "shim.log").strip()[-300:] or f"its folder {folder} is gone")
         self._ends.pop(name, None)
         state, reason = processes.verdict(end, asked=asked, done=(folder / processes.DONE).exists(), killed=killed)
         if end is None and state == "failed" and processes.rebooted(folder):
             reason = "host_rebooted: the machine started again; resume the job from its last checkpoint"
+        elif end is None and state == "failed" and not processes.begun(folder):
+            reason = f"lost: the files of the run were removed from its folder {folder} while it ran"
         if state == "failed":
             reason = explained(reason, folder / "stdout.log")
         values: dict[str, object] = {"reason": reason, "ended_at": time.time(), "gpu_ids": []}

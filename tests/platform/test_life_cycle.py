@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from fastapi.testclient import TestClient
 from served_platform import asked
@@ -170,6 +171,43 @@ def test_another_server_finds_the_jobs_as_they_are(tmp_path: Path, root: Path) -
         assert [len(starts(folder)) for folder in folders] == [1, 1, 1]
         end_all(client)
         assert state(client, uuids[0]) in ("stopped", "failed")
+
+
+@pytest.mark.parametrize("mode", ["graceful", "now"])
+def test_a_job_whose_folder_was_removed_stops_also_by_another_server(tmp_path: Path, root: Path, mode: str) -> None:
+    """It is known by the list of processes, as all its files are gone; it is neither lost nor started again meanwhile."""
+    with asked(tmp_path, run_root=root, gpu_ids=(), cpu_jobs=1) as client:
+        uuid = new(client)
+        folder = started(client, uuid)
+        (pid,) = starts(folder)
+    shutil.rmtree(folder)
+    (folder / "checkpoints").mkdir(parents=True)  # as a run that goes on makes it
+    with asked(tmp_path, run_root=root, gpu_ids=(), cpu_jobs=1) as client:
+        assert state(client, uuid) == "starting" and psutil.pid_exists(pid)
+        assert client.post(f"/api/jobs/{uuid}/stop", json={"mode": mode}).status_code == 202
+        until(lambda: state(client, uuid) == "stopped")
+        assert not psutil.pid_exists(pid)
+
+
+def test_a_job_that_ends_after_its_folder_was_removed_says_so(jobs: TestClient) -> None:
+    uuid = new(jobs)
+    folder = started(jobs, uuid)
+    jobs.post(f"/api/jobs/{uuid}/metrics", json={"points": [{"step": 1, "metrics": {"x": 1.0}}]})
+    (pid,) = starts(folder)
+    shutil.rmtree(folder)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: state(jobs, uuid) == "failed")
+    assert "were removed from its folder" in jobs.get(f"/api/jobs/{uuid}").json()["exit"]["reason"]
+
+
+def test_a_job_that_is_ended_at_once_is_stopped_and_one_that_had_its_time_has_failed(jobs: TestClient) -> None:
+    for wish, end in (({"mode": "now"}, "stopped"), ({"grace_s": 0.2}, "failed")):
+        uuid = new(jobs, name="deaf")
+        folder = started(jobs, uuid)
+        os.kill(starts(folder)[0], signal.SIGSTOP)  # hears no SIGTERM
+        jobs.post(f"/api/jobs/{uuid}/stop", json=wish)
+        until(lambda uuid=uuid: state(jobs, uuid) in ("stopped", "failed"))
+        assert state(jobs, uuid) == end, jobs.get(f"/api/jobs/{uuid}").json()["exit"]
 
 
 def test_the_ending_is_decided_by_intent_marker_and_code() -> None:
