@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import orjson
 import sqlalchemy as sa
 
 from lit_rl.platform.answers import conflict, not_found, text_of
 from lit_rl.platform.bodies import NewJob
-from lit_rl.platform.schema import alerts, jobs, metric_keys, points
+from lit_rl.platform.schema import alerts, jobs, metric_keys, points, steps
 from lit_rl.platform.store import Store
 
 ACTIVE = ("queued", "starting", "running", "stopping")
@@ -36,6 +37,13 @@ STALLED = "stalled"
 Job = Mapping[str, object]
 
 
+class Reached(NamedTuple):
+    """A step that a run has reported, and when, in seconds since 1970."""
+
+    step: int
+    ts: float
+
+
 class Records:
     """The jobs of a store. run_root: the folder that has the folder of each run."""
 
@@ -46,19 +54,19 @@ class Records:
         """The folder of a job's run."""
         return self.runs / name
 
-    def create(self, body: NewJob, *, problems: list[dict[str, str]], key: str | None = None) -> Job:
+    def create(self, body: NewJob, *, key: str | None = None) -> Job:
         """A new job. The same idempotency key and body make one job; the same key with another body is a conflict."""
         asked = body.model_dump()
         if key is not None:
             digest = hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).hexdigest()
             key = f"{key[:200]}:{digest}"
         told = {name: asked[name] for name in ("name", "description", "notes", "tags")}
-        return self._insert(key, **told, fields={name: asked[name] for name in FIELDS}, problems=problems)
+        return self._insert(key, **told, fields={name: asked[name] for name in FIELDS})
 
-    def derive(self, parent: Job, *, checkpoint: str | None, problems: list[dict[str, str]]) -> Job:
+    def derive(self, parent: Job, *, checkpoint: str | None) -> Job:
         """A new job with the settings of another, which continues from a checkpoint of it, or begins anew."""
         copied = {name: parent[name] for name in ("name", "description", "notes", "tags", "fields")}
-        return self._insert(None, **copied, problems=problems, parent_uuid=parent["uuid"], checkpoint=checkpoint)
+        return self._insert(None, **copied, parent_uuid=parent["uuid"], checkpoint=checkpoint)
 
     def register(self, name: str) -> Job:
         """The job of this id; one that nobody created is made as a run that somebody else started (source external)."""
@@ -155,12 +163,19 @@ class Records:
         times = {name: text_of(job[name]) for name in ("created_at", "queued_at", "started_at", "ended_at", "stop_requested_at")}  # type: ignore[arg-type]
         plain = ("uuid", "name", "description", "notes", "tags", "state", "source", "problems", "gpu_ids", "parent_uuid", "checkpoint")
         return {
-            **{name: job[name] for name in plain}, **asked, **times, "progress": progress(job),
+            **{name: job[name] for name in plain}, **asked, **times, "progress": progress(job, self._span(str(job["uuid"]))),
             "run_dir": str(self.folder(str(job["uuid"]))),
             "exit": {"returncode": job["returncode"], "signal": job["signal"], "reason": job["reason"]},
             "last_metrics": self.last_metrics(str(job["uuid"])),
             "stalled": job["state"] == "running" and self._stalled(str(job["uuid"])),
         }  # fmt: skip
+
+    def _span(self, name: str) -> Sequence[Reached] | None:
+        """The first and the newest step of a job; None without any."""
+        query = sa.select(steps.c.step, steps.c.ts).where(steps.c.job == name).limit(1)
+        with self.store.read() as connection:
+            ends = [connection.execute(query.order_by(order)).first() for order in (steps.c.step, steps.c.step.desc())]
+        return [Reached(*end) for end in ends if end is not None] or None
 
     def _stalled(self, name: str) -> bool:
         query = sa.select(alerts.c.id).where(alerts.c.job == name, alerts.c.rule == STALLED, alerts.c.ended_at.is_(None))
@@ -194,10 +209,13 @@ def _defaults(now: float) -> dict[str, object]:
     return {"state": "created", "source": "platform", "created_at": now, "tags": [], "problems": [], "gpu_ids": [], "fields": {}, **texts}
 
 
-def progress(job: Job) -> dict[str, object]:
-    """How far a run is, and the seconds that the rest takes at its pace."""
-    step, steps, began, now = job["step"], job["max_steps"], job["started_at"], job["reported_at"]
-    left = None
-    if isinstance(step, int) and isinstance(steps, int) and isinstance(began, float) and isinstance(now, float) and step > 0:
-        left = round(max(now - began, 0.0) / step * max(steps - step, 0), 1)
-    return {"step": step, "max_steps": steps, "epoch": job["epoch"], "eta_s": left}
+def progress(job: Job, span: Sequence[Reached] | None) -> dict[str, object]:
+    """Returns how far a run is, and the seconds that the rest takes at the pace from its first to its newest step; None without a pace.
+
+    span: step and time of the two. A run that continues another begins at the step of its checkpoint, not at 0.
+    """
+    step, last, left = job["step"], job["max_steps"], None
+    if span is not None and isinstance(last, int) and span[1].step > span[0].step:
+        (first, began), (newest, now) = span
+        left = round(max(now - began, 0.0) / (newest - first) * max(last - newest, 0), 1)
+    return {"step": step, "max_steps": last, "epoch": job["epoch"], "eta_s": left}

@@ -129,6 +129,22 @@ def test_rules_open_and_close_alerts(platform: TestClient) -> None:
     assert closed == ["nan", "kl"]  # what is not reported is as it was
 
 
+def test_the_rest_takes_as_long_as_the_steps_of_this_run_took(platform: TestClient) -> None:
+    """A run that continues at step 1000 makes ten steps in 20 s: the 90 that are left take 180 s. One step alone has no pace."""
+
+    def left() -> object:
+        return platform.get("/api/jobs/j").json()["progress"]["eta_s"]
+
+    platform.post("/api/jobs/j/status", json={"status": "running", "max_steps": 1100})
+    assert left() is None
+    report(platform, "j", {"step": 1000, "ts": 5000.0, "metrics": {"x": 1.0}})
+    assert left() is None
+    report(platform, "j", {"step": 1010, "ts": 5020.0, "metrics": {"x": 1.0}})
+    assert left() == 180.0
+    report(platform, "j", {"step": 1020, "ts": 4000.0, "metrics": {"x": 1.0}})  # a clock that was set back
+    assert left() == 0.0
+
+
 def test_states_of_other_peoples_runs_are_theirs(platform: TestClient) -> None:
     report(platform, "theirs", {"step": 1, "metrics": {"x": 1.0}})
     assert platform.post("/api/jobs/theirs/status", json={"status": "failed", "message": "why"}).json()["exit"]["reason"] == "why"

@@ -19,7 +19,7 @@ JobId = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 @router.post("", status_code=201)
 def create(body: NewJob, here: Here, idempotency_key: Annotated[str | None, Header(max_length=200)] = None) -> Response:
     """Make a job. Its list `problems` says why it could not start as it is."""
-    job = here.records.create(body, problems=[], key=idempotency_key)
+    job = here.records.create(body, key=idempotency_key)
     return _made(here, job)
 
 
@@ -83,13 +83,13 @@ def resume(name: JobId, here: Here, body: Resume | None = None) -> Response:
     if parent["state"] not in ENDED:
         raise conflict(f"the job is {parent['state']}; stop it first", "wrong_state")
     path = here.checkpoints.chosen(name, (body or Resume()).checkpoint)
-    return _made(here, here.records.derive(parent, checkpoint=str(path), problems=[]))
+    return _made(here, here.records.derive(parent, checkpoint=str(path)))
 
 
 @router.post("/{name}/clone", status_code=201)
 def clone(name: JobId, here: Here) -> Response:
     """A new job with the same settings."""
-    return _made(here, here.records.derive(here.records.own(name), checkpoint=None, problems=[]))
+    return _made(here, here.records.derive(here.records.own(name), checkpoint=None))
 
 
 @router.get("/{name}/config")
