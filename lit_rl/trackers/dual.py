@@ -8,10 +8,11 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import SupportsFloat, SupportsInt
 
 from lit_rl.trackers.outbox import Outbox
 from lit_rl.trackers.samples import Sample
-from lit_rl.trackers.values import as_json, flat_numbers
+from lit_rl.trackers.values import as_json, flat_numbers, line, plain
 from lit_rl.trackers.weights_and_biases import WandBRun
 
 log = logging.getLogger(__name__)
@@ -68,50 +69,59 @@ class DualLogger:
             self._wandb = WandBRun.begun(**options, config=dict(wandb_config or {}), tags=list(wandb_tags or []))
         atexit.register(self._unfinished)
 
-    def log_metrics(self, step: int, metrics: Mapping[str, object], epoch: int | None = None) -> None:
-        """Numbers of a step. Nested mappings are flattened; what is not finite is reported as such."""
+    def log_metrics(self, step: int, metrics: Mapping[str, object], epoch: SupportsInt | None = None) -> None:
+        """Reports numbers of a step. Nested mappings are flattened; what is not finite is reported as such."""
         numbers = flat_numbers(metrics)
         if self._outbox is not None and numbers:
-            point = {"step": int(step), "metrics": as_json(numbers), "epoch": epoch, "ts": time.time()}
+            point = {"step": int(step), "metrics": as_json(numbers), "epoch": None if epoch is None else int(epoch), "ts": time.time()}
             self._outbox.point(point)
         self._also(lambda run: run.log(numbers, step))
 
-    def log_gpu_usage(self, gpu_index: int, utilization: float, memory_used: float, memory_total: float, temperature: float) -> None:
-        """A GPU: utilization in percent, memory in GB, temperature in degrees Celsius."""
-        figures = {"utilization": utilization, "memory_used": memory_used, "memory_total": memory_total, "temperature": temperature}
+    def log_gpu_usage(
+        self,
+        gpu_index: int,
+        utilization: SupportsFloat,
+        memory_used: SupportsFloat,
+        memory_total: SupportsFloat,
+        temperature: SupportsFloat,
+    ) -> None:
+        """Reports a GPU: utilization in percent, memory in GB, temperature in degrees Celsius."""
+        figures = flat_numbers(
+            {"utilization": utilization, "memory_used": memory_used, "memory_total": memory_total, "temperature": temperature}
+        )
         if self._outbox is not None:
-            self._outbox.other("gpu", {"samples": [{"gpu_index": gpu_index, "ts": time.time(), **figures}]})
+            self._outbox.other("gpu", {"samples": [{"gpu_index": int(gpu_index), "ts": time.time(), **as_json(figures)}]})
         self._also(lambda run: run.log({f"gpu/{gpu_index}/{name}": value for name, value in figures.items()}, None))
 
     def log_checkpoint(self, step: int, checkpoint_path: str, eval_results: Mapping[str, object] | None = None) -> None:
-        """A checkpoint that was written, and what its evaluation gave."""
+        """Reports a checkpoint that was written, and what its evaluation gave."""
         results = None if eval_results is None else as_json(flat_numbers(eval_results))
         if self._outbox is not None:
             self._outbox.other("checkpoints", {"step": int(step), "path": str(checkpoint_path), "eval_results": results})
         self._also(lambda run: run.log({f"eval/{key}": value for key, value in flat_numbers(eval_results or {}).items()}, step))
 
     def log_status(self, status: str, message: str = "") -> None:
-        """A state of the run; an alert in Weights & Biases."""
+        """Reports a state of the run; it is an alert in Weights & Biases."""
         if self._outbox is not None:
-            self._outbox.other("status", {"status": status, "message": message})
+            self._outbox.other("status", {"status": line(status), "message": plain(message)})
         self._also(lambda run: run.alert(status, message))
 
     def log_samples(self, samples: Sequence[Sample]) -> None:
-        """Samples of a step, for the platform's gallery; of many that wait, the oldest are dropped."""
+        """Reports samples of a step for the platform's gallery; of many that wait, the oldest are dropped."""
         if self._outbox is not None and samples:
             self._outbox.samples(samples)
 
     def log_last_step(self, step: int) -> None:
-        """The step of the last report that the run will make, for the platform's progress."""
+        """Tells the platform's progress at which step the run makes its last report."""
         if self._outbox is not None:
             self._outbox.other("status", {"status": "running", "max_steps": step})
 
     def log_config(self, config: Mapping[str, object]) -> None:
-        """Options of the run, for Weights & Biases."""
+        """Reports options of the run to Weights & Biases."""
         self._also(lambda run: run.config(config))
 
     def log_summary(self, summary: Mapping[str, object]) -> None:
-        """The result of the run, for Weights & Biases."""
+        """Reports the result of the run to Weights & Biases."""
         self._also(lambda run: run.summary(summary))
 
     def finish(self, exit_code: int = 0) -> None:
@@ -143,9 +153,10 @@ class DualLogger:
 
 
 def token() -> str | None:
-    """The platform's token: PLATFORM_TOKEN, or what stands in the file PLATFORM_TOKEN_FILE."""
+    """Returns the platform's token: PLATFORM_TOKEN, or what stands in the file PLATFORM_TOKEN_FILE, if it can be read."""
     path = os.environ.get("PLATFORM_TOKEN_FILE")
-    given = Path(path).read_text().strip() if path and Path(path).is_file() else ""
+    readable = path is not None and Path(path).is_file() and os.access(path, os.R_OK)
+    given = Path(str(path)).read_text().strip() if readable else ""
     return os.environ.get("PLATFORM_TOKEN") or given or None
 
 

@@ -46,7 +46,7 @@ class Outbox:
         self._thread.start()
 
     def point(self, point: Payload) -> None:
-        """Metrics of a step."""
+        """Puts metrics of a step in the queue."""
         with self._lock:
             self._points.append(point)
             if len(self._points) > WAITING:
@@ -56,12 +56,12 @@ class Outbox:
             self._some.set()
 
     def other(self, route: str, body: Payload) -> None:
-        """A checkpoint, a state or a GPU; of these none is dropped."""
+        """Puts a checkpoint, a state or a GPU in the queue; none of these is dropped."""
         with self._lock:
             self._others.append((route, body))
 
     def samples(self, samples: Sequence[Sample]) -> None:
-        """Samples of a step, all of one report. Their pictures are encoded by the thread that sends; none is kept in the spool."""
+        """Puts samples of a step, all of one report, in the queue. The sending thread encodes their pictures; none is kept in the spool."""
         with self._lock:
             self._samples.append(samples)
             if len(self._samples) > SETS:
@@ -154,22 +154,37 @@ class Outbox:
     def _keep(self) -> None:
         with self._lock:
             lines = [json.dumps(["metrics", {"points": [point]}]) for point in self._points] + [json.dumps(pair) for pair in self._others]
+        kept, dropped = "lost", self.dropped + len(self._samples)
         if lines and self.spool is not None:
-            self.spool.parent.mkdir(parents=True, exist_ok=True)
-            with self.spool.open("a") as file:
-                file.writelines(f"{line}\n" for line in lines)
-        dropped = self.dropped + len(self._samples)
+            try:
+                self.spool.parent.mkdir(parents=True, exist_ok=True)
+                with self.spool.open("a") as file:
+                    file.writelines(f"{line}\n" for line in lines)
+                kept = f"kept in {self.spool}"
+            except OSError as error:
+                kept = f"lost ({error})"
         if lines or dropped:
-            where = f"kept in {self.spool}" if self.spool else "lost"
-            log.warning("%d reports could not be sent to %s: %s; %d others were dropped", len(lines), self.url, where, dropped)
+            log.warning("%d reports could not be sent to %s: %s; %d others were dropped", len(lines), self.url, kept, dropped)
 
     def _recover(self) -> None:
-        if self.spool is None or not self.spool.exists():
+        """Take in what the logger before could not send; a line that a full disk or a kill has cut off is left out."""
+        if self.spool is None:
             return
-        for line in self.spool.read_text().splitlines():
-            route, body = json.loads(line)
+        try:
+            lines = self.spool.read_text(errors="replace").splitlines()
+            self.spool.unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            log.warning("what waits in %s is not sent: %s", self.spool, error)
+            return
+        for line in lines:
+            try:
+                route, body = json.loads(line)
+            except ValueError:
+                log.warning("%s has a line that is no report; it is left out: %s", self.spool, line[:80])
+                continue
             if route == "metrics":
                 self._points.extend(body["points"])
             else:
                 self._others.append((route, body))
-        self.spool.unlink()

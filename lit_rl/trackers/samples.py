@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lit_rl.trackers.values import line, plain
+
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-LONGEST, WIDEST, BYTES = 20_000, 4096, 1 << 20
-"""Characters of a text, pixels of a side and bytes of a picture that the platform takes."""
+WIDEST, BYTES = 4096, 1 << 20
+"""Pixels of a side and bytes of a picture that the platform takes."""
 
 MOST = 64
 """Samples of a set; of more, the rest is left out."""
@@ -35,10 +37,10 @@ class Sample:
 
     def item(self, image: str | None) -> dict[str, object]:
         """The sample as the platform takes it, with the name of the part that has its picture."""
-        text = None if self.text is None else _plain(self.text)
+        text = None if self.text is None else plain(self.text)
         return {
-            "step": max(self.step, 0), "prompt": _plain(self.prompt), "source": self.source, "text": text, "group": self.group,
-            "rewards": {name: _number(value) for name, value in self.rewards.items()}, "advantage": _number(self.advantage),
+            "step": max(self.step, 0), "prompt": plain(self.prompt), "source": self.source, "text": text, "group": self.group,
+            "rewards": {line(name): _number(value) for name, value in self.rewards.items()}, "advantage": _number(self.advantage),
             "images": [] if image is None else [image],
         }  # fmt: skip
 
@@ -64,10 +66,6 @@ def webp(picture: Picture) -> bytes:
         if file.tell() <= BYTES:
             return file.getvalue()
         side = max(small.size) // 2
-
-
-def _plain(text: str) -> str:
-    return text.replace("\0", "")[:LONGEST].encode("utf-8", "replace").decode()
 
 
 def _number(value: float | None) -> float | None:

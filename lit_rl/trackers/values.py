@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import SupportsFloat
+
+LONGEST = 20_000
+"""Characters of a text that the platform takes."""
 
 
 def flat_numbers(metrics: Mapping[str, object], prefix: str = "") -> dict[str, float]:
@@ -23,5 +27,15 @@ def flat_numbers(metrics: Mapping[str, object], prefix: str = "") -> dict[str, f
 
 
 def as_json(numbers: Mapping[str, float]) -> dict[str, float | None]:
-    """The numbers; None for what JSON does not have."""
-    return {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+    """Returns the numbers as the platform takes them: under names of one line; None stands for what JSON does not have."""
+    return {line(key) or "_": value if math.isfinite(value) else None for key, value in numbers.items()}
+
+
+def line(text: str) -> str:
+    """Returns a text as one line of at most 200 characters, which the platform takes as a name."""
+    return plain(re.sub(r"[\x00-\x1f\x7f]+", " ", text), 200)
+
+
+def plain(text: str, longest: int = LONGEST) -> str:
+    """Returns a text as JSON and databases take it: cut, without NUL and halves of characters."""
+    return text.replace("\0", "")[:longest].encode("utf-8", "replace").decode()

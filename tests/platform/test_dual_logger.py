@@ -143,6 +143,38 @@ def test_what_cannot_be_sent_is_kept_and_sent_by_the_next(tmp_path: Path, run: R
         assert requests.get(f"{url}/api/jobs/j", timeout=60).json()["state"] == "failed" and not spool.exists()
 
 
+def test_no_file_stops_a_run(tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spool that a full disk has cut off, one that is a folder, one that cannot be written."""
+    spool, whole = tmp_path / "unsent.jsonl", json.dumps(["metrics", {"points": [{"step": 7, "metrics": {"x": 1.0}}]}])
+    spool.write_text(f"{whole}\n{whole[:-9]}")
+    (tmp_path / "file").touch()
+    for number, place in enumerate((spool, tmp_path, tmp_path / "file/spool.jsonl")):
+        again = Outbox("http://127.0.0.1:9", "j", token=None, spool=place)
+        again.point({"step": 8, "metrics": {"x": 1.0}})
+        again.close(0.1)
+        assert caplog.text.count("lost (") == number and caplog.text.count("is not sent") == bool(number)
+    assert [json.loads(line)[1]["points"][0]["step"] for line in spool.read_text().splitlines()] == [7, 8]
+    assert "a line that is no report" in caplog.text
+
+
+def test_any_name_number_and_text_is_taken(tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """Each of them, refused alone, would take with it the other reports of its batch, or end the thread that sends."""
+    with listening(tmp_path) as url:
+        logger = DualLogger("j", url, wandb_enabled=False)
+        logger.log_metrics(1, {"a\nb": 1.0, "": 2.0, "x" * 300: 3.0, "\ud800": 4.0, "one/½": 5.0}, epoch=np.int64(3))
+        logger.log_gpu_usage(0, np.float32(50.0), torch.tensor(1.5), math.nan, 60)
+        logger.log_checkpoint(1, "a.ckpt", {"acc\t": 0.5})
+        logger.log_status("failed\n", "x" * 30_000 + "\0")
+        logger.finish(1)
+        (row,) = requests.get(f"{url}/api/jobs/j/metrics?split=all", timeout=60).json()
+        (gpu,) = requests.get(f"{url}/api/jobs/j/gpu", timeout=60).json()
+        (saved,) = requests.get(f"{url}/api/jobs/j/checkpoints", timeout=60).json()
+    names = {"a b": 1.0, "_": 2.0, "x" * 200: 3.0, "?": 4.0, "one/½": 5.0}
+    assert {name: row[name] for name in names} == names and row["epoch"] == 3 and "refuses" not in caplog.text
+    assert (gpu["utilization"], gpu["memory_used"], gpu["memory_total"], gpu["temperature"]) == (50.0, 1.5, None, 60.0)
+    assert saved["eval_results"] == {"acc ": 0.5}
+
+
 def test_a_program_that_ends_without_finish_has_failed(tmp_path: Path) -> None:
     with listening(tmp_path) as url:
         script = f"""
