@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 import yaml
@@ -21,19 +21,15 @@ from lit_rl.migrate.cua_keys import (
     SHARDING,
     TOGETHER,
     Given,
-    Settings,
-    count,
-    number,
-    switch,
-    text,
 )
 from lit_rl.migrate.migrated import Migrated, unknown
+from lit_rl.migrate.values import Settings, count, number, real, switch, text, whole
 
 CONFIG = "configs/agent/cua_grpo.yaml"
-LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 VARIATION = {"base_temperature": 0.6, "temperature_increment": 0.1}
 """Their defaults."""
 BEST = {"training.metric_for_best_model", "training.greater_is_better", "training.early_stopping_patience", "training.target_accuracy"}
+WITHOUT_TOP_P = "log-probabilities of a cut distribution are not those that training computes: all tokens are drawn from"
 OF_CALLBACKS = BEST | {"training.save_total_limit", *(key for key in TOGETHER if key.startswith("logging."))}
 """Keys that stand in the list of callbacks, which a YAML can only replace as a whole."""
 
@@ -46,14 +42,16 @@ def migrate(file: Path, *, gpus: int | None) -> Migrated:
         raise ConfigError(f"no such file: {file}")
     try:
         root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{file}: this is no run: its keys are model, training, grpo, rollout, inference, ...")
+        found = {key: (value, line) for key, value, line in leaves(root, file) if value not in (None, "")}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: this is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{file}: this is no run: its keys are model, training, grpo, rollout, inference, ...")
-    found = {key: (value, line) for key, value, line in leaves(root, file)}
-    return migrate_keys(
-        {key: value for key, (value, _) in found.items()}, gpus=gpus, place={key: f"{file}:{line}" for key, (_, line) in found.items()}
-    )
+    values, lines = ({key: pair[i] for key, pair in found.items()} for i in (0, 1))
+    try:
+        return migrate_keys(values, gpus=gpus, told=lambda key: f"{file}:{lines[key]}: {key}: {values[key]}")
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from error
 
 
 def leaves(node: yaml.MappingNode, file: Path, above: str = "") -> Iterator[tuple[str, object, int]]:
@@ -69,24 +67,13 @@ def leaves(node: yaml.MappingNode, file: Path, above: str = "") -> Iterator[tupl
             raise unknown("key", key, known, place=f"{file}:{line}")
 
 
-def migrate_keys(given: Given, *, gpus: int, place: dict[str, str]) -> Migrated:
-    """The run of their keys. place: File and line by key."""
+def migrate_keys(given: Given, *, gpus: int, told: Callable[[str], str]) -> Migrated:
+    """The run of their keys. told: begins the sentence about a key's value. Raises ValueError for values that exclude each other."""
     made = Migrated(bases=[f"configs/base/{_strategy(given)}.yaml", CONFIG])
     made.settings = {"trainer.devices": gpus}
-    for key, value in given.items():
-        if value is None:
-            continue
-        try:
-            made.settings |= KEYS[key](value) if key in KEYS else {}
-            made.settings |= _counted(key, value, gpus)
-        except ValueError as error:
-            raise ConfigError(f"{place[key]}: {key}: {value}: it must be {error}") from error
-        if key in NOTHING:
-            made.notes.append(f"{key}: {NOTHING[key]}")
-    try:
-        made.settings |= _together(given)
-    except ValueError as error:
-        raise ConfigError(f"{next(iter(place.values())).rpartition(':')[0]}: {error}") from error
+    made.take({**KEYS, **TOGETHER}, given, told=told)
+    made.note(NOTHING, given)
+    made.settings |= _together(given, gpus)
     if made.settings.get(f"{POLICY}.lora", "") is None:
         made.settings = {key: value for key, value in made.settings.items() if not key.startswith(f"{POLICY}.lora.")}
     made.notes += _notes(given)
@@ -101,23 +88,21 @@ def _strategy(given: Given) -> str:
     return SHARDING.get(str(given.get("distributed.fsdp.sharding_strategy")), "fsdp")
 
 
-def _counted(key: str, value: object, gpus: int) -> Settings:
-    return {f"{MODEL}.prompts_per_iteration": count(value) * gpus} if key == "training.batch_size" else {}
-
-
-def _together(given: Given) -> Settings:
+def _together(given: Given, gpus: int) -> Settings:
     """Keys that several of theirs decide. Raises ValueError with the key in front."""
     found: Settings = {}
+    if "training.batch_size" in given:
+        found[f"{MODEL}.prompts_per_iteration"] = count(given["training.batch_size"]) * gpus
     if {"model.max_seq_length", "inference.vllm.max_tokens"} & given.keys():
-        whole, answer = count(given.get("model.max_seq_length", 16384)), count(given.get("inference.vllm.max_tokens", 2048))
-        if whole <= answer:
-            raise ValueError(f"model.max_seq_length: {whole}: it leaves no room for a prompt beside inference.vllm.max_tokens: {answer}")
-        found[f"{EPISODES}.manner.max_prompt_tokens"] = whole - answer
+        length, answer = count(given.get("model.max_seq_length", 16384)), count(given.get("inference.vllm.max_tokens", 2048))
+        if length <= answer:
+            raise ValueError(f"model.max_seq_length: {length}: it leaves no room for a prompt beside inference.vllm.max_tokens: {answer}")
+        found[f"{EPISODES}.manner.max_prompt_tokens"] = length - answer
     if {"inference.vllm.timeout", "inference.vllm.max_retries"} & given.keys():
-        seconds = float(number(given.get("inference.vllm.timeout", 120.0))) * (1 + int(number(given.get("inference.vllm.max_retries", 3))))
+        seconds = real(given.get("inference.vllm.timeout", 120.0)) * (1 + whole(given.get("inference.vllm.max_retries", 3)))
         found |= {f"{ENGINE}.deadline_s": seconds, f"{EPISODES}.manner.turn_s": seconds}
     if switch(given.get("rollout.enable_temperature_variation", False)):
-        base, step = (float(number(given.get(f"rollout.{key}", usual))) for key, usual in VARIATION.items())
+        base, step = (real(given.get(f"rollout.{key}", usual)) for key, usual in VARIATION.items())
         found |= {f"{SAMPLING}.temperature": base, f"{MODEL}.temperature_increment": step}
     if OF_CALLBACKS & given.keys():
         found["trainer.callbacks"] = _callbacks(given)
@@ -144,21 +129,18 @@ def _callbacks(given: Given) -> list[object]:
 
 
 def _logs(given: Given) -> Settings:
-    level = text(given.get("logging.level", "INFO")).upper()
-    if level not in LEVELS:
-        raise ValueError(f"logging.level: {level}: it must be one of {', '.join(LEVELS)}")
     names = {}
     for name, told, file in (("training", "log_to_file", "log_file"), ("rollouts", "enable_detailed_logging", "detailed_log_file")):
         named = PurePosixPath(text(given.get(f"logging.{file}", f"{name}.log"))).name
         names[name] = named if switch(given.get(f"logging.{told}", True)) else None
-    return {"level": level, **names}
+    return {"level": text(given.get("logging.level", "INFO")).upper(), **names}
 
 
 def _loggers(given: Given) -> list[object]:
     found: list[object] = []
     if switch(given.get("monitoring.enable_wandb", False)):
-        named = {name: given.get(f"monitoring.wandb_{name}") for name in ("project", "entity")}
-        found.append({"class_path": "callbacks.trackers.WandB", "init_args": {k: v for k, v in named.items() if v is not None}})
+        named = {name: given[f"monitoring.wandb_{name}"] for name in ("project", "entity") if f"monitoring.wandb_{name}" in given}
+        found.append({"class_path": "callbacks.trackers.WandB", "init_args": named})
     if switch(given.get("monitoring.enable_tensorboard", True)):
         output = text(given.get("training.output_dir", "outputs/grpo_cua"))
         found.append(
@@ -171,7 +153,7 @@ def _notes(given: Given) -> Iterator[str]:
     """Sentences about what a person has to know or do."""
     top_p, address = given.get("inference.vllm.top_p", 1), given.get("inference.vllm.api_base")
     if top_p != 1:
-        yield f"inference.vllm.top_p: {top_p} is left out: {TOGETHER['inference.vllm.top_p']}"
+        yield f"inference.vllm.top_p: {top_p} is left out: {WITHOUT_TOP_P}"
     if isinstance(address, str) and address.rstrip("/") in LOCAL:
         yield "inference.vllm.api_base: it is the default here, so that VLLM_API_BASE of the environment or of .env comes before it"
     elif address is not None:

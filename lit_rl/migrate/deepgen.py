@@ -7,9 +7,10 @@ from pathlib import Path
 
 from lit_rl.errors import ConfigError
 from lit_rl.migrate.deepgen_data import migrate_python, migrate_yaml
-from lit_rl.migrate.deepgen_flags import BASES, DEEPSPEED, FLAGS, MODEL, NOTHING, OTHERS, REMOVED, accumulation, number, together
+from lit_rl.migrate.deepgen_flags import BASES, COUNTS, DEEPSPEED, FLAGS, MODEL, NOTHING, OTHERS, REMOVED, accumulation, together
 from lit_rl.migrate.migrated import Migrated, unknown
 from lit_rl.migrate.shell import command_options
+from lit_rl.migrate.values import number
 
 PROGRAM = "deepgen_rl.grpo_deepgen"
 RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
@@ -58,15 +59,9 @@ def migrate_options(options: Mapping[str, str | None], *, place: str, processes:
         check_value(name, value, place=place)
     algorithm = given.get("atrain_algorithm", "flowgrpo")
     made.bases = [_strategy(given), f"configs/deepgen/{BASES[algorithm]}.yaml"]
-    for name, value in given.items():
-        try:
-            made.settings |= {key: found for key, found in FLAGS.get(name, lambda _: {})(value).items() if key}
-        except ValueError as error:
-            raise ConfigError(f"{place}: --{name} {value}: it must be {error}") from error
-        if name in NOTHING:
-            made.notes.append(f"--{name}: {NOTHING[name]}")
-        elif name in OTHERS and name not in QUIET:
-            made.notes.append(f"--{name}: {OTHERS[name]}")
+    for keys in (COUNTS, FLAGS):
+        made.take(keys, given, told=lambda name: f"{place}: --{name} {given[name]}")
+    made.note({f"--{name}": why for name, why in {**NOTHING, **OTHERS}.items() if name not in QUIET}, [f"--{name}" for name in given])
     made.settings |= together(given, algorithm)
     if processes is not None:
         images, micro = int(given.get("atrain_global_batch_size", "256")), int(given.get("atrain_micro_batch_size", "32"))

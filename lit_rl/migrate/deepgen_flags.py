@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from lit_rl.errors import ConfigError
+from lit_rl.migrate.values import Keys, Settings, checked, count, number, one_of, real, same, text, whole
 
-Settings = dict[str, object]
 Given = Mapping[str, str]
 """The options of a command line by name; those that are not given are not in it."""
 
@@ -35,81 +35,59 @@ REMOVED = {
 """Options that the trainer itself refuses, and what it names in their place."""
 
 
-def number(text: str) -> float | int:
-    """The text as a whole number if it is one."""
-    value = float(text)
-    return int(value) if value.is_integer() and "e" not in text.lower() and "." not in text else value
-
-
-def same(key: str, convert: Callable[[str], object] = number) -> Callable[[str], Settings]:
-    """One option is one key."""
-    return lambda text: {key: convert(text)}
-
-
-def choice(key: str, values: Mapping[str, object]) -> Callable[[str], Settings]:
-    """One of a few words."""
-
-    def made(text: str) -> Settings:
-        if text not in values:
-            raise ValueError(f"one of {', '.join(values)}")
-        return {key: values[text]}
-
-    return made
-
-
-def _schedule(text: str) -> Settings:
-    if text not in ("constant", "constant_with_warmup"):
+def _schedule(value: object) -> Settings:
+    if value not in ("constant", "constant_with_warmup"):
         raise ValueError(
             "constant or constant_with_warmup; for another name a scheduler of torch in model.init_args.lr_scheduler, such as "
             "torch.optim.lr_scheduler.CosineAnnealingLR"
         )
-    if text == "constant":
+    if value == "constant":
         return {f"{MODEL}.lr_scheduler": None}
     return {f"{MODEL}.lr_scheduler.class_path": "lit_rl.modules.learning_rates.ConstantWithWarmup"}
 
 
-def _ends(text: str) -> Settings:
-    return {"trainer.max_epochs": int(text)} if int(text) > 0 else {}
+def _ends(value: object) -> Settings:
+    return {"trainer.max_epochs": steps} if (steps := whole(value)) > 0 else {}
 
 
-def _divergence(text: str) -> Settings:
-    without: Settings = {f"{POLICY}.keep_reference": False} if float(text) == 0 else {}
-    return {f"{MODEL}.kl.coef": number(text), **without}
+def _divergence(value: object) -> Settings:
+    without: Settings = {f"{POLICY}.keep_reference": False} if real(value) == 0 else {}
+    return {f"{MODEL}.kl.coef": number(value), **without}
 
 
-def _guidance(text: str) -> Settings:
-    return {f"{POLICY}.guidance_scale": float(text) if float(text) > 0 else 1.0}
+def _guidance(value: object) -> Settings:
+    return {f"{POLICY}.guidance_scale": scale if (scale := real(value)) > 0 else 1.0}
 
 
-def _pictures(text: str) -> Settings:
-    return {"run.callbacks.samples.every_n_iterations": int(text)} if int(text) else {"run.callbacks.samples": None}
+def _pictures(value: object) -> Settings:
+    return {"run.callbacks.samples.every_n_iterations": every} if (every := whole(value)) else {"run.callbacks.samples": None}
 
 
-def _strategy(text: str) -> Settings:
-    if Path(text).name in DEEPSPEED:
+def _strategy(value: object) -> Settings:
+    if Path(text(value)).name in DEEPSPEED:
         return {}  # a base
-    return {"trainer.strategy": {"class_path": "lit_rl.strategies.zero.ZeroStrategy", "init_args": {"config": text}}}
+    return {"trainer.strategy": {"class_path": "lit_rl.strategies.zero.ZeroStrategy", "init_args": {"config": value}}}
 
 
-def _trackers(text: str) -> Settings:
-    names = [name for name in text.replace(" ", ",").split(",") if name and name != "none"]
+def _trackers(value: object) -> Settings:
+    names = [name for name in text(value).replace(" ", ",").split(",") if name and name != "none"]
     if odd := [name for name in names if name not in TRACKERS]:
         raise ValueError(f"{', '.join(TRACKERS)} or none; {odd[0]}: a logger of Lightning in trainer.logger")
     where: Settings = {"init_args": {"save_dir": "outputs", "name": "logs"}}
     return {"trainer.logger": [{"class_path": TRACKERS[n]} | (where if n == "tensorboard" else {}) for n in names] or False}
 
 
-def _evaluations(text: str) -> Settings:
-    return {"trainer.check_val_every_n_epoch": int(text)} if int(text) else {"trainer.limit_val_batches": 0}
+def _evaluations(value: object) -> Settings:
+    return {"trainer.check_val_every_n_epoch": every} if (every := whole(value)) else {"trainer.limit_val_batches": 0}
 
 
-def _auxiliary(text: str) -> Settings:
-    return {f"{MODEL}.supervised.coef": number(text)} if float(text) else {f"{MODEL}.supervised": None}
+def _auxiliary(value: object) -> Settings:
+    return {f"{MODEL}.supervised.coef": number(value)} if real(value) else {f"{MODEL}.supervised": None}
 
 
-FLAGS: Mapping[str, Callable[[str], Settings]] = {
-    "checkpoint": same(f"{POLICY}.checkpoint", str),
-    "output_dir": same("run.dir", str),
+FLAGS: Keys = {
+    "checkpoint": same(f"{POLICY}.checkpoint", text),
+    "output_dir": same("run.dir", text),
     "learning_rate": same(f"{MODEL}.optimizer.init_args.lr"),
     "lr_scheduler_type": _schedule,
     "warmup_steps": same(f"{MODEL}.lr_scheduler.init_args.warmup_steps"),
@@ -117,7 +95,7 @@ FLAGS: Mapping[str, Callable[[str], Settings]] = {
     "save_steps": same("run.callbacks.newest.every_n_epochs"),
     "save_total_limit": same("run.callbacks.newest.save_top_k"),
     "max_steps": _ends,
-    "bf16": lambda text: {"trainer.precision": "bf16-mixed", f"{POLICY}.dtype": "bfloat16"},
+    "bf16": lambda _: {"trainer.precision": "bf16-mixed", f"{POLICY}.dtype": "bfloat16"},
     "rollout_n": same(f"{MODEL}.group_size"),
     "rollout_micro_batch_size": same(f"{MODEL}.rollout_micro_batch"),
     "atrain_micro_batch_size": same(f"{MODEL}.train_micro_batch"),
@@ -126,21 +104,21 @@ FLAGS: Mapping[str, Callable[[str], Settings]] = {
     "cfg_scale": _guidance,
     "num_inference_steps": same(f"{MODEL}.num_steps"),
     "log_images_interval": _pictures,
-    "prompts_file": same("data.init_args.train", str),
+    "prompts_file": same("data.init_args.train", text),
     "report_to": _trackers,
-    "run_name": same("run.name", str),
+    "run_name": same("run.name", text),
     "deepspeed": _strategy,
-    "gradient_checkpointing": lambda text: {f"{POLICY}.gradient_checkpointing": True},
+    "gradient_checkpointing": lambda _: {f"{POLICY}.gradient_checkpointing": True},
     "max_grad_norm": same("trainer.gradient_clip_val"),
-    "init_same_noise": lambda text: {f"{MODEL}.sde.same_latent": True},
+    "init_same_noise": lambda _: {f"{MODEL}.sde.same_latent": True},
     "timestep_fraction": same(f"{MODEL}.timestep_fraction"),
-    "clip_range": lambda text: {f"{MODEL}.surrogate.init_args.{side}": number(text) for side in ("low", "high")},
+    "clip_range": lambda value: {f"{MODEL}.surrogate.init_args.{side}": number(value) for side in ("low", "high")},
     "sde_eta": same(f"{MODEL}.sde.noise_level"),
-    "atrain_algorithm": choice("", dict(BASES)),
+    "atrain_algorithm": checked(one_of(BASES)),
     "atrain_nft_beta": same(f"{MODEL}.surrogate.init_args.beta"),
     "atrain_nft_adv_clip_range": same(f"{MODEL}.advantage.clip"),
-    "atrain_sde_sampler": choice(f"{MODEL}.sde.dynamics", SAMPLERS),
-    "atrain_adv_type": choice(f"{MODEL}.advantage", ADVANTAGES),
+    "atrain_sde_sampler": same(f"{MODEL}.sde.dynamics", one_of(SAMPLERS)),
+    "atrain_adv_type": same(f"{MODEL}.advantage", one_of(ADVANTAGES)),
     "sftaux_coef": _auxiliary,
     "sftaux_every_n_steps": same(f"{MODEL}.supervised.every"),
     "eval_freq": _evaluations,
@@ -191,6 +169,8 @@ OTHERS = {
 """Options that several keys, other files or a person decide."""
 SIZES = {"rollout_n": 8, "rollout_global_batch_size": 256, "atrain_global_batch_size": 256, "atrain_num_actor_update_steps": 1}
 """Options that `together` reads, and their defaults."""
+COUNTS: Keys = dict.fromkeys((*SIZES, "atrain_micro_batch_size", "sftaux_micro_batch_size", "image_height", "image_width"), checked(count))
+"""Options that are counted with."""
 
 
 def accumulation(*, images: int | None, micro: int, processes: int) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import yaml
 
 from lit_rl.errors import ConfigError
+from lit_rl.migrate.values import Keys
 
 
 @dataclass
@@ -21,6 +22,22 @@ class Migrated:
     settings: dict[str, object] = field(default_factory=dict)
     bases: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def take(self, keys: Keys, given: Mapping[str, object], *, told: Callable[[str], str]) -> None:
+        """Add the settings of each given value by its key in `keys`; other keys are passed over.
+
+        told: Begins the sentence about a key's value. Raises ConfigError for a value that its key cannot have.
+        """
+        for key, value in given.items():
+            if key in keys:
+                try:
+                    self.settings |= keys[key](value)
+                except ValueError as error:
+                    raise ConfigError(f"{told(key)}: it must be {error}") from error
+
+    def note(self, reasons: Mapping[str, str], given: Iterable[str]) -> None:
+        """Add a note for each given key that has a reason."""
+        self.notes += [f"{key}: {reasons[key]}" for key in given if key in reasons]
 
     def yaml(self, source: str) -> str:
         """The YAML, with the command that runs it and the notes in front."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -11,6 +12,8 @@ from pathlib import Path
 from lit_rl.errors import ConfigError
 
 ASSIGNMENT = re.compile(r"^\s*(?:export\s+)?([A-Za-z_]\w*)=(.*)$")
+SUBSTITUTION = re.compile(r"\$\((?:[^()]|\([^()]*\))*\)|`[^`]*`")
+OPERATORS = "<>|&;"
 REFERENCE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")
 
 
@@ -45,21 +48,39 @@ def expanded(word: str, known: Mapping[str, str]) -> str | None:
     return None
 
 
+def command(file: Path, program: str, *, names: str) -> tuple[list[str], dict[str, str]]:
+    """The words of the first command that a script starts a program with, from the program's name on, and the script's variables.
+
+    program: A regular expression. names: The programs, for the error. Redirections, pipes, later commands of the line and "$@" are left
+    out. Raises ConfigError where no line starts it, or where a quote is open.
+    """
+    text = file.read_text(encoding="utf-8")
+    joined = re.sub(r"\\\n", " ", "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#")))
+    starts = (re.search(rf"(?<![\w#/])({program})(\.py)?(?=\s|$).*", line) for line in joined.splitlines())
+    found = next((match for match in starts if match), None)
+    if found is None:
+        raise ConfigError(f"{file}: no line starts {names}: give the script that starts training")
+    line = SUBSTITUTION.sub("$(...)", found[0])
+    lexer = shlex.shlex(re.sub(r"(?<=\s)[0-9&](?=>)", "", line), posix=True, punctuation_chars=OPERATORS)  # 2> and &> are one operator
+    lexer.whitespace_split = True
+    try:
+        words = list(lexer)
+    except ValueError as error:
+        raise ConfigError(f"{file}: the command that starts {found[1]} cannot be read: {error}") from error
+    own = itertools.takewhile(lambda word: not word or not set(word) <= set(OPERATORS), words)
+    return [word for word in own if word not in ("$@", "${@}", "$*")], variables(text)
+
+
 def command_options(file: Path, program: str) -> tuple[dict[str, str | None], dict[str, str]]:
     """The options behind the name of a program in a script, and the script's variables.
 
     An option without a value is ""; None is one whose value only running the script would tell; several words are joined by a space.
     Raises ConfigError where the program is not started.
     """
-    text = file.read_text(encoding="utf-8")
-    known = variables(text)
-    joined = re.sub(r"\\\n", " ", "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#")))
-    line = next((line for line in joined.splitlines() if re.search(rf"(?<![\w#/]){re.escape(program)}(\.py)?(?=\s|$)", line)), None)
-    if line is None:
-        raise ConfigError(f"{file}: no line starts {program}: give the script that starts training, or one of its YAML or Python files")
+    words, known = command(file, re.escape(program), names=program)
     found: dict[str, str | None] = {}
     option = ""
-    for word in shlex.split(line[line.index(program) :], comments=True)[1:]:
+    for word in words[1:]:
         if word.startswith("--"):
             option, given, value = word[2:].partition("=")
             found[option] = expanded(value, known) if given else ""

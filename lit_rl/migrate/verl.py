@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lit_rl.errors import ConfigError
 from lit_rl.migrate.migrated import Migrated
-from lit_rl.migrate.shell import expanded, variables
-from lit_rl.migrate.verl_keys import ACTOR, ESTIMATORS, KEYS, MODEL, NOTHING, POLICY, ROLLOUT, SURROGATES, Given, Settings, overrides
+from lit_rl.migrate.shell import command, expanded
+from lit_rl.migrate.values import Settings
+from lit_rl.migrate.verl_keys import ACTOR, ESTIMATORS, KEYS, MODEL, NOTHING, POLICY, ROLLOUT, SURROGATES, TOGETHER, Given, overrides
 
 PROGRAMS = {"sft_trainer": "sft", "fsdp_sft_trainer": "sft", "main_ppo": "ppo", "dpo_trainer": "dpo"}
 ROWS = {"sft": 7473, "ppo": 7473, "dpo": 112052}
@@ -27,13 +27,9 @@ def migrate_file(file: Path) -> Migrated:
         raise ConfigError(
             f"no such file: {file}; a command line stands behind --: python -m lit_rl.migrate verl -- python -m verl.trainer..."
         )
-    text = file.read_text(encoding="utf-8")
-    joined = re.sub(r"\\\n", " ", "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#")))
-    line = next((line for line in joined.splitlines() if "verl.trainer." in line), None)
-    if line is None:
-        raise ConfigError(f"{file}: no line starts verl.trainer.main_ppo, sft_trainer or dpo_trainer")
-    known, found = variables(text), []
-    for word in shlex.split(line, comments=True):
+    words, known = command(file, r"(?:\S*/)?verl[./]trainer[./]\w+", names="verl.trainer.main_ppo, sft_trainer or dpo_trainer")
+    found = []
+    for word in words:
         if (value := expanded(word, known)) is None:
             raise ConfigError(f"{file}: only running the script would tell {word}: write its value there")
         found.append(value)
@@ -46,18 +42,15 @@ def migrate_words(words: Sequence[str], *, place: str = "the command") -> Migrat
     program = "" if where is None else re.split(r"[./]", words[where].removesuffix(".py"))[-1]
     if where is None or program not in PROGRAMS:
         raise ConfigError(f"{place}: it starts none of verl.trainer.{', verl.trainer.'.join(PROGRAMS)}")
-    given = overrides([word for word in words[where + 1 :] if word != "..." and word != "$@"], place=place)
+    stated = overrides([word for word in words[where + 1 :] if word != "..."], place=place)
+    given = {key: value for key, value in stated.items() if value is not None}
     kind = PROGRAMS[program]
     made = Migrated(bases=_bases(given, kind, place))
-    for key, value in given.items():
-        try:
-            made.settings |= KEYS.get(key, lambda _: {})(value)
-        except ValueError as error:
-            raise ConfigError(f"{place}: {key}={value}: it must be {error}") from error
-        if key in NOTHING:
-            made.notes.append(f"{key}: {NOTHING[key]}.")
+    made.take({**KEYS, **TOGETHER}, given, told=lambda key: f"{place}: {key}={given[key]}")
+    made.note(NOTHING, given)
     for part in (_adapter, _sizes, _divergence, _credit, _surrogate, _rewards, _engine, _trackers):
         part(made, given, kind)
+    made.notes += [f"{key}=null is left open." for key in stated if key not in given]
     made.notes.append(f"What the command leaves open is as in {made.bases[1]}.")
     return made
 

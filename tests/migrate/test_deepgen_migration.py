@@ -101,6 +101,9 @@ def test_values_are_refused_as_the_authors_do(case: dict[str, Any]) -> None:
         ({"atrain_adv_type": "ppo"}, "--atrain_adv_type ppo: it must be one of gdpo, grpo, grpo_global_std, reinforcepp"),
         ({"atrain_global_batch_size": "128"}, "128 x --atrain_num_actor_update_steps 1 is not --rollout_global_batch_size 256: .* to 128"),
         ({"rollout_n": "7"}, "256 is no multiple of --rollout_n 7"),
+        ({"learning_rate": "fast"}, "--learning_rate fast: it must be a number"),
+        ({"max_steps": "2.5"}, "--max_steps 2.5: it must be a whole number"),
+        ({"rollout_global_batch_size": "many"}, "--rollout_global_batch_size many: it must be a positive whole number"),
         ({"report_to": "mlflow"}, "it must be wandb, swanlab, tensorboard or none; mlflow"),
     ],
 )  # fmt: skip
@@ -119,7 +122,7 @@ torchrun --nproc_per_node=${NGPUS} \\
     -m deepgen_rl.grpo_deepgen \\
     --checkpoint "${CHECKPOINT}" --output_dir "${OUTPUT_DIR}" --run_name "${RUN}_run" \\
     --lr_scheduler_type constant_with_warmup --deepspeed scripts/deepspeed/zero3_offload.json \\
-    --rollout_n 4 --beta=0 --atrain_sde_sampler flowgrpo_sde --image_height 768 --report_to wandb,swanlab --bf16
+    --rollout_n 4 --beta=0 --atrain_sde_sampler flowgrpo_sde --image_height 768 --bf16 --report_to wandb,swanlab "$@" 2>&1 | tee train.log
 echo done
 """
 

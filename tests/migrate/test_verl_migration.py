@@ -14,7 +14,7 @@ from test_migration_llm import rows
 from lit_rl.doctor.runs import parse
 from lit_rl.errors import ConfigError
 from lit_rl.migrate.__main__ import main
-from lit_rl.migrate.verl import migrate_words
+from lit_rl.migrate.verl import migrate_file, migrate_words
 from lit_rl.migrate.verl_keys import KEYS, NOTHING, REFUSED, TOGETHER, literal
 
 ROOT = Path(__file__).parents[2]
@@ -119,13 +119,17 @@ def test_epochs_are_counted_in_rows_that_are_there(tmp_path: Path) -> None:
         (["data.train_batchsize=8"], r"key data.train_batchsize is unknown; did you mean data.train_batch_size\?"),
         (["algorithm.adv_estimator=remax"], "adv_estimator=remax has no method of this name here: choose one of gae, grpo"),
         (["algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=1"], "a group of one teaches nothing"),
-        (["data.train_batch_size=many"], "data.train_batch_size=many: it must be a whole number from 1 on"),
+        (["data.train_batch_size=many"], "data.train_batch_size=many: it must be a positive whole number"),
         (["actor_rollout_ref.actor.kl_loss_type=abs"], "kl_loss_type=abs: it must be one of low_var_kl"),
         (["algorithm.rollout_correction.rollout_is=token"], "is not taken over: write model.init_args.correction"),
         (["trainer.logger=mlflow"], "trainer.logger=mlflow: there are console, wandb"),
         (["actor_rollout_ref.rollout.name=trt"], "there are vllm, sglang and hf"),
         (["actor_rollout_ref.actor.policy_loss.loss_mode=clip_cov"], "loss_mode=clip_cov: there are vanilla"),
-        (["~data.seed"], "is no KEY=VALUE"),
+        (["~data.seed"], "'~data.seed' deletes a key of verl's own defaults"),
+        (["data.seed"], "is no KEY=VALUE"),
+        (["trainer.total_epochs=2.5"], r"trainer.total_epochs=2.5: it must be a positive whole number"),
+        (["actor_rollout_ref.rollout.n=[4]"], r"rollout.n=\[4\]: it must be a positive whole number"),
+        (["actor_rollout_ref.actor.clip_ratio=wide"], "clip_ratio=wide: it must be a number"),
     ],
 )
 def test_what_cannot_be_had_gets_a_sentence(words: list[str], said: str) -> None:
@@ -147,6 +151,26 @@ def test_other_commands_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
         with pytest.raises(SystemExit):
             main(words)
         assert said in capsys.readouterr().err
+
+
+def test_a_script_is_read_as_its_shell_does(tmp_path: Path) -> None:
+    """A variable in front of the command, quotes, "+key=", lines that go on, "$@", and a log of all that it prints."""
+    script = tmp_path / "run.sh"
+    script.write_text(
+        "TRAIN='/data/a b'\nCUDA_VISIBLE_DEVICES=$(seq -s, 0 3) python3 -m verl.trainer.main_ppo algorithm.adv_estimator=gae \\\n"
+        "  +data.seed=7 data.train_files=\"['$TRAIN/1.parquet','$TRAIN/2.parquet']\" \\\n    # data.seed=8 \\\n"
+        '  trainer.experiment_name=2025-07-01 data.val_files=null "$@" 2>&1 | tee run.log\n'
+    )
+    made = migrate_file(script)
+    assert made.settings == {
+        "seed_everything": 7,
+        "data.init_args.train": ["/data/a b/1.parquet", "/data/a b/2.parquet"],
+        "run.name": "2025-07-01",
+    }
+    assert "data.val_files=null is left open." in made.notes
+    script.write_text("bash -c 'python3 -m verl.trainer.main_ppo data.seed=7 '\n")
+    with pytest.raises(ConfigError, match=r"run.sh: the command that starts verl.trainer.main_ppo cannot be read: No closing quotation"):
+        migrate_file(script)
 
 
 def test_values_are_read_as_hydra_does() -> None:
