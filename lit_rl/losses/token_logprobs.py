@@ -76,7 +76,7 @@ class _Head(NamedTuple):
 
     def of(self, rows: slice) -> _Head:
         """The head for these tokens' logits "n V"."""
-        return self if isinstance(self.temperature, float) else self._replace(temperature=self.temperature[rows, None])
+        return self._replace(temperature=self.temperature[rows, None]) if isinstance(self.temperature, Tensor) else self
 
     @property
     def slope(self) -> float | Tensor:
@@ -86,7 +86,7 @@ class _Head(NamedTuple):
     @property
     def plain(self) -> bool:
         """The slope is 1 for all tokens."""
-        return isinstance(self.temperature, float) and self.scale == self.temperature
+        return not isinstance(self.temperature, Tensor) and self.scale == self.temperature
 
     def logits(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None

@@ -28,7 +28,7 @@ def draw_tokens(
     logits = logits.float()
     allowed = logits.index_fill(-1, torch.tensor(banned, device=logits.device), -torch.inf) if banned else logits
     each = temperature[:, None] if isinstance(temperature, Tensor) else temperature
-    if isinstance(each, float) and not each:
+    if not isinstance(each, Tensor) and not each:
         chosen = allowed.argmax(-1)
         return chosen, log_probability(logits, chosen)
     largest = logits.amax(-1, keepdim=True)
