@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Literal
 
 import lightning as L
 
 from callbacks.base import method_of
-from callbacks.export import Export
-from lit_rl.checkpoints.contents import Checkpoint
+from callbacks.weight_folders import Held, WeightFolders
 from lit_rl.errors import ConfigError
 
 
-class BestModel(Export):
+class BestModel(WeightFolders):
     """One folder with the weights of the best evaluation so far, in the format of an export: an adapter for PEFT and vLLM, or a model.
 
     It is written when an evaluation is better than every one before it, so the first of equals stays. A continued run knows the best.
@@ -31,11 +31,21 @@ class BestModel(Export):
         *,
         monitor: str = "val/accuracy",
         mode: Literal["max", "min"] = "max",
-        weights: Literal["live", "ema"] = "live",
+        weights: Held = "live",
     ) -> None:
         super().__init__(dirpath or "best_model", weights=weights)
         self.monitor, self.mode = monitor, mode
         self.best: float | None = None
+
+    @property
+    def place(self) -> Path:
+        """`dirpath` itself."""
+        return self.dirpath
+
+    @property
+    def state_key(self) -> str:
+        """The name of its state in checkpoints, of which a run with two bests has two."""
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode, weights=self.weights)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Write the weights if they are the best. Collective: all processes have the same number."""
@@ -49,7 +59,7 @@ class BestModel(Export):
         if math.isnan(value) or (self.best is not None and sign * value <= sign * self.best):
             return
         self.best = value
-        self.put(trainer, method_of(module), self.dirpath)
+        self.write(trainer, method_of(module), self.dirpath)
 
     def state_dict(self) -> dict[str, float | None]:
         """The best number, for checkpoints."""
@@ -58,12 +68,3 @@ class BestModel(Export):
     def load_state_dict(self, state_dict: dict[str, float | None]) -> None:
         """Take over the best number of a run that is continued."""
         self.best = state_dict["best"]
-
-    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Nothing is exported for being the newest."""
-
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: Checkpoint) -> None:
-        """Nothing is exported with checkpoints."""
-
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Nothing is exported for being the last."""

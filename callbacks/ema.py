@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import lightning as L
 from torch import Tensor
 
@@ -90,6 +92,10 @@ class EMA(RLCallback):
         """The live weights are back, bit for bit."""
         if self._average is not None:
             self._average.swap_out(method_of(module).policy)
+
+    def live(self, module: L.LightningModule) -> AbstractContextManager[None]:
+        """Inside it the weights that are trained are in place, in the middle of an evaluation too."""
+        return nullcontext() if self._average is None else self._average.aside(method_of(module).policy)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Evaluate the average, where `evaluate` says so."""

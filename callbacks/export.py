@@ -8,24 +8,20 @@ from pathlib import Path
 from typing import Literal
 
 import lightning as L
-from torch import Tensor
 
-from callbacks.base import Method, RLCallback, callbacks_of, method_of
-from callbacks.ema import EMA
+from callbacks.base import Method, callbacks_of, method_of
 from callbacks.graceful_stop import GracefulStop
+from callbacks.weight_folders import Held, WeightFolders
 from lit_rl.checkpoints.contents import Checkpoint
 from lit_rl.checkpoints.ip_adapter import Format
-from lit_rl.checkpoints.manifest import entries, write_manifest
 from lit_rl.checkpoints.progress import minibatches_done
-from lit_rl.checkpoints.replacing import beside, naming, put_in_place, remove, swept
 from lit_rl.errors import ConfigError
-from lit_rl.policies.weights.shards import gathered_on_first
 from lit_rl.replay.loader import ReplayLoader
 
 FOLDERS = {"iteration": "iteration-{iteration}", "checkpoint": "checkpoint-{step}"}
 
 
-class Export(RLCallback):
+class Export(WeightFolders):
     """Folders in `dirpath` with the weights as the policy's `save` writes them: what stock diffusers takes, or `ip-adapter.bin`.
 
     A folder appears whole or not at all, with the checksums of its files in `manifest.json`. Weights are gathered one tensor at a time on
@@ -52,7 +48,7 @@ class Export(RLCallback):
         at: Literal["iteration", "checkpoint"] = "iteration",
         every_n_epochs: int = 1,
         folder: str | None = None,
-        weights: Literal["live", "ema"] = "live",
+        weights: Held = "live",
         format: Format | None = None,
         keep: int | None = 3,
     ) -> None:
@@ -63,28 +59,18 @@ class Export(RLCallback):
                 f"Export at=checkpoint writes when ModelCheckpoint does, every_n_epochs={every_n_epochs} has no part in it: "
                 "leave it out here and set it there, or set at: iteration"
             )
-        self.dirpath = Path(dirpath or "export")
+        super().__init__(dirpath or "export", weights=weights, format=format)
         self.at = at
         self.every_n_epochs = every_n_epochs
         self.folder = FOLDERS[at] if folder is None else folder
-        self.weights = weights
-        self.format: Format | None = format
         self.keep = keep
         self._check_folder()
         self._exported = -1
 
-    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        """Refuse an export of an average without EMA, and two exports into one folder."""
-        if self.weights == "ema" and self._ema(trainer) is None:
-            raise ConfigError("Export weights=ema needs callbacks.ema.EMA in trainer.callbacks; or set weights=live")
-        exports = callbacks_of(trainer, Export)
-        if any(c is not self and (c.dirpath, c.folder) == (self.dirpath, self.folder) for c in exports):
-            raise ConfigError(f"two Exports write {self.dirpath / self.folder}: give one of them another dirpath or folder")
-
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Refuse a format that the policy does not write."""
-        if self.format:
-            method_of(module).policy.check_format(self.format)
+    @property
+    def place(self) -> Path:
+        """`dirpath`, and the name of a folder with its placeholders."""
+        return self.dirpath / self.folder
 
     # ------------------------------------------------------------------ when
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -108,40 +94,10 @@ class Export(RLCallback):
     def export(self, trainer: L.Trainer, module: Method, *, iteration: int) -> None:
         """Write the folder of this iteration and of the step that has been reached. Collective."""
         target = self.dirpath / self.folder.format(iteration=iteration, step=trainer.global_step)
-        self.put(trainer, module, target)
+        self.write(trainer, module, target)
         if trainer.is_global_zero:
             self._forget_old(target.name)
         self._exported = trainer.global_step
-
-    def put(self, trainer: L.Trainer, module: Method, target: Path) -> None:
-        """Write one folder, in the place of an older one of its name. Collective."""
-        tensors = self._gather(trainer, module)
-        if trainer.is_global_zero:
-            swept(target, lambda path: False)  # half of an export is of no use
-            with naming(target):
-                self._write(module, tensors, target)
-            trainer.print(f"exported {self.weights} weights to {target}")
-        trainer.strategy.barrier("export")
-
-    def _write(self, module: Method, tensors: dict[str, Tensor], target: Path) -> None:
-        temporary = beside(target)
-        try:
-            temporary.mkdir(parents=True)
-            module.policy.save(temporary, tensors, **({"format": self.format} if self.format else {}))
-            write_manifest(temporary, [entries(temporary, 0, 1)])
-            put_in_place(temporary, target)
-        finally:
-            remove(temporary)
-
-    def _gather(self, trainer: L.Trainer, module: Method) -> dict[str, Tensor]:
-        """Whole trainable weights on the first process, empty elsewhere. Collective."""
-        ema = self._ema(trainer)
-        if self.weights == "ema" and ema is not None:
-            return ema.averaged_weights(trainer, module)
-        return dict(gathered_on_first(module.policy, {name: weight.dtype for name, weight in module.policy.trainable()}))
-
-    def _ema(self, trainer: L.Trainer) -> EMA | None:
-        return next(iter(callbacks_of(trainer, EMA)), None)
 
     def _in_haste(self, trainer: L.Trainer) -> bool:
         """Time may be short, and the checkpoint is what counts."""

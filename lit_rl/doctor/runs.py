@@ -22,6 +22,7 @@ from callbacks.ema import EMA
 from callbacks.export import Export
 from callbacks.old_policy import OldPolicySync
 from callbacks.reward_scoring import RewardScoring
+from callbacks.weight_folders import WeightFolders
 from lit_rl.checkpoints.files import check_unused
 from lit_rl.command_line.errors import explain
 from lit_rl.command_line.run import CLI
@@ -195,10 +196,9 @@ class Run:
         numbers, least = trainable(getattr(method, "policy", None))
         averages = sum(isinstance(callback, EMA | OldPolicySync) for callback in callbacks)
         yield from room(folders, checkpoint=numbers * BYTES * (3 + averages), copies=copies, least=least)  # weights and Adam's moments
-        for export in (callback for callback in callbacks if isinstance(callback, Export)):
-            times = max(self._times(keeper) for keeper in keepers) if export.at == "checkpoint" and keepers else self._times(export)
-            kept = times if export.keep is None else min(export.keep, times)
-            yield from room([export.dirpath], checkpoint=numbers * BYTES, copies=kept, least=least, what="export")
+        for writer in (callback for callback in callbacks if isinstance(callback, WeightFolders)):
+            kept = self._exports(writer, keepers) if isinstance(writer, Export) else 1
+            yield from room([writer.dirpath], checkpoint=numbers * BYTES, copies=kept, least=least, what="export")
         try:
             check_unused(chosen)
         except ConfigError as error:
@@ -208,6 +208,11 @@ class Run:
         """Files that it keeps in the end, `last.ckpt` included."""
         times = self._times(keeper)
         return (times if keeper.save_top_k < 0 else min(keeper.save_top_k, times)) + bool(keeper.save_last)
+
+    def _exports(self, export: Export, keepers: Sequence[ModelCheckpoint]) -> int:
+        """Folders that it keeps in the end."""
+        times = max(map(self._times, keepers)) if export.at == "checkpoint" and keepers else self._times(export)
+        return times if export.keep is None else min(export.keep, times)
 
     def _times(self, writer: ModelCheckpoint | Export) -> int:
         """Number of times that it writes."""

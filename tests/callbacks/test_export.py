@@ -141,7 +141,7 @@ def test_a_checkpoint_written_in_haste_has_none(tmp_path: Path, step: int) -> No
 
 def test_two_exports_need_two_places(tmp_path: Path) -> None:
     exports = [Export(str(tmp_path)), EMA(), Export(str(tmp_path), weights="ema")]
-    with pytest.raises(ConfigError, match="give one of them another dirpath or folder"):
+    with pytest.raises(ConfigError, match="give one of them another dirpath"):
         toy_trainer(tmp_path, callbacks=exports).fit(toy_method(), ToyData())
 
 

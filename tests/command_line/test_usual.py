@@ -56,6 +56,8 @@ def test_live_and_averaged_weights_go_to_two_folders(tmp_path: Path, at: str, li
     exports = [{"class_path": "callbacks.export.Export", "init_args": {"at": at, "weights": weights}} for weights in ("live", "ema")]
     assert [c.dirpath for c in named(complete(toy_run(tmp_path, *exports)), "Export")] == [f"{tmp_path}/toy{live}", f"{tmp_path}/toy{ema}"]
     assert named(complete(toy_run(tmp_path, exports[1])), "Export")[0].dirpath == f"{tmp_path}/toy{live}"
+    run = complete(toy_run(tmp_path, exports[1], "callbacks.best_model.BestModel"))  # which writes live weights into a folder of its own
+    assert (named(run, "Export")[0].dirpath, named(run, "BestModel")[0].dirpath) == (f"{tmp_path}/toy{live}", f"{tmp_path}/toy/best_model")
 
 
 def test_every_run_has_the_usual_callbacks_around_its_own(tmp_path: Path) -> None:

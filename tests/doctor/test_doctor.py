@@ -76,7 +76,7 @@ def test_pictures_are_looked_at_whole(home: Path, tmp_path: Path, capsys: pytest
 def test_room_is_wanted_for_exports_too(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every second of 6 iterations is written: 3 exports, of which all, or the newest, are kept. The adapter is not drawn for that."""
+    """Every second of 6 iterations is written: 3 exports, of which all, or the newest, or the best, are kept. No adapter is drawn for that."""
     monkeypatch.chdir(tmp_path)
     run: dict[str, Any] = yaml.safe_load((home / "run.yaml").read_text())
     keeper = run["trainer"]["callbacks"][-1]
@@ -84,15 +84,16 @@ def test_room_is_wanted_for_exports_too(
     for name, keep in (("all", None), ("newest", 1)):
         given = {"dirpath": name, "at": "checkpoint", "keep": keep}
         run["trainer"]["callbacks"].append({"class_path": "callbacks.export.Export", "init_args": given})
+    run["trainer"]["callbacks"].append("callbacks.best_model.BestModel")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     main(["--config", str(tmp_path / "run.yaml"), "--trainer.accelerator", "cpu", "--trainer.max_epochs", "6"])
     said = capsys.readouterr().out
     sizes = re.findall(r"an? (?:export|checkpoint) takes about (\S+ \S+), up to (\d)", said)
-    assert [count for _, count in sizes] == ["2", "3", "1"]
+    assert [count for _, count in sizes] == ["2", "3", "1", "1"]
     policy = fill_policy(home / "model")
     policy.load()
     weights = sum(weight.numel() for _, weight in policy.trainable())
-    assert [size for size, _ in sizes] == [gigabytes(4 * weights * 3), gigabytes(4 * weights), gigabytes(4 * weights)]
+    assert [size for size, _ in sizes] == [gigabytes(4 * weights * 3), *[gigabytes(4 * weights)] * 3]
 
 
 def test_a_wrong_key_is_told_as_the_command_line_tells_it(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,6 +105,17 @@ class WeightCopy:
         finally:
             self.swap_out(policy)
 
+    @contextmanager
+    def aside(self, policy: Policy) -> Iterator[None]:
+        """Inside it the live weights answer, also where the copy is swapped in. Collective."""
+        swapped = self._stash is not None
+        self.swap_out(policy)
+        try:
+            yield
+        finally:
+            if swapped:
+                self.swap_in(policy)
+
 
 def _precise(weight: Tensor) -> Tensor:
     """In float32, or as it is where that is more."""
