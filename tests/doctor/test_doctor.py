@@ -76,7 +76,7 @@ def test_pictures_are_looked_at_whole(home: Path, tmp_path: Path, capsys: pytest
 def test_room_is_wanted_for_exports_too(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every second of 6 iterations is written: 3 exports, of which all, or the newest, or the best, are kept. No adapter is drawn for that."""
+    """Every second of 6 iterations is written: 3 exports, of which all, or the newest, or the best, are kept. No adapter is drawn."""
     monkeypatch.chdir(tmp_path)
     run: dict[str, Any] = yaml.safe_load((home / "run.yaml").read_text())
     keeper = run["trainer"]["callbacks"][-1]

@@ -78,7 +78,7 @@ def test_a_demo_s_memory_is_told(path: Path, models: Path) -> None:
     callbacks = [run.build(L.Callback, value) for value in run.config.trainer.callbacks]
     method = run.build(LitRL, run.config.model)
     found = estimate(method, Placement.of(run.config.trainer, processes=1, gpu=False), data=run.config.data, callbacks=callbacks)
-    trained = sum(p.numel() for _, p in method.policy.trainable())
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)  # a critic's too, which the estimate has loaded
     always = {line.what: line.bytes for line in found.lines if not line.phase}
     kept = sum(size for what, size in always.items() if what.startswith("weights of") and what.endswith("trained"))
     assert kept == 4 * trained and always["moments of AdamW"] >= 8 * trained
