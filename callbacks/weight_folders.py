@@ -26,6 +26,11 @@ class WeightFolders(RLCallback):
     """Writes folders as the policy's `save` does, whole or not at all, with the checksums of their files in `manifest.json`.
 
     Weights are gathered one tensor at a time on all processes; the first one keeps and writes them. A subclass says when.
+
+    Args:
+        dirpath: The folder of all that it writes.
+        weights: The weights that training holds ("live") or the average of `callbacks.ema.EMA` ("ema").
+        format: A format that the policy's `save` knows; its own by default.
     """
 
     def __init__(self, dirpath: str, *, weights: Held, format: Format | None = None) -> None:
