@@ -66,4 +66,4 @@ lint: $(READY)
 
 # What the platform's page is built of; needs Node 20 or newer, users of the page do not.
 page:
-	cd frontend && npm ci --no-audit --no-fund && npm test && npm run build
+	cd frontend && npm install --no-audit --no-fund && npm test && npm run build

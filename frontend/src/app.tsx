@@ -5,6 +5,7 @@ import icon from "./icon.svg";
 import { onRefused } from "./lib/api";
 import { prefs, setLanguage, setTheme, t, usePrefs, type Theme, type Word } from "./lib/prefs";
 import { useRoute, type Route } from "./lib/router";
+import { AlertsPage } from "./pages/alerts";
 import { Compare } from "./pages/compare";
 import { JobPage } from "./pages/job";
 import { Jobs } from "./pages/jobs";
@@ -16,6 +17,7 @@ import { Empty } from "./parts/common";
 
 const PLACES: [string, Word][] = [
   ["jobs", "jobs"],
+  ["alerts", "alerts"],
   ["machine", "machine"],
   ["models", "models"],
 ];
@@ -27,6 +29,7 @@ function Page({ route }: { route: Route }) {
   if (place === "jobs") return <Jobs />;
   if (place === "new") return <NewJob from={route.query.get("from")} />;
   if (place === "compare") return <Compare ids={(route.query.get("jobs") ?? "").split(",").filter(Boolean)} />;
+  if (place === "alerts") return <AlertsPage />;
   if (place === "machine") return <MachinePage />;
   if (place === "models") return <Models />;
   return <Empty>{t("no_page")}</Empty>;

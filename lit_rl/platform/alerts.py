@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from lit_rl.platform.answers import text_of
 from lit_rl.platform.hub import Hub
 from lit_rl.platform.metrics import Metrics
-from lit_rl.platform.schema import alerts
+from lit_rl.platform.schema import alerts, jobs
 from lit_rl.platform.store import Store
 
 
@@ -35,7 +35,10 @@ RULES = (
         "failed_rewards", lambda key: key.endswith(("failed_frac", "failed_fraction")), lambda value: value > 0.01,
         "{key}: {value:.1%} of the samples could not be scored",
     ),
-    Rule("agreement", lambda key: key.endswith("agreement"), lambda value: value < 0.0, "{key} is {value:.2f}: rewards contradict"),
+    Rule(
+        "disagreement", lambda key: "/disagrees_with/" in key, lambda value: value > 0.6,
+        "{key}: {value:.0%} of the pairs that both rewards order are ordered in opposite ways",
+    ),
 )  # fmt: skip
 
 
@@ -83,12 +86,23 @@ class Alerts:
         """Alerts of a job, the oldest first."""
         with self.store.read() as connection:
             rows = connection.execute(sa.select(alerts).where(alerts.c.job == job).order_by(alerts.c.id)).mappings().all()
-        kept = ("id", "rule", "message", "step", "ts")
-        return [{key: row[key] for key in kept} | {"created_at": text_of(row["ts"]), "ended_at": text_of(row["ended_at"])} for row in rows]
+        return [_shown(row) for row in rows]
+
+    def of_all(self, *, open_only: bool, limit: int) -> list[dict[str, object]]:
+        """Alerts of all jobs and of the machine, whose `job` is None, the newest first."""
+        query = sa.select(alerts, jobs.c.name).outerjoin(jobs, jobs.c.uuid == alerts.c.job).order_by(alerts.c.id.desc()).limit(limit)
+        with self.store.read() as connection:
+            rows = connection.execute(query.where(alerts.c.ended_at.is_(None)) if open_only else query).mappings().all()
+        return [_shown(row) | {"job": row["job"] or None, "name": row["name"]} for row in rows]
+
+
+def _shown(row: sa.RowMapping) -> dict[str, object]:
+    kept = ("id", "rule", "message", "step", "ts")
+    return {key: row[key] for key in kept} | {"created_at": text_of(row["ts"]), "ended_at": text_of(row["ended_at"])}
 
 
 def found_by_rules(metrics: Metrics) -> dict[str, str | None]:
-    """By rule that these metrics are of: the sentence, or None where all is well."""
+    """Returns the sentence of each rule that these metrics concern; None where all is well."""
     broken = sorted(key for key, value in metrics.items() if value is None)
     found: dict[str, str | None] = {"nan": f"{', '.join(broken[:5])}: not a finite number" if broken else None}
     for rule in RULES:

@@ -75,14 +75,14 @@ class ChangedJob(Body):
 
 
 class Stop(Body):
-    """How a job is to stop: with a checkpoint, by force after `grace_s` seconds; or at once."""
+    """Says how a job stops: with a checkpoint, and by force after `grace_s` seconds, or at once."""
 
     mode: Literal["graceful", "now"] = "graceful"
     grace_s: Annotated[float, Field(ge=0, le=86400)] = 300.0
 
 
 class Resume(Body):
-    """Where a job continues: its `last` or `best` checkpoint, or the id of one of its list."""
+    """Names the checkpoint from which a job continues: `last`, `best`, or the id of one of its list."""
 
     checkpoint: Line | int = "last"
 

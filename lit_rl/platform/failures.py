@@ -1,4 +1,4 @@
-"""Why a job failed, in a sentence: from the end of what it printed."""
+"""Says in a sentence why a job failed, from the end of what it printed."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ PARTS = {"model": "model", "data": "data", "policy": "model.init_args.policy"}
 
 
 def form_of(template: Path) -> dict[str, object]:
-    """For the method, its policy and the data of a run file: class, and of each option key, type, default, value in the file, and help."""
+    """Returns class, help and options of a run file's method, policy and data; an option has key, type, default, value there, help."""
     tree = read(template)
     parts = {}
     for part, key in PARTS.items():

@@ -12,7 +12,7 @@ from lit_rl.platform.schema import gpu_samples
 from lit_rl.platform.store import Store
 
 MEASURED = ""
-"""In the place of a job: what the service measured itself."""
+"""The name that stands in the place of a job for figures that the service measured itself."""
 
 RAW_SECONDS, KEPT_SECONDS = 86_400.0, 14 * 86_400.0
 FIGURES = ("utilization", "memory_used", "memory_total", "temperature", "power_w")

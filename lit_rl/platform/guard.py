@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lit_rl.net.guards import LOOPBACK_NAMES, ApiError, check_host, check_origin, check_token, envelope, request_id
 from lit_rl.platform.answers import trouble
+from lit_rl.platform.patience import CONNECTION
 from lit_rl.platform.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,10 @@ class Guard:
         client, server = scope.get("client"), scope.get("server")
         if not client or not server or not server[1]:
             return False
-        return self.settings.owner(tuple(client), tuple(server)) in (os.getuid(), 0)
+        known: dict[str, int | None] = scope.get("state", {}).get(CONNECTION, {})
+        if "owner" not in known:  # a connection has one owner; the system's table of all connections can be long
+            known["owner"] = self.settings.owner(tuple(client), tuple(server))
+        return known["owner"] in (os.getuid(), 0)
 
     async def _body(self, scope: Scope, headers: Mapping[str, str], receive: Receive) -> Receive:
         """The whole body, read within its limits, as something to receive from."""

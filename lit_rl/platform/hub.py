@@ -122,7 +122,7 @@ class Hub:
 
 
 def weight_of(payload: Mapping[str, object]) -> int:
-    """How much memory an event holds, in numbers."""
+    """Returns the size of an event, in numbers that it holds."""
     points, text = payload.get("points"), payload.get("text")
     numbers = sum(len(point.get("metrics", ())) + 4 for point in points if isinstance(point, Mapping)) if isinstance(points, list) else 0
     return 1 + numbers + (len(text) // 8 if isinstance(text, str) else 0)

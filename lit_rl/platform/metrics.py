@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from lit_rl.platform.answers import invalid
+from lit_rl.platform.curves import Curves
 from lit_rl.platform.schema import jobs, metric_keys, points, steps
 from lit_rl.platform.store import Store
 
@@ -21,6 +22,9 @@ MAX_KEYS = 512
 
 MAX_ROWS, MAX_CELLS = 100_000, 2_000_000
 """Rows, and numbers of all rows, of one answer."""
+
+FEWEST_ROWS = 500
+"""Rows that are read at once where an answer wants fewer."""
 
 ALIASES = {
     "policy_loss": ("actor/pg_loss", "loss"),
@@ -52,7 +56,7 @@ class MetricStore:
     """The metrics of a store's jobs."""
 
     def __init__(self, store: Store) -> None:
-        self.store = store
+        self.store, self.curves = store, Curves()
 
     def add(self, job: str, given: Sequence[Point]) -> list[Point]:
         """Keep points; a number of the same name and step is replaced. Returns them with the canonical names. Raises ApiError 422."""
@@ -68,6 +72,7 @@ class MetricStore:
             connection.execute(sa.update(jobs).where(jobs.c.uuid == job).values(reported_at=time.time()))
             ahead = sa.update(jobs).where(jobs.c.uuid == job, sa.func.coalesce(jobs.c.step, -1) < newest.step)
             connection.execute(ahead.values(step=newest.step, epoch=sa.func.coalesce(newest.epoch, jobs.c.epoch)))
+        self.curves.reported(job)
         return named
 
     def usual_seconds(self, job: str) -> float | None:
@@ -92,20 +97,16 @@ class MetricStore:
         """
         known = self.names(job)
         ids = {number: name for name, number in known.items() if not keys or name in keys}
-        newest = steps.c.step.desc() if since < 0 else steps.c.step
-        query = sa.select(steps).where(steps.c.job == job, steps.c.step > since).order_by(newest)
-        with self.store.read() as connection:
-            found: dict[int, dict[str, object]] = {}
-            for row in connection.execute(query.limit(_most_rows(len(ids)) + 1)):
-                found[row.step] = {"step": row.step, "ts": row.ts, "epoch": row.epoch}
-            span = (min(found, default=0), max(found, default=-1))
-            for part in (list(ids)[i : i + 256] for i in range(0, len(ids), 256)):
-                values = sa.select(points).where(points.c.key.in_(part), points.c.step.between(*span))
-                for value in connection.execute(values):
-                    if value.step in found:
-                        found[value.step][ids[value.key]] = value.value
         wanted = [name for name in ("policy_loss", "reward_mean") if name in known and (not keys or name in keys)]
-        chosen = [row for row in found.values() if _in_split(row, split, wanted)][:limit]
+        query = sa.select(steps.c.step, steps.c.ts, steps.c.epoch).where(steps.c.job == job, steps.c.step > since)
+        query = query.order_by(steps.c.step.desc() if since < 0 else steps.c.step)
+        chosen, seen, left = list[dict[str, object]](), 0, _most_rows(len(ids)) + 1
+        with self.store.read() as connection:
+            while left > 0 and len(chosen) < limit:
+                some = min(left, max(limit - len(chosen), FEWEST_ROWS))
+                found = _whole(connection, ids, query.offset(seen).limit(some))
+                chosen += [row for row in found if _in_split(row, split, wanted)][: limit - len(chosen)]
+                seen, left = seen + some, left - some if len(found) == some else 0
         return sorted(chosen, key=lambda row: int(str(row["step"])))
 
     def most_rows(self, job: str, keys: Sequence[str] = ()) -> int:
@@ -113,12 +114,13 @@ class MetricStore:
         return _most_rows(sum(not keys or name in keys for name in self.names(job)))
 
     def series(self, job: str, keys: Sequence[str], *, buckets: int, first: int | None, last: int | None) -> dict[str, dict[str, object]]:
-        """Curves by name: of each bucket of steps its first step, and the least, largest and mean value; raw where each has one point."""
+        """Curves by name, as `Curves.of` says."""
         known = self.names(job)
         wanted = [key for key in dict.fromkeys(keys or known) if key in known]
         buckets = min(buckets, MAX_CELLS // max(4 * len(wanted), 1))
         with self.store.read() as connection:
-            return {key: _curve(connection, known[key], buckets, first, last) for key in wanted}
+            ids = [known[key] for key in wanted]
+            return dict(zip(wanted, self.curves.of(connection, job, ids, buckets=buckets, first=first, last=last), strict=True))
 
     def _ids(self, connection: sa.Connection, job: str, names: set[str]) -> dict[str, int]:
         known = _known(connection, job)
@@ -131,6 +133,20 @@ class MetricStore:
             connection.execute(sa.insert(metric_keys), [{"job": job, "name": name} for name in new])
             known = _known(connection, job)
         return known
+
+
+def _whole(connection: sa.Connection, ids: Mapping[int, str], query: sa.Select[tuple[int, float, int | None]]) -> list[dict[str, object]]:
+    """The rows of some steps, in their order, with the metrics of these ids."""
+    found: dict[int, dict[str, object]] = {}
+    for step, ts, epoch in connection.execute(query):
+        found[step] = {"step": step, "ts": ts, "epoch": epoch}
+    span = (min(found, default=0), max(found, default=-1))
+    for part in (list(ids)[i : i + 256] for i in range(0, len(ids), 256)):
+        values = sa.select(points.c.key, points.c.step, points.c.value).where(points.c.key.in_(part), points.c.step.between(*span))
+        for key, step, value in connection.execute(values):
+            if step in found:
+                found[step][ids[key]] = value
+    return list(found.values())
 
 
 def _most_rows(keys: int) -> int:
@@ -166,19 +182,3 @@ def _in_split(row: Mapping[str, object], split: str, wanted: Sequence[str]) -> b
     if wanted:
         return all(row.get(name) is not None for name in wanted)
     return len(row) - 3 > len(held_out)
-
-
-def _curve(connection: sa.Connection, key: int, buckets: int, first: int | None, last: int | None) -> dict[str, object]:
-    mine = [points.c.key == key]
-    mine += [] if first is None else [points.c.step >= first]
-    mine += [] if last is None else [points.c.step <= last]
-    low, high, count = connection.execute(
-        sa.select(sa.func.min(points.c.step), sa.func.max(points.c.step), sa.func.count()).where(*mine)
-    ).one()
-    raw = count <= buckets
-    width = 1 if raw else max(1, -(-(high - low + 1) // buckets))
-    bucket = sa.literal(0) + (points.c.step - (low or 0)) // width
-    figures = [sa.func.min(points.c.step), sa.func.min(points.c.value), sa.func.max(points.c.value), sa.func.avg(points.c.value)]
-    rows = connection.execute(sa.select(*figures).where(*mine).group_by(bucket).order_by(sa.func.min(points.c.step))).all()
-    step, least, largest, mean = zip(*rows) if rows else ((), (), (), ())
-    return {"step": list(step), "min": list(least), "max": list(largest), "mean": list(mean), "raw": raw}

@@ -10,6 +10,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 HEAD_SECONDS = 75.0
 """Time from the first byte of a request, or from the opening of a connection, until the end of its headers."""
 
+CONNECTION = "connection"
+"""Key of a scope's state, under which the requests of one connection, and the WebSocket that it becomes, find the same dictionary."""
+
 
 class PatientProtocol(H11Protocol):
     """Closes connections that send nothing or half a head, which uvicorn keeps for ever. `Guard` limits the time of bodies."""
@@ -19,8 +22,9 @@ class PatientProtocol(H11Protocol):
     _upgraded = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first request."""
+        """Begin to wait for the first request, with a note that all requests of the connection share."""
         super().connection_made(transport)
+        self.app_state = {**self.app_state, CONNECTION: {}}
         self._wait()
 
     def data_received(self, data: bytes) -> None:

@@ -43,7 +43,7 @@ def size_of(path: Path) -> int | None:
 
 
 def modified(path: Path) -> float:
-    """When a file was changed, in seconds since 1970; 0 where it is gone by now."""
+    """Returns the time of a file's last change, in seconds since 1970; 0 where it is gone by now."""
     try:
         return path.stat().st_mtime
     except OSError:

@@ -1,4 +1,4 @@
-"""From the fields of a job to `python cli.py fit`: the YAML that is laid over the template, and why the job could not start."""
+"""Makes the command of a job from its fields: the YAML that is laid over the template, and the reasons why the job could not start."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _sizes(plan: Plan, fields: Mapping[str, object], base: Tree) -> None:
 
 
 def _accumulate(plan: Plan, base: Tree, before: int, update: object) -> None:
-    """As many rows in a micro-batch as the template has, which is for 8 GPUs."""
+    """Keep the number of rows in a micro-batch that the template has, which is for 8 GPUs."""
     micro = at(base, "trainer.accumulate_grad_batches")
     if not isinstance(micro, int):
         return

@@ -20,7 +20,7 @@ from lit_rl.platform.shim import boot_id, identity, start_ticks
 
 STOPPED = 143
 DONE = ".done.json"
-"""Written by the command line when `fit` has returned; without it an exit code of 0 means nothing."""
+"""The file that the command line writes when `fit` has returned; without it an exit code of 0 means nothing."""
 
 
 OVERLAY = "job.yaml"

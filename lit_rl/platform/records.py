@@ -194,7 +194,7 @@ class Records:
 
 
 def _keyed(connection: sa.Connection, key: str) -> Job | None:
-    """The job that this key and body have made. Raises ApiError 409 for the key with another body."""
+    """Returns the job that this key and body have made, or None. Raises ApiError 409 for the key with another body."""
     word, digest = key[:-DIGEST], key[-DIGEST:]
     column = jobs.c.idempotency_key
     query = sa.select(jobs).where(sa.func.substr(column, 1, sa.func.length(column) - DIGEST) == word)

@@ -1,4 +1,4 @@
-"""How many rows a file of training data has."""
+"""Counts the rows of a file of training data."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from lit_rl.platform.store import Store
 
 MAX_PIXELS = 4096 * 4096
 Found = dict[str, object]
-KEPT_STEPS = 200
-"""Steps of a job whose samples are kept; of more, the oldest are forgotten."""
+KEPT_STEPS, KEPT_OF_STEP = 200, 512
+"""Steps of a job whose samples are kept, and samples of a step; of more steps the oldest are forgotten, of more samples the last."""
 
 
 class Samples:
@@ -29,15 +29,23 @@ class Samples:
         self.store, self.records = store, records
 
     def add(self, job: str, items: Sequence[NewSample], images: Mapping[str, bytes]) -> int:
-        """Keep samples. images: by the name that items call them. Raises ApiError 422 for what is no picture, before anything is kept."""
+        """Keep samples, and return how many are kept. images: by the name that items call them.
+
+        Raises ApiError 422 for what is no picture, before anything is kept.
+        """
         drawn = {name: redrawn(data) for name, data in images.items()}
         if missing := sorted({name for item in items for name in item.images} - drawn.keys()):
             raise invalid(f"images: no part {missing[0]!r} came with the samples")
+        kept = 0
         with self.store.write() as connection:
-            for item in items:
-                connection.execute(sa.insert(samples).values(self._row(job, item, drawn)))
+            for step in sorted({item.step for item in items}):
+                mine = sa.select(sa.func.count()).where(samples.c.job == job, samples.c.step == step)
+                room = max(KEPT_OF_STEP - connection.execute(mine).scalar_one(), 0)
+                for item in [item for item in items if item.step == step][:room]:
+                    connection.execute(sa.insert(samples).values(self._row(job, item, drawn)))
+                    kept += 1
         self._forget(job)
-        return len(items)
+        return kept
 
     def listed(
         self, job: str, *, step: int | None, sort: str, source: str | None, group: str | None, limit: int

@@ -33,7 +33,7 @@ def write_whole(path: Path, value: object) -> None:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process began, in clock ticks since the machine did; None where there is none. Together with the boot it is unique."""
+    """Returns the start of a process, in clock ticks since the machine's; None where there is none. Together with the boot it is unique."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -20,6 +20,7 @@ from served_platform import GUIDE_JOB, asked, listening
 from starlette.websockets import WebSocketDisconnect
 
 from lit_rl.net.guards import socket_owner
+from lit_rl.platform import samples
 from lit_rl.platform.compare import as_csv
 from lit_rl.platform.environment import environment_of
 from lit_rl.platform.settings import Settings
@@ -77,6 +78,15 @@ def test_another_user_needs_the_token(tmp_path: Path) -> None:
         cookie = entered.headers["set-cookie"].lower()
         assert entered.status_code == 204 and "httponly" in cookie and "samesite=strict" in cookie
         assert client.get("/api/jobs").status_code == 200  # by the cookie
+
+
+def test_the_owner_of_a_connection_is_asked_once(tmp_path: Path) -> None:
+    asked_for = list[object]()
+    with listening(tmp_path, owner=lambda client, _: asked_for.append(client) or os.getuid()) as url:
+        for _ in range(2):
+            with requests.Session() as session:
+                assert [session.get(f"{url}/api/jobs", timeout=60).status_code for _ in range(3)] == [200] * 3
+    assert len(asked_for) == len(set(asked_for)) == 2
 
 
 def test_the_owner_of_a_connection_is_read_from_the_systems_table(tmp_path: Path) -> None:
@@ -140,7 +150,7 @@ def test_a_body_that_never_ends_or_never_comes(tmp_path: Path) -> None:
 
 
 HOSTILE = [
-    "x; touch /tmp/x",
+    "x; touch y",
     "$(touch x)",
     "--config=/etc/passwd",
     "!!python/object/apply:os.system ['x']",
@@ -189,7 +199,7 @@ def test_overrides_set_keys_of_the_run_and_classes_of_this_project(platform: Tes
 
 
 def test_nothing_of_the_environment_comes_from_the_one_who_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LD_PRELOAD", "/tmp/evil.so")
+    monkeypatch.setenv("LD_PRELOAD", "evil.so")
     monkeypatch.setenv("AWS_SECRET", "s")
     found = environment_of(Settings(data=tmp_path), "j", tmp_path, gpus=(1, 3))
     assert found["CUDA_VISIBLE_DEVICES"] == "1,3" and found["JOB_UUID"] == "j" and "PATH" in found
@@ -234,6 +244,16 @@ def bombs() -> dict[str, bytes]:
         "empty": b"",
         "2 MB": b"x" * (2 << 20),
     }
+
+
+def test_samples_of_a_step_are_bounded(platform: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ones stay, with their pictures; another step has room of its own."""
+    monkeypatch.setattr(samples, "KEPT_OF_STEP", 2)
+    assert [sent(platform, picture()).json()["accepted"] for _ in range(3)] == [1, 1, 0]
+    items = platform.get("/api/jobs/j/samples").json()["items"]
+    assert len(items) == 2 and all(platform.get(item["image_url"]).status_code == 200 for item in items)
+    both = '{"items": [{"step": 1, "prompt": "p"}, {"step": 2, "prompt": "p"}]}'
+    assert platform.post("/api/jobs/j/samples", files={"samples": (None, both)}).json() == {"accepted": 1}
 
 
 @pytest.mark.parametrize("name", ["30000 x 30000", "cut", "gif", "svg", "empty", "2 MB"])

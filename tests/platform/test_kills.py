@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from test_life_cycle import STAND_IN, starts, until
+from test_life_cycle import starts, until
 
 from lit_rl.platform.settings import REPOSITORY
 
@@ -70,13 +69,7 @@ def killed(folder: Path, who: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["server", "shim", "child"])
-def test_whoever_is_killed(tmp_path: Path, victim: str) -> None:
-    root = tmp_path / "repository"
-    root.mkdir()
-    shutil.copy(STAND_IN, root / "cli.py")
-    (root / "configs").symlink_to(REPOSITORY / "configs")
-    (root / "rows.jsonl").write_text('{"prompt": "a"}\n' * 64)
-    (root / "model").mkdir()
+def test_whoever_is_killed(tmp_path: Path, root: Path, victim: str) -> None:
     server = Server(tmp_path, root)
     body = {"name": "n", "algorithm": "grpo", "template": "configs/demo/grpo_sort.yaml", "model_path": "./model", "num_gpus": 0}
     body |= {"train_data_path": "rows.jsonl", "eval_data_path": "rows.jsonl"}

@@ -18,22 +18,8 @@ from fastapi.testclient import TestClient
 from served_platform import asked
 
 from lit_rl.platform.processes import Ending, verdict
-from lit_rl.platform.settings import REPOSITORY
 
-STAND_IN = Path(__file__).with_name("stand_in_run.py")
 SECONDS = float(os.environ.get("SVC_S", 120.0))
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A repository whose `cli.py` stands in for the real one."""
-    root = tmp_path / "repository"
-    root.mkdir()
-    shutil.copy(STAND_IN, root / "cli.py")
-    (root / "configs").symlink_to(REPOSITORY / "configs")
-    (root / "rows.jsonl").write_text('{"prompt": "a"}\n' * 64)
-    (root / "model").mkdir()
-    return root
 
 
 @pytest.fixture

@@ -219,6 +219,63 @@ def test_jobs_are_compared(browser: Browser, service: str) -> None:
         expect(page.locator("[data-host]")).to_contain_text("CPU")
 
 
+def test_alerts_tables_and_the_database_are_there_to_take(browser: Browser, service: str) -> None:
+    """Open alerts of all jobs lead to their job; the curves of a job and the whole database are files."""
+    with opened(browser, f"{service}/#/alerts") as page:
+        alert = page.locator("[data-alert=kl]")
+        expect(alert).to_contain_text("kl_divergence is 0.102, above 0.1")
+        alert.get_by_role("link", name="watched").click()
+        expect(page.locator("[data-alerts]")).to_contain_text("kl_divergence")
+        page.get_by_role("tab", name="All charts").click()
+        with page.expect_download() as table:
+            page.locator("[data-csv]").click()
+        lines = Path(table.value.path()).read_text().splitlines()
+        assert len(lines) == 61 and "reward_mean" in lines[0].split(",")
+        page.goto(f"{service}/#/machine")
+        with page.expect_download() as database:
+            page.locator("[data-backup]").click()
+        assert Path(database.value.path()).read_bytes().startswith(b"SQLite format 3")
+
+
+MERGE = """
+import sys
+from pathlib import Path
+out = Path(sys.argv[sys.argv.index("--out") + 1])
+print("progress 1/2 half", flush=True)
+out.mkdir(parents=True)
+(out / "words").write_text(" ".join(sys.argv[1:]))
+"""
+
+
+def test_models_are_merged_and_the_best_is_exported_by_buttons(browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page asks for the merge of what was chosen and for the best checkpoint; a stand-in makes the models."""
+    (tmp_path / "lit_rl").mkdir()
+    (tmp_path / "lit_rl/__init__.py").touch()
+    (tmp_path / "lit_rl/merge.py").write_text(MERGE)
+    monkeypatch.setattr("lit_rl.platform.service.REPOSITORY", tmp_path)
+    models = tmp_path / "data/models"
+    with listening(tmp_path) as url:
+        for step in (1, 2):
+            (tmp_path / f"{step}.ckpt").touch()
+            ask(url, "jobs/j/checkpoints", {"step": step, "path": str(tmp_path / f"{step}.ckpt"), "eval_results": {"val/score": step / 4}})
+        with opened(browser, f"{url}/#/jobs/j/checkpoints") as page:
+            page.get_by_role("button", name="Export the best").click()
+            expect(page.locator("[data-task=succeeded]")).to_be_visible()
+            expect(page.locator("[data-checkpoint='2']")).to_contain_text("best")
+            page.goto(f"{url}/#/models")
+            for step in (1, 2):
+                page.locator(f"[data-model$='{step}.ckpt'] input").check()
+            page.get_by_label("Method").select_option("ties")
+            page.get_by_label("Base model").fill(str(tmp_path))
+            page.get_by_label("Name of the result").fill("both")
+            page.get_by_role("button", name="Merge").click()
+            expect(page.locator("[data-task=succeeded]")).to_be_visible()
+            expect(page.locator("[data-model$='/models/both']")).to_be_visible()
+    assert str(tmp_path / "2.ckpt") in (models / "j-best/words").read_text()
+    merged = (models / "both/words").read_text()
+    assert "--method ties" in merged and f"--base {tmp_path}" in merged and f"{tmp_path / '1.ckpt'} {tmp_path / '2.ckpt'}" in merged
+
+
 def test_the_keyboard_is_enough(browser: Browser, watched: str) -> None:
     """Arrows move between tabs and between samples, Enter opens, Escape closes and gives the focus back."""
     with opened(browser, watched) as page:

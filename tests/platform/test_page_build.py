@@ -23,15 +23,15 @@ COMPRESSED = 150 * 1024
 
 
 def test_the_built_page_was_made_of_these_sources() -> None:
-    """The build records the digest of what it read (frontend/vite.config.ts); `npm run build` in frontend/ renews both."""
+    """The build records the digest of what it read (frontend/vite.config.ts); `make page` renews both."""
     paths = [*FILES, *(str(path.relative_to(SOURCES)) for path in (SOURCES / "src").rglob("*") if path.is_file())]
     digest = hashlib.sha256()
     for name in sorted(paths):
         digest.update(name.encode() + b"\0" + (SOURCES / name).read_bytes() + b"\0")
-    assert (BUILT / "sources.sha256").read_text().strip() == digest.hexdigest(), "run `npm ci && npm run build` in frontend/ and commit"
+    assert (BUILT / "sources.sha256").read_text().strip() == digest.hexdigest(), "run `make page` and commit"
 
 
-@pytest.mark.skipif(not (shutil.which("npm") and (SOURCES / "node_modules").is_dir()), reason="no npm, or no `npm ci` in frontend/")
+@pytest.mark.skipif(not (shutil.which("npm") and (SOURCES / "node_modules").is_dir()), reason="no npm, or no `npm install` in frontend/")
 def test_a_build_gives_the_committed_files(tmp_path: Path) -> None:
     """The types hold as well."""
     out = tmp_path / "page"

@@ -23,7 +23,7 @@ from fastapi.testclient import TestClient
 from served_platform import GUIDE_JOB, asked, listening
 from starlette.websockets import WebSocketDisconnect
 from test_door import picture, sent
-from test_life_cycle import new, root, state  # noqa: F401
+from test_life_cycle import new, state
 from test_reports import report, service
 from websockets.sync.client import connect
 
@@ -98,7 +98,7 @@ def test_one_key_makes_one_job_also_at_the_same_time(platform: TestClient) -> No
     assert asks("a", name="b").status_code == 409
 
 
-def test_starts_at_the_same_time_are_one(tmp_path: Path, root: Path) -> None:  # noqa: F811
+def test_starts_at_the_same_time_are_one(tmp_path: Path, root: Path) -> None:
     with asked(tmp_path, run_root=root, gpu_ids=(), cpu_jobs=0) as client, ThreadPoolExecutor(8) as pool:
         uuid = new(client)
         codes = list(pool.map(lambda _: client.post(f"/api/jobs/{uuid}/start").status_code, range(8)))
@@ -191,11 +191,7 @@ def test_an_empty_token_lets_nobody_in(tmp_path: Path) -> None:
         token_of(tmp_path)
 
 
-def test_a_job_that_cannot_be_started_fails_and_the_others_go_on(
-    tmp_path: Path,
-    root: Path,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_job_that_cannot_be_started_fails_and_the_others_go_on(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk at the start; a shim that dies at once; a file that is no JSON any more. No start is tried for ever."""
     launched: list[Path] = []
 

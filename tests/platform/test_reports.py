@@ -10,6 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 from served_platform import GUIDE_JOB
 
+from lit_rl.platform import curves, metrics
 from lit_rl.platform.gpu_history import GpuHistory
 from lit_rl.platform.logs import readable
 from lit_rl.platform.metrics import with_canonical
@@ -63,6 +64,38 @@ def test_curves_are_cut_into_buckets_by_least_largest_and_mean(platform: TestCli
     assert curve == {"step": list(range(0, 1000, 10)), "min": [0.0] * 100, "max": [9.0] * 100, "mean": [4.5] * 100, "raw": False}
     part = platform.get("/api/jobs/j/series?from=10&to=12").json()
     assert part["x"]["mean"] == [0.0, 1.0, 2.0] and part["x"]["raw"] and part["y"]["mean"] == [None] * 3
+
+
+def test_curves_are_remembered_until_their_job_reports(platform: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a report of another job, and of a job of the same name that was removed, nothing is seen."""
+    monkeypatch.setattr(curves, "REMEMBERED", 30)
+    made, read = list[object](), curves.made
+    monkeypatch.setattr(curves, "made", lambda *asked: made.append(asked) or read(*asked))
+
+    def means(job: str, points: int = 100) -> list[float]:
+        found: list[float] = platform.get(f"/api/jobs/{job}/series", params={"points": points}).json()["x"]["mean"]
+        return found
+
+    for job in "ab":
+        report(platform, job, {"step": 0, "metrics": {"x": 1.0}}, {"step": 1, "metrics": {"x": 2.0}})
+    assert [means(job) for job in "abaabb"] == [[1.0, 2.0]] * 6 and len(made) == 2
+    report(platform, "a", {"step": 1, "metrics": {"x": 5.0}})
+    assert (means("a"), means("b"), len(made)) == ([1.0, 5.0], [1.0, 2.0], 3)
+    assert [means("b", points) for points in (50, 60, 70)] == [[1.0, 2.0]] * 3
+    assert service(platform).metrics.curves._numbers <= 30 and means("a") == [1.0, 5.0] and len(made) == 7
+    assert platform.delete("/api/jobs/a").status_code == 204
+    report(platform, "a", {"step": 0, "metrics": {"x": 9.0}})
+    assert means("a") == [9.0]
+
+
+def test_few_rows_are_found_without_reading_all(platform: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where most steps have no row of the split."""
+    monkeypatch.setattr(metrics, "FEWEST_ROWS", 4)
+    report(platform, "j", *({"step": s, "metrics": {"policy_loss": 1.0} if s % 9 else {"val/x": float(s)}} for s in range(100)))
+    found = platform.get("/api/jobs/j/metrics?split=eval&limit=3").json()
+    assert [(row["step"], row["val/x"]) for row in found] == [(81, 81.0), (90, 90.0), (99, 99.0)]
+    assert [row["step"] for row in platform.get("/api/jobs/j/metrics?split=eval&limit=2&since_step=9").json()] == [18, 27]
+    assert len(platform.get("/api/jobs/j/metrics").json()) == 88
 
 
 @pytest.mark.parametrize(
@@ -119,14 +152,19 @@ def test_only_files_of_the_jobs_folder_are_handed_out(platform: TestClient, tmp_
 
 
 def test_rules_open_and_close_alerts(platform: TestClient) -> None:
-    bad = {"kl_divergence": 0.3, "loss": None, "group/zero_std_ratio": 0.9, "reward/ocr/failed_frac": 0.02, "reward/agreement": -0.5}
+    bad = {"kl_divergence": 0.3, "loss": None, "group/zero_std_ratio": 0.9, "reward/ocr/failed_frac": 0.02}
+    bad["reward/ocr/disagrees_with/clip"] = 0.75
     report(platform, "j", {"step": 1, "metrics": bad}, {"step": 2, "metrics": bad})
     found = platform.get("/api/jobs/j/alerts").json()
-    assert {alert["rule"] for alert in found} == {"nan", "kl", "zero_std", "failed_rewards", "agreement"} and len(found) == 5
+    assert {alert["rule"] for alert in found} == {"nan", "kl", "zero_std", "failed_rewards", "disagreement"} and len(found) == 5
     assert all(alert["ended_at"] is None and alert["step"] == 1 for alert in found)
     report(platform, "j", {"step": 3, "metrics": {"kl_divergence": 0.05}})
     closed = [alert["rule"] for alert in platform.get("/api/jobs/j/alerts").json() if alert["ended_at"]]
     assert closed == ["nan", "kl"]  # what is not reported is as it was
+    platform.app.state.service.alerts.note("", "disk", "the disk is full")  # type: ignore[attr-defined]
+    every, still = (platform.get("/api/alerts", params=query).json() for query in ({}, {"open": True, "limit": 2}))
+    assert [(alert["job"], alert["name"]) for alert in every] == [(None, None)] + [("j", "j")] * 5
+    assert [alert["rule"] for alert in still] == ["disk", "disagreement"]
 
 
 def test_the_rest_takes_as_long_as_the_steps_of_this_run_took(platform: TestClient) -> None:

@@ -10,6 +10,7 @@ export type Theme = "auto" | "light" | "dark";
 
 const TEXTS: Record<Language, Record<Word, string>> = { en, "zh-CN": zh };
 const listeners = new Set<() => void>();
+const dark = matchMedia("(prefers-color-scheme: dark)");
 
 function stored(key: string): string | null {
   try {
@@ -35,8 +36,7 @@ export const prefs: { language: Language; theme: Theme } = {
 
 function apply(): void {
   document.documentElement.lang = prefs.language;
-  if (prefs.theme === "auto") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = prefs.theme;
+  document.documentElement.dataset.theme = prefs.theme === "auto" ? (dark.matches ? "dark" : "light") : prefs.theme;
   for (const listener of listeners) listener();
 }
 
@@ -52,7 +52,7 @@ export function setTheme(theme: Theme): void {
   apply();
 }
 
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", apply);
+dark.addEventListener("change", apply);
 apply();
 
 /** Render again when language or colours change; the number of the change is the key of what was drawn with them. */

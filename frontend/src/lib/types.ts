@@ -80,7 +80,11 @@ export interface Alert {
   message: string;
   step?: number | null;
   created_at?: string;
+  ended_at?: string | null;
   ts?: number;
+  /** In the list of all: the job's id and name; null of the machine. */
+  job?: string | null;
+  name?: string | null;
 }
 
 export interface GpuSample {

@@ -15,7 +15,7 @@ import { GroupPanel, LossPanel, RewardPanel, Tiles, TimePanel, TrustPanel } from
 import { JobGpus } from "../panels/gpus";
 import { Log } from "../panels/log";
 import { Samples } from "../panels/samples";
-import { Action, Bar, Empty, Failure, Problems, StateChip } from "../parts/common";
+import { Action, AlertLine, Bar, Empty, Failure, Problems, StateChip } from "../parts/common";
 import { share } from "./jobs";
 
 const TABS = ["overview", "charts", "samples", "log", "checkpoints", "config"] as const;
@@ -156,17 +156,15 @@ function Fact({ name, value }: { name: string; value: string | null | undefined 
 
 function Alerts({ feed }: { feed: Feed }) {
   if (!feed.alerts.length) return null;
-  const newest = [...feed.alerts].reverse();
+  const newest = [...feed.alerts].reverse().sort((a, b) => Number(Boolean(a.ended_at)) - Number(Boolean(b.ended_at)));
+  const open = newest.filter((alert) => !alert.ended_at).length;
   return (
-    <details class="banner warn" data-alerts open>
-      <summary>{t("alerts_n", { n: newest.length })}</summary>
+    <details class={`banner${open ? " warn" : ""}`} data-alerts open={open > 0}>
+      <summary>{open ? t("alerts_n", { n: open }) : t("alerts_past", { n: newest.length })}</summary>
       <ul>
         {newest.slice(0, 20).map((alert, i) => (
           <li key={alert.id ?? i}>
-            {alert.rule && <code>{alert.rule}</code>} {alert.message}{" "}
-            <small class="dim">
-              {alert.step != null ? t("step", { n: alert.step }) : ""} {when(alert.created_at ?? alert.ts, prefs.language)}
-            </small>
+            <AlertLine alert={alert} />
           </li>
         ))}
       </ul>
@@ -180,9 +178,10 @@ function Tabs({ id, shown }: { id: string; shown: Tab }) {
   const move = (event: KeyboardEvent) => {
     const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!by) return;
-    const next = TABS[(TABS.indexOf(shown) + by + TABS.length) % TABS.length]!;
+    const from = TABS.findIndex((tab) => tab === (event.target as HTMLElement).dataset.tab); // two quick presses are two tabs
+    const next = TABS[(from + by + TABS.length) % TABS.length]!;
     go(jobLink(id, next));
-    requestAnimationFrame(() => bar.current?.querySelector<HTMLElement>(`[data-tab=${next}]`)?.focus());
+    bar.current!.querySelector<HTMLElement>(`[data-tab=${next}]`)!.focus();
   };
   return (
     <nav class="tabs" role="tablist" ref={bar} onKeyDown={move}>

@@ -1,6 +1,6 @@
 /** The machine: its GPUs and what the host has left. */
 
-import { get } from "../lib/api";
+import { get, url } from "../lib/api";
 import { plain } from "../lib/format";
 import { useLoad } from "../lib/load";
 import { t, told } from "../lib/prefs";
@@ -42,7 +42,12 @@ export function MachinePage() {
   if (!data) return error ? <Failure error={error} /> : <Empty>{t("loading")}</Empty>;
   return (
     <>
-      <h1>{t("machine")}</h1>
+      <header class="head">
+        <h1>{t("machine")}</h1>
+        <a class="button" href={url("api/backup")} download data-backup>
+          {t("backup")}
+        </a>
+      </header>
       <Failure error={error} />
       {!data.available && <Empty>{t("no_gpus", { reason: data.reason ?? "" })}</Empty>}
       <ul class="cards gpus">

@@ -1,6 +1,7 @@
 /** Every metric of a job, by the first part of its name, with a filter. */
 
 import { useState } from "preact/hooks";
+import { url } from "../lib/api";
 import type { Feed } from "../lib/feed";
 import { NORMAL } from "../lib/names";
 import { t } from "../lib/prefs";
@@ -27,6 +28,9 @@ export function AllCharts({ feed, smoothing }: { feed: Feed; smoothing: number }
           <input type="search" value={filter} onInput={(event) => setFilter(event.currentTarget.value)} />
         </label>
         <span class="dim">{t("metrics_n", { n: names.length })}</span>
+        <a class="button" href={url(`api/jobs/${encodeURIComponent(feed.id)}/metrics.csv`)} download data-csv>
+          {t("csv")}
+        </a>
       </div>
       {!names.length && <Empty>{t("no_metrics")}</Empty>}
       {[...groups].map(([group, members]) => (

@@ -7,6 +7,8 @@ import { CANONICAL, NORMAL, isEvaluation, outside, phases, sources } from "../li
 import { t, told } from "../lib/prefs";
 
 const SYNC = "job";
+/** Share of pairs that two rewards order in opposite ways, above which the service has an alert. */
+const CONTRARY = 0.6;
 
 interface Props {
   feed: Feed;
@@ -85,7 +87,7 @@ function SourceTable({ feed }: { feed: Feed }) {
               <th scope="row">{name}</th>
               <td>{number(feed.latest(mean))}</td>
               <td class={share !== null && share > 0.01 ? "warn" : ""}>{percent(share)}</td>
-              <td class={worst !== null && worst > 0.5 ? "warn" : ""}>{percent(worst)}</td>
+              <td class={worst !== null && worst > CONTRARY ? "warn" : ""}>{percent(worst)}</td>
             </tr>
           );
         })}

@@ -3,8 +3,9 @@
 import type { ComponentChildren } from "preact";
 import { useEffect, useRef, useState } from "preact/hooks";
 import type { ApiError } from "../lib/api";
-import { t, told } from "../lib/prefs";
-import type { Job, Problem } from "../lib/types";
+import { when } from "../lib/format";
+import { prefs, t, told } from "../lib/prefs";
+import type { Alert, Job, Problem } from "../lib/types";
 
 export function StateChip({ job }: { job: Pick<Job, "state" | "stalled"> }) {
   return (
@@ -41,6 +42,19 @@ export function Problems({ list }: { list: Problem[] }) {
         </li>
       ))}
     </ul>
+  );
+}
+
+/** What a rule has found, when, and when its reason was gone. */
+export function AlertLine({ alert }: { alert: Alert }) {
+  return (
+    <>
+      {alert.rule && <code>{alert.rule}</code>} {alert.message}{" "}
+      <small class="dim">
+        {alert.step != null ? t("step", { n: alert.step }) : ""} {when(alert.created_at ?? alert.ts, prefs.language)}
+        {alert.ended_at ? ` · ${t("alert_ended", { time: when(alert.ended_at, prefs.language) })}` : ""}
+      </small>
+    </>
   );
 }
 

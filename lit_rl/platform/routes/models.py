@@ -34,5 +34,5 @@ def select(body: Select, here: Here) -> Response:
 
 @router.get("/tasks/{name}")
 def task(name: Annotated[str, Path(max_length=64)], here: Here) -> Response:
-    """How far a task is."""
+    """Tells the state and the progress of a task."""
     return Json(here.tasks.find(name).shown())

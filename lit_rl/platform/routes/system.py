@@ -50,14 +50,16 @@ def machine(here: Here) -> Response:
 
 
 @router.get("/api/alerts")
-def alerts(here: Here) -> Response:
-    """Alerts of the machine."""
-    return Json(here.alerts.listed(""))
+def alerts(
+    here: Here, open_only: Annotated[bool, Query(alias="open")] = False, limit: Annotated[int, Query(ge=1, le=1000)] = 200
+) -> Response:
+    """Alerts of all jobs and of the machine, the newest first; with `open` those whose reason is not gone."""
+    return Json(here.alerts.of_all(open_only=open_only, limit=limit))
 
 
 @router.get("/api/compare")
 def compare(here: Here, jobs: Annotated[str, Query(max_length=2000)]) -> Response:
-    """Where the configurations of jobs differ, and the newest of their canonical metrics."""
+    """Lists the keys in which the configurations of jobs differ, and the newest of their canonical metrics."""
     names = list(dict.fromkeys(filter(None, jobs.split(","))))
     if not 1 <= len(names) <= 12:
         raise invalid("jobs: give 1 to 12 ids with commas between them")
