@@ -144,9 +144,8 @@ class Progress(RLCallback, TQDMProgressBar):
         each = module.inner_epochs * module.updates
         last = trainer.global_step + ((trainer.max_epochs or 0) - trainer.current_epoch - 1) * each
         known = trainer.callback_metrics
-        kl = next((name for name in ("kl_divergence", "kl") if name in known), "")
         scores = [n for n in trainer.progress_bar_metrics if self._evaluated and n.startswith("val/")]
-        names = {"Loss": "loss", "Reward": "reward_mean", "KL": kl} | {n: n for n in scores}
+        names = {"Loss": "loss", "Reward": "reward_mean", "KL": "kl_divergence"} | {n: n for n in scores}
         said = [f"{label}: {float(known[name]):.4g}" for label, name in names.items() if name in known]
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         return " | ".join([f"Step {trainer.global_step}/{last}", *said, f"LR: {rate:.2g}"])

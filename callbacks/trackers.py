@@ -1,11 +1,11 @@
-"""Loggers that show a run on a page: Weights & Biases and SwanLab, both offline unless asked. Several can log one run."""
+"""Loggers that show a run on a page: Weights & Biases, SwanLab and trackio, all offline unless asked. Several can log one run."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -15,6 +15,7 @@ from lit_rl.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
     from swanlab.sdk.internal.run import Run
+    from trackio.run import Run as TrackioRun
 
 Mode = Literal["online", "offline", "disabled"]
 PROJECT = "lit-rl"
@@ -123,6 +124,70 @@ class SwanLab(Logger):
     def finalize(self, status: str) -> None:
         """Tell a failed end."""
         self._theirs.finalize(status)
+
+
+class Trackio(Logger):
+    """trackio: a database on this machine, in $TRACKIO_DIR or the cache of Hugging Face. `trackio show --project PROJECT` serves its page.
+
+    A run that continues goes on under the same name.
+
+    Args:
+        project: The project, whose runs the page compares.
+        name: of the run; the command line fills in the run's name here.
+        space_id: A Space of Hugging Face that gets the run in place of this machine, as user/name; it wants a login.
+        group: Runs of one group are shown and hidden together.
+    """
+
+    def __init__(self, *, project: str = PROJECT, name: str | None = None, space_id: str | None = None, group: str | None = None) -> None:
+        super().__init__()
+        _check("trackio", None)
+        self._options: dict[str, Any] = {"project": project, "name": name, "space_id": space_id, "group": group}
+        self._config: dict[str, object] = {}
+        self._run: TrackioRun | None = None
+
+    @property
+    def name(self) -> str | None:
+        """The project."""
+        return str(self._options["project"])
+
+    @property
+    def version(self) -> str | None:
+        """The run's name."""
+        return self._options["name"] if self._run is None else self._run.name
+
+    @property
+    def experiment(self) -> TrackioRun:
+        """The run; it begins here."""
+        if self._run is None:
+            import trackio
+
+            self._run = trackio.init(**self._options, config=self._config, resume="allow", embed=False, auto_log_cpu=False)
+        return self._run
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Mapping[str, object] | Namespace) -> None:
+        """Keep options of the run as its configuration, with which it begins."""
+        self._config |= vars(params) if isinstance(params, Namespace) else params
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Show numbers under a step."""
+        self.experiment.log(dict(metrics), step=step)
+
+    @rank_zero_only
+    def log_image(self, key: str, images: list[Picture], step: int | None = None, *, caption: Sequence[str]) -> None:
+        """Show pictures under a step, each with its caption."""
+        import trackio
+
+        shown = {f"{key}/{i}": trackio.Image(image, caption=said) for i, (image, said) in enumerate(zip(images, caption, strict=True))}
+        self.experiment.log(shown, step=step)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what waits."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
 
 
 def _check(package: str, mode: str | None) -> None:

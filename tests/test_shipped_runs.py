@@ -145,7 +145,7 @@ def test_deepgen_trains_with_each_advantage_and_sampler(
     assert advantage.items() <= vars(rule).items() and (sampler.dynamics, sampler.noise_level, sampler.same_latent) == (
         sde["dynamics"], 1.0, True,
     )  # fmt: skip
-    assert metrics["ratio_first_update_max_dev"] < 1e-4 and metrics["trained_share"] == 1 and np.isfinite(float(metrics["kl"]))
+    assert metrics["ratio_first_update_max_dev"] < 1e-4 and metrics["trained_share"] == 1 and np.isfinite(float(metrics["kl_divergence"]))
     before, live = start(done.model.policy), dict(done.model.policy.named_parameters())
     assert any(not torch.equal(value, live[name].detach()) for name, value in before.items())
 

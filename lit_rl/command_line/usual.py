@@ -25,7 +25,7 @@ from callbacks.rng_state import RngState
 from callbacks.sample_gallery import SampleGallery
 from callbacks.sample_texts import SampleTexts
 from callbacks.throughput import Throughput
-from callbacks.trackers import SwanLab, WandB
+from callbacks.trackers import SwanLab, Trackio, WandB
 from lit_rl.checkpoints.choosing import is_count
 from lit_rl.command_line.dotted import imported, imported_class
 from lit_rl.command_line.usual_classes import USUAL_CLASSES
@@ -199,9 +199,10 @@ def _report_to_platform(trainer: Namespace) -> None:
 def _place_logger(spec: object, folder: Path, name: str | None) -> None:
     """Fill in where a logger of this project writes, and its run's name. Changes `spec`."""
     cls = imported_class(spec.class_path) if isinstance(spec, Namespace) else None
-    if isinstance(spec, Namespace) and cls is not None and issubclass(cls, WandB | SwanLab):
-        spec.init_args.save_dir = spec.init_args.save_dir or str(folder)
+    if isinstance(spec, Namespace) and cls is not None and issubclass(cls, WandB | SwanLab | Trackio):
         spec.init_args.name = spec.init_args.name or name
+        if not issubclass(cls, Trackio):
+            spec.init_args.save_dir = spec.init_args.save_dir or str(folder)
 
 
 def _place(spec: Namespace, folder: Path, every: list[Namespace]) -> None:

@@ -161,8 +161,8 @@ class DiffusionNFT(LitFlow):
         if self.kl.coef:
             with torch.no_grad(), self.policy.reference():
                 ref = self.velocity(x, batch)
-            metrics["kl"] = gaussian_kl(new, ref, kind="v")
-            terms["kl"] = Term(metrics["kl"], batch.weights, self.kl.coef)
+            metrics["kl_divergence"] = gaussian_kl(new, ref, kind="v")
+            terms["kl"] = Term(metrics["kl_divergence"], batch.weights, self.kl.coef)
         self.meters.mean(weighted_means(metrics, batch.weights), weight=batch.weights.sum())
         return terms
 

@@ -95,7 +95,7 @@ class FlowGRPO(LitFlow):
             with torch.no_grad(), self.policy.reference():
                 ref_v = self.velocity(batch)
             divergence = self.divergence(v, step, ref_v, batch)
-            self.meters.mean(weighted_means({"kl": divergence}, batch.weights), weight=batch.weights.sum())
+            self.meters.mean(weighted_means({"kl_divergence": divergence}, batch.weights), weight=batch.weights.sum())
             terms["kl"] = Term(divergence, batch.weights, self.kl.coef)
         return terms
 

@@ -72,7 +72,7 @@ def serve(settings: Settings, sockets: list[socket.socket], ready: Path | None) 
         return 2
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=END_SECONDS, timeout_keep_alive=75,
-        ws_max_size=1 << 16, ws_ping_interval=20.0, lifespan="on", http=PatientProtocol,
+        ws_max_size=1 << 16, ws_ping_interval=20.0, lifespan="on", http=PatientProtocol, loop="asyncio",
     )  # fmt: skip
     print(f"Platform ready: service {url_of(sockets[0])}, page {url_of(sockets[1])}, data {settings.data}", flush=True)
     if sockets[0].getsockname()[0] not in LOOPBACK:

@@ -1,7 +1,9 @@
-"""Weights & Biases and SwanLab, both at once and offline: their own files hold options, numbers, and pictures under their captions."""
+"""Weights & Biases and SwanLab, both at once and offline, and trackio: their files hold options, numbers, and pictures with captions."""
 
 from __future__ import annotations
 
+import json
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from toy import ToyData, toy_method, toy_trainer
 
 from callbacks import trackers
 from callbacks.sample_gallery import SampleGallery
-from callbacks.trackers import SwanLab, WandB
+from callbacks.trackers import SwanLab, Trackio, WandB
 from lit_rl.errors import ConfigError
 
 
@@ -49,6 +51,24 @@ def test_options_of_the_run_are_their_configuration(logged: tuple[Path, bytes, b
     assert "some.Method" in next(folder.glob("swanlog/run-*/files/config.yaml")).read_text()
 
 
+def test_trackio_keeps_a_run_and_goes_on_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder of this machine; a second run of the same name continues it."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when the package is imported
+    for iterations in (1, 2):
+        logger = Trackio(project="shop", name="first")
+        logger.log_hyperparams({"model": {"class_path": "some.Method"}})
+        gallery = SampleGallery(max_images=2, every_n_iterations=1)
+        toy_trainer(tmp_path, callbacks=[gallery], logger=logger, max_epochs=iterations).fit(toy_method(), ToyData())
+    with sqlite3.connect(tmp_path / "trackio/shop.db") as database:
+        rows = database.execute("SELECT run_name, CAST(metrics AS TEXT) FROM metrics ORDER BY id").fetchall()
+        configs = database.execute("SELECT CAST(config AS TEXT) FROM configs").fetchall()
+    database.close()
+    rewards = [json.loads(metrics)["reward_mean"] for _, metrics in rows if "reward_mean" in metrics]
+    assert {name for name, _ in rows} == {"first"} and len(rewards) == 3 and len(configs) == 1 and "some.Method" in configs[0][0]
+    assert "brightness 0." in "".join(metrics for _, metrics in rows)
+    assert len(list((tmp_path / "trackio/media").rglob("*.png"))) == 6
+
+
 @pytest.mark.parametrize("kind", [WandB, SwanLab])
 def test_what_is_wrong_is_told_before_a_run_begins(kind: type[WandB | SwanLab], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="'sometimes' of .* is none of online, offline, disabled"):
@@ -56,3 +76,5 @@ def test_what_is_wrong_is_told_before_a_run_begins(kind: type[WandB | SwanLab], 
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="is not installed: run `make setup`"):
         kind()
+    with pytest.raises(ConfigError, match="trackio is not installed"):
+        Trackio()

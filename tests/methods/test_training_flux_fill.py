@@ -107,7 +107,7 @@ def test_the_reference_after_a_warm_up(places: Path, tmp_path: Path, cls: type[M
     """The first update of the first iteration: nothing separates the policy from what the warm-up left, its style from the base."""
     module = method(places, cls, kind, warmup_steps=4)
     trainer = train(tmp_path, module, max_epochs=2)
-    assert (float(trainer.callback_metrics["kl"]) > 1e-8) == divergent
+    assert (float(trainer.callback_metrics["kl_divergence"]) > 1e-8) == divergent
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -68,7 +68,7 @@ def test_flow_grpo_learns_through_the_condition(tmp_path: Path) -> None:
 def test_the_reference_conditions_with_its_own_weights(tmp_path: Path) -> None:
     method, metrics = grpo(Adapted()), Metrics()
     toy_trainer(tmp_path, max_epochs=3, callbacks=[metrics]).fit(method, ToyData())
-    assert metrics.rows[0]["kl"] == 0 and metrics.rows[-1]["kl"] > 0
+    assert metrics.rows[0]["kl_divergence"] == 0 and metrics.rows[-1]["kl_divergence"] > 0
 
 
 def test_the_old_policy_of_nft_conditions_with_its_own_weights(tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ def listening(folder: Path, **settings: Any) -> Iterator[str]:
     """The URL of a platform on a free port."""
     sock = bind("127.0.0.1", 0)
     app = create_app(Settings(data=folder / "data", url=url_of(sock), **settings))
-    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2, ws_max_size=1 << 16, lifespan="on", http=PatientProtocol)
+    config = uvicorn.Config(
+        app, log_level="error", timeout_graceful_shutdown=2, ws_max_size=1 << 16, lifespan="on", http=PatientProtocol, loop="asyncio"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()

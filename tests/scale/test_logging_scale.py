@@ -33,7 +33,7 @@ def test_any_bar_shows_what_one_process_shows(pair: Pair, tmp_path: Path, bar: s
     """Bars, callbacks and monitors read on the first process alone; other micro-batches, and steps that a process has no pair of."""
     one = logged_runs.fit(str(tmp_path / "one"), bar=bar)
     alike(one, pair.run("logged_runs.fit", folder=str(tmp_path / "two"), bar=bar, size=3))
-    assert {"loss", "kl", "grad_norm", "reward_mean", "ratio_max_dev", "throughput/pairs_per_s"} <= one["rows"][-1].keys()
+    assert {"loss", "kl_divergence", "grad_norm", "reward_mean", "ratio_max_dev", "throughput/pairs_per_s"} <= one["rows"][-1].keys()
 
 
 @pytest.mark.parametrize("kind", ["flow", "nft"])
