@@ -23,6 +23,7 @@ from benchmarks import (
     overhead,
     overlap,
     pages,
+    platform_load,
     processes,
     push,
     startup,
@@ -255,6 +256,17 @@ def test_demos_that_did_other_work_are_not_compared(tmp_path: Path) -> None:
     assert demos.row("llm", 1, then, now) == "| llm, seed 1 | 80 | 20 s | 13 s | **0.65** | 0.750 / 0.800 |"
     with pytest.raises(SystemExit, match="did not do the same"):
         demos.row("llm", 1, then, replace(now, evaluations=1))
+
+
+@pytest.mark.slow  # a server of its own
+def test_the_platform_takes_a_load_and_a_kill() -> None:
+    """Whoever reads gets the last step beside a client that is frozen; of what was accepted before a kill nothing is lost."""
+    table = platform_load.main(["--jobs", "2", "--points", "400", "--clients", "3", "--seconds", "0.3"])
+    assert "400 numbers of 2 jobs" in table and "2 of the 2 that read saw the last step" in table
+    found = re.search(
+        r"1 kills .*: 0 jobs lost, 0 started twice, 0 with another end than expected, 0 of \d+", platform_load.main(["--kills", "1"])
+    )
+    assert found is not None
 
 
 def test_pages_are_compared_by_medians() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import threading
@@ -129,9 +130,8 @@ class Outbox:
         """True once the platform has taken a report, or refused it for good; False where it is worth another try."""
         headers = {"Content-Type": kind} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
         request = urllib.request.Request(f"{self.url}/api/jobs/{self.job}/{route}", body, headers)
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(request, timeout=TIMEOUT) as answer:
+            with http_alone().open(request, timeout=TIMEOUT) as answer:
                 answer.read()
         except urllib.error.HTTPError as error:
             if error.code in (408, 429, 500, 502, 503, 504):
@@ -139,7 +139,7 @@ class Outbox:
             log.warning(
                 "the platform at %s refuses %s of job %s: %s", self.url, route, self.job, error.read(500).decode("utf-8", "replace")
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # the last: what answers there is no HTTP
             return self._told(False, str(error))
         return self._told(True, "")
 
@@ -188,3 +188,12 @@ class Outbox:
                 self._points.extend(body["points"])
             else:
                 self._others.append((route, body))
+
+
+def http_alone() -> urllib.request.OpenerDirector:
+    """Returns an opener for http and https that goes through no proxy and follows no redirect, which would carry the token along."""
+    opener = urllib.request.OpenerDirector()
+    handlers = (urllib.request.HTTPHandler(), urllib.request.HTTPSHandler(), urllib.request.HTTPErrorProcessor())
+    for handler in (*handlers, urllib.request.HTTPDefaultErrorHandler(), urllib.request.UnknownHandler()):
+        opener.add_handler(handler)
+    return opener

@@ -8,7 +8,9 @@ import math
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +228,37 @@ def test_the_guides_job_over_the_api(tmp_path: Path) -> None:
         assert (model["group_size"], model["prompts_per_iteration"], model["kl"]["coef"]) == (5, 1024, 0.001)
         assert model["answers"]["sampling"]["max_new_tokens"] == 1024 and shown["trainer"]["devices"] == 8
         assert model["policy"]["init_args"]["pretrained"] == GUIDE_JOB["model_path"]
+
+
+def test_reports_stay_with_the_address_that_they_were_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A redirect would carry the token along; a file is no service, and what speaks no HTTP ends no thread."""
+    seen = list[str]()
+
+    class Redirects(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            seen.append(self.path)
+            if "strange" in self.path:
+                self.wfile.write(b"220 smtp ready\r\n")
+                return
+            self.send_response(302)
+            self.send_header("Location", "/stolen")
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Redirects)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    for job, address in (("j", f"http://127.0.0.1:{server.server_port}"), ("strange", f"http://127.0.0.1:{server.server_port}"),
+                         ("k", f"file://{tmp_path}")):  # fmt: skip
+        box = Outbox(address, job, token="secret", spool=tmp_path / f"{job}.jsonl")
+        box.point({"step": 1, "metrics": {"x": 1.0}})
+        box.close(5.0 if job == "j" else 1.0)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    assert set(seen) == {"/api/jobs/j/metrics", "/api/jobs/strange/metrics"} and "refuses metrics of job j" in caplog.text
+    assert all((tmp_path / f"{job}.jsonl").exists() for job in ("strange", "k"))
