@@ -76,6 +76,6 @@ class SupervisedText(TextData, SupervisedSource):
         if "messages" in info:
             template = {**policy.chat_template_kwargs, **template_of(info)}
             found = conversation_ids(policy.tokenizer, info["messages"], first=0, prefill=0, stop_ids=policy.stop_ids, **template)
-            return policy.with_pictures(*found, sizes_of(info)) if "images" in info else found
+            return policy.with_pictures(*found, sizes_of(info))
         prompt, answer = answer_ids(policy, info, info.get("completion", info["response"]))
         return prompt + answer, [False] * len(prompt) + answer.learned

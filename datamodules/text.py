@@ -218,7 +218,7 @@ class TextData(PromptDataModule):
 
     def with_pictures(self, ids: list[int], info: Info) -> list[int]:
         """A prompt's ids with the places of its images, see `TokenPolicy.with_pictures`."""
-        return self.policy.with_pictures(ids, [False] * len(ids), sizes_of(info))[0] if "images" in info else ids
+        return self.policy.with_pictures(ids, [False] * len(ids), sizes_of(info))[0]
 
     def media(self, info: Info) -> Sequence[Tensor]:
         """Images of a row as the policy reads them, uint8 "3 H W"; those last asked for are held in memory."""

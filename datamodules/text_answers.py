@@ -38,14 +38,12 @@ def answer_ids(policy: CausalLM, info: Info, answer: Text) -> tuple[list[int], A
     """
     prompt = info["prompt"]
     if isinstance(prompt, str) and isinstance(answer, str):
-        ids, mask = completion_ids(policy.tokenizer, prompt, answer)
+        ids, mask = policy.with_pictures(*completion_ids(policy.tokenizer, prompt, answer), ())
         start = max(1, mask.index(True))
         return ids[:start], AnswerIds(ids[start:], mask[start:])
     template = {**policy.chat_template_kwargs, **template_of({**info, "prompt": []})}
     turns, answers = as_turn(prompt, "user"), as_turn(answer, "assistant")
     ids, found = turns_ids(policy.tokenizer, turns, answers, stop_ids=policy.stop_ids, **template)
-    if "images" not in info:
-        return ids, found
     whole, learned = policy.with_pictures([*ids, *found], [*[False] * len(ids), *found.learned], sizes_of(info))
     start = len(whole) - len(found)
     return whole[:start], AnswerIds(whole[start:], learned[start:])

@@ -46,7 +46,7 @@ def merge(adapter: Path, out: Path, *, base: str | None = None, dtype: str | Non
 def _merge_language(adapter: Path, out: Path, base: str | None, dtype: str | None) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
-    from lit_rl.policies.language_model import check_folder, read_lm
+    from lit_rl.policies.language_model import check_folder, read_lm, save_lm, save_processors
     from lit_rl.policies.weights.language_lora import adapter_fields, merged
 
     base = check_folder(_base(base, adapter_fields(adapter), adapter))
@@ -54,7 +54,8 @@ def _merge_language(adapter: Path, out: Path, base: str | None, dtype: str | Non
     if (adapter / "generation_config.json").is_file():  # the ends of text that it was trained with
         lm.generation_config = GenerationConfig.from_pretrained(adapter)
         lm.config.eos_token_id = lm.generation_config.eos_token_id
-    lm.save_pretrained(out)
+    save_lm(lm, out)
+    save_processors(base, out)
     source = adapter if (adapter / "tokenizer_config.json").is_file() else Path(base)
     if not source.is_dir() or any(source.glob("tokenizer*")):
         AutoTokenizer.from_pretrained(str(source)).save_pretrained(out)

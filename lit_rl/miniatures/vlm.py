@@ -17,7 +17,7 @@ from lit_rl.miniatures.lm import PRINTABLE, char_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-Family = Literal["qwen25_vl", "qwen3_vl"]
+Family = Literal["qwen25_vl", "qwen3_vl", "qwen3_vl_moe"]
 
 HEAD = 32
 """Size of an attention head: the least that vLLM's attention on a CPU takes."""
@@ -39,11 +39,12 @@ CHAT_TEMPLATE = (
 )
 """Qwen's own template without its system message."""
 
-PATCH = {"qwen25_vl": 14, "qwen3_vl": 16}
+PATCH = {"qwen25_vl": 14, "qwen3_vl": 16, "qwen3_vl_moe": 16}
 
 SHADES = {
     "qwen25_vl": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
     "qwen3_vl": ([0.5] * 3, [0.5] * 3),
+    "qwen3_vl_moe": ([0.5] * 3, [0.5] * 3),
 }
 """Mean and standard deviation that pixels are normalized with, as the families' own folders name them."""
 
@@ -66,7 +67,8 @@ def build_vlm(
 ) -> Path:
     """Save a random vision-language model with tokenizer and image processor and return its folder.
 
-    family: Qwen2.5-VL (vision patches of 14 pixels, attention in windows) or Qwen3-VL (of 16 pixels, features for the first layers).
+    family: Qwen2.5-VL (vision patches of 14 pixels, attention in windows) or Qwen3-VL (of 16 pixels, features for the first layers), of
+    which the largest have experts.
     characters, words: One token each; words are found first. hidden, vision_hidden: Multiples of 32. max_side: Pictures of more than its
     square, in pixels, are scaled down. patch_spread: Standard deviation of the weights that read patches, by default that of all: with a
     smaller one (0.02) a model finds sooner where something is.
@@ -75,7 +77,7 @@ def build_vlm(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _model(family, tokenizer, hidden, layers, vision_hidden, vision_layers, max_length, tied)
-        if family == "qwen3_vl":  # else the places of patches are drowned by what is on them
+        if family != "qwen25_vl":  # else the places of patches are drowned by what is on them
             torch.nn.init.normal_(model.get_parameter("model.visual.pos_embed.weight"))
         if patch_spread is not None:
             torch.nn.init.normal_(model.get_parameter("model.visual.patch_embed.proj.weight"), std=patch_spread)
@@ -130,7 +132,10 @@ def _model(
     vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
     special.pop("vision_token_id")
     parts = {"text_config": text, "vision_config": vision}
-    return transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig.from_dict(parts | special))
+    if family == "qwen3_vl":
+        return transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig.from_dict(parts | special))
+    text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 3 * hidden // 2}
+    return transformers.Qwen3VLMoeForConditionalGeneration(transformers.Qwen3VLMoeConfig.from_dict(parts | special))
 
 
 def _text(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, max_length: int, tied: bool) -> dict[str, object]:
@@ -154,12 +159,12 @@ def _text(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, max_leng
 def _save_processor(folder: Path, family: Family, max_side: int) -> None:
     """The processors' settings, as stock processors read them. Written as text: the one of videos cannot be built without torchvision."""
     patch = PATCH[family]
-    name = {"qwen25_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}[family]
+    name = "Qwen2_5_VLProcessor" if family == "qwen25_vl" else "Qwen3VLProcessor"
     mean, std = SHADES[family]
     shades: dict[str, object] = {"image_mean": mean, "image_std": std}
     common: dict[str, object] = {"patch_size": patch, "temporal_patch_size": 2, "merge_size": 2, "processor_class": name, **shades}
     pictures = {"image_processor_type": "Qwen2VLImageProcessor", "size": {"shortest_edge": (2 * patch) ** 2, "longest_edge": max_side**2}}
-    films = {"video_processor_type": {"qwen25_vl": "Qwen2VLVideoProcessor", "qwen3_vl": "Qwen3VLVideoProcessor"}[family]}
+    films = {"video_processor_type": "Qwen2VLVideoProcessor" if family == "qwen25_vl" else "Qwen3VLVideoProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(common | pictures, indent=2))
     (folder / "video_preprocessor_config.json").write_text(json.dumps(common | films, indent=2))
 

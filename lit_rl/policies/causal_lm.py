@@ -15,7 +15,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.policies.base import Message, TokenPolicy
 from lit_rl.policies.chat import PLAIN_TEMPLATE, many_prompt_ids, prompt_ids
 from lit_rl.policies.chat_template import check_template, stored_stop_ids, turn_ends
-from lit_rl.policies.language_model import TokenNetwork, check_folder, read_lm, recompute
+from lit_rl.policies.language_model import TokenNetwork, check_folder, read_lm, recompute, save_lm
 from lit_rl.policies.lm_head import recognized
 from lit_rl.policies.reply import reply
 from lit_rl.policies.sizes import check_length, check_vocabulary, read_config
@@ -247,5 +247,5 @@ class CausalLM(TrainedPolicy, TokenPolicy):
             return
         buffers = dict(lm.named_buffers())
         named |= {key: value.detach().cpu() for key, value in lm.state_dict().items() if key in buffers}
-        lm.save_pretrained(folder, state_dict=named)
+        save_lm(lm, folder, named)
         self.tokenizer.save_pretrained(folder)

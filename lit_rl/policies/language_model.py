@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,8 @@ T = TypeVar("T")
 
 TOWER = "model.visual"
 """The vision tower in a model of transformers, the layer that ends it included."""
+
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
 
 def seen_by(lm: PreTrainedModel, pictures: Pictures | None) -> dict[str, object]:
@@ -165,6 +168,29 @@ def check_folder(pretrained: str) -> str:
         found = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing" if folder.is_dir() else "a file"
         raise ConfigError(f"pretrained: {pretrained!r} is not a transformers model: no config.json there, found {found}")
     return str(folder)
+
+
+def save_lm(lm: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a whole model, or these weights in its place, as its published files have them: so does vLLM read it.
+
+    Published experts of Qwen3-VL are "experts in out", and in memory "experts out in"; transformers reads both and would write the latter.
+    """
+    if lm.config.model_type != "qwen3_vl_moe":
+        lm.save_pretrained(folder, state_dict=weights)
+        return
+    given = lm.state_dict() if weights is None else weights
+    turned = {name: x.transpose(1, 2).contiguous() if ".mlp.experts." in name else x for name, x in given.items()}
+    lm.save_pretrained(folder, state_dict=turned, save_original_format=False)
+
+
+def save_processors(pretrained: str, folder: Path, *, revision: str = "main") -> None:
+    """Copy the settings by which a model reads pictures, where the folder or hub repository has them."""
+    from transformers.utils import cached_file
+
+    for name in PROCESSOR_FILES:
+        file = cached_file(pretrained, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            shutil.copyfile(file, folder / name)
 
 
 def recompute(blocks: Sequence[nn.Module]) -> None:

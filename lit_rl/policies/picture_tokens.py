@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 
+SETTLES = 16
+"""Times that a picture is resized at most until its size stays."""
+
+
 class PictureProcessor:
     """The image processor of a folder or hub repository, transformers' own one without torchvision. It is read when first asked for.
 
@@ -67,29 +71,44 @@ class PictureProcessor:
         return int(self.stock.patch_size * self.stock.merge_size)
 
     def resized_size(self, size: Size) -> Size:
-        """The size at which a picture is read. Raises ConfigError for strips more than 200 times as long as wide."""
+        """The size at which a picture is read. Raises ConfigError for strips more than 200 times as long as wide.
+
+        It is one that stays when a server resizes the resized picture, also where a strip is larger than `max_pixels` after its first time.
+        Limits so near each other that there is none leave it at that of the first time.
+        """
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
         least, most = self.pixels.shortest_edge, self.pixels.longest_edge
         assert least is not None and most is not None
+        found = [size]
         try:
-            height, width = smart_resize(*size, self.cell, min_pixels=least, max_pixels=most)
+            while len(found) < 2 or found[-1] != found[-2]:
+                found.append(smart_resize(*found[-1], self.cell, min_pixels=least, max_pixels=most))
+                if len(found) > SETTLES:
+                    return found[1]
         except ValueError as error:
             raise ConfigError(
                 f"a picture of {size[1]} x {size[0]} pixels (width x height) cannot be read: {error}; crop it, or take the row out"
             ) from error
-        return height, width
+        return found[-1]
 
     def tokens(self, size: Size) -> int:
-        """Tokens of a prompt that stand for a picture of this size, resized or not."""
-        height, width = self.resized_size(size)
-        return (height // self.cell) * (width // self.cell)
+        """Tokens of a prompt that stand for a picture of this size, before it is resized."""
+        return self.pieces(self.resized_size(size))
+
+    def pieces(self, size: Size) -> int:
+        """Tokens that stand for a resized picture of this size."""
+        return (size[0] // self.cell) * (size[1] // self.cell)
 
     def resized(self, picture: Tensor) -> Tensor:
         """uint8 "3 H W" at the size at which it is read."""
-        if tuple(picture.shape[1:]) == self.resized_size((picture.shape[1], picture.shape[2])):
+        from transformers.image_processing_backends import PilBackend
+        from transformers.image_utils import SizeDict
+
+        height, width = self.resized_size((picture.shape[1], picture.shape[2]))
+        if tuple(picture.shape[1:]) == (height, width):
             return picture
-        found = self.stock.resize(picture.numpy(), size=self.pixels, resample=self.stock.resample, factor=self.cell)
+        found = PilBackend.resize(self.stock, picture.numpy(), SizeDict(height=height, width=width), self.stock.resample)
         return torch.from_numpy(np.ascontiguousarray(found))
 
     def patches(self, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lit_rl.errors import ConfigError
+from lit_rl.errors import ConfigError, listed
 from lit_rl.policies.causal_lm import CausalLM
-from lit_rl.policies.language_model import TOWER, freeze_tower
+from lit_rl.policies.language_model import TOWER, freeze_tower, save_processors
 from lit_rl.policies.picture_tokens import PictureProcessor
 from lit_rl.policies.sizes import read_config
 from lit_rl.policies.weights.language_lora import add_language_lora
@@ -23,10 +22,8 @@ from lit_rl.types import Media, Pictures, Size
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 """Values of `model_type` in config.json."""
-
-PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
 
 class VisionLanguageModel(CausalLM):
@@ -35,12 +32,12 @@ class VisionLanguageModel(CausalLM):
     The language part is trained; the vision tower stays as it is unless `train_vision` is set.
 
     Args:
-        pretrained: Folder in transformers format, or hub id, of a Qwen2.5-VL or Qwen3-VL of any size; or of an adapter of one.
+        pretrained: Folder in transformers format, or hub id, of a Qwen2.5-VL or Qwen3-VL of any size (experts too), or of its adapter.
         train_vision: Train the vision tower too: its linear layers get adapters as well with LoRA, else every weight is trained. An
             inference server must then take adapters of the tower (vLLM: --enable-tower-connector-lora).
         min_pixels: Smaller pictures are scaled up; None = as preprocessor_config.json says.
         max_pixels: Larger pictures are scaled down; None = as preprocessor_config.json says. A token stands for 28 x 28 pixels of
-            Qwen2.5-VL, 32 x 32 of Qwen3-VL.
+            Qwen2.5-VL, 32 x 32 of Qwen3-VL. With an inference server at least three times `min_pixels`, for it resizes what it is sent.
         kwargs: See `CausalLM`.
     """
 
@@ -59,7 +56,7 @@ class VisionLanguageModel(CausalLM):
         config = read_config(self.pretrained, **self.source)
         if config is not None and config.model_type not in FAMILIES:
             raise ConfigError(
-                f"pretrained: {pretrained!r} is a {config.model_type}, and VisionLanguageModel reads {' and '.join(FAMILIES)}: a model of "
+                f"pretrained: {pretrained!r} is a {config.model_type}, and VisionLanguageModel reads {listed(FAMILIES)}: a model of "
                 "text is lit_rl.policies.causal_lm.CausalLM"
             )
         self.train_vision = train_vision
@@ -112,9 +109,10 @@ class VisionLanguageModel(CausalLM):
         if any(kept and token in banned for token, kept in zip(ids, learned)):
             raise ConfigError("an answer that is learned holds a token that stands for pictures: take it out of the text")
         if len(places) != len(sizes):
+            written = self.tokenizer.convert_ids_to_tokens(self.picture_id)
             raise ConfigError(
                 f"{len(sizes)} images and {len(places)} places for them in the text: give the prompt as messages (data.chat: true for a "
-                'string), with {"type": "image"} or <image> where each belongs'
+                f'string), with {{"type": "image"}} or <image> where each belongs, and take {written} out of what is text'
             )
         count = dict(zip(places, map(self.pictures.tokens, sizes)))
         repeated = [(token, kept) for i, (token, kept) in enumerate(zip(ids, learned)) for _ in range(count.get(i, 1))]
@@ -126,7 +124,7 @@ class VisionLanguageModel(CausalLM):
 
     def pieces(self, media: Sequence[Tensor]) -> int:
         """Tokens that stand for the pictures of a row."""
-        return sum(self.pictures.tokens((picture.shape[1], picture.shape[2])) for picture in media)
+        return sum(self.pictures.pieces((picture.shape[1], picture.shape[2])) for picture in media)
 
     def misplaced(self, ids: Sequence[int], media: Sequence[Tensor]) -> str:
         """See `TokenPolicy.misplaced`."""
@@ -151,8 +149,7 @@ class VisionLanguageModel(CausalLM):
         shades = torch.arange(3 * 2 * side * 3 * side) % 251
         picture = self.pictures.resized(shades.to(torch.uint8).view(3, 2 * side, 3 * side))
         around = [int(getattr(self.config, name)) for name in ("vision_start_token_id", "vision_end_token_id")]
-        places = self.pictures.tokens((picture.shape[1], picture.shape[2]))
-        return [*ids[:2], around[0], *[self.picture_id] * places, around[1], *ids[2:]], [picture]
+        return [*ids[:2], around[0], *[self.picture_id] * self.pieces([picture]), around[1], *ids[2:]], [picture]
 
     # ------------------------------------------------------------------ the network
     def look(self, inputs: Tensor, chosen: Tensor, media: Media) -> tuple[Tensor, Tensor | None, Pictures | None]:
@@ -185,13 +182,4 @@ class VisionLanguageModel(CausalLM):
             weights = tower | weights
         super().save(folder, weights)
         if self.full:
-            self._save_processors(folder)
-
-    def _save_processors(self, folder: Path) -> None:
-        from transformers.utils import cached_file
-
-        for name in PROCESSOR_FILES:
-            revision = str(self.source["revision"] or "main")
-            file = cached_file(self.pretrained, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-            if file is not None:
-                shutil.copyfile(file, folder / name)
+            save_processors(self.pretrained, folder, revision=str(self.source["revision"] or "main"))

@@ -69,7 +69,8 @@ def check_prompt(request: Request, told: Sequence[int] | None, policy: TokenPoli
     if list(policy.one_place_each(told)) == list(policy.one_place_each(request.prompt)):
         raise Unusable(
             f"{read}, which differ in the images alone: serve the trainer's model folder with its preprocessor_config.json, and without "
-            "--mm-processor-kwargs; set model.policy.min_pixels and max_pixels to what the server has"
+            "--mm-processor-kwargs; set model.policy.min_pixels and max_pixels to what the server has, max_pixels at least three times as "
+            "many (nearer limits resize a picture anew each time)"
         )
     at = next((i for i, (a, b) in enumerate(zip(told, request.prompt)) if a != b), min(len(told), len(request.prompt)))
     raise Unusable(

@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,7 +238,7 @@ def test_pairs_share_their_prompt_and_end(folder: Path, tmp_path: Path, template
     assert (prompt, chosen, rejected) == (f"<|user|>a{end}<|assistant|>", f"good{END}", f"bad{END}")
 
 
-def test_tokens_that_reach_over_the_border_belong_to_the_answers(tmp_path: Path) -> None:
+def test_tokens_that_reach_over_the_border_belong_to_the_answers(folder: Path, tmp_path: Path) -> None:
     """Vocabulary a, b, c, d and "bc". ab + cd -> a bc d, ab + d -> a b d: the prompt that both share is a. b + c -> bc and
     b + d -> b d share nothing."""
     from tokenizers import Tokenizer, models
@@ -247,7 +246,8 @@ def test_tokens_that_reach_over_the_border_belong_to_the_answers(tmp_path: Path)
 
     vocabulary = {END: 0, "a": 1, "b": 2, "c": 3, "d": 4, "bc": 5}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, merges=[("b", "c")])), eos_token=END)
-    policy = SimpleNamespace(tokenizer=tokenizer)
+    policy = CausalLM(str(folder))
+    policy.tokenizer = tokenizer  # type: ignore[assignment]
     data = attached(PreferencePairs(train=jsonl(tmp_path / "x.jsonl", {"prompt": "ab", "chosen": "cd", "rejected": "d"})), policy)
     assert data.pair_ids(data.train_prompts[0]) == ([1], [5, 4, 0], [2, 4, 0])
     with pytest.raises(ConfigError, match="share no beginning"):

@@ -186,6 +186,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an empty name": ({"prompt": user("?"), "images": ""}, r"images\[0\]: is empty: name an image, or leave the field out"),
     "a strip": ({"prompt": user("?"), "images": ["pictures/strip.png"]}, "a picture of 900 x 4 pixels .*; crop it"),
     "frames": ({"prompt": user("?"), "images": ["pictures/frames.gif"]}, r"images\[0\]: .*it holds 2 frames; save the one that is meant"),
+    "a place in letters": ({"prompt": user("a <|image_pad|> b")}, r"0 images and 1 places .* take <\|image_pad\|> out of what is text"),
     "a film": ({"prompt": user([{"type": "video", "video": "a.mp4"}])}, r'prompt\[0\].content\[0\]: expected {"type": "text"'),
 }
 
@@ -195,6 +196,16 @@ def test_what_cannot_be_used_is_told_with_line_and_field(case: str, tmp_path: Pa
     row, message = WRONG[case]
     with pytest.raises(ConfigError, match=rf"(?s)rows.jsonl:2: {message}"):
         ready(TextPrompts(train=written(tmp_path, [ROWS["path"], row])), policy)
+
+
+@pytest.mark.parametrize("prompt", ["a", user("a")], ids=["text", "conversation"])
+def test_answers_that_hold_the_letters_of_a_place_are_told_before_anything_trains(
+    prompt: object, tmp_path: Path, policy: VisionLanguageModel
+) -> None:
+    row = {"prompt": prompt, "response": "<|image_pad|>", "chosen": "b", "rejected": "<|image_pad|>"}
+    for kind in (SupervisedText, PreferencePairs):
+        with pytest.raises(ConfigError, match="rows.jsonl:1: an answer that is learned holds a token that stands for pictures"):
+            ready(kind(train=written(tmp_path, [row])), policy)
 
 
 def test_a_file_that_is_cut_off_is_told_with_row_and_field_when_it_is_read(tmp_path: Path, policy: VisionLanguageModel) -> None:

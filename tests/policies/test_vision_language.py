@@ -12,10 +12,12 @@ import torch
 import transformers
 from peft import PeftModel
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from lit_rl.errors import ConfigError
+from lit_rl.merge import merge
 from lit_rl.miniatures.lm import build_lm
 from lit_rl.miniatures.vlm import Family, build_vlm
 from lit_rl.policies.causal_lm import CausalLM
@@ -26,7 +28,10 @@ from lit_rl.rollouts.base import Request, Sampling
 from lit_rl.rollouts.hf import HFEngine
 from lit_rl.rollouts.start_check import check_logprobs, check_sampler
 
-FAMILIES = get_args(Family)
+FAMILIES: Sequence[Family] = get_args(Family)
+DENSE = FAMILIES[:2]
+"""Those without experts."""
+
 LAYOUTS: Sequence[Sequence[tuple[int, int]]] = [[(64, 64)], [], [(64, 64), (128, 96)], [(20, 300)], [(100, 70), (30, 30), (600, 600)]]
 """(height, width) of the pictures of each row of a batch."""
 
@@ -110,7 +115,7 @@ def test_larger_pictures_are_scaled_down_to_the_limit(folders: dict[str, Path]) 
     assert [tuple(one.shape) for one in media] == [(3, 64, 64)] and ids.count(policy.picture_id) == 4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_recomputed_blocks_give_the_same_gradient(folders: dict[str, Path], family: Family) -> None:
     gradients = []
     for again in (False, True):
@@ -121,7 +126,7 @@ def test_recomputed_blocks_give_the_same_gradient(folders: dict[str, Path], fami
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_a_batch_without_pictures_gives_the_tower_a_gradient_of_zero(folders: dict[str, Path], family: Family) -> None:
     policy = loaded(folders[family], train_vision=True)
     runs = []
@@ -153,7 +158,7 @@ def test_more_places_than_pieces_are_an_error_that_names_the_row(folders: dict[s
         policy.logprobs(tokens, lengths, mask, media=[media[0], media[0], media[2]])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_the_critic_sees_pictures(folders: dict[str, Path], family: Family) -> None:
     policy, critic = loaded(folders[family]), Critic()
     critic.load(beside=policy)
@@ -167,7 +172,7 @@ def test_the_critic_sees_pictures(folders: dict[str, Path], family: Family) -> N
 
 
 # ---------------------------------------------------------------------- places of pictures
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize("sizes", LAYOUTS)
 def test_a_picture_has_as_many_places_as_the_processor_makes_pieces_of_it(
     folders: dict[str, Path], family: Family, sizes: Sequence[tuple[int, int]]
@@ -179,6 +184,19 @@ def test_a_picture_has_as_many_places_as_the_processor_makes_pieces_of_it(
         assert ids.count(policy.picture_id) == int(grid.prod(1).sum()) // 4
     assert policy.misplaced(ids, media) == ""
     assert ("0 places" in policy.misplaced(policy.encode("a"), media)) == bool(sizes)
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_a_server_that_resizes_what_it_is_sent_changes_nothing(folders: dict[str, Path], family: Family) -> None:
+    """Strips, of which the stock processor takes a piece away each time; limits without a size between them change no place either."""
+    policy = VisionLanguageModel(str(folders[family]))
+    for size in [(20, 1900), (23, 1843), (1, 150), (1, 1), (700, 4000), (150, 1)]:
+        ids, (sent,) = prompt(policy, [size])
+        read = dict(policy.pictures.stock(images=[sent], return_tensors="pt"))
+        assert ids.count(policy.picture_id) == int(read["image_grid_thw"].prod()) // 4 and policy.misplaced(ids, [sent]) == "", size
+    fixed = VisionLanguageModel(str(folders[family]), min_pixels=224 * 224, max_pixels=224 * 224)
+    ids, media = prompt(fixed, [(100, 130), (300, 200)])
+    assert fixed.misplaced(ids, media) == "" and fixed.pictures.resized_size((100, 130)) != fixed.pictures.resized_size((224, 280))
 
 
 def test_pictures_and_places_that_differ_in_number_are_refused(folders: dict[str, Path]) -> None:
@@ -201,14 +219,14 @@ def test_limits_of_pixels_that_leave_no_size_are_refused(folders: dict[str, Path
 
 def test_a_model_of_text_refuses_pictures_and_is_refused(tmp_path: Path) -> None:
     folder = str(build_lm(tmp_path, hidden=32))
-    with pytest.raises(ConfigError, match="is a qwen2, and VisionLanguageModel reads qwen2_5_vl and qwen3_vl"):
+    with pytest.raises(ConfigError, match="is a qwen2, and VisionLanguageModel reads qwen2_5_vl, qwen3_vl, qwen3_vl_moe"):
         VisionLanguageModel(folder)
     with pytest.raises(ConfigError, match="there are 1 images, and CausalLM reads text only: set model.policy to"):
         CausalLM(folder).with_pictures([5], [False], [(64, 64)])
 
 
 # ---------------------------------------------------------------------- what is trained, what is saved
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=4, alpha=8)], ids=["full", "lora"])
 @pytest.mark.parametrize("train_vision", [False, True])
 def test_the_tower_is_trained_on_request_only(
@@ -245,13 +263,24 @@ def test_exports_load_in_stock_transformers_and_peft(folders: dict[str, Path], t
             again.network.lm = PeftModel.from_pretrained(base, folder).merge_and_unload()  # type: ignore[operator]
         torch.testing.assert_close(stock(again, batch, LAYOUTS[:3]), trained, atol=5e-5, rtol=0)
         if lora is not None:
-            continued = VisionLanguageModel(str(folder), lora=LoraSettings(), train_vision=train_vision)
-            continued.load()
-            with torch.no_grad():
-                torch.testing.assert_close(continued.logprobs(*batch[:3], media=batch[3])[0], trained, atol=5e-5, rtol=0)
+            whole = merge(folder, tmp_path / "merged")
+            for source, adapter in ((folder, LoraSettings()), (whole, None)):
+                continued = loaded(source, lora=adapter, train_vision=train_vision)
+                with torch.no_grad():
+                    torch.testing.assert_close(continued.logprobs(*batch[:3], media=batch[3])[0], trained, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_are_exported_as_they_are_published(folders: dict[str, Path], tmp_path: Path) -> None:
+    """ "experts in out", which vLLM turns; in memory they lie the other way."""
+    policy = loaded(folders["qwen3_vl_moe"])
+    policy.save(tmp_path, {name: p.detach() for name, p in policy.trainable()})
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        for name in ("gate_up_proj", "down_proj"):
+            inside = policy.network.get_parameter(f"lm.model.language_model.layers.1.mlp.experts.{name}")
+            assert torch.equal(file.get_tensor(f"model.language_model.layers.1.mlp.experts.{name}"), inside.transpose(1, 2))
+
+
+@pytest.mark.parametrize("family", DENSE)
 def test_a_model_whose_output_layer_is_its_embedding_is_exported_as_such(tmp_path: Path, family: Family) -> None:
     """The smallest Qwen2.5-VL and Qwen3-VL are such models."""
     policy = loaded(build_vlm(tmp_path / "tied", family=family, tied=True))
