@@ -318,7 +318,8 @@ BEGUN = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "b
 
 def test_a_reward_model_reads_the_whole_conversation_whatever_the_batch(classifier: Callable[..., Path]) -> None:
     folder = classifier()
-    info = [{"prompt": "p"}, {"prompt": CONVERSATION}, {"prompt": "p"}, {"prompt": "longer"}, {"prompt": BEGUN}]
+    parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "p"}]}]
+    info = [{"prompt": "p"}, {"prompt": CONVERSATION}, {"prompt": parts}, {"prompt": "longer"}, {"prompt": BEGUN}]
     answers = ["a", "because", "abc", "", "cause"]
     expected = [
         f"<|user|>p<|assistant|>a{END}",

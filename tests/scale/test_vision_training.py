@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from comparing import distance
 from pair import Pair
 from squares import write_ragged
 
-from lit_rl.miniatures.vlm import build_vlm
+from lit_rl.miniatures.vlm import Family, build_vlm
 
 pytestmark = pytest.mark.slow
 
@@ -27,8 +28,9 @@ def data(root: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(root: Path) -> str:
-    return str(build_vlm(root / "model", family="qwen3_vl", characters="1234?", hidden=32, vision_hidden=32))
+def models(root: Path) -> dict[str, str]:
+    sizes: dict[str, Any] = {"characters": "1234?", "hidden": 32, "vision_hidden": 32}
+    return {family: str(build_vlm(root / family, family=family, **sizes)) for family in get_args(Family)}
 
 
 def end(folder: Path) -> dict[str, torch.Tensor]:
@@ -37,22 +39,23 @@ def end(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "method", "settings"),
+    ("family", "strategy", "method", "settings"),
     [
-        ("ddp", "sft", {"train_vision": True}),
-        ("ddp", "grpo", {}),
-        ("ddp", "dapo", {"lora": True}),
-        ("fsdp2", "sft", {}),
-        ("fsdp2", "grpo", {"train_vision": True}),
-        ("fsdp2", "ppo", {"lora": True}),
-        ("zero3", "sft", {"train_vision": True}),
+        ("qwen25_vl", "ddp", "sft", {"train_vision": True}),
+        ("qwen3_vl", "ddp", "grpo", {}),
+        ("qwen25_vl", "ddp", "dapo", {"lora": True}),
+        ("qwen3_vl_moe", "fsdp2", "sft", {}),
+        ("qwen25_vl", "fsdp2", "grpo", {"train_vision": True}),
+        ("qwen3_vl", "fsdp2", "ppo", {"lora": True}),
+        ("qwen3_vl", "zero3", "sft", {"train_vision": True}),
     ],
     ids=lambda value: "+".join(value) or "frozen tower" if isinstance(value, dict) else value,
 )
 def test_two_processes_train_as_one_does(
-    pair: Pair, tmp_path: Path, model: str, data: str, strategy: str, method: str, settings: dict[str, bool]
+    pair: Pair, tmp_path: Path, models: dict[str, str], data: str, family: str, strategy: str, method: str, settings: dict[str, bool]
 ) -> None:
     """One process cuts a step into three micro-batches; some micro-batches have no picture at all."""
+    model = models[family]
     one = vision_runs.fit(model, data, str(tmp_path / "one"), "one", method=method, parts=3, **settings)
     two = pair.run("vision_runs.fit", model=model, data=data, out=str(tmp_path / "two"), strategy=strategy, method=method, **settings)
     assert [run["steps"] for run in two] == [4, 4] == [one["steps"]] * 2
@@ -62,10 +65,12 @@ def test_two_processes_train_as_one_does(
     assert a.keys() == b.keys() and distance(a, b) < 2e-6
 
 
-@pytest.mark.parametrize(("strategy", "method"), [("ddp", "grpo"), ("fsdp2", "sft")])
-def test_resume_equals_the_unbroken_run(pair: Pair, tmp_path: Path, model: str, data: str, strategy: str, method: str) -> None:
+@pytest.mark.parametrize(("family", "strategy", "method"), [("qwen3_vl", "ddp", "grpo"), ("qwen25_vl", "fsdp2", "sft")])
+def test_resume_equals_the_unbroken_run(
+    pair: Pair, tmp_path: Path, models: dict[str, str], data: str, family: str, strategy: str, method: str
+) -> None:
     """Inside the second iteration, whose rollout with its pictures is in the checkpoint, and at the end of the first."""
-    settings = dict(model=model, data=data, strategy=strategy, method=method, lora=method == "grpo")
+    settings = dict(model=models[family], data=data, strategy=strategy, method=method, lora=method == "grpo")
     pair.run("vision_runs.fit", out=str(tmp_path / "unbroken"), save=True, **settings)
     unbroken = end(tmp_path / "unbroken")
     for name in ("epoch=0-step=2", "epoch=1-step=3"):

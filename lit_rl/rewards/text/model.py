@@ -21,7 +21,7 @@ class ModelReward(TextReward):
     """`reward_model` = what a sequence-classification model of transformers says of prompt and answer.
 
     The conversation, with the answer as its last turn, goes through the model's own chat template; a prompt that is a string is what a user
-    says there. A tokenizer without a template reads prompt and answer as one text.
+    says there. A tokenizer without a template reads prompt and answer as one text. Images of a prompt are left out.
 
     Args:
         pretrained: Folder, or hub id.
@@ -123,15 +123,17 @@ class ModelReward(TextReward):
             scores[rows] = self._forward([ids[i] for i in rows])
         return {self.outputs[0]: scores}
 
-    def _ids(self, prompt: str | Sequence[Mapping[str, str]], answer: str) -> list[int]:
+    def _ids(self, prompt: str | Sequence[Mapping[str, object]], answer: str) -> list[int]:
         if self._tokenizer.chat_template is None:
-            opening = prompt if isinstance(prompt, str) else "\n".join(message.get("content", "") for message in prompt)
+            opening = prompt if isinstance(prompt, str) else "\n".join(_said(message) for message in prompt)
             ids = list(self._tokenizer(opening + answer).input_ids)
             if len(ids) > 1 and ids[0] == ids[1] == self._tokenizer.bos_token_id:  # the text holds the one that a tokenizer adds
                 ids = ids[1:]
         else:
-            given: list[Mapping[str, str]] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            begun = given.pop().get("content", "") if given[-1]["role"] == "assistant" else ""
+            given = (
+                [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [m | {"content": _said(m)} for m in map(dict, prompt)]
+            )
+            begun = given.pop()["content"] if given[-1]["role"] == "assistant" else ""
             turns = [*given, {"role": "assistant", "content": begun + answer}]
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, **self.chat_template_kwargs)
             ids = list(self._tokenizer(text, add_special_tokens=False).input_ids)
@@ -155,3 +157,9 @@ class ModelReward(TextReward):
         used = {token for row in rows for token in row}
         own = self._tokenizer.pad_token_id
         return own if own is not None and own not in used else next(i for i in range(len(used) + 1) if i not in used)
+
+
+def _said(message: Mapping[str, object]) -> str:
+    """The words of a message, whose content may have images among them."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(str(part.get("text", "")) for part in content)
