@@ -48,7 +48,6 @@ def rollout_of(trajectories: Sequence[Trajectory], info: Mapping[int, Info], pol
         ),
         rewards=rewards,
         media=media if any(media) else (),
-        mask=rollout.mask & ~_banned(rollout, policy),
     )
 
 
@@ -56,13 +55,6 @@ def _with_temperatures(rollout: TokenRollout, trajectories: Sequence[Trajectory]
     """With the column `temperature` Float32 "B", where siblings have different ones. trajectories: Of each row."""
     values = [t.temperature for t in trajectories if t.temperature is not None]
     return rollout.with_columns(temperature=torch.tensor(values)) if values else rollout
-
-
-def _banned(rollout: TokenRollout, policy: TokenPolicy) -> torch.Tensor:
-    """Bool "B 1": answers that hold a place for a picture, which no forward can read as one."""
-    if not policy.banned_ids:
-        return torch.zeros(len(rollout), 1, dtype=torch.bool)
-    return (torch.isin(rollout.tokens[:, 1:], torch.tensor(list(policy.banned_ids))) & rollout.mask).any(1, keepdim=True)
 
 
 def _nothing(info: Mapping[int, Info], policy: TokenPolicy, manner: Manner) -> TokenRollout:

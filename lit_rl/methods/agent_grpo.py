@@ -20,6 +20,7 @@ from lit_rl.credit.weights import Aggregation
 from lit_rl.errors import ConfigError
 from lit_rl.methods.grpo import GRPO
 from lit_rl.modules.evaluation import all_prompts, summaries
+from lit_rl.modules.media import checked
 from lit_rl.policies.base import TokenPolicy
 from lit_rl.replay.pairs import sibling_numbers
 from lit_rl.replay.sources import PromptSource, TaskSource
@@ -123,7 +124,7 @@ class AgentGRPO(GRPO):
         played = self.play(prompts, place, self.answers.sampling, seed=self.seed, increment=increment)
         self.rollout_metrics = trajectory_metrics(played)
         rows = dict(zip(prompts.group.tolist(), prompts.info, strict=True))
-        return self.annotate(rollout_of(played, rows, self.policy, self.episodes.manner).to(self.device))
+        return self.annotate(checked(rollout_of(played, rows, self.policy, self.episodes.manner), self.policy).to(self.device))
 
     def play(self, prompts: Prompts, place: tuple[Key, ...], sampling: Sampling, *, seed: int, increment: float = 0.0) -> list[Trajectory]:
         """The episodes of these tasks, which the callbacks are told of. increment: Of the temperature, from sibling to sibling."""

@@ -23,17 +23,22 @@ def media_of(data: object, info: Sequence[Info]) -> Media:
 
 
 def with_media(rollout: TokenRollout, policy: TokenPolicy, data: object) -> TokenRollout:
-    """The rollout with the media of its rows. An answer that holds a place for a picture has no chosen token, and so no part in the loss.
+    """The rollout with the media of its rows from the data, `checked`."""
+    media = media_of(data, rollout.info) or rollout.media
+    return checked(replace(rollout, media=media), policy, remedy=": has an image file changed since the run began?")
+
+
+def checked(rollout: TokenRollout, policy: TokenPolicy, *, remedy: str = "") -> TokenRollout:
+    """The rollout. An answer that holds a place for a picture has no chosen token, and so no part in the loss.
 
     Raises ConfigError with id and turn of a row whose tokens hold more or fewer places than its pictures have pieces.
     """
-    media = media_of(data, rollout.info)
-    for i, pictures in enumerate(media):
-        prompt = rollout.tokens[i, : int(rollout.lengths[i])][~torch.nn.functional.pad(rollout.mask[i], (1, 0))[: int(rollout.lengths[i])]]
-        if wrong := policy.misplaced(prompt.tolist(), pictures):
+    for i, pictures in enumerate(rollout.media):
+        row, chosen = (x[i, : int(rollout.lengths[i])] for x in (rollout.tokens, torch.nn.functional.pad(rollout.mask, (1, 0))))
+        if wrong := policy.misplaced(row[~chosen].tolist(), pictures):
             turn = f", turn {int(rollout.columns['turn'][i])}" if "turn" in rollout.columns else ""
-            raise ConfigError(f"row {rollout.info[i].get('id', i)}{turn}: {wrong}: has an image file changed since the run began?")
-    if policy.banned_ids:
-        banned = torch.isin(rollout.tokens[:, 1:], torch.tensor(policy.banned_ids, device=rollout.tokens.device)) & rollout.mask
-        rollout = replace(rollout, mask=rollout.mask & ~banned.any(1, keepdim=True))
-    return replace(rollout, media=media) if media else rollout
+            raise ConfigError(f"row {rollout.info[i].get('id', i)}{turn}: {wrong}{remedy}")
+    if not policy.banned_ids:
+        return rollout
+    banned = torch.isin(rollout.tokens[:, 1:], torch.tensor(policy.banned_ids, device=rollout.tokens.device)) & rollout.mask
+    return replace(rollout, mask=rollout.mask & ~banned.any(1, keepdim=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lit_rl.methods.grpo import DAPO, GRPO
 from lit_rl.methods.ppo import PPO
 from lit_rl.methods.sft import SFT
 from lit_rl.miniatures.vlm import build_vlm
+from lit_rl.modules.media import checked
 from lit_rl.policies.vision_language import VisionLanguageModel
 from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.rollouts.answers import Answers
@@ -171,6 +173,13 @@ def test_an_answer_that_holds_a_place_for_a_picture_has_no_part_in_the_loss(mode
     run.fit(method, datamodule=TextPrompts(train=ragged))
     rollout = method.collect(method.ask(0))
     assert rollout.mask.any(1).tolist() == [bool(i % 5 % 2) for i in range(16)]  # five at once
+    sampled = torch.arange(rollout.mask.shape[1]) == rollout.lengths[:, None] - 2
+    turns = replace(rollout.with_columns(turn=torch.arange(16)), mask=sampled)
+    assert torch.equal(checked(turns, method.policy).mask, rollout.mask)
+    shown = next(i for i, pictures in enumerate(rollout.media) if pictures)
+    less = [pictures if i != shown else pictures[:-1] for i, pictures in enumerate(rollout.media)]
+    with pytest.raises(ConfigError, match=rf"row ragged-\d+, turn {shown}: its tokens hold \d+ places for \d+ pieces of its \d images$"):
+        checked(replace(turns, media=less), method.policy)
 
 
 def test_an_image_that_changes_after_the_start_is_told_with_its_row(model: str, ragged: str, root: Path) -> None:
