@@ -133,7 +133,7 @@ class ModelReward(TextReward):
             given = (
                 [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [m | {"content": _said(m)} for m in map(dict, prompt)]
             )
-            begun = given.pop()["content"] if given[-1]["role"] == "assistant" else ""
+            begun = _said(given.pop()) if given[-1]["role"] == "assistant" else ""
             turns = [*given, {"role": "assistant", "content": begun + answer}]
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, **self.chat_template_kwargs)
             ids = list(self._tokenizer(text, add_special_tokens=False).input_ids)
@@ -162,4 +162,4 @@ class ModelReward(TextReward):
 def _said(message: Mapping[str, object]) -> str:
     """The words of a message, whose content may have images among them."""
     content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(str(part.get("text", "")) for part in content)
+    return "".join(str(part.get("text", "")) for part in content) if isinstance(content, list) else str(content)
