@@ -101,13 +101,12 @@ def _base(given: str | None, fields: dict[str, object], adapter: Path) -> str:
 
 def _stored(component: Path) -> str | None:
     """Precision of the weights in the folder of a pipeline's part, or None where it has none."""
-    from safetensors import safe_open
+    from lit_rl.checkpoints.tensors import of_safetensors
 
-    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     for file in sorted(component.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                return names.get(tensors.get_slice(key).get_dtype())
+        for _, dtype in of_safetensors(component, {"": [file]}).facts.values():
+            name = str(dtype).removeprefix("torch.")
+            return name if name in DTYPES else None
     return None
 
 

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from lora_folders import TOKENS, logits, moved
 
 from lit_rl.errors import ConfigError
 from lit_rl.merge import main, merge
@@ -20,25 +20,6 @@ from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.critic import Critic
 from lit_rl.policies.sd3 import SD3Policy
 from lit_rl.policies.weights.lora import LoraSettings
-
-TOKENS = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def logits(lm: Any) -> Tensor:
-    return lm.eval()(input_ids=TOKENS).logits.float()
-
-
-def moved(policy: Any, folder: Path) -> Path:
-    """The folder of an adapter that is not zero."""
-    torch.manual_seed(0)
-    policy.load()
-    with torch.no_grad():
-        for _, p in policy.trainable():
-            p.normal_(0, 0.2)
-    folder.mkdir()
-    policy.save(folder, {name: p.detach() for name, p in policy.trainable()})
-    return folder
 
 
 @pytest.fixture(scope="module")

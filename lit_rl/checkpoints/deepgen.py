@@ -12,18 +12,15 @@ A file before RL has all of them; what RL writes leaves `lmm.*` out.
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_rl.checkpoints.restricted import deepspeed_reads_plain_files
-from lit_rl.checkpoints.weights import check_numbers, read_plain, read_sizes
+from lit_rl.checkpoints.tensors import deepspeed_shapes, is_deepspeed, open_weights
 from lit_rl.errors import ConfigError, listed
 
 Tensors = dict[str, Tensor]
@@ -75,19 +72,23 @@ def split_parts(state: Mapping[str, Tensor]) -> DeepGenWeights:
 def read_deepgen(path: str | Path, *, sizes: bool = False) -> Tensors:
     """The tensors of a checkpoint, on the CPU, under `old_name`. Nothing in the file is executed.
 
-    path: A .pth or .safetensors file, flat or with "state_dict"; a folder with model.safetensors, whole or in shards; or a DeepSpeed
-    folder. sizes: Tensors of the meta device, for which no numbers are read. Raises ConfigError for anything else, and for a checkpoint
-    with NaN in it.
+    path: A file or folder that `open_weights` reads. sizes: Tensors of the meta device, for which no numbers are read. Raises ConfigError
+    for anything else, for what is not whole, and for a checkpoint with NaN in it.
     """
     place = Path(path).expanduser()
-    what = f"checkpoint: {str(path)!r}"
-    read = read_sizes if sizes else read_plain
-    found = _read_folder(place, what, read) if place.is_dir() else _flat(read(place, what=what))
-    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ConfigError(f"{what} is not a file of tensors by name, flat or under 'state_dict'")
-    if not sizes:
-        check_numbers(found, what=what)
-    return {old_name(str(name)): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    try:
+        found = _sizes(place) if sizes else open_weights(place).numbers()
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint: {error}") from error
+    if not found:
+        raise ConfigError(f"checkpoint: {str(path)!r} holds no weights")
+    return {old_name(name): tensor for name, tensor in found.items()}
+
+
+def _sizes(place: Path) -> Tensors:
+    if place.is_dir() and is_deepspeed(place) and not any(place.glob("*.safetensors")):
+        return {name: torch.empty(shape, device="meta") for name, shape in deepspeed_shapes(place).items()}
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in open_weights(place).facts.items()}
 
 
 def check_checkpoint(path: str | Path) -> Path:
@@ -95,7 +96,7 @@ def check_checkpoint(path: str | Path) -> Path:
     place = Path(path).expanduser()
     if not place.exists():
         raise ConfigError(f"checkpoint: no such file or folder {str(path)!r}")
-    if place.is_dir() and not (_shards(place) or _is_deepspeed(place)):
+    if place.is_dir() and not (any(place.glob("*.safetensors")) or is_deepspeed(place)):
         there = ", ".join(sorted(child.name for child in place.iterdir())[:8]) or "nothing"
         raise ConfigError(f"checkpoint: {str(path)!r} has neither *.safetensors nor DeepSpeed's *_model_states.pt, found {there}")
     return place
@@ -108,41 +109,3 @@ def check_whole(stored: Iterable[str], wanted: Iterable[str], *, what: str) -> N
     if missing or unknown:
         both = (("missing", missing), ("unknown", unknown))
         raise ConfigError(f"{what}: " + "; ".join(f"{len(names)} {word}: {listed(names)}" for word, names in both if names))
-
-
-def _flat(found: object) -> object:
-    return found["state_dict"] if isinstance(found, Mapping) and "state_dict" in found else found
-
-
-def _shards(folder: Path) -> list[Path]:
-    """model.safetensors, or all files that it is cut into."""
-    whole = folder / "model.safetensors"
-    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
-
-
-def _is_deepspeed(folder: Path) -> bool:
-    return any(folder.glob("*model_states.pt")) or (folder / "latest").is_file()
-
-
-def _read_folder(folder: Path, what: str, read: Callable[..., object]) -> object:
-    if files := _shards(folder):
-        parts = [read(file, what=f"{what}, {file.name}") for file in files]
-        return {name: tensor for part in parts if isinstance(part, Mapping) for name, tensor in part.items()}
-    if read is read_sizes:
-        return _deepspeed_sizes(folder, what)
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    above, tag = (folder, None) if (folder / "latest").is_file() else (folder.absolute().parent, folder.absolute().name)
-    try:
-        with deepspeed_reads_plain_files():
-            return get_fp32_state_dict_from_zero_checkpoint(os.fspath(above), tag)
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise ConfigError(f"{what} is not a whole DeepSpeed folder: {error}") from error
-
-
-def _deepspeed_sizes(folder: Path, what: str) -> Tensors:
-    """Tensors of the meta device for the trained weights of a DeepSpeed folder: the first process's file names their shapes."""
-    place = folder / (folder / "latest").read_text().strip() if (folder / "latest").is_file() else folder
-    with deepspeed_reads_plain_files():
-        found: Any = read_sizes(min(place.glob("*model_states.pt"), default=place), what=what)
-    return {name: torch.empty(shape, device="meta") for shapes in found["param_shapes"] for name, shape in shapes.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
@@ -47,24 +48,30 @@ _OF_DEEPSPEED = {
 }
 
 
-def load_file(file: str | os.PathLike, *, trusted: bool = False, mmap: bool = False) -> object:
+ANOTHER = "use another checkpoint"
+OR_TRUST = f"{ANOTHER} (whoever trusts the one who wrote it can add --weights_only false)"
+"""The advice to those who continue a run."""
+
+
+def load_file(file: str | os.PathLike, *, trusted: bool = False, mmap: bool = False, advice: str = OR_TRUST) -> object:
     """`torch.load` onto the CPU of a file of plain types and tensors. trusted: of any, by executing what it names.
 
-    Raises ConfigError for a file that names more, or that is not whole.
+    mmap: Tensors stay on the disk, but for those of torch's older format. Raises ConfigError for a file that names more, which ends in
+    `advice`, or that is not whole.
     """
-    with named_errors(file):
-        return torch.load(file, map_location="cpu", weights_only=not trusted, mmap=mmap or None)
+    with named_errors(file, advice=advice):
+        return torch.load(file, map_location="cpu", weights_only=not trusted, mmap=mmap and zipfile.is_zipfile(file))
 
 
 @contextmanager
-def named_errors(checkpoint: str | os.PathLike) -> Iterator[None]:
+def named_errors(checkpoint: str | os.PathLike, *, advice: str = OR_TRUST) -> Iterator[None]:
     """Turns what torch raises of a file that cannot be read, each kind with an error of its own, into a ConfigError."""
     try:
         yield
     except (ConfigError, OSError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        raise ConfigError(_sentence(checkpoint, error)) from error
+        raise ConfigError(_sentence(checkpoint, error, advice)) from error
 
 
 def read_metadata(folder: str | os.PathLike) -> Metadata:
@@ -94,10 +101,11 @@ def stored_shapes(folder: str | os.PathLike, prefix: str = "state_dict.") -> dic
     }
 
 
-def load_shards(state: dict[str, T], folder: str | os.PathLike, *, trusted: bool = False) -> None:
+def load_shards(state: dict[str, T], folder: str | os.PathLike, *, trusted: bool = False, index: Metadata | None = None) -> None:
     """`torch.distributed.checkpoint.load`: fill the tensors of `state` in place, and replace its other values. Collective.
 
-    trusted: Execute what the values that are not tensors name. Raises ConfigError on all processes if one cannot read its part.
+    trusted: Execute what the values that are not tensors name. index: What `read_metadata` has read, for those who load several times.
+    Raises ConfigError on all processes if one cannot read its part.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint._nested_dict import set_element
@@ -105,7 +113,7 @@ def load_shards(state: dict[str, T], folder: str | os.PathLike, *, trusted: bool
 
     class Reader(dcp.FileSystemReader):
         def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-            metadata = read_metadata(self.path)
+            metadata = read_metadata(self.path) if index is None else index
             assert metadata.storage_meta is not None, "read_metadata fills it in"
             metadata.storage_meta.load_id = self.load_id
             return metadata
@@ -120,7 +128,7 @@ def load_shards(state: dict[str, T], folder: str | os.PathLike, *, trusted: bool
         dcp.load(state, storage_reader=Reader(folder), planner=Planner())
     except CheckpointException as error:
         (rank, (cause, _)), *_ = sorted(error.failures.items())
-        raise ConfigError(f"{_sentence(folder, cause)} (process {rank})") from error
+        raise ConfigError(f"{_sentence(folder, cause, OR_TRUST)} (process {rank})") from error
 
 
 @contextmanager
@@ -155,14 +163,12 @@ def _check_places(metadata: Metadata) -> None:
             raise ValueError(f"it points to {place.relative_path!r}, outside of the folder")
 
 
-def _sentence(checkpoint: str | os.PathLike, error: BaseException) -> str:
+def _sentence(checkpoint: str | os.PathLike, error: BaseException, advice: str) -> str:
     text = str(error)
     named = re.search(r"GLOBAL ([\w.]+)", text)
     if named:
-        return (
-            f"checkpoint {checkpoint} names {named[1]}, which would be executed and is nothing that a run stores, so it was not read: use "
-            "another checkpoint (whoever trusts the one who wrote it can add --weights_only false)"
-        )
+        told = f"checkpoint {checkpoint} names {named[1]}, which would be executed and is nothing that a run stores, so it was not read"
+        return f"{told}: {advice}"
     inner = re.search(r"WeightsUnpickler error: (.+)", text)  # torch goes on to recommend `weights_only=False`
     lines = [inner[1]] if inner else text.strip().splitlines()
     return f"checkpoint {checkpoint} cannot be read, it is damaged or of another kind: {type(error).__name__}: {lines[0] if lines else ''}"

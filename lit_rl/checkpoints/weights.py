@@ -41,19 +41,6 @@ def read_plain(file: Path, *, what: str) -> object:
         raise ConfigError(f"{what} is not a file of tensors, or not a whole one ({reason})") from error
 
 
-def read_sizes(file: Path, *, what: str) -> object:
-    """The content of a file as `read_plain` gives it, with tensors of the meta device, of which no number is read or checked."""
-    from safetensors import safe_open
-
-    try:
-        if file.suffix != ".safetensors":
-            return torch.load(file, map_location="meta", weights_only=True, mmap=True)
-        with safe_open(file, framework="pt", device="cpu") as stored:  # maps the file, which copies nothing
-            return {name: torch.empty_like(stored.get_tensor(name), device="meta") for name in stored.offset_keys()}
-    except Exception as error:  # as in `read_plain`
-        raise ConfigError(f"{what} is not a file of tensors, or not a whole one ({str(error).partition(chr(10))[0]})") from error
-
-
 def check_numbers(tensors: Mapping[str, object], *, what: str) -> None:
     """Raises ConfigError for a tensor that holds NaN."""
     if bad := with_nan(pair for name, value in tensors.items() for pair in named(name, value)):

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lit_rl.checkpoints.manifest import MANIFEST
+from lit_rl.checkpoints.tensors import Facts
 from lit_rl.errors import ConfigError, listed
 from lit_rl.policies.weights.language_lora import CONFIG_FILE
 from lit_rl.policies.weights.pipeline_lora import FILE, METADATA, PREFIX
 from lit_rl.surgery.formulas import combined
 from lit_rl.surgery.inputs import Adapter
 from lit_rl.surgery.settings import Settings
-from lit_rl.surgery.tensors import Facts
 from lit_rl.surgery.writing import write_file
 
 SUMS = ("linear", "task_arithmetic")

@@ -9,21 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lit_rl.checkpoints.deepgen_tensors import shard_files
+from lit_rl.checkpoints.deepgen_tensors import REFERENCE
 from lit_rl.checkpoints.files import refuse_damaged, what_is_missing
 from lit_rl.checkpoints.layout import Geometry
 from lit_rl.checkpoints.reading import content
+from lit_rl.checkpoints.tensors import Tensors, of_safetensors, open_weights, shard_files
 from lit_rl.errors import ConfigError, listed
 from lit_rl.policies.weights.adapters import TRAINED
 from lit_rl.policies.weights.language_lora import CONFIG_FILE, adapter_fields
 from lit_rl.policies.weights.pipeline_lora import METADATA, PREFIX, adapter_file, adapter_metadata
-from lit_rl.surgery.tensors import Tensors, of_checkpoint, of_safetensors
 
 Kind = Literal["language", "pipeline"]
 GROUPS = ("", "transformer/")
 """Folders in a model's folder whose weights are merged; what else an image pipeline has was not trained."""
 LANGUAGE = "lm."
 FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
+POLICY = re.compile(r"^(?:_forward_module\.)?policy\.network\.")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _checkpoint(place: Path) -> Model | Adapter:
         there = listed(sorted(child.name for child in place.iterdir()), shown=8) or "nothing"
         raise ConfigError(f"{place} is no model (*.safetensors), no adapter and no checkpoint: found {there}")
     refuse_damaged(place, what_is_missing(place))
-    tensors = of_checkpoint(place)
+    tensors = _of_policy(open_weights(place))
     language = all(name.startswith(LANGUAGE) for name in tensors.facts)
     plain = tensors.renamed({name: name.removeprefix(LANGUAGE) for name in tensors.facts}) if language else tensors
     if not any(".lora_" in name for name in plain.facts):
@@ -145,3 +146,11 @@ def _checkpoint(place: Path) -> Model | Adapter:
     fields = {"peft_type": "LORA", "r": stored["rank"], "lora_alpha": stored["alpha"], "task_type": "CAUSAL_LM" if language else None}
     found = _adapter(named, fields, "language" if language else "pipeline", None)
     return Adapter(found.tensors, {layer: float(stored["layers"][layer][1]) for layer in found.scales}, fields, found.kind, None)
+
+
+def _of_policy(stored: Tensors) -> Tensors:
+    """The weights of a checkpoint's policy, without frozen copies and without the beginnings of their names."""
+    names = {name: POLICY.sub("", name) for name in stored.facts if POLICY.match(name) and not REFERENCE.search(name)}
+    if not names:
+        raise ConfigError(f"{stored.place} holds no weights of a policy: it is no checkpoint of a run here")
+    return stored.renamed(names)

@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_rl.checkpoints.deepgen_tensors import shard_files
 from lit_rl.checkpoints.manifest import MANIFEST
+from lit_rl.checkpoints.tensors import Facts, Tensors, shard_files
 from lit_rl.errors import ConfigError, listed
 from lit_rl.surgery.formulas import linear, of_differences, slerp
 from lit_rl.surgery.inputs import GROUPS, Adapter, Model
 from lit_rl.surgery.settings import Settings
-from lit_rl.surgery.tensors import Facts, Tensors
 from lit_rl.surgery.writing import write_shards
 
 TIED = "lm_head.weight"

@@ -9,9 +9,9 @@ from typing import get_args
 
 import torch
 
+from lit_rl.checkpoints.tensors import Facts
 from lit_rl.errors import ConfigError
 from lit_rl.surgery.formulas import METHODS, Method
-from lit_rl.surgery.tensors import Facts
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 

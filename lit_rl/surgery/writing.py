@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_rl.surgery.tensors import DTYPES, Facts
+from lit_rl.checkpoints.tensors import DTYPES, Facts
 
 SHARD = 5 * 10**9
 """Bytes of a file, as transformers and diffusers cut models."""

@@ -55,6 +55,11 @@ def nested(path: Path) -> Path:
     return path / "nested.pth"
 
 
+def of_old_torch(path: Path) -> Path:
+    torch.save(state(), path / "old.pth", _use_new_zipfile_serialization=False)
+    return path / "old.pth"
+
+
 def sharded(path: Path) -> Path:
     for i, (name, tensor) in enumerate(state().items(), 1):
         save_file({name: tensor}, path / f"model-{i:05}-of-00004.safetensors")
@@ -81,7 +86,7 @@ def deepspeed_above(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", [flat, nested, sharded, deepspeed, deepspeed_above])
+@pytest.mark.parametrize("kind", [flat, nested, of_old_torch, sharded, deepspeed, deepspeed_above])
 def test_every_kind_of_file_is_read(kind: object, tmp_path: Path) -> None:
     place = kind(tmp_path)  # type: ignore[operator]
     found, more = read_deepgen(check_checkpoint(place)), 0.25 * ("deepspeed" in kind.__name__)  # type: ignore[attr-defined]
@@ -103,12 +108,15 @@ def test_what_has_no_place_is_told_apart_from_what_no_prompt_meets() -> None:
     assert parts.unknown == ["reward_head.weight"] and len(parts.aside) == 3
 
 
-def test_files_that_would_be_executed_or_hold_something_else_are_refused(tmp_path: Path) -> None:
+def test_files_that_would_be_executed_hold_something_else_or_lack_a_shard_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {"meta_queries": torch.zeros(1)}, "made_by": Path}, tmp_path / "code.pth")
     torch.save({"meta_queries": [1.0]}, tmp_path / "list.pth")
-    for file, message in {"code.pth": "not a file of tensors", "list.pth": "not a file of tensors by name"}.items():
+    for file, message in {"code.pth": "names .*Path, which would be executed", "list.pth": "not a file of tensors by name"}.items():
         with pytest.raises(ConfigError, match=message):
             read_deepgen(tmp_path / file)
+    (sharded(tmp_path) / "model-00003-of-00004.safetensors").unlink()
+    with pytest.raises(ConfigError, match="checkpoint: .* lacks shard 3 of 4: its weights would be lost"):
+        read_deepgen(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="found nothing"):
         check_checkpoint(tmp_path / "empty")

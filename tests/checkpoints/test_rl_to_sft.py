@@ -121,7 +121,7 @@ def saved(folder: Path, content: object) -> Path:
         (lambda folder: saved(folder, {"policy.network.a.lora_A.default.weight": torch.ones(1)}), "convert an export of the run"),
         (lambda folder: saved(folder, {"policy.critic.weight": torch.ones(1)}), "has no place for: it would be lost"),
         (lambda folder: saved(folder, [1]), "holds a list, not tensors by name"),
-        (lambda folder: saved(folder, {"a": Path("x")}), "names .*Path, which would be executed|cannot be read"),
+        (lambda folder: saved(folder, {"a": Path("x")}), "names .*Path, which would be executed .*: use another checkpoint$"),
     ],
 )  # fmt: skip
 def test_what_would_be_lost_is_refused(made, told: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -14,9 +14,11 @@ import peft
 import pytest
 import torch
 import transformers
+from lora_folders import logits, moved
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lit_rl.checkpoints.tensors import Facts
 from lit_rl.errors import ConfigError
 from lit_rl.miniatures.images import build_sd3
 from lit_rl.miniatures.lm import build_lm
@@ -25,15 +27,7 @@ from lit_rl.policies.sd3 import SD3Policy
 from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.surgery.formulas import combined, linear, of_differences, slerp
 from lit_rl.surgery.merging import merge
-from lit_rl.surgery.tensors import Facts
 from lit_rl.surgery.writing import write_shards
-
-TOKENS = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def logits(lm: Any) -> Tensor:
-    return lm.eval()(input_ids=TOKENS).logits.float()
 
 
 def stock(folder: Path) -> Any:
@@ -49,17 +43,6 @@ def changed(base: Path, folder: Path, seed: int) -> Path:
             p.add_(torch.randn(p.shape, generator=draws), alpha=0.05)
     lm.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return folder
-
-
-def adapter(policy: Any, folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    policy.load()
-    with torch.no_grad():
-        for _, p in policy.trainable():
-            p.normal_(0, 0.2)
-    folder.mkdir()
-    policy.save(folder, {name: p.detach() for name, p in policy.trainable()})
     return folder
 
 
@@ -151,7 +134,7 @@ def test_pipelines_are_merged_in_their_transformer(tmp_path: Path) -> None:
 
 def test_only_the_tensors_of_one_name_are_in_memory(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When tensors of a name are read, no earlier name's are left."""
-    from lit_rl.surgery import tensors
+    from lit_rl.checkpoints import tensors
 
     alive: list[tuple[str, Any]] = []
 
@@ -192,7 +175,7 @@ def peft_merged(base: Path, adapters: list[Path], weights: list[float], **how: A
 def test_adapters_are_merged_as_peft_does(base: Path, tmp_path: Path) -> None:
     """Exact sums, with ranks that differ, and ties of the factors; PEFT reads the result. Added to the base it is the same model."""
     settings = [LoraSettings(rank=2, alpha=6.0), LoraSettings(rank=2, alpha=1.0), LoraSettings(rank=3, alpha=6.0)]
-    adapters = [adapter(CausalLM(str(base), lora=lora), tmp_path / f"a{i}", i) for i, lora in enumerate(settings)]
+    adapters = [moved(CausalLM(str(base), lora=lora), tmp_path / f"a{i}", i) for i, lora in enumerate(settings)]
     out = merge(adapters, tmp_path / "sum", method="task_arithmetic", weights=[0.5, 0.7, -0.2])
     expected = peft_merged(base, adapters, [0.5, 0.7, -0.2], combination_type="cat")
     torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(stock(base), out)), expected, rtol=1e-4, atol=1e-4)
@@ -211,7 +194,7 @@ def test_adapters_of_pipelines(tmp_path: Path) -> None:
     model = build_sd3(tmp_path / "model", **sizes)
     how: dict[str, Any] = {"resolution": 16, "max_sequence_length": 8}
     adapters = [
-        adapter(SD3Policy(str(model), lora=LoraSettings(rank=2, alpha=alpha), **how), tmp_path / name, seed)
+        moved(SD3Policy(str(model), lora=LoraSettings(rank=2, alpha=alpha), **how), tmp_path / name, seed)
         for seed, (name, alpha) in enumerate({"a": 6.0, "b": 1.0}.items())
     ]
     out = merge(adapters, tmp_path / "out")
@@ -259,7 +242,7 @@ def test_what_does_not_fit_gets_a_sentence_and_leaves_nothing(base: Path, tmp_pa
     build_lm(tmp_path / "small", hidden=32, layers=1)
     build_lm(tmp_path / "wide", hidden=64)
     (tmp_path / "empty").mkdir()
-    adapter(CausalLM(str(base), lora=LoraSettings(rank=2)), tmp_path / "adapter", 0)
+    moved(CausalLM(str(base), lora=LoraSettings(rank=2)), tmp_path / "adapter", 0)
     broken = changed(base, tmp_path / "nan", 0)
     state = load_file(broken / "model.safetensors")
     state["model.norm.weight"][3] = float("nan")
