@@ -87,13 +87,8 @@ class TheirLoop(PlainLoop):
 
     def sample(self, prompts: Prompts, chunk: Tensor) -> Trajectories:
         cond, keys = self.encode(prompts.text), self.method.row_keys(prompts)
-        path = [self.method.noise([(self.method.seed, "start", self.method.iteration, group) for group in prompts.group.tolist()])]
-        logprobs = []
-        for i in range(self.method.num_steps):
-            step = self.step(path[-1], i, cond, noise=self.method.noise([(*key, i) for key in keys]))
-            path.append(step.sample)
-            logprobs.append(step.logprob)
-        return Trajectories(cond, path, logprobs, self.policy.decode(path[-1]).cpu())
+        start = self.method.noise([(self.method.seed, "start", self.method.iteration, group) for group in prompts.group.tolist()])
+        return self.sampled(start, cond, keys)
 
     def encode(self, texts: Sequence[str]) -> Cond:
         """Every copy anew, all in one forward."""

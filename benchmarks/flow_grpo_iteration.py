@@ -42,6 +42,7 @@ from lit_rl.methods.flow_grpo import FlowGRPO
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
 from lit_rl.rewards.base import Reward
 from lit_rl.samplers.flow import Step, sde_step
+from lit_rl.seeding import Key
 from lit_rl.types import Cond, Info, Prompts
 
 
@@ -178,7 +179,11 @@ class PlainLoop:
         cond = self.encode([prompts.text[i] for i in chunk])
         numbered = self.method.row_keys(prompts)
         keys = [numbered[i] for i in chunk.tolist()]
-        path, logprobs = [self.method.noise([(*key, "start") for key in keys])], []
+        return self.sampled(self.method.noise([(*key, "start") for key in keys]), cond, keys)
+
+    def sampled(self, start: Tensor, cond: Cond, keys: Sequence[tuple[Key, ...]]) -> Trajectories:
+        """All steps from the noise `start`, with the noise of each step by the keys of the samples."""
+        path, logprobs = [start], []
         for i in range(self.method.num_steps):
             step = self.step(path[-1], i, cond, noise=self.method.noise([(*key, i) for key in keys]))
             path.append(step.sample)
