@@ -11,7 +11,8 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, NamedTuple, TypeVar
 
 from lit_rl.net.addresses import token_from_environment
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-OUTAGE = {502, 503, 504}
+TOO_LATE = 504
+OUTAGE = {502, 503, TOO_LATE}
 """Statuses that say nobody sensible is there."""
 PASSING = OUTAGE | {408, 429}
 """Statuses worth the same request again until the deadline."""
@@ -39,14 +41,44 @@ _draw = random.Random()  # of its own: the global stream belongs to the run, and
 class NoAnswer(Exception):
     """A try that brought nothing. tries: give up after so many; retry_after_s: the server asked to wait; alive: it answered sensibly.
 
-    absent: nothing listens at the address.
+    absent: nothing listens at the address. late: its time was over before the answer was there.
     """
 
     def __init__(
-        self, message: str, *, tries: float = math.inf, retry_after_s: float = 0.0, alive: bool = False, absent: bool = False
+        self,
+        message: str,
+        *,
+        tries: float = math.inf,
+        retry_after_s: float = 0.0,
+        alive: bool = False,
+        absent: bool = False,
+        late: bool = False,
     ) -> None:
         super().__init__(message)
-        self.tries, self.retry_after_s, self.alive, self.absent = tries, retry_after_s, alive, absent
+        self.tries, self.retry_after_s, self.alive, self.absent, self.late = tries, retry_after_s, alive, absent, late
+
+
+class Patience:
+    """The seconds of each try of one request. They double after a try that was late, so that a slow server's answer comes in the end.
+
+    With the same seconds for each try, a server that needs longer would do the same work again and again, and its answers be thrown away.
+
+    Args:
+        first: Seconds of the first try.
+        until: The deadline of all tries (`time.monotonic`).
+    """
+
+    def __init__(self, first: float, until: float) -> None:
+        self.first, self.until, self.late = first, until, 0
+
+    @contextmanager
+    def try_once(self) -> Iterator[float]:
+        """The seconds of the try that the block makes."""
+        try:
+            yield max(min(self.first * 2**self.late, self.until - time.monotonic()), 0.001)
+        except NoAnswer as error:
+            self.late += error.late
+            raise
 
 
 class Reply(NamedTuple):
@@ -77,7 +109,7 @@ async def retried(attempt: Callable[[int], Awaitable[T]], *, until: float, max_w
 def refusal(message: str, *, status: int, wait: float) -> NoAnswer:
     """The failure that a status other than 200 is: until the deadline what passes, 500 once more, anything else not again."""
     tries = math.inf if status in PASSING else 2 if status == 500 else 1
-    return NoAnswer(message, tries=tries, retry_after_s=wait, alive=status not in OUTAGE)
+    return NoAnswer(message, tries=tries, retry_after_s=wait, alive=status not in OUTAGE, late=status == TOO_LATE)
 
 
 def bearer(variable: str) -> dict[str, str]:
@@ -118,8 +150,9 @@ async def exchange(
     except TooMuch as error:
         raise NoAnswer(f"{name}: {error}", tries=UNREADABLE_TRIES) from error
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        why = f"no answer in {knob}={seconds:.3g}" if isinstance(error, TimeoutError) else f"{type(error).__name__} {error}"
-        raise NoAnswer(f"{name}: {why}", absent=isinstance(error, aiohttp.ClientConnectorError)) from error
+        late = isinstance(error, TimeoutError)
+        why = f"no answer in {seconds:.3g} s (see {knob})" if late else f"{type(error).__name__} {error}"
+        raise NoAnswer(f"{name}: {why}", absent=isinstance(error, aiohttp.ClientConnectorError), late=late) from error
 
 
 async def health(session: aiohttp.ClientSession, url: str) -> int | str:

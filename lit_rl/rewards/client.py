@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_rl.errors import ConfigError
 from lit_rl.net.addresses import check_health, check_outputs, parse_urls, servers_of_rank, urls_from_environment
 from lit_rl.net.pool import Pool
-from lit_rl.net.retry import UNREADABLE_TRIES, NoAnswer, bearer, exchange, refusal, retried
+from lit_rl.net.retry import UNREADABLE_TRIES, NoAnswer, Patience, bearer, exchange, refusal, retried
 from lit_rl.rewards.base import Reward, RewardError
 from lit_rl.rewards.quotes import check_targets
 from lit_rl.rewards.requests import ROUTES, ScoreRequest, images_request, texts_request
@@ -59,7 +59,7 @@ class HTTPReward(Reward):
         route: `batch` sends several samples at once to /v1/score_batch, `single` one per request to /score.
         samples_per_request: Images or texts in one request of route batch.
         concurrency: Requests in flight per server.
-        timeout_s: Seconds of one try.
+        timeout_s: Seconds of the first try; they double after each one that took too long.
         deadline_s: Seconds of one request with all its retries, counted from its first try or, if earlier, from when its server was given
             up as down.
         breaker_after: After so many failures in a row a server is asked only for /health until it answers.
@@ -80,7 +80,7 @@ class HTTPReward(Reward):
         samples_per_request: int = 8,
         concurrency: int = 4,
         timeout_s: float = 30.0,
-        deadline_s: float = 120.0,
+        deadline_s: float = 300.0,
         breaker_after: int = 5,
         probe_s: float = 5.0,
         spill: bool = False,
@@ -199,9 +199,9 @@ class HTTPReward(Reward):
         """One request with all its retries. What stays without an answer is None."""
         async with pool.gate:
             request = await encode()
-            until = time.monotonic() + self.deadline_s
+            patience = Patience(self.timeout_s, time.monotonic() + self.deadline_s)
             try:
-                rows, reasons = await retried(partial(self._try, pool, request, until), until=until, max_wait_s=MAX_WAIT)
+                rows, reasons = await retried(partial(self._try, pool, request, patience), until=patience.until, max_wait_s=MAX_WAIT)
             except NoAnswer as error:
                 rows, reasons = [None] * count, {0: str(error)}
         fields = self.fields.values()
@@ -211,18 +211,19 @@ class HTTPReward(Reward):
             self.last_error = next(iter(reasons.values()), f"reward server {pool.own}: null for a sample among {list(fields)}")
         return rows
 
-    async def _try(self, pool: Pool, request: ScoreRequest, until: float, number: int) -> tuple[list[Row], dict[int, str]]:
+    async def _try(self, pool: Pool, request: ScoreRequest, patience: Patience, number: int) -> tuple[list[Row], dict[int, str]]:
         """One try. Raises NoAnswer."""
         self._counts["retries"] += number > 1
 
         async def send(url: str) -> tuple[list[Row], dict[int, str]]:
-            return await self._post(pool, url, request, min(self.timeout_s, until - time.monotonic()))
+            with patience.try_once() as seconds:
+                return await self._post(pool, url, request, seconds)
 
-        return await pool.ask(send, patience_s=self.deadline_s, until=until)
+        return await pool.ask(send, patience_s=self.deadline_s, until=patience.until)
 
     async def _post(self, pool: Pool, url: str, request: ScoreRequest, seconds: float) -> tuple[list[Row], dict[int, str]]:
         """Send, and understand the answer. Raises NoAnswer."""
-        name, seconds = f"reward server {url}", max(seconds, 0.001)
+        name = f"reward server {url}"
         headers = {**request.headers, "X-Deadline-Ms": str(min(math.ceil(seconds * 1000), 3_600_000))}
         body = io.BytesIO(request.body)  # bytes would be written in one go, blocking the loop
         limit = MAX_ANSWER + MAX_ROW * request.count

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from lit_rl.net.retry import UNREADABLE_TRIES, NoAnswer, exchange, health, open_session, refusal, retried
+from lit_rl.net.retry import UNREADABLE_TRIES, NoAnswer, Patience, exchange, health, open_session, refusal, retried
 from lit_rl.rollouts.base import RolloutError
 from lit_rl.rollouts.dialects import Unreadable, Unusable
 
@@ -130,7 +130,7 @@ class Connection:
         """The answer after all tries. Raises RolloutError."""
         async with gate:
             began = time.monotonic()
-            until, made, seen = began + self.deadline_s, 0, began
+            patience, made, seen = Patience(self.timeout_s, began + self.deadline_s), 0, began
 
             async def attempt(number: int) -> T:
                 nonlocal made, seen
@@ -138,7 +138,8 @@ class Connection:
                 self.retries += number > 1
                 url = call.urls[(number - 1) % len(call.urls)]
                 try:
-                    return await _send(session, url, call, min(self.timeout_s, until - time.monotonic()))
+                    with patience.try_once() as seconds:
+                        return await _send(session, url, call, seconds)
                 except NoAnswer as error:
                     if not error.absent:
                         seen = time.monotonic()
@@ -147,7 +148,7 @@ class Connection:
                     raise
 
             try:
-                return await retried(attempt, until=until, max_wait_s=min(MAX_WAIT, self.down_s / 4))
+                return await retried(attempt, until=patience.until, max_wait_s=min(MAX_WAIT, self.down_s / 4))
             except NoAnswer as error:
                 spent = f"{made} {'try' if made == 1 else 'tries'} in {time.monotonic() - began:.1f} s"
                 late = f", engine.deadline_s={self.deadline_s:g}" if error.tries == math.inf else ""
@@ -187,7 +188,7 @@ async def _send(session: aiohttp.ClientSession, url: str, call: Call[T], seconds
         session,
         url + call.route,
         name=where,
-        seconds=max(seconds, 0.001),
+        seconds=seconds,
         limit=MAX_ANSWER,
         knob="engine.timeout_s",
         body=body,

@@ -60,7 +60,7 @@ class HTTPEngine(ServedWeights):
             theirs (vLLM with VLLM_SERVER_DEV_MODE=1), or else as they are trained, in float32.
         keep: Pushes that stay loaded (adapters) and on disk.
         concurrency: Requests in flight of each process.
-        timeout_s: Of one try.
+        timeout_s: Of the first try; they double after each one that took too long.
         deadline_s: Of one request with all its tries, see `Connection`.
         down_s: A server at whose address nothing listens for so long is dead, and ends the run; longer than a restart takes, where
             something restarts servers.

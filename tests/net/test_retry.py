@@ -8,7 +8,7 @@ import time
 import pytest
 
 from lit_rl.net import retry
-from lit_rl.net.retry import NoAnswer, refusal, retried
+from lit_rl.net.retry import NoAnswer, Patience, refusal, retried
 
 
 def failing(*failures: NoAnswer) -> tuple[list[int], object]:
@@ -77,3 +77,16 @@ def test_waits_leave_the_global_random_stream_alone() -> None:
     before = random.getstate()
     run(failing(NoAnswer("a"))[1])
     assert random.getstate() == before
+
+
+def test_tries_last_twice_as_long_after_a_late_one_and_never_beyond_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deadline 100: 30, a failure that was not late, 30 again, 60; the next one has all of the 10 that are left, and then none are."""
+    now = 0.0
+    monkeypatch.setattr(retry.time, "monotonic", lambda: now)
+    patience, told = Patience(30.0, 100.0), []
+    for late in (False, True, True, True, True):
+        with pytest.raises(NoAnswer), patience.try_once() as seconds:
+            told.append(seconds)
+            now += seconds * late
+            raise NoAnswer("no", late=late)
+    assert told == [30.0, 30.0, 60.0, 10.0, 0.001]

@@ -311,6 +311,13 @@ def test_a_passing_fault_costs_one_retry_and_no_score(server: RedServer, fault: 
     assert reward.counters() == {"requests": 2, "retries": 1, "failures": 0, "breaker_opened": 0}
 
 
+def test_a_server_that_is_always_slower_than_a_try_is_waited_for(server: RedServer) -> None:
+    with FaultProxy(server.url, [Fault("slow", seconds=1.0)] * 9) as proxy:
+        reward = HTTPReward(proxy.url, ["red"], timeout_s=0.3)
+        assert reward.score(red_images([10, 20]), prompts(2))["red"].tolist() == expected([10, 20])
+    assert reward.counters()["retries"] >= 2 and reward.counters()["failures"] == 0
+
+
 @pytest.mark.parametrize(
     ("fault", "requests"),
     [(Fault("status", 400), 1), (Fault("status", 413), 1), (Fault("status", 302), 1), (Fault("status", 500), 2), (Fault("garbage"), 3)],

@@ -17,7 +17,7 @@ from functools import partial
 from lit_rl.errors import ConfigError
 from lit_rl.net.addresses import parse_urls, servers_of_rank
 from lit_rl.net.pool import Pool
-from lit_rl.net.retry import UNREADABLE_TRIES, NoAnswer, exchange, refusal, retried
+from lit_rl.net.retry import UNREADABLE_TRIES, NoAnswer, Patience, exchange, refusal, retried
 from lit_rl.rewards.judges.messages import Encoding, Message
 from lit_rl.rewards.judges.served import check_served
 
@@ -41,7 +41,7 @@ class Judge:
         body: Further fields of each request, e.g. {seed: 0}.
         encoding: Of pictures: `jpeg` of quality 95 without chroma subsampling; `png` and `webp` lose nothing, for small letters.
         concurrency: Requests in flight per server and process.
-        timeout_s: Seconds of one try.
+        timeout_s: Seconds of the first try; they double after each one that took too long.
         deadline_s: Seconds of one request with all its tries.
         breaker_after: After so many failures in a row a server is asked only for /health until it answers.
         probe_s: Seconds between two such questions.
@@ -125,10 +125,10 @@ class JudgeClient:
         """One answer. Never raises for what a server does: a failure is a Reply without text."""
         pool = self._connect()
         async with pool.gate:
-            until = time.monotonic() + self.judge.deadline_s
+            patience = Patience(self.judge.timeout_s, time.monotonic() + self.judge.deadline_s)
             body = await asyncio.to_thread(self.request, messages)
             try:
-                reply = await retried(partial(self._try, pool, body, until), until=until, max_wait_s=MAX_WAIT)
+                reply = await retried(partial(self._try, pool, body, patience), until=patience.until, max_wait_s=MAX_WAIT)
             except NoAnswer as error:
                 reply = Reply(None, str(error))
         if reply.text is None:
@@ -187,14 +187,15 @@ class JudgeClient:
             )
         return self._pool
 
-    async def _try(self, pool: Pool, body: bytes, until: float, number: int) -> Reply:
+    async def _try(self, pool: Pool, body: bytes, patience: Patience, number: int) -> Reply:
         """One try. Raises NoAnswer."""
         self._counts["retries"] += number > 1
 
         async def send(url: str) -> Reply:
-            return await self._post(pool, url, body, min(self.judge.timeout_s, until - time.monotonic()))
+            with patience.try_once() as seconds:
+                return await self._post(pool, url, body, seconds)
 
-        return await pool.ask(send, patience_s=self.judge.deadline_s, until=until)
+        return await pool.ask(send, patience_s=self.judge.deadline_s, until=patience.until)
 
     async def _post(self, pool: Pool, url: str, body: bytes, seconds: float) -> Reply:
         """Send, and understand the answer. Raises NoAnswer."""
@@ -203,7 +204,7 @@ class JudgeClient:
             pool.session,
             url + CHAT,
             name=name,
-            seconds=max(seconds, 0.001),
+            seconds=seconds,
             limit=MAX_ANSWER,
             knob="judge.timeout_s",
             body=io.BytesIO(body),
