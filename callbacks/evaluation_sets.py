@@ -36,15 +36,15 @@ class SetDefaults:
     """Settings of the sets that have none of their own.
 
     Args:
-        cfg_scale: Weight of guidance; 1 and less ask for the prompt alone.
-        num_steps: Denoising steps.
+        cfg_scale: Weight of guidance; 1 and less ask for the prompt alone. Default: `model.evaluation.guidance_scale`.
+        num_steps: Denoising steps. Default: `model.evaluation.num_steps`.
     """
 
-    cfg_scale: float = 4.0
-    num_steps: int = 50
+    cfg_scale: float | None = None
+    num_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.cfg_scale < 0 or self.num_steps < 1:
+        if (self.cfg_scale or 0) < 0 or (self.num_steps is not None and self.num_steps < 1):
             raise ConfigError(f"defaults: cfg_scale={self.cfg_scale} must be at least 0 and num_steps={self.num_steps} at least 1")
 
 
@@ -58,7 +58,7 @@ class EvaluationSets(RLCallback):
     Args:
         config: The evaluation YAML, see `lit_rl.evaluation.sets`; by default the environment's EVAL_DATASET_CONFIG. Without either there
             is nothing to do.
-        defaults: Guidance and steps of sets that say nothing.
+        defaults: Guidance and steps of sets that say nothing; by default those of `model.evaluation`.
         sde: Draw images with this stochastic sampler; by default deterministic ones.
         judge: Address and settings of the judge; by default the environment's UNIGENBENCH_API_URL, else port 8000 of this machine.
         templates: The judge's instructions.
@@ -131,9 +131,10 @@ class EvaluationSets(RLCallback):
         one, items = self.sets[number], self._items[number]
         chosen = [items[max(0, i)] for i in batch.group.tolist()]
         keys = [(module.evaluation.seed, "eval", item.seed) for item in chosen]
-        scale = self.defaults.cfg_scale if one.cfg_scale is None else one.cfg_scale
+        scales = (one.cfg_scale, self.defaults.cfg_scale)
+        scale = next((scale for scale in scales if scale is not None), module.evaluation.guidance_scale)
+        steps = one.num_steps or self.defaults.num_steps or module.evaluation.num_steps
         with guided(module.policy, scale), trainer.precision_plugin.forward_context():
-            steps = one.num_steps or self.defaults.num_steps
             images, finite = render_keyed(module, batch.info, keys, num_steps=steps, sde=self.sde)
         folder = self._folder(trainer, module) / one.name
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from lit_rl.errors import ConfigError
 from lit_rl.migrate.deepgen_data import migrate_python, migrate_yaml
-from lit_rl.migrate.deepgen_flags import BASES, COUNTS, DEEPSPEED, FLAGS, MODEL, NOTHING, OTHERS, REMOVED, accumulation, together
+from lit_rl.migrate.deepgen_flags import (
+    BASES,
+    COUNTS,
+    DEEPSPEED,
+    FLAGS,
+    MODEL,
+    NOTHING,
+    OTHERS,
+    REMOVED,
+    SCRIPT_VARIABLES,
+    accumulation,
+    together,
+)
 from lit_rl.migrate.migrated import Migrated, unknown
 from lit_rl.migrate.shell import command_options
 from lit_rl.migrate.values import number
+from lit_rl.net.environment import VARIABLES
 
 PROGRAM = "deepgen_rl.grpo_deepgen"
 RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
@@ -24,6 +39,8 @@ RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "log_tflops_every": (lambda value: value > 0, "must be positive, got"),
 }
 """Options whose values their trainer checks, and its sentences."""
+READ_HERE = {variable.name for variable in VARIABLES} | {"UNIGENBENCH_MODEL_NAME", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "DATA_ROOT"}
+"""Variables of theirs that have the same meaning here."""
 QUIET = {"rollout_global_batch_size", "atrain_global_batch_size", "image_height", "image_width", "atrain_kl_type"}
 """Options that `together` has made keys of."""
 DEFAULTS = {"lr_scheduler_type": "constant", "report_to": "wandb"}
@@ -38,7 +55,7 @@ def migrate(file: Path) -> Migrated:
         options, variables = command_options(file, PROGRAM)
         counts = [variables.get(name, "") for name in ("NGPUS", "NNODES")]
         gpus = int(counts[0]) * int(counts[1] or 1) if counts[0].isdecimal() and (counts[1] or "1").isdecimal() else None
-        return migrate_options(options, place=str(file), processes=gpus)
+        return migrate_options(options, place=str(file), processes=gpus, variables=variables)
     if file.suffix in (".yaml", ".yml"):
         return migrate_yaml(file)
     if file.suffix == ".py":
@@ -48,12 +65,21 @@ def migrate(file: Path) -> Migrated:
     )
 
 
-def migrate_options(options: Mapping[str, str | None], *, place: str, processes: int | None = None) -> Migrated:
-    """The run of a command line. options: value by name; None where only running the script would tell it. processes: GPUs, where known."""
+def migrate_options(
+    options: Mapping[str, str | None], *, place: str, processes: int | None = None, variables: Mapping[str, str] = MappingProxyType({})
+) -> Migrated:
+    """The run of a command line.
+
+    options: Value by name; None where only running the script would tell it. processes: GPUs, where known. variables: Those that the script
+    sets.
+    """
     made = Migrated()
     for name in options:
         check_name(name, place=place)
     given = DEFAULTS | {name: value for name, value in options.items() if value is not None}
+    if {"dataset_config", "prompts_file"} <= given.keys():
+        del given["prompts_file"]
+        made.notes.append("--prompts_file: of no effect beside --dataset_config")
     made.notes += [f"--{name}: its value is not in the script, and is left out" for name, value in options.items() if value is None]
     for name, value in given.items():
         check_value(name, value, place=place)
@@ -63,6 +89,11 @@ def migrate_options(options: Mapping[str, str | None], *, place: str, processes:
         made.take(keys, given, told=lambda name: f"{place}: --{name} {given[name]}")
     made.note({f"--{name}": why for name, why in {**NOTHING, **OTHERS}.items() if name not in QUIET}, [f"--{name}" for name in given])
     made.settings |= together(given, algorithm)
+    for name, (readers, made_of) in SCRIPT_VARIABLES.items():
+        if name in variables and algorithm in readers:
+            made.take({name: made_of}, variables, told=lambda name: f"{place}: {name}={variables[name]}")
+    if ours := [f"{name}={shlex.quote(value)}" for name, value in variables.items() if name in READ_HERE and value]:
+        made.notes.append(f"Variables that the script sets and a run here reads; export those that you do not: {' '.join(ours)}")
     if processes is not None:
         images, micro = int(given.get("atrain_global_batch_size", "256")), int(given.get("atrain_micro_batch_size", "32"))
         if {"sftaux_micro_batch_size"} & given.keys() and made.settings.get(f"{MODEL}.supervised", "") is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lit_rl.errors import ConfigError
@@ -105,6 +105,7 @@ FLAGS: Keys = {
     "num_inference_steps": same(f"{MODEL}.num_steps"),
     "log_images_interval": _pictures,
     "prompts_file": same("data.init_args.train", text),
+    "dataset_config": same("data.init_args.train", text),
     "report_to": _trackers,
     "run_name": same("run.name", text),
     "deepspeed": _strategy,
@@ -119,6 +120,7 @@ FLAGS: Keys = {
     "atrain_nft_adv_clip_range": same(f"{MODEL}.advantage.clip"),
     "atrain_sde_sampler": same(f"{MODEL}.sde.dynamics", one_of(SAMPLERS)),
     "atrain_adv_type": same(f"{MODEL}.advantage", one_of(ADVANTAGES)),
+    "sftaux_dataset_config": same(f"{MODEL}.supervised.data.init_args.sources", text),
     "sftaux_coef": _auxiliary,
     "sftaux_every_n_steps": same(f"{MODEL}.supervised.every"),
     "eval_freq": _evaluations,
@@ -141,14 +143,15 @@ NOTHING = {
 """Options without a key here, and why nothing is lost."""
 
 
+_SAMPLER = "sde: {dynamics: cps, noise_level: 1.0} of callbacks.evaluation_sets.EvaluationSets in trainer.callbacks"
 OTHERS = {
     "num_train_epochs": "trainer.max_epochs counts rollouts: epochs x rows of the training data / prompts of a rollout",
     "reward_funcs": "the rewards are those of callbacks.reward_scoring.RewardScoring in the config: change them there",
-    "dataset_config": "the training YAML: python -m lit_rl.migrate deepgen FILE.yaml",
-    "eval_dataset_config": "the evaluation YAML: EVAL_DATASET_CONFIG in the environment, or python -m lit_rl.migrate deepgen FILE.yaml",
+    "dataset_config": "python -m lit_rl.migrate deepgen FILE checks it, and prints the rewards that its rows name",
+    "eval_dataset_config": "export EVAL_DATASET_CONFIG=FILE before the run; python -m lit_rl.migrate deepgen FILE checks it",
     "eval_before_train": "python cli.py validate with the same files, before fit",
-    "eval_inference_mode": "an option of the evaluation's callback",
-    "eval_sde_eta": "an option of the evaluation's callback",
+    "eval_inference_mode": f"{_SAMPLER}; without it images are those of the ODE",
+    "eval_sde_eta": f"noise_level of {_SAMPLER}",
     "eval_image_height": "evaluation renders in the size of training",
     "eval_image_width": "evaluation renders in the size of training",
     "eval_micro_batch_size": "data.init_args.eval_batch_size, which one GPU renders at a time",
@@ -156,7 +159,6 @@ OTHERS = {
     "eval_swanlab_num_upload_images": "trackers show the same images: max_images of the evaluation's callback",
     "ema_diffusion": "callbacks.ema.EMA in trainer.callbacks, with this decay; the trainer's own had no effect",
     "atrain_nft_off_policy": "decay of callbacks.old_policy.OldPolicySync in the config: copy is on-policy",
-    "sftaux_dataset_config": "its sources: python -m lit_rl.migrate deepgen FILE.py",
     "sftaux_micro_batch_size": "model.init_args.supervised.batch_size is this times the GPUs",
     "sftaux_num_workers": "pictures are read when they are asked for",
     "sftaux_disable_on_error": "a picture that cannot be read ends the run with its name",
@@ -169,6 +171,14 @@ OTHERS = {
 """Options that several keys, other files or a person decide."""
 SIZES = {"rollout_n": 8, "rollout_global_batch_size": 256, "atrain_global_batch_size": 256, "atrain_num_actor_update_steps": 1}
 """Options that `together` reads, and their defaults."""
+SCRIPT_VARIABLES: Mapping[str, tuple[tuple[str, ...], Callable[[object], Settings]]] = {
+    "ATRAIN_ADV_CLIP_MAX": (("flowgrpo", "grpoguard"), same(f"{MODEL}.advantage.clip")),
+    "ATRAIN_INCLUDE_LAST_DENOISE_STEP": (("flowgrpo", "grpoguard"), lambda value: {f"{MODEL}.last_step": value == "1"}),
+    "ATRAIN_GRPOGUARD_HIGHCLIP_RANGE": (("grpoguard",), same(f"{MODEL}.surrogate.init_args.high")),
+    "ATRAIN_NFT_BETA": (("diffusionnft",), same(f"{MODEL}.surrogate.init_args.beta")),
+    "ATRAIN_NFT_ADV_CLIP_RANGE": (("diffusionnft",), same(f"{MODEL}.advantage.clip")),
+}
+"""Variables of a launch script that have keys here, and the algorithms that read them. They beat options there."""
 COUNTS: Keys = dict.fromkeys((*SIZES, "atrain_micro_batch_size", "sftaux_micro_batch_size", "image_height", "image_width"), checked(count))
 """Options that are counted with."""
 

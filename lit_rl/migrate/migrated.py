@@ -59,8 +59,14 @@ class Migrated:
                 inner = node.setdefault(name, {})
                 assert isinstance(inner, dict), f"{path} stands below a value"
                 node = inner
-            node[key] = value
+            there = node.get(key)
+            node[key] = {**value, **there} if isinstance(value, Mapping) and isinstance(there, dict) else _own(value)
         return found
+
+
+def _own(value: object) -> object:
+    """A mapping of its own, to which further keys may be added."""
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def unknown(kind: str, name: str, known: Iterable[str], *, place: str) -> ConfigError:

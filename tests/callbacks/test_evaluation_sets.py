@@ -19,6 +19,7 @@ from toy import Metrics, ToyData, toy_method, toy_trainer, weights
 from callbacks.evaluation_sets import EvaluationSets, SetDefaults
 from lit_rl.errors import ConfigError
 from lit_rl.evaluation.judging import MODEL
+from lit_rl.modules.pictures import Evaluation
 from lit_rl.rewards.judges.client import Judge
 from lit_rl.samplers.flow import SDE
 
@@ -123,7 +124,7 @@ def test_stochastic_images_differ_and_are_the_same_each_time(tmp_path: Path, yam
     assert found[1] == found[2] != found[0] and len(found[0]) == 8
 
 
-def test_guidance_of_a_set_holds_while_it_is_rendered(tmp_path: Path, yaml: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_of_a_set_or_of_the_model_holds_while_it_is_rendered(tmp_path: Path, yaml: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import toy
 
     seen: list[float] = []
@@ -131,7 +132,7 @@ def test_guidance_of_a_set_holds_while_it_is_rendered(tmp_path: Path, yaml: str,
     monkeypatch.setattr(toy.ToyPolicy, "velocity", lambda self, *a: seen.append(self.guidance_scale) or velocity(self, *a))
     with FakeJudge(brightness_judge, model=MODEL) as judge:
         run = toy_trainer(tmp_path, callbacks=[callback(yaml, judge, tmp_path)], limit_val_batches=1.0)
-        run.validate(toy_method(), ToyData(held_out=0), verbose=False)
+        run.validate(toy_method(evaluation=Evaluation(guidance_scale=4.0)), ToyData(held_out=0), verbose=False)
     assert seen.count(4.0) == 3 * 2 and seen.count(2.5) == 3 and len(seen) == 9  # three batches of two steps, one of three
 
 

@@ -115,6 +115,11 @@ def test_what_cannot_be_had_is_told(given: dict[str, str | None], told: str) -> 
 SCRIPT = """
 set -e
 export CHECKPOINT="${CHECKPOINT:-/models/pre.pth}"
+export WANDB_API_KEY=never-shown
+export OCR_URL=http://reward:18082
+export ATRAIN_ADV_CLIP_MAX=3
+export ATRAIN_NFT_BETA=7
+export ATRAIN_INCLUDE_LAST_DENOISE_STEP=1
 OUTPUT_DIR="${OUTPUT_DIR:-outputs/$(date +%Y)}"
 RUN=first  # a comment
 # python -m deepgen_rl.grpo_deepgen --beta 7
@@ -122,6 +127,7 @@ torchrun --nproc_per_node=${NGPUS} \\
     -m deepgen_rl.grpo_deepgen \\
     --checkpoint "${CHECKPOINT}" --output_dir "${OUTPUT_DIR}" --run_name "${RUN}_run" \\
     --lr_scheduler_type constant_with_warmup --deepspeed scripts/deepspeed/zero3_offload.json \\
+    --dataset_config data/train.yaml --prompts_file old.txt --atrain_adv_type grpo --sftaux_dataset_config "aux.py" \\
     --rollout_n 4 --beta=0 --atrain_sde_sampler flowgrpo_sde --image_height 768 --bf16 --report_to wandb,swanlab "$@" 2>&1 | tee train.log
 echo done
 """
@@ -146,6 +152,9 @@ def test_a_script_becomes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         "v_diffusion",
         "flow_sde",
     )
+    assert (run.data.init_args.train, model.supervised.data.init_args.sources) == ("data/train.yaml", "aux.py")
+    assert (model.advantage.kind, model.advantage.std, model.advantage.clip, model.last_step) == ("sum", "group", 3, True)
+    assert "export those that you do not: CHECKPOINT=/models/pre.pth OCR_URL=http://reward:18082\n" in text and "never-shown" not in text
     assert run.trainer.strategy.init_args.offload_optimizer and run.run.name == "first_run"
     assert [logger.class_path for logger in run.trainer.logger] == ["callbacks.trackers.WandB", "callbacks.trackers.SwanLab"]
 
