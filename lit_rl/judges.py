@@ -149,14 +149,22 @@ def serve(line: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run vLLM, send signals on to it, and return its exit code: 128 + N where signal N ended it."""
     from lit_rl.rewards.server_process import die_with_parent
 
+    early: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, _: object) -> None:
+        early.append(number) if process is None else process.send_signal(number)
+
+    for number in FORWARDED:
+        signal.signal(number, forward)
     process = subprocess.Popen(
         line,
         env=dict(environment),
         start_new_session=True,  # Ctrl+C reaches this process alone, which sends it on once
         preexec_fn=die_with_parent(),
     )
-    for number in FORWARDED:
-        signal.signal(number, lambda received, _: process.send_signal(received))
+    for received in early:  # they came while it was started
+        process.send_signal(received)
     code = process.wait()
     return code if code >= 0 else 128 - code
 
