@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lit_rl.errors import ConfigError
 from lit_rl.policies.diffusers_flow import DiffusersFlowPolicy
-from lit_rl.types import Cond
+from lit_rl.types import Cond, Info
 
 
 class SD3Policy(DiffusersFlowPolicy):
@@ -61,6 +62,19 @@ class SD3Policy(DiffusersFlowPolicy):
             max_sequence_length=self.max_sequence_length,
         )
         return {"prompt_embeds": embeds, "pooled": pooled}
+
+    def encode_images(self, images: Tensor, info: Sequence[Info] = ()) -> Tensor:
+        """Clean latents of images. Raises ConfigError for images beyond the transformer's table of positions."""
+        sizes = self._pipe.transformer.config
+        most = sizes.pos_embed_max_size * sizes.patch_size * self._pipe.vae_scale_factor
+        height, width = images.shape[-2:]
+        if max(height, width) > most:
+            prompts = ", ".join(repr(row["prompt"]) for row in info)
+            raise ConfigError(
+                f"an image of {width} x {height} pixels of {prompts} is beyond the {most} pixels for which the transformer has positions: "
+                "leave it out, or give its source a smaller size"
+            )
+        return super().encode_images(images, info)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """One forward of prompt and empty prompt together where guidance is on."""

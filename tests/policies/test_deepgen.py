@@ -137,6 +137,14 @@ def test_velocity_and_supervised_loss_are_the_authors(authors: tuple[dict[str, A
     torch.testing.assert_close(loss, data["sft_loss"], **TOLERANCE)
 
 
+def test_an_image_that_has_no_positions_is_named(authors: tuple[dict[str, Any], DeepGenPolicy]) -> None:
+    """A strip of a given area may be longer than any picture that the transformer knows."""
+    most = authors[1]._pipe.transformer.config.pos_embed_max_size * 2
+    assert authors[1].encode_images(torch.zeros(1, 3, 2, most, dtype=torch.uint8)).shape[-1] == most
+    with pytest.raises(ConfigError, match=f"an image of {most + 2} x 2 pixels of 'a strip' is beyond the {most} pixels"):
+        authors[1].encode_images(torch.zeros(1, 3, 2, most + 2, dtype=torch.uint8), [{"prompt": "a strip"}])
+
+
 # ---------------------------------------------------------------------- a prompt beside others
 @pytest.mark.parametrize("train", [["transformer"], ["bridge"]])
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
