@@ -26,8 +26,8 @@ OURS = ("lit_rl.", "callbacks.", "datamodules.", "torch.optim.")
 GROUPS = ("grpo", "dapo", "gspo", "flow_grpo", "diffusion_nft", "deepgen")
 """Algorithms that compare the samples of a prompt with each other."""
 
-BYTES_PER_WEIGHT = 18.0
-"""Weights and gradients in bfloat16, AdamW's float32 copy and moments, and room for activations."""
+BYTES_PER_WEIGHT, BYTES_PER_FROZEN = 18.0, 3.0
+"""Bytes of a weight in bfloat16, if it is trained of its gradient, float32 copy and moments, and room for activations."""
 
 GPU_BYTES = 80e9
 Problem = dict[str, str]
@@ -119,7 +119,7 @@ def _places(plan: Plan, fields: Mapping[str, object], base: Tree, gpus: int, roo
     if wanted and not fits and not lora and "causal_lm" in str(at(base, "model.init_args.policy.class_path")):
         plan.overrides = laid_over(plan.overrides, read(root / "configs/base/lora.yaml"))
         lora = True
-    small = lora or whole * BYTES_PER_WEIGHT <= GPU_BYTES
+    small = whole * (BYTES_PER_FROZEN if lora else BYTES_PER_WEIGHT) <= GPU_BYTES
     name = "cpu" if not wanted else "one_gpu" if wanted == 1 else "ddp" if small else "fsdp"
     plan.overrides = laid_over(plan.overrides, read(root / f"configs/base/{name}.yaml"))
     plan.set("trainer.devices", max(wanted, 1))

@@ -160,3 +160,25 @@ def test_the_same_user_of_this_machine_needs_no_token(tmp_path: Path) -> None:
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as raw:
             raw.sendall(b"GET /api/jobs HTTP/1.1\r\nHost: evil.example\r\n\r\n")
             assert raw.recv(100).startswith(b"HTTP/1.1 421")
+
+
+@pytest.mark.parametrize(
+    ("size", "gpus", "strategy", "adapter"),
+    [
+        ("0.5B", 1, "auto", False),
+        ("0.5B", 4, "DDPStrategy", False),
+        ("7B", 1, "auto", True),
+        ("7B", 8, "FSDP2Strategy", False),
+        ("14B", 2, "DDPStrategy", True),
+        ("72B", 8, "FSDP2Strategy", True),
+    ],
+)
+def test_size_and_gpus_choose_strategy_and_adapter(tmp_path: Path, size: str, gpus: int, strategy: str, adapter: bool) -> None:
+    """18 bytes for a trained weight, sharded; 3 for a frozen one below an adapter: 14B fit on each GPU, 72B do not."""
+    with asked(tmp_path, gpu_ids=tuple(range(8))) as client:
+        job = client.post("/api/jobs", json={"name": "n", "algorithm": "grpo", "model_size": size, "num_gpus": gpus}).json()
+        config = client.get(f"/api/jobs/{job['uuid']}/config").json()["config"]
+    found = config["trainer"].get("strategy", "auto")
+    found = found if isinstance(found, str) else found["class_path"].rpartition(".")[2]
+    assert (found, config["trainer"]["devices"]) == (strategy, gpus)
+    assert bool(config["model"]["init_args"]["policy"]["init_args"].get("lora")) == adapter

@@ -226,6 +226,8 @@ def test_alerts_tables_and_the_database_are_there_to_take(browser: Browser, serv
         expect(alert).to_contain_text("kl_divergence is 0.102, above 0.1")
         alert.get_by_role("link", name="watched").click()
         expect(page.locator("[data-alerts]")).to_contain_text("kl_divergence")
+        expect(page.get_by_role("button", name="Delete")).to_be_visible()
+        expect(page.get_by_role("button", name="Stop with checkpoint")).to_have_count(0)  # somebody else's run
         page.get_by_role("tab", name="All charts").click()
         with page.expect_download() as table:
             page.locator("[data-csv]").click()

@@ -69,6 +69,7 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
 function Head({ job, again }: { job: Job; again: () => void }) {
   const path = `api/jobs/${encodeURIComponent(job.uuid)}`;
   const active = ACTIVE.has(job.state);
+  const ours = job.source === "platform"; // who else started a run stops it
   const act = (what: string, body: unknown = {}) => async () => {
     await post(`${path}/${what}`, body);
     again();
@@ -96,28 +97,28 @@ function Head({ job, again }: { job: Job; again: () => void }) {
               {t("edit")}
             </a>
           )}
-          {active && job.state !== "stopping" && (
+          {ours && active && job.state !== "stopping" && (
             <Action kind="primary" run={act("stop", { mode: "graceful" })}>
               {t("stop")}
             </Action>
           )}
-          {active && job.state !== "queued" && (
+          {ours && active && job.state !== "queued" && (
             <Action kind="danger" confirm={t("kill_sure")} run={act("stop", { mode: "now" })}>
               {t("kill")}
             </Action>
           )}
-          {!active && job.state !== "created" && job.source === "platform" && (
+          {ours && !active && job.state !== "created" && (
             <Action kind="primary" run={follow("resume", { checkpoint: "last" })}>
               {t("resume")}
             </Action>
           )}
-          {job.source === "platform" && <Action run={follow("clone")}>{t("clone")}</Action>}
+          {ours && <Action run={follow("clone")}>{t("clone")}</Action>}
           {job.parent_uuid && (
             <a class="button" href={`#/compare?jobs=${encodeURIComponent(job.parent_uuid)},${encodeURIComponent(job.uuid)}`}>
               {t("compare_parent")}
             </a>
           )}
-          {!active && (
+          {(!active || !ours) && (
             <Action kind="danger" confirm={t("delete_sure", { name: job.name })} run={remove}>
               {t("delete")}
             </Action>
