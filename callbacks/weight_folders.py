@@ -47,7 +47,7 @@ class WeightFolders(RLCallback):
         mine = type(self).__name__
         if self.weights == "ema" and self._ema(trainer) is None:
             raise ConfigError(f"{mine} weights=ema needs callbacks.ema.EMA in trainer.callbacks; or set weights=live")
-        for other in callbacks_of(trainer, WeightFolders):
+        for other in callbacks_of(trainer, WeightFolders):  # type: ignore[type-abstract]
             if other is not self and other.place == self.place:
                 raise ConfigError(f"{type(other).__name__} and {mine} write {self.place}: give one of them another dirpath")
 
