@@ -30,6 +30,7 @@ MODELS: Mapping[str, Published] = {
     "Qwen/Qwen2.5-7B-Instruct": "qwen25_7b",
     "Qwen/Qwen2.5-Math-7B": "qwen25_math_7b",
     "Qwen/Qwen2.5-VL-7B-Instruct": "qwen25_vl_7b",
+    "Qwen/Qwen3-VL-4B-Instruct": "qwen3_vl_4b",
     "Qwen/Qwen3-VL-32B-Instruct": "qwen3_vl_32b",
     "Skywork/Skywork-Reward-V2-Qwen3-0.6B": "qwen3_06b_reward",
     "stabilityai/stable-diffusion-3.5-medium": "sd35_medium",

@@ -27,7 +27,7 @@ from lit_rl.policies.deepgen import DeepGenPolicy
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("base", "demo", "agent"))
-"""Runs of agents are in tests/agents/test_cua_run.py."""
+"""Runs of agents: tiny_desktop below, cua_grpo in tests/agents/test_cua_run.py."""
 VISION = [path for path in SHIPPED if "vision_language" in path.read_text()]
 TEXTS = [path for path in SHIPPED if "causal_lm" in path.read_text()] + VISION
 RUNS = [path for path in SHIPPED if path not in TEXTS]
@@ -251,3 +251,37 @@ def test_run_on_texts_trains_on_a_miniature(
     else:
         before, after = (load_file(where / "model.safetensors") for where in (tmp_path / "model", exported))
         assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+
+
+# ------------------------------------------------------------------ agents
+CLICKS = [
+    f'<tool_call>\n{{"name": "computer_use", "arguments": {{"action": "left_click", "coordinate": [{x}, {y}]}}}}\n</tool_call>'
+    for x in range(100, 1000, 100)
+    for y in range(100, 1000, 100)
+]
+"""One token each, so that a random model says one of them in every second turn."""
+
+
+def test_an_agent_trains_on_the_tiny_desktop(tmp_path: Path, fit: Callable[[dict[str, Any]], Any]) -> None:
+    """One iteration moves the adapter that is exported and evaluated; its episodes are recorded and logged where the YAML says."""
+    run = yaml.safe_load((CONFIGS / "agent/tiny_desktop.yaml").read_text())
+    model, trainer, data = run["model"]["init_args"], run["trainer"], run["data"]["init_args"]
+    built = build_vlm(tmp_path / "model", family="qwen3_vl", words=CLICKS, hidden=32, layers=1, vision_hidden=32, max_length=4096)
+    model["policy"]["init_args"] |= {"pretrained": str(built), "dtype": "float32"}
+    model |= {"prompts_per_iteration": 2, "group_size": 4}
+    model["answers"]["sampling"]["max_new_tokens"] = 1
+    for split, count in {"train": 2, "val": 3}.items():
+        lines = (CONFIGS.parent / data[split]).read_text().splitlines(keepends=True)[:count]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+        data[split] = str(tmp_path / f"{split}.jsonl")
+    trainer |= {"accelerator": "cpu", "devices": 1, "precision": "32-true", "max_epochs": 1, "check_val_every_n_epoch": 1}
+    done = fit(saved_every_iteration(run)).trainer
+    metrics, folder = done.callback_metrics, Path(done.logger.save_dir)
+    assert done.global_step == 1 and metrics["episodes/lost"] == 0 and 0 < metrics["episodes/invalid_action_rate"] < 1
+    assert {"success", "val/accuracy", "val/reward", "val/turns"} <= metrics.keys()
+    adapters = [load_file(where / "adapter_model.safetensors") for where in (folder / "export/iteration-1", folder / "best_model")]
+    assert any(weight.any() for name, weight in adapters[0].items() if "lora_B" in name)  # B starts at 0
+    assert all(torch.equal(weight, adapters[1][name]) for name, weight in adapters[0].items())
+    assert len((folder / "episodes/rollouts.jsonl").read_text().splitlines()) == 1 + 8 + 3
+    training, rollouts = ((folder / f"logs/{name}.log").read_text() for name in ("training", "rollouts"))
+    assert "iteration 1/1 step 1: " in training and len(rollouts.splitlines()) == 8 + 3

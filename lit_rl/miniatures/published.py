@@ -1,6 +1,6 @@
 """Configs of published models, written as their folders hold them, without weights: what `python -m lit_rl.doctor` needs for memory.
 
-python -m lit_rl.miniatures.published {qwen25_7b,qwen3_vl_32b,sd35_medium,flux_dev,flux_fill,siglip,deepgen} FOLDER
+python -m lit_rl.miniatures.published {qwen25_7b,qwen3_vl_4b,qwen3_vl_32b,sd35_medium,flux_dev,flux_fill,siglip,deepgen} FOLDER
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from lit_rl.miniatures.deepgen import adapter_weights, bridge_weights
 from lit_rl.miniatures.full_size import CLIP_G, CLIP_L, CLIP_TOKENS, FLUX_DEV, FLUX_LATENTS, SD35_LATENTS, SD35_MEDIUM, T5_XXL, VAE
 
 Published = Literal[
-    "qwen25_7b", "qwen25_math_7b", "qwen25_vl_7b", "qwen25_vl_3b", "qwen3_vl_32b", "qwen3_06b_reward", "sd35_medium", "flux_dev",
-    "flux_fill", "siglip", "clip_h", "clip_l", "deepgen",
+    "qwen25_7b", "qwen25_math_7b", "qwen25_vl_7b", "qwen25_vl_3b", "qwen3_vl_4b", "qwen3_vl_32b", "qwen3_06b_reward", "sd35_medium",
+    "flux_dev", "flux_fill", "siglip", "clip_h", "clip_l", "deepgen",
 ]  # fmt: skip
 Json = dict[str, object]
 
@@ -66,6 +66,19 @@ QWEN25_VL_3B: Json = QWEN25_VL_7B | {
     "tie_word_embeddings": True,
     "vision_config": {**VISION, "out_hidden_size": 2048},
 }
+QWEN3_TEXT: Json = {
+    "model_type": "qwen3_vl_text",
+    "vocab_size": 151936,
+    "hidden_size": 5120,
+    "intermediate_size": 25600,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 262144,
+    "rope_theta": 5e6,
+    "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+}
 QWEN3_VL_32B: Json = {
     "model_type": "qwen3_vl",
     "architectures": ["Qwen3VLForConditionalGeneration"],
@@ -74,19 +87,7 @@ QWEN3_VL_32B: Json = {
     "vision_end_token_id": 151653,
     "image_token_id": 151655,
     "video_token_id": 151656,
-    "text_config": {
-        "model_type": "qwen3_vl_text",
-        "vocab_size": 151936,
-        "hidden_size": 5120,
-        "intermediate_size": 25600,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 262144,
-        "rope_theta": 5e6,
-        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
-    },
+    "text_config": QWEN3_TEXT,
     "vision_config": {
         "depth": 27,
         "hidden_size": 1152,
@@ -94,6 +95,19 @@ QWEN3_VL_32B: Json = {
         "num_heads": 16,
         "out_hidden_size": 5120,
         "patch_size": 16,
+    },
+}
+QWEN3_VL_4B: Json = QWEN3_VL_32B | {
+    "tie_word_embeddings": True,
+    "text_config": QWEN3_TEXT | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "vision_config": {
+        "depth": 24,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_heads": 16,
+        "out_hidden_size": 2560,
+        "patch_size": 16,
+        "deepstack_visual_indexes": [5, 11, 17],
     },
 }
 QWEN3_PICTURES: Json = {
@@ -105,7 +119,12 @@ QWEN3_PICTURES: Json = {
     "image_std": [0.5, 0.5, 0.5],
 }
 QWEN_PICTURES: Json = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
-PICTURES: Mapping[str, Json] = {"qwen25_vl_7b": QWEN_PICTURES, "qwen25_vl_3b": QWEN_PICTURES, "qwen3_vl_32b": QWEN3_PICTURES}
+PICTURES: Mapping[str, Json] = {
+    "qwen25_vl_7b": QWEN_PICTURES,
+    "qwen25_vl_3b": QWEN_PICTURES,
+    "qwen3_vl_4b": QWEN3_PICTURES,
+    "qwen3_vl_32b": QWEN3_PICTURES,
+}
 QWEN3_06B: Json = {
     "model_type": "qwen3",
     "architectures": ["Qwen3ForSequenceClassification"],
@@ -144,6 +163,7 @@ ALONE: Mapping[str, Json] = {
     "qwen25_math_7b": QWEN25_7B | {"max_position_embeddings": 4096, "rope_theta": 1e4},
     "qwen25_vl_7b": QWEN25_VL_7B,
     "qwen25_vl_3b": QWEN25_VL_3B,
+    "qwen3_vl_4b": QWEN3_VL_4B,
     "qwen3_vl_32b": QWEN3_VL_32B,
     "qwen3_06b_reward": QWEN3_06B,
     "siglip": SIGLIP,
