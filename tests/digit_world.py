@@ -20,6 +20,7 @@ from lit_rl.envs.actions import Action, ActionError, Kind
 from lit_rl.envs.base import Observation, Outcome, World, Worlds
 from lit_rl.envs.tasks import Task
 from lit_rl.methods.agent_grpo import AgentGRPO
+from lit_rl.policies.weights.lora import LoraSettings
 from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Sampling
 
@@ -80,9 +81,9 @@ def digit_tasks(folder: Path, count: int = 8) -> AgentTasks:
     return AgentTasks(train=str(folder / "tasks.jsonl"), val=str(folder / "tasks.jsonl"), eval_batch_size=8)
 
 
-def agent(model: Path, *, lr: float = 1e-2, keep_reference: bool = False, **settings: Any) -> AgentGRPO:
+def agent(model: Path, *, lr: float = 1e-2, keep_reference: bool = False, lora: LoraSettings | None = None, **settings: Any) -> AgentGRPO:
     episodes = Episodes(worlds=DigitWorlds(), codec=FirstDigit(), manner=Manner(history=1, max_repeats=0), patience_s=60.0)
     answers = Answers(sampling=Sampling(max_new_tokens=2), eval_sampling=Sampling(max_new_tokens=2))
     adam = partial(torch.optim.AdamW, lr=lr, eps=1e-3)
     defaults: dict[str, Any] = {"prompts_per_iteration": 8, "group_size": 8, "episodes": episodes, "answers": answers, "optimizer": adam}
-    return AgentGRPO(policy(model, keep_reference=keep_reference), **defaults | settings)
+    return AgentGRPO(policy(model, keep_reference=keep_reference, lora=lora), **defaults | settings)

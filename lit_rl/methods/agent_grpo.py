@@ -37,7 +37,7 @@ class AgentGRPO(GRPO):
 
     Args:
         policy: The model that is trained. See `GRPO`.
-        episodes: In which worlds and how episodes are played.
+        episodes: Worlds and settings of the episodes.
         aggregation: `traj-mean`: every trajectory weighs the same whatever its turns; `token-mean`: every token; `dr-grpo`: tokens
             over a constant length.
         temperature_increment: Sibling n of a group (0, 1, ...) is sampled, and trained, at `answers.sampling.temperature` + n times this.
@@ -127,13 +127,14 @@ class AgentGRPO(GRPO):
         return self.annotate(checked(rollout_of(played, rows, self.policy, self.episodes.manner), self.policy).to(self.device))
 
     def play(self, prompts: Prompts, place: tuple[Key, ...], sampling: Sampling, *, seed: int, increment: float = 0.0) -> list[Trajectory]:
-        """The episodes of these tasks, which the callbacks are told of. increment: Of the temperature, from sibling to sibling."""
+        """Play these tasks and tell the callbacks of their episodes. increment: Difference of the temperatures of two siblings."""
         numbers = sibling_numbers(prompts.group)
         wanted = [(task_of(row), g, n) for row, g, n in zip(prompts.info, prompts.group.tolist(), numbers, strict=True)]
         jobs = jobs_of(wanted, seed=seed, place=place)
         if increment:
             jobs = [replace(job, temperature=sampling.temperature + job.number * increment) for job in jobs]
-        played = self.episodes.play(self.policy, self.answers.engine, sampling, jobs)
+        with self.answers.engine.awake():
+            played = self.episodes.play(self.policy, self.answers.engine, sampling, jobs)
         self.notify("on_trajectories", played)
         return played
 

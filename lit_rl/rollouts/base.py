@@ -6,6 +6,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -147,6 +148,11 @@ class RolloutEngine(ABC):
         Callers wait for it before the next `update_weights`.
         """
         raise NotImplementedError(f"{type(self).__name__} answers from the weights that train")
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """A block in which `answer` may be called. Collective at its beginning and its end."""
+        yield
 
     async def answer(self, request: Request, sampling: Sampling) -> Sample:
         """One answer of an engine with a copy of the weights, while the caller's event loop goes on. Raises what `begin` raises."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ class ColocatedEngine(HTTPEngine):
     """Answers of vLLM servers that sleep while nobody asks: their weights wait in CPU memory, keys and values are let go.
 
     Start them with VLLM_SERVER_DEV_MODE=1 in the environment and --enable-sleep-mode, and with as much --gpu-memory-utilization as the
-    phase `rollout` of `python -m lit_rl.doctor` leaves. All processes must make the same number of calls.
+    phase `rollout` of `python -m lit_rl.doctor` leaves. All processes must make the same number of calls. Episodes of agents keep the
+    servers awake until the last one has ended on every process.
 
     Args:
         kwargs: See `HTTPEngine`; `dialect` is one of vLLM's.
@@ -28,6 +30,7 @@ class ColocatedEngine(HTTPEngine):
 
     def __init__(self, urls: str | list[str] | None = None, sync_dir: str = SYNC_DIR, **kwargs: Any) -> None:
         super().__init__(urls, sync_dir, **kwargs)
+        self._awake = False
         if not isinstance(self.dialect, VLLM):
             raise ConfigError("engine.dialect: a server that sleeps is vLLM's: set it to openai or vllm, or use HTTPEngine")
 
@@ -38,12 +41,22 @@ class ColocatedEngine(HTTPEngine):
 
     def stream(self, chunks: Sequence[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
         """(place, answers) of each chunk, after which the servers sleep. Collective."""
+        with self.awake():
+            yield from super().stream(chunks, sampling)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """A block in which the servers are awake. After an error in it they are left so: other processes may not have come to its end."""
         self._turn("/wake_up")
-        yield from super().stream(chunks, sampling)
+        self._awake = True
+        yield
+        self._awake = False
         self._turn("/sleep?level=1")
 
     def begin(self, requests: Sequence[Request], sampling: Sampling) -> Future[list[Sample]]:
-        """Raise ConfigError: there is no memory for answers while the policy trains."""
+        """Ask servers that are awake. Raises ConfigError elsewhere: there is no memory for answers while the policy trains."""
+        if self._awake:
+            return super().begin(requests, sampling)
         raise ConfigError(
             "model.answers.asynchronous=true asks for answers while the policy trains, when ColocatedEngine's servers sleep: set it to "
             "false, or give HTTPEngine servers on GPUs of their own"

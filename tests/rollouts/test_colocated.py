@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from digit_world import agent, digit_tasks
 from fake_server import FakeServer
+from rollouts.vllm_agent import Seen
 from test_http import LORA, SHORT, engine, loaded, pushed, requests
+from toy_text import trainer
 
 from lit_rl.errors import ConfigError
-from lit_rl.rollouts.base import RolloutError
+from lit_rl.rollouts.answers import Answers
+from lit_rl.rollouts.base import RolloutEngine, RolloutError, Sampling
 from lit_rl.rollouts.colocated import ColocatedEngine
+from lit_rl.rollouts.hf import HFEngine
 
 SETTINGS: dict[str, Any] = {"timeout_s": 5.0, "deadline_s": 10.0, "health_s": 5.0, "probe_tolerance": 1e-4}
 
@@ -56,6 +61,40 @@ def test_it_sleeps_between_rollouts_and_answers_as_a_server_that_never_does(base
             assert [s.ids for s in made.generate(requests(answering), SHORT)] == [s.ids for s in expected]
             assert server.sleeping and server.turned[3 * version :] == ["wake", "wake", "sleep 1"]
         made.close()
+
+
+class Watched(Seen):
+    """Episodes of a run, and whether the server slept when each of them were told and when each micro-batch was trained on."""
+
+    def __init__(self, server: SleepyServer) -> None:
+        super().__init__()
+        self.server, self.asleep = server, []
+
+    def on_trajectories(self, trainer: Any, module: Any, trajectories: Any) -> None:
+        super().on_trajectories(trainer, module, trajectories)
+        self.asleep.append(self.server.sleeping)
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.asleep.append(self.server.sleeping)
+
+
+def test_episodes_of_agents_keep_it_awake_and_training_finds_it_asleep(base: Path, tmp_path: Path) -> None:
+    """Two iterations and two evaluations. The first episodes are those of an engine in this process."""
+    short = Sampling(max_new_tokens=2)
+
+    def play(engine: RolloutEngine, seen: Seen, iterations: int) -> list[list[str]]:
+        made = agent(base, answers=Answers(engine=engine, sampling=short, eval_sampling=short))
+        fit = trainer(max_epochs=iterations, check_val_every_n_epoch=1, callbacks=[seen], limit_val_batches=int(iterations > 1))
+        fit.fit(made, datamodule=digit_tasks(tmp_path))
+        assert all(episode.status.counts for episode in seen.episodes)
+        return [[turn.text for turn in episode.turns] for episode in seen.episodes[:64]]
+
+    with SleepyServer(base) as server:
+        watched = Watched(server)
+        told = play(ColocatedEngine(server.url, str(tmp_path / "sync"), **SETTINGS), watched, 2)
+        assert len(watched.episodes) == 2 * (64 + 8) and all(watched.asleep) and len(watched.asleep) > 4
+        assert server.turned[-2:] == ["wake", "sleep 1"] and server.turned.count("sleep 1") == 4
+    assert told == play(HFEngine(), Seen(), 1)
 
 
 def test_what_it_cannot_do_is_told(base: Path, tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from digit_world import agent, digit_tasks
 from rollouts import contract
 from rollouts.contract import ADAPTERS, EVERY, LAST, WHOLE, Check, Served, hold
 from rollouts.vllm_server import ServerProcess, vllm
@@ -15,11 +18,13 @@ from rough_lm import roughen
 from test_asynchronous import Late
 from test_contract import adapter
 from test_http import move
+from toy_text import trainer
 from transformers import AutoModelForCausalLM
 
 from lit_rl.miniatures.lm import build_lm
 from lit_rl.policies.causal_lm import CausalLM
 from lit_rl.policies.weights.lora import LoraSettings
+from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Request, RolloutError, Sample, Sampling
 from lit_rl.rollouts.connection import Call
 from lit_rl.rollouts.http import HTTPEngine
@@ -150,6 +155,24 @@ def check_training(model: Path, lora: LoraSettings | None, server: ServerProcess
     in_turns = level(rewards(model, lora, engine(server, folder / "turns", "vllm")))
     ahead = level(rewards(model, lora, engine(server, folder / "ahead"), asynchronous=True, late=True))
     assert_within_noise({"in turns": (in_turns, present), "asynchronous": (ahead, late)})
+
+
+@dialects
+def test_siblings_of_an_agent_are_asked_and_trained_at_temperatures_of_their_own(
+    dialect: str, model: Path, adapters: ServerProcess, tmp_path: Path
+) -> None:
+    """0.7, 0.9, 1.1, 1.3: the server's log-probabilities are those that the trainer computes at each."""
+    answers = Answers(
+        engine=engine(adapters, tmp_path, dialect), sampling=Sampling(max_new_tokens=4, temperature=0.7), old_logprobs="recompute"
+    )
+    made = agent(model, lora=LORA, group_size=4, temperature_increment=0.2, answers=answers)
+    trainer(max_epochs=1, limit_val_batches=0, callbacks=[]).fit(made, datamodule=digit_tasks(tmp_path))
+    rollout, own = made.rollout, made.rollout.columns["temperature"]
+    torch.testing.assert_close(own, 0.7 + 0.2 * rollout.columns["trajectory"])
+    told = rollout.streams["behaviour"][rollout.mask]
+    assert len(own.unique()) == 4 and (rollout.logprobs[rollout.mask] - told).abs().max() < CLOSE
+    alike = made.all_logprobs(replace(rollout, columns={}), temperature=0.7)[rollout.mask]
+    assert (alike - told).abs().max() > 0.01  # as if all had been drawn at the first
 
 
 def test_training_with_adapters_learns_as_in_process(model: Path, adapters: ServerProcess, tmp_path: Path) -> None:
