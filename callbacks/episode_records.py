@@ -30,7 +30,7 @@ class EpisodeRecords(RLCallback):
     Args:
         folder: The folder of both; the command line fills in `episodes` in the run's folder.
         strips: Film strips of a rollout or evaluation, spread evenly over the first process's episodes; 0 = none.
-        every_n_iterations: Of the rollouts' strips; evaluations always have theirs.
+        every_n_iterations: Iterations from one rollout with strips to the next; evaluations always have theirs.
     """
 
     def __init__(self, folder: str | None = None, *, strips: int = 4, every_n_iterations: int = 10) -> None:

@@ -16,7 +16,7 @@ Asked = tuple[Request, asyncio.AbstractEventLoop, asyncio.Future[Sample]]
 
 
 class Desk(Protocol):
-    """Who answers a request of an episode."""
+    """Answers the requests of episodes."""
 
     async def answer(self, request: Request) -> Sample: ...
 

@@ -27,7 +27,7 @@ from lit_rl.seeding import Key
 
 @dataclass(frozen=True, kw_only=True)
 class Manner:
-    """How an episode is played.
+    """Settings of one episode: its length, what its prompts show, and its limits.
 
     Args:
         max_turns: Actions of an episode at most; a task may name its own.
@@ -137,7 +137,7 @@ class Episode:
         return trajectory
 
     async def _turns(self, world: World, trajectory: Trajectory, seen: Observation) -> Status:
-        """How the episode ended; FAILURE stands for whatever the world's evaluation says."""
+        """Play all turns and return how the episode ended; FAILURE stands for whatever the world's evaluation says."""
         wrong = repeats = 0
         before: tuple[str, str] | None = None
         for number in range(trajectory.task.max_turns or self.manner.max_turns):

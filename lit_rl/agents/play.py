@@ -33,7 +33,7 @@ class Job:
     """An episode that is wanted.
 
     world_seed: The same for all siblings; the task's own if it has one. key: All that the randomness of its answers depends on.
-    temperature: Of its answers; None = the sampling's.
+    temperature: Temperature of its answers; None = the sampling's.
     """
 
     task: Task
@@ -46,17 +46,17 @@ class Job:
 
 @final
 class Episodes:
-    """How episodes are played: in which worlds, in which dialect, how many at once, and how often again.
+    """Settings of all episodes of a run: worlds, dialect, numbers of episodes at once and of trials.
 
     Args:
-        worlds: Where tasks are done; default: desktops drawn in this process.
-        codec: How actions are written; default: words.
-        manner: How an episode is played.
+        worlds: Worlds in which tasks are done; default: desktops drawn in this process.
+        codec: Dialect in which actions are written; default: words.
+        manner: Settings of one episode.
         concurrency: Episodes, each in a world of its own, under way at once on each process.
         requests: Answers under way at once on each process, for engines with a copy of the weights.
         world_retries: Times that an episode whose world failed is begun again in a fresh one.
         min_valid_fraction: Share of an iteration's episodes on a process that must not be lost to failures of worlds and servers.
-        patience_s: For engines over the training weights: how long an answer waits for those of other episodes, to be drawn together.
+        patience_s: Seconds that an answer of an engine over the training weights waits for those of other episodes, to be drawn together.
     """
 
     stored_with = ("manner",)

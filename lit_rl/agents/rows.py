@@ -52,7 +52,7 @@ def rollout_of(trajectories: Sequence[Trajectory], info: Mapping[int, Info], pol
 
 
 def _with_temperatures(rollout: TokenRollout, trajectories: Sequence[Trajectory]) -> TokenRollout:
-    """With the column `temperature` Float32 "B", where siblings have different ones. trajectories: Of each row."""
+    """Add the column `temperature` Float32 "B" where siblings have different ones. trajectories: The trajectory of each row."""
     values = [t.temperature for t in trajectories if t.temperature is not None]
     return rollout.with_columns(temperature=torch.tensor(values)) if values else rollout
 

@@ -29,7 +29,7 @@ class Coordinates:
     """A way to write points.
 
     Args:
-        kind: The coordinate space. bins: Of `bins`, how many columns and rows.
+        kind: The coordinate space. bins: Number of columns and of rows of `bins`.
     """
 
     kind: Literal["pixels", "resized", "norm1000", "bins"]

@@ -46,7 +46,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The worth of an episode. success: The task is done. reward: By default 1 for success and 0 for failure. details: For records."""
+    """The worth of an episode. success: The task is done. reward: By default 1 for success, 0 for failure. details: Facts for records."""
 
     success: bool
     reward: float

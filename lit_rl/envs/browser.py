@@ -71,7 +71,7 @@ class BrowserPool:
     """One browser at a time, and those before it that still have an episode open. Everything happens in one event loop.
 
     episodes: A browser is replaced after so many contexts, since it grows. It is replaced, too, when it has died or a context of it could
-    not be closed. seconds: For starting and for ending a browser.
+    not be closed. seconds: Limit for starting and for ending a browser.
     """
 
     def __init__(self, *, episodes: int, seconds: float) -> None:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Status(StrEnum):
-    """How a trajectory ended; each ends in exactly one way.
+    """The end of a trajectory; each ends in exactly one way.
 
     What the policy causes has its reward, and is in the statistics of its group and in the loss: else it would learn to cause what is
     left out. What the infrastructure causes has no reward and is in neither: else a lost browser would teach that the task is bad.

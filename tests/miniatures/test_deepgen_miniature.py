@@ -13,7 +13,7 @@ from lit_rl.policies.tokenizer import read_tokenizer
 
 @torch.no_grad()
 def last_states(folder: Path, texts: list[str]) -> Tensor:
-    """Of each text's last character, as the bridge gets them: "U F"."""
+    """The vectors of each text's last character, as the bridge gets them: "U F"."""
     policy = deepgen_policy(folder)
     policy.load()
     conditioner, tokenizer = policy._pipe.conditioner, read_tokenizer(str(folder / "language"))
