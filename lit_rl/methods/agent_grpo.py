@@ -108,6 +108,15 @@ class AgentGRPO(GRPO):
             raise ConfigError("model.micro_batch_tokens needs the longest prompt: set model.episodes.manner.max_prompt_tokens")
         return limit + self.answers.sampling.max_new_tokens
 
+    def plan(self) -> str:
+        """A sentence on the sizes of an iteration."""
+        episodes, turns = self.prompts_per_iteration * self.group_size, self.episodes.manner.max_turns
+        return (
+            f"An iteration: {self.prompts_per_iteration} tasks x {self.group_size} episodes = {episodes} episodes of at most {turns} "
+            f"turns, or as many as a task says; optimizer steps: {self.inner_epochs * self.updates}, each of {episodes // self.updates} "
+            f"episodes in {self.micro_batches_per_update} micro-batches of turns on each of {self.trainer.world_size} processes"
+        )
+
     @property
     def units_per_prompt(self) -> int:
         """Turns that a task may have at most: micro-batches are of turns."""

@@ -191,7 +191,7 @@ class LitRL(L.LightningModule, Method[R]):
 
     def report_epoch(self) -> None:
         """Log the numbers of this epoch, which is over but for its last step. Collective."""
-        self.report(self.meters.read(gather_objects) | self.rollout_metrics, bar=("reward_mean",))
+        self.report(self.meters.read(gather_objects) | self.rollout_metrics, bar=("reward_mean", "success"))
 
     def on_train_epoch_end(self) -> None:
         self.trainer.fit_loop.restarting = False  # else Lightning leaves out what a plateau's schedule does after this

@@ -69,6 +69,7 @@ def test_the_smallest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
     folder = tmp_path / "outputs/agent"
     assert go("fit").trainer.global_step == 1
+    assert "  success 0  " in capsys.readouterr().out
     again = go("fit", "--ckpt_path", "last", "--trainer.max_epochs", "2")
     assert again.trainer.global_step == 2
     rows = [json.loads(line) for line in (folder / "episodes/rollouts.jsonl").read_text().splitlines()][1:]

@@ -14,6 +14,7 @@ import torch
 from lit_rl.agents.codecs import Compact
 from lit_rl.agents.demonstrations import demonstrate, write_rows
 from lit_rl.agents.episodes import Manner, Trajectory
+from lit_rl.agents.numbers import trajectory_metrics
 from lit_rl.agents.play import Episodes, Job, jobs_of
 from lit_rl.agents.rows import rollout_of
 from lit_rl.envs.actions import Action
@@ -186,6 +187,16 @@ def test_a_world_that_fails_is_replaced_and_a_lost_episode_has_no_reward(policy:
     assert math.isnan(gone.reward) and gone.why
     rollout = rollout_of(lost, {0: {"prompt": "p"}}, policy, Manner())
     assert len(rollout) == 3 and gone.number not in rollout.columns["trajectory"]
+
+
+def test_metrics_are_of_episodes_that_were_not_lost_and_nan_where_all_were() -> None:
+    ends = [Status.SUCCESS, Status.FAILURE, Status.PARSE_ERROR, Status.ENV_ERROR]
+    found = [Trajectory(BUTTONS, 0, n, 3, status=status, seconds=float(n)) for n, status in enumerate(ends)]
+    metrics = trajectory_metrics(found)
+    assert metrics["success"] == metrics["episodes/parse_error"] == pytest.approx(1 / 3)
+    assert (metrics["episodes/lost"], metrics["episodes/seconds"]) == (0.25, 1.0)
+    lost = trajectory_metrics(found[3:])
+    assert lost.pop("episodes/lost") == 1.0 and lost.pop("episodes/retries") == 0.0 and all(map(math.isnan, lost.values()))
 
 
 def test_too_many_lost_episodes_end_the_run_with_a_sentence(policy: VisionLanguageModel) -> None:
