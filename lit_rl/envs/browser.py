@@ -32,10 +32,8 @@ FLAGS = [
     "--force-color-profile=srgb",
     "--font-render-hinting=none",
     "--disable-lcd-text",
-    "--disable-frame-rate-limit",
-    "--disable-gpu-vsync",
 ]
-"""For pictures that are the same each time, and screenshots that wait for no frame."""
+"""For pictures that are the same each time. Without a limit of the rate of frames an episode takes 0.1 CPU seconds more."""
 
 
 def find_browser() -> Path:

@@ -29,8 +29,13 @@ WEB_KINDS: frozenset[Kind] = frozenset(("click", "double_click", "right_click", 
 READY_SECONDS = 0.02
 """Between two looks whether a page has set up its task."""
 
-BEGIN = "seed => { core.EPISODE_MAX_TIME = 2147483647; Math.seedrandom(String(seed)); core.startEpisodeReal(); }"
-"""The page's own limit of ten seconds by the wall clock is put off by 24 days."""
+BEGIN = """seed => {
+  document.head.append(Object.assign(document.createElement('style'), {textContent: '#reward-display {display: none !important}'}));
+  core.EPISODE_MAX_TIME = 2147483647; Math.seedrandom(String(seed)); core.startEpisodeReal(); scrollTo(0, 0);
+}"""
+"""The page's own limit of ten seconds by the wall clock is put off by 24 days. Its display of rewards, right of the task, is taken away: a
+dialog that takes the focus would scroll it into view.
+"""
 STATE = "() => [WOB_DONE_GLOBAL, WOB_RAW_REWARD_GLOBAL]"
 
 

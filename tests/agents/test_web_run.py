@@ -39,7 +39,7 @@ def test_clicks_on_pages_move_weights_and_leave_no_browser(tmp_path: Path) -> No
     made = learner(tmp_path / "model", tasks=2, group_size=4)
     before: list[torch.Tensor] = []
     made.on_train_start = lambda: before.append(weights(made))  # type: ignore[method-assign]
-    scores = train(tmp_path, made, tasks_of(tmp_path, "click-test", held_out=4), iterations=2)
+    scores = train(tmp_path, made, tasks_of(tmp_path, "click-tab", held_out=4), iterations=2)
     assert all(score in (0, 0.25, 0.5, 0.75, 1) for score in scores)
     assert made.rollout_metrics["episodes/lost"] == 0 and made.rollout_metrics["samples"] == 8
     assert len(before) == 1 and not torch.equal(before[0], weights(made))

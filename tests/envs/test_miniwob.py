@@ -85,6 +85,16 @@ class TestMiniWoBContract(WorldContract):
 
         assert supply.runner.run(entered())
 
+    def test_a_page_with_a_dialog_is_shown_from_its_corner(self, supply: Supply) -> None:
+        """The dialog takes the focus, and the browser would scroll to what stands beside the task."""
+
+        async def corner() -> object:
+            async with supply.worlds.world() as world:
+                await world.reset(Task(id="dialog", params={"page": "click-dialog"}), 0)
+                return (await world.screenshot()).image.getpixel((155, 3))
+
+        assert supply.runner.run(corner()) == (255, 255, 0)  # the head with the instruction
+
     def test_nothing_is_handed_on_to_the_next_episode(self, supply: Supply) -> None:
         async def storage(write: bool) -> object:
             async with supply.worlds.world() as world:
