@@ -13,7 +13,7 @@ from PIL import Image
 from lit_rl.agents.records import read_records
 from lit_rl.demo.curves import read_curves
 from lit_rl.demo.desktop import ACCURACY, SIZE, draw, films, prepare, summarize
-from lit_rl.demo.sorting import exported
+from lit_rl.demo.stages import exported
 from lit_rl.envs.desktop import COLOURS
 from lit_rl.policies.vision_language import VisionLanguageModel
 

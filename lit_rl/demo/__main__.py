@@ -22,19 +22,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from lit_rl.demo.commands import cli
+from lit_rl.demo.commands import begin, cli, say
 from lit_rl.demo.curves import held_out, read_curves, remember, summarize
 from lit_rl.demo.pictures import compare, draw
 from lit_rl.demo.tasks import TASKS
-
-QUIET = {  # two processes on two cores, one thread each; no bars for the files of a 9 MB model
-    "OMP_NUM_THREADS": "1",
-    "DS_ACCELERATOR": "cpu",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DIFFUSERS_VERBOSITY": "error",
-    "PYTHONWARNINGS": "ignore",
-}
 
 LINES = ("--scorers", "ocr", "--scorer-args", '{"ocr": {"detect": false}}')
 """The pictures are one line of text each."""
@@ -52,10 +43,7 @@ def main() -> None:
         raise SystemExit(f"error: the demo {args.task} has the method {', '.join(task.runs)}, not {args.method}")
     run = task.runs[args.method]
     out = run.out
-    if not Path(run.config).is_file():
-        raise SystemExit(f"error: {run.config} is not here; run the demo from the folder of the repository")
-    os.environ |= QUIET
-    started = time.perf_counter()
+    started = begin(run.config)
     if out.exists():
         say(f"removing the previous demo in {out}/")
         shutil.rmtree(out)
@@ -88,11 +76,6 @@ def main() -> None:
     )
     tensorboard = Path(sys.executable).parent / "tensorboard"
     say(f"see {out / 'demo.png'}, {task.comparison}, {out / 'summary.json'}, and: {tensorboard} --logdir {out / 'logs'}")
-
-
-def say(message: str) -> None:
-    """Print a line."""
-    print(f"\n== {message} ==", flush=True)
 
 
 @contextmanager

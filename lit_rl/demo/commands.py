@@ -1,14 +1,38 @@
-"""Commands of a demo, `python cli.py ...`, each in a copy of this process, which has imported what all of them import."""
+"""The beginning of a demo, and its commands `python cli.py ...`, each in a copy of this process, which has imported what all import."""
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 import time
 import warnings
 from multiprocessing import get_context
+from pathlib import Path
 
 from lit_rl.command_line.imports import quick_imports
+
+QUIET = {  # two processes on two cores, one thread each; no bars for the files of a 9 MB model
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def begin(config: str) -> float:
+    """Set the environment of the demo's processes and return the time, see `time.perf_counter`. Raises SystemExit without this YAML."""
+    if not Path(config).is_file():
+        raise SystemExit(f"error: {config} is not here; run the demo from the folder of the repository")
+    os.environ |= QUIET
+    return time.perf_counter()
+
+
+def say(message: str) -> None:
+    """Print a line."""
+    print(f"\n== {message} ==", flush=True)
 
 
 def cli(*args: str) -> float:

@@ -9,20 +9,18 @@ tasks before and after.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from lit_rl.agents.records import read_records
-from lit_rl.demo.__main__ import QUIET, say
-from lit_rl.demo.commands import cli
-from lit_rl.demo.curves import Curve, Stages, read_curves
-from lit_rl.demo.sorting import exported
+from lit_rl.demo.commands import begin, cli, say
+from lit_rl.demo.curves import Curve, read_curves
+from lit_rl.demo.stages import Reached, arguments, exported, kept, plot, reached
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -33,24 +31,20 @@ TASKS = Path("configs/agent/tasks")
 WORDS = ("user\n", "assistant\n", "click", " red", " green", " blue", " yellow", " 0", " 1", " 2")
 """All that is said in these episodes, one token each."""
 DEMONSTRATIONS, HELD_OUT, SIZE = 512, 32, 96
+SHOWN = 4
+"""Held-out tasks whose film strips are in the picture."""
 ACCURACY = "val/accuracy"
 
 
 def main() -> None:
     """Run the demo of an agent."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--method", choices=METHODS, default="grpo")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = arguments(__doc__, METHODS)
     method, title, seed = args.method, METHODS[args.method], ["--seed_everything", str(args.seed)]
-    if not Path(config(method)).is_file():
-        raise SystemExit(f"error: {config(method)} is not here; run the demo from the folder of the repository")
-    os.environ |= QUIET
-    started = time.perf_counter()
-    warm = warm_start(args.seed)
+    started = begin(config(method))
+    seconds = {"warmup": kept(OUT, args.seed, partial(warm_start, args.seed))}
     shutil.rmtree(OUT / method, ignore_errors=True)
     say(f"{title} by the success of episodes alone, from the fine-tuned model")
-    seconds = {"warmup": warm, "rl": cli("fit", "--config", config(method), *seed)}
+    seconds["rl"] = cli("fit", "--config", config(method), *seed)
     before, curves = read_curves(OUT / "before/logs")[ACCURACY].values[-1], read_curves(OUT / method / "logs")
     summary = summarize(before, curves, read_records(OUT / method / "episodes/rollouts.jsonl")[1], seconds=seconds, seed=args.seed)
     name = "demo" if method == "grpo" else f"demo-{method}"
@@ -70,14 +64,7 @@ def config(stage: str) -> str:
 
 
 def warm_start(seed: int) -> float:
-    """The fine-tuned model that all methods start from, and its evaluation; seconds of the former. Kept from the last demo of the seed."""
-    known = OUT / "sft.json"
-    if known.is_file() and (before := json.loads(known.read_text()))["seed"] == seed:
-        say(f"the fine-tuned model of the last demo is in {OUT / 'warm_start'}/")
-        return float(before["seconds"])
-    if OUT.exists():
-        say(f"removing the previous demo in {OUT}/")
-        shutil.rmtree(OUT)
+    """Make the fine-tuned model that all methods start from, evaluate it, and return the seconds of the former."""
     say(f"building a miniature Qwen3-VL in {OUT / 'model'}/, and having an oracle do tasks for {OUT / 'data'}/")
     prepare(OUT, seed)
     say("supervised fine-tuning on what the oracle did, stopped half-way")
@@ -85,7 +72,6 @@ def warm_start(seed: int) -> float:
     shutil.copytree(exported(OUT / "sft"), OUT / "warm_start")
     say("what it can do so far: sampled episodes of held-out tasks")
     cli("validate", "--config", config("grpo"), "--run.name", "before", "--seed_everything", str(seed))
-    known.write_text(json.dumps({"seed": seed, "seconds": seconds}) + "\n")
     return seconds
 
 
@@ -111,33 +97,26 @@ def prepare(out: Path, seed: int, *, demonstrations: int = DEMONSTRATIONS) -> No
         episodes.close()
 
 
-class Summary(TypedDict):
+class Summary(Reached):
     """The content of summary.json."""
 
-    held_out_accuracy: Stages
     episodes_trained: int
-    seconds: dict[str, float]
-    seed: int
 
 
 def summarize(
     before: float, curves: Mapping[str, Curve], played: Sequence[Mapping[str, object]], *, seconds: Mapping[str, float], seed: int
 ) -> Summary:
     """The content of summary.json; accuracy is the share of sampled episodes of held-out tasks that succeed."""
-    return {
-        "held_out_accuracy": {"after_warmup": round(before, 4), "after_rl": round(curves[ACCURACY].values[-1], 4)},
-        "episodes_trained": sum(row["stage"] == "train" for row in played),
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "seed": seed,
-    }
+    played_in_training = sum(row["stage"] == "train" for row in played)
+    return {**reached(before, curves[ACCURACY].values[-1], seconds=seconds, seed=seed), "episodes_trained": played_in_training}
 
 
 def films(folder: Path) -> Picture:
-    """The film strips of the last evaluation in a folder, one below the other."""
+    """The first film strips of the last evaluation in a folder, one below the other."""
     from PIL import Image
 
     last = max(folder.glob("eval-*.png")).name.rpartition("-")[0]
-    strips = [Image.open(file).convert("RGB") for file in sorted(folder.glob(f"{last}-*.png"))]
+    strips = [Image.open(file).convert("RGB") for file in sorted(folder.glob(f"{last}-*.png"))[:SHOWN]]
     sheet = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")
     for i, strip in enumerate(strips):
         sheet.paste(strip, (0, sum(above.height for above in strips[:i])))
@@ -151,16 +130,14 @@ def draw(file: Path, title: str, before: float, curves: Mapping[str, Curve], she
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, *others) = plt.subplots(1, 1 + len(sheets), figsize=(15, 7), width_ratios=[1.3, 1, 1], layout="constrained")
+    ratios, high = [0.7, *(sheet.width / sheet.height for sheet in sheets)], 7.0
+    figure, (left, *others) = plt.subplots(1, len(ratios), figsize=(high * sum(ratios), high), width_ratios=ratios, layout="constrained")
     accuracy = curves[ACCURACY]
-    left.plot(curves["success"].steps, curves["success"].values, color="#9aa5b1", label="training tasks (of the iteration)")
-    left.plot([0, *accuracy.steps], [before, *accuracy.values], "o-", color="#1f6feb", label="held-out tasks")
+    plot(left, before, accuracy, curves["success"], names=("held-out tasks", "training tasks (of the iteration)"))
     left.set(xlabel="optimizer steps", ylabel="sampled episodes that succeed", ylim=(0, 1.03), title=title)
-    left.grid(alpha=0.3)
-    left.legend(loc="lower right")
-    for axis, sheet, stage, reached in zip(others, sheets, ("fine-tuning", "RL"), (before, accuracy.values[-1]), strict=True):
+    for axis, sheet, stage, done in zip(others, sheets, ("fine-tuning", "RL"), (before, accuracy.values[-1]), strict=True):
         axis.imshow(sheet)
-        axis.set(title=f"after {stage}: {reached:.0%}")
+        axis.set(title=f"after {stage}: {done:.0%} of held-out tasks")
         axis.axis("off")
     figure.savefig(file, dpi=130)
 

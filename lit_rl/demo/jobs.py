@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_rl.demo.__main__ import QUIET, say, server
-from lit_rl.demo.commands import cli
+from lit_rl.demo.__main__ import server
+from lit_rl.demo.commands import begin, cli, say
 from lit_rl.demo.curves import read_curves
-from lit_rl.demo.sorting import ACCURACY, config, exported, fine_tune
+from lit_rl.demo.sorting import ACCURACY, config, fine_tune
 from lit_rl.demo.sorting import OUT as SORTING
+from lit_rl.demo.stages import exported, kept
 from lit_rl.envs.browser import find_browser
 from lit_rl.errors import ConfigError
 
@@ -45,11 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     seed = parser.parse_args().seed
-    if not Path(config("grpo")).is_file():
-        raise SystemExit(f"error: {config('grpo')} is not here; run the demo from the folder of the repository")
-    os.environ |= QUIET
-    started = time.perf_counter()
-    fine_tune(seed)
+    started = begin(config("grpo"))
+    kept(SORTING, seed, partial(fine_tune, seed))
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     with server(OUT, "platform", "lit_rl.platform", "--data", str(OUT / "service"), "--page-port", "0") as url:

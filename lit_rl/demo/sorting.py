@@ -9,18 +9,16 @@ the fine-tuned model itself gave to the same prompt.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypedDict
 
-from lit_rl.demo.__main__ import QUIET, say
-from lit_rl.demo.commands import cli
-from lit_rl.demo.curves import Curve, Stages, read_curves
+from lit_rl.demo.commands import begin, cli, say
+from lit_rl.demo.curves import Curve, read_curves
+from lit_rl.demo.stages import Reached, arguments, exported, kept, plot, reached
 
 OUT = Path("outputs/demo-llm")
 METHODS = {"grpo": "GRPO", "rloo": "RLOO", "gspo": "GSPO", "dapo": "DAPO", "ppo": "PPO", "dpo": "DPO"}
@@ -31,16 +29,10 @@ ACCURACY = "val/score"
 
 def main() -> None:
     """Run the demo of a language model."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--method", choices=METHODS, default="grpo")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = arguments(__doc__, METHODS)
     method, title, seed = args.method, METHODS[args.method], ["--seed_everything", str(args.seed)]
-    if not Path(config(method)).is_file():
-        raise SystemExit(f"error: {config(method)} is not here; run the demo from the folder of the repository")
-    os.environ |= QUIET
-    started = time.perf_counter()
-    seconds = {"warmup": fine_tune(args.seed)}
+    started = begin(config(method))
+    seconds = {"warmup": kept(OUT, args.seed, partial(fine_tune, args.seed))}
     evaluation = f"{method}-learned"
     for old in (method, evaluation):
         shutil.rmtree(OUT / old, ignore_errors=True)
@@ -74,26 +66,12 @@ def config(stage: str) -> str:
     return f"configs/demo/{stage}_sort.yaml"
 
 
-def exported(run: Path) -> Path:
-    """The folder of the model that a run wrote last."""
-    return max((run / "export").glob("iteration-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-
-
 def fine_tune(seed: int) -> float:
-    """Model, data and the fine-tuned model that all methods start from; seconds that it took. Kept from the last demo of the same seed."""
-    known = OUT / "sft.json"
-    if known.is_file() and (before := json.loads(known.read_text()))["seed"] == seed:
-        say(f"the fine-tuned model of the last demo is in {exported(OUT / 'sft')}/")
-        return float(before["seconds"])
-    if OUT.exists():
-        say(f"removing the previous demo in {OUT}/")
-        shutil.rmtree(OUT)
+    """Make model, data and the fine-tuned model that all methods start from, and return the seconds that this took."""
     say(f"building a miniature Qwen2 in {OUT / 'model'}/ and its data in {OUT / 'data'}/")
     prepare(OUT, seed)
     say("supervised fine-tuning on sorted digits, stopped half-way")
-    seconds = cli("fit", "--config", config("sft"), "--seed_everything", str(seed))
-    known.write_text(json.dumps({"seed": seed, "seconds": seconds}) + "\n")
-    return seconds
+    return cli("fit", "--config", config("sft"), "--seed_everything", str(seed))
 
 
 def write_pairs(data: Path, seed: list[str]) -> int:
@@ -145,24 +123,16 @@ def write_rows(file: Path, numbers: Iterable[int]) -> None:
             lines.write(json.dumps(row | {"reward_model": {"style": "rule", "ground_truth": answer}}) + "\n")
 
 
-class Summary(TypedDict):
+class Summary(Reached):
     """The content of summary.json."""
 
-    held_out_accuracy: Stages
     answers_trained: int
-    seconds: dict[str, float]
-    seed: int
 
 
 def summarize(before: float, after: float, curves: Mapping[str, Curve], *, seconds: Mapping[str, float], seed: int) -> Summary:
     """The content of summary.json; accuracy is the share of held-out prompts whose sampled answer is right."""
     answers = curves["samples"].values if "samples" in curves else [2 * n for n in curves["pairs"].values]
-    return {
-        "held_out_accuracy": {"after_warmup": round(before, 4), "after_rl": round(after, 4)},
-        "answers_trained": sum(round(n) for n in answers),
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "seed": seed,
-    }
+    return {**reached(before, after, seconds=seconds, seed=seed), "answers_trained": sum(round(n) for n in answers)}
 
 
 def draw(file: Path, title: str, before: float, after: float, curves: Mapping[str, Curve]) -> None:
@@ -174,15 +144,9 @@ def draw(file: Path, title: str, before: float, after: float, curves: Mapping[st
 
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
     accuracy = curves.get(ACCURACY, Curve(curves["loss"].steps[-1:], [after]))
-    if "reward_mean" in curves:
-        axis.plot(
-            curves["reward_mean"].steps, curves["reward_mean"].values, color="#9aa5b1", label="training reward (mean of the iteration)"
-        )
-    axis.plot([0, *accuracy.steps], [before, *accuracy.values], "o-", color="#1f6feb", label="held-out prompts")
+    plot(axis, before, accuracy, curves.get("reward_mean"), names=("held-out prompts", "training reward (mean of the iteration)"))
     axis.set(xlabel=f"optimizer steps of {title}", ylabel="sampled answers that are right", ylim=(0, 1))
     axis.set_title("Sorting six digits, from half right after fine-tuning")
-    axis.grid(alpha=0.3)
-    axis.legend(loc="lower right")
     figure.savefig(file, dpi=110)
 
 
