@@ -15,6 +15,7 @@ from torch import Tensor
 
 from callbacks.reward_scoring import RewardScoring
 from lit_rl.errors import ConfigError
+from lit_rl.platform.alerts import found_by_rules
 from lit_rl.rewards.base import Reward, RewardError
 from lit_rl.rewards.judges.client import Judge
 from lit_rl.rewards.judges.pairs import Vote, bias, contradictions, pairs_of, ranks, win_rates
@@ -306,6 +307,7 @@ def test_rewards_that_order_siblings_differently_are_told(scoring: list) -> None
     assert queue.gather()["level_rank"].tolist() == pytest.approx([0, 1 / 3, 2 / 3, 0])
     metrics = queue.metrics()
     assert metrics["reward/dark/disagrees_with/level"] == 1 and metrics["reward/level/disagrees_with/level_rank"] == 0
+    assert "100% of the pairs" in (found_by_rules(metrics)["disagreement"] or "")  # the platform's alert
 
 
 def test_a_judge_of_pairs_in_a_run_logs_its_tokens_its_time_and_its_bias(scoring: list, fair: FakeJudge) -> None:
