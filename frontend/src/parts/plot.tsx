@@ -72,6 +72,12 @@ interface Events {
   zoom: (on: boolean) => void;
 }
 
+/** The range of a curve, which is 0 to 1 for one that is always 0. */
+function around(_plot: uPlot, low: number, high: number): uPlot.Range.MinMax {
+  if (low === null) return [null, null];
+  return low === 0 && high === 0 ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true);
+}
+
 function options(props: PlotProps, width: number, events: Events): uPlot.Options {
   const { lines, stacked, normal, height = 200 } = props;
   const axis = { stroke: css("--dim"), grid: { stroke: css("--grid"), width: 1 }, ticks: { stroke: css("--grid"), width: 1 }, font: "11px system-ui" };
@@ -101,7 +107,7 @@ function options(props: PlotProps, width: number, events: Events): uPlot.Options
     series: [{ label: "step" }, ...shown],
     bands,
     legend: { show: false },
-    scales: { x: { time: false, range: (_plot, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) }, y: stacked ? { range: (_p, _l, high) => [0, high || 1] } : {} },
+    scales: { x: { time: false, range: (_plot, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) }, y: { range: stacked ? (_p, _l, high) => [0, high || 1] : around } },
     axes: [{ ...axis, size: 28 }, { ...axis, size: 52, values: (_plot, values) => values.map((value) => (value === null ? "" : tick(value))) }],
     cursor: { sync: props.sync ? { key: props.sync, setSeries: false } : undefined, points: { show: !stacked }, drag: { x: true, y: false }, bind: { dblclick: (_plot, _target, handler) => (event) => (events.zoom(false), handler(event)) } },
     hooks: { drawClear: normal ? [band(normal)] : [], setCursor: [(plot) => events.move(plot.cursor.idx ?? null)], setSelect: [(plot) => plot.select.width > 0 && events.zoom(true)] },

@@ -65,7 +65,9 @@ def compare(here: Here, jobs: Annotated[str, Query(max_length=2000)]) -> Respons
         raise invalid("jobs: give 1 to 12 ids with commas between them")
     found = {name: here.records.find(name) for name in names}
     configs = {name: here.supervisor.plan(job).config if job["fields"] else {} for name, job in found.items()}
-    return Json({"config_diff": difference(configs), "summary": {name: here.records.last_metrics(name) for name in names}})
+    differ = difference(configs)
+    differ.pop("run.name", None)  # a job's own folder, which says nothing
+    return Json({"config_diff": differ, "summary": {name: here.records.last_metrics(name) for name in names}})
 
 
 @router.get("/api/algorithms")
