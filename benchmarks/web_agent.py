@@ -1,6 +1,6 @@
 """GRPO in a real browser: how often a miniature clicks right on held-out seeds of a page of MiniWoB++, before and after.
 
-    python -m benchmarks.web_agent [--page click-tab] [--iterations 24] [--seed 0]
+    python -m benchmarks.web_agent [--page click-tab] [--iterations 20] [--seed 0]
 
 A random Qwen3-VL of 0.1 M parameters sees the page and its instruction, such as "Click on Tab #2.", and says the number of one of nine
 places, where it clicks: one turn an episode, one token a turn. It begins with nothing learned, not even to say a number. Prints success on
@@ -122,7 +122,7 @@ def main() -> None:
     """Train and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--page", default="click-tab")
-    parser.add_argument("--iterations", type=int, default=24)
+    parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

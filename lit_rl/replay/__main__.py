@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from lit_rl.agents.records import action_from, read_records, task_from
 from lit_rl.envs.actions import ActionError
 from lit_rl.envs.base import World, Worlds
-from lit_rl.envs.failures import WorldError
+from lit_rl.envs.failures import Status, WorldError
 from lit_rl.errors import ConfigError
 from lit_rl.net.env_file import use_env_file
 
@@ -33,18 +33,18 @@ async def again(world: World, row: dict[str, Any]) -> str:
     for number, turn in enumerate(row["turns"], 1):
         seen = await world.screenshot()
         if seen.key != turn["state"]:
-            return f"turn {number} began with another screen ({seen.key}, then {turn['state']})"
+            return f"turn {number} begins with another screen than was recorded ({seen.key}, not {turn['state']})"
         if turn["action"] is None:
             continue
         try:
             await world.execute(action_from(turn["action"]))
         except ActionError as error:
             if not turn["error"]:
-                return f"turn {number}: {turn['action']} was carried out then, and now: {error}"
+                return f"turn {number}: {turn['action']} was carried out in the record, and is not now: {error}"
     await world.screenshot()
     outcome = await world.evaluate()
-    if outcome.success != row["success"]:
-        return f"it ended in {'success' if outcome.success else 'failure'}, and then as {row['status']}"
+    if outcome.success != row["success"] and row["status"] != Status.PARSE_ERROR:  # which no evaluation makes a success
+        return f"it ends in {'success' if outcome.success else 'failure'} now, and was recorded as {row['status']}"
     return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from callbacks.rng_state import RngState
 from lit_rl.agents.episodes import Manner
 from lit_rl.agents.film import FRAME, MARK, film_strip
 from lit_rl.agents.records import action_from, header, read_records, record, written
+from lit_rl.envs.failures import Status
 from lit_rl.envs.tiny_desktop import TinyDesktops
 from lit_rl.errors import ConfigError
 from lit_rl.miniatures.vlm import build_vlm
@@ -61,6 +63,16 @@ def test_episodes_done_again_go_as_before(file: Path, capsys: pytest.CaptureFixt
     assert "2 of 2 episodes went as before (0 were lost then and left out)" in capsys.readouterr().out
 
 
+def test_an_episode_that_nobody_understood_goes_as_before_where_its_world_would_count_as_done(
+    policy: VisionLanguageModel, tmp_path: Path
+) -> None:
+    task = replace(BUTTONS, evaluator={"command": "desktop get misses", "at_most": 0})
+    [found], _ = play(policy, lambda key: "hm", tasks=[(task, 0, 0)])
+    assert found.status is Status.PARSE_ERROR and found.reward == 0.0
+    (tmp_path / "r.jsonl").write_text(written([header(TinyDesktops(size=64)), record(found, iteration=1, stage="train")]))
+    assert main([str(tmp_path / "r.jsonl")]) == 0
+
+
 def test_another_screen_and_another_end_are_told(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     lines[1]["turns"][1]["state"] = "0123456789abcdef"
@@ -69,7 +81,7 @@ def test_another_screen_and_another_end_are_told(file: Path, tmp_path: Path, cap
     (tmp_path / "other.jsonl").write_text(written(lines))
     assert main([str(tmp_path / "other.jsonl")]) == 1
     told = capsys.readouterr().out
-    assert "iteration 1 train b #0: turn 2 began with another screen" in told and "#1: it ended in failure" in told
+    assert "iteration 1 train b #0: turn 2 begins with another screen" in told and "#1: it ends in failure now" in told
     assert "0 of 2 episodes went as before (1 were lost then" in told
 
 
