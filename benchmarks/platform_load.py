@@ -4,8 +4,9 @@
 
 A server in a process of its own takes in a million numbers of a thousand jobs; then WebSocket clients follow one job that reports ten times
 a second, and one of them never reads. Prints the server's resident memory after each part, and the time of GET /healthz when nothing else
-happens and while clients follow. With `--kills` the server, the shim or the job itself is killed (SIGKILL) at random moments of so many
-jobs in place of the load, while another run reports every 20 ms; prints jobs that were lost or started twice, and lost reports.
+happens, with its CPU time, and while clients follow. With `--kills` the server, the shim or the job itself is killed (SIGKILL) at random
+moments of so many jobs in place of the load, while another run reports every 20 ms; prints jobs that were lost or started twice, and lost
+reports.
 """
 
 from __future__ import annotations
@@ -78,6 +79,11 @@ class Server:
     def mib(self) -> float:
         """Its resident memory."""
         return float(psutil.Process(self.process.pid).memory_info().rss) / 2**20
+
+    def cpu_seconds(self) -> float:
+        """CPU time that it has used."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
 
     def end(self, number: int = signal.SIGTERM) -> None:
         """End it by a signal."""
@@ -154,7 +160,9 @@ def load(folder: Path, args: argparse.Namespace) -> str:
         lines = [f"{'':40}{'RSS':>9}", f"{'after the start':40}{server.mib():5.0f} MiB"]
         took = filled(server.url, args.jobs, args.points)
         lines.append(f"{f'{args.points:,} numbers of {args.jobs:,} jobs':40}{server.mib():5.0f} MiB, taken in {took:.1f} s")
+        before = server.cpu_seconds()
         quiet = milliseconds(server.url, 200)
+        lines.append(f"{'CPU time of one GET /healthz':40}{1000 * (server.cpu_seconds() - before) / len(quiet):9.1f} ms")
         busy, saw = followed(server.url, args.clients, args.seconds)
         told = f", {saw} of the {args.clients - 1} that read saw the last step"
         lines.append(f"{f'{args.clients} clients, one frozen':40}{server.mib():5.0f} MiB{told}")

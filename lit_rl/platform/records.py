@@ -148,39 +148,36 @@ class Records:
 
     def last_metrics(self, name: str) -> dict[str, float | None]:
         """The newest value of each canonical metric that the job has reported."""
-        inner = points.alias()
-        newest = sa.select(sa.func.max(inner.c.step)).where(inner.c.key == metric_keys.c.id).correlate(metric_keys).scalar_subquery()
-        query = sa.select(metric_keys.c.name, points.c.value).join(points, points.c.key == metric_keys.c.id)
-        query = query.where(metric_keys.c.job == name, metric_keys.c.name.in_(CANONICAL), points.c.step == newest)
         with self.store.read() as connection:
-            return {row.name: row.value for row in connection.execute(query)}
+            return _last_metrics(connection, [name])[name]
 
     def shown(self, job: Job) -> dict[str, object]:
         """The job as the service answers it."""
+        return self.all_shown([job])[0]
+
+    def all_shown(self, found: Sequence[Job]) -> list[dict[str, object]]:
+        """Jobs as the service answers them, by as many queries as for one."""
+        names = [str(job["uuid"]) for job in found]
+        stalled = sa.select(alerts.c.job).where(alerts.c.job.in_(names), alerts.c.rule == STALLED, alerts.c.ended_at.is_(None))
+        with self.store.read() as connection:
+            newest, spans = _last_metrics(connection, names), _spans(connection, names)
+            silent = set(connection.execute(stalled).scalars())
+        return [
+            self._shown(job) | {
+                "progress": progress(job, spans.get(name)), "last_metrics": newest[name],
+                "stalled": job["state"] == "running" and name in silent,
+            }
+            for name, job in zip(names, found, strict=True)
+        ]  # fmt: skip
+
+    def _shown(self, job: Job) -> dict[str, object]:
         fields = job["fields"]
         assert isinstance(fields, dict)
         asked = {name: fields.get(name) for name in FIELDS}
         times = {name: text_of(job[name]) for name in ("created_at", "queued_at", "started_at", "ended_at", "stop_requested_at")}  # type: ignore[arg-type]
         plain = ("uuid", "name", "description", "notes", "tags", "state", "source", "problems", "gpu_ids", "parent_uuid", "checkpoint")
-        return {
-            **{name: job[name] for name in plain}, **asked, **times, "progress": progress(job, self._span(str(job["uuid"]))),
-            "run_dir": str(self.folder(str(job["uuid"]))),
-            "exit": {"returncode": job["returncode"], "signal": job["signal"], "reason": job["reason"]},
-            "last_metrics": self.last_metrics(str(job["uuid"])),
-            "stalled": job["state"] == "running" and self._stalled(str(job["uuid"])),
-        }  # fmt: skip
-
-    def _span(self, name: str) -> Sequence[Reached] | None:
-        """The first and the newest step of a job; None without any."""
-        query = sa.select(steps.c.step, steps.c.ts).where(steps.c.job == name).limit(1)
-        with self.store.read() as connection:
-            ends = [connection.execute(query.order_by(order)).first() for order in (steps.c.step, steps.c.step.desc())]
-        return [Reached(*end) for end in ends if end is not None] or None
-
-    def _stalled(self, name: str) -> bool:
-        query = sa.select(alerts.c.id).where(alerts.c.job == name, alerts.c.rule == STALLED, alerts.c.ended_at.is_(None))
-        with self.store.read() as connection:
-            return connection.execute(query).first() is not None
+        end = {"returncode": job["returncode"], "signal": job["signal"], "reason": job["reason"]}
+        return {**{name: job[name] for name in plain}, **asked, **times, "run_dir": str(self.folder(str(job["uuid"]))), "exit": end}
 
     def _insert(self, idempotency_key: str | None, **values: object) -> Job:
         """A new row, or the one that the same key has made: looked for and written at once, so that two requests make one job."""
@@ -191,6 +188,29 @@ class Records:
             more = {"uuid": name, "idempotency_key": idempotency_key}
             connection.execute(sa.insert(jobs).values(_defaults(time.time()) | values | more))
         return self.find(name)
+
+
+def _last_metrics(connection: sa.Connection, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """The newest values of the canonical metrics of jobs."""
+    inner = points.alias()
+    newest = sa.select(sa.func.max(inner.c.step)).where(inner.c.key == metric_keys.c.id).correlate(metric_keys).scalar_subquery()
+    query = sa.select(metric_keys.c.job, metric_keys.c.name, points.c.value).join(points, points.c.key == metric_keys.c.id)
+    query = query.where(metric_keys.c.job.in_(names), metric_keys.c.name.in_(CANONICAL), points.c.step == newest)
+    found: dict[str, dict[str, float | None]] = {name: {} for name in names}
+    for job, key, value in connection.execute(query):
+        found[job][key] = value
+    return found
+
+
+def _spans(connection: sa.Connection, names: Sequence[str]) -> dict[str, Sequence[Reached]]:
+    """The first and the newest step of jobs that have reported one."""
+    ends = [
+        sa.select(column).where(steps.c.job == jobs.c.uuid).order_by(order).limit(1).correlate(jobs).scalar_subquery()
+        for order in (steps.c.step, steps.c.step.desc())
+        for column in (steps.c.step, steps.c.ts)
+    ]
+    rows = connection.execute(sa.select(jobs.c.uuid, *ends).where(jobs.c.uuid.in_(names)))
+    return {name: (Reached(first, began), Reached(last, now)) for name, first, began, last, now in rows if first is not None}
 
 
 def _keyed(connection: sa.Connection, key: str) -> Job | None:

@@ -47,6 +47,20 @@ def test_rows_have_the_two_numbers_that_the_guide_prints(platform: TestClient) -
     assert [row["step"] for row in newest.json()] == [2, 3] and newest.headers["x-truncated"] == "true"
 
 
+def test_each_job_of_a_list_is_as_it_is_alone(platform: TestClient) -> None:
+    """Its newest metrics, its pace and its silence are looked up for all jobs at once."""
+    for n, job in enumerate("abc"):
+        report(platform, job, *({"step": step, "metrics": {"policy_loss": n + step}, "ts": 1e9 + step * n} for step in range(n + 1)))
+        platform.post(f"/api/jobs/{job}/status", json={"status": "running", "max_steps": 9})
+    platform.post("/api/jobs", json=GUIDE_JOB)
+    service(platform).alerts.note("b", "stalled", "no step")
+    listed = platform.get("/api/jobs").json()["items"]
+    assert listed == [platform.get(f"/api/jobs/{job['uuid']}").json() for job in listed]
+    assert [(job["last_metrics"], job["stalled"], job["progress"]["eta_s"]) for job in listed] == [
+        ({}, False, None), ({"policy_loss": 4.0}, False, 14.0), ({"policy_loss": 2.0}, True, 8.0), ({"policy_loss": 0.0}, False, None),
+    ]  # fmt: skip
+
+
 def test_a_report_sent_twice_is_one_and_replaces(platform: TestClient) -> None:
     for value in (1.0, 2.0, 2.0):
         report(platform, "j", {"step": 1, "metrics": {"x": value}})

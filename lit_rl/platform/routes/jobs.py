@@ -33,7 +33,7 @@ def listed(
 ) -> Response:
     """Jobs, the newest first."""
     found, following = here.records.listed(state=state, q=q, limit=limit, cursor=cursor)
-    return Json({"items": [here.records.shown(job) for job in found], "next_cursor": following})
+    return Json({"items": here.records.all_shown(found), "next_cursor": following})
 
 
 @router.get("/{name}")
