@@ -3,6 +3,7 @@
 import gc
 import os
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # compiles as it is imported, which takes seconds
 import deepspeed.utils.nvtx
 import diffusers.pipelines  # noqa: F401
 import logged_runs  # noqa: F401
@@ -13,7 +14,15 @@ import scenarios  # noqa: F401
 import text_runs  # noqa: F401
 import torch.distributed.checkpoint  # noqa: F401
 from diffusers import AutoencoderKL, FluxFillPipeline, StableDiffusion3Pipeline  # noqa: F401
-from transformers import AutoTokenizer, CLIPTextModelWithProjection, Qwen2ForCausalLM, SiglipVisionModel, T5EncoderModel  # noqa: F401
+from transformers import (  # noqa: F401
+    AutoTokenizer,
+    CLIPTextModelWithProjection,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2ForCausalLM,
+    Qwen3VLForConditionalGeneration,
+    SiglipVisionModel,
+    T5EncoderModel,
+)
 
 import cli  # noqa: F401
 import lit_rl.command_line.run  # noqa: F401

@@ -31,9 +31,10 @@ OPTIMIZER_FILE = "optimizer.json"
 class ZeroStrategy(DeepSpeedStrategy):
     """DeepSpeed ZeRO. Stage 1 shards optimizer states, stage 2 gradients too, stage 3 weights too.
 
-    Two defaults differ from DeepSpeed's: in stage 3 small parameters do not stay gathered between forwards, because edits of the shards
-    (weight averages, references) would not reach them; and an offloaded optimizer may be any, not only `DeepSpeedCPUAdam`, which is
-    faster there but compiles itself at first use. Frozen weights that the policy reads from its pretrained folder are not saved.
+    Three defaults differ from DeepSpeed's: in stage 3 small parameters do not stay gathered between forwards, because edits of the shards
+    (weight averages, references) would not reach them; nor are parameters gathered ahead where blocks with frozen ones are recomputed; and
+    an offloaded optimizer may be any, not only `DeepSpeedCPUAdam`, which is faster there but compiles itself at first use. Frozen weights
+    that the policy reads from its pretrained folder are not saved.
 
     Args:
         stage: 1, 2 or 3.
@@ -54,7 +55,9 @@ class ZeroStrategy(DeepSpeedStrategy):
     def setup(self, trainer: L.Trainer) -> None:
         """Let `lit_rl.policies.weights.shards.reshard` in: in stage 3 weights that are used again soon stay gathered between forwards."""
         self._init_config_if_needed()
-        assert isinstance(self.config, dict)
+        assert isinstance(self.config, dict) and trainer.lightning_module is not None
+        if self.zero_stage_3 and _recomputes_frozen(trainer.lightning_module):
+            self.config["zero_optimization"].setdefault("stage3_prefetch_bucket_size", 0)
         self.config["gradient_accumulation_steps"] = trainer.accumulate_grad_batches  # the method may have set it
         super().setup(trainer)
         if self.zero_stage_3:
@@ -115,3 +118,14 @@ class ZeroStrategy(DeepSpeedStrategy):
     def _module(self) -> L.LightningModule:
         assert self.lightning_module is not None
         return self.lightning_module
+
+
+def _recomputes_frozen(module: L.LightningModule) -> bool:
+    """A network with frozen weights computes its blocks again in the backward pass.
+
+    DeepSpeed (0.19.8) then lets go of frozen weights that it has gathered ahead and still counts as on their way: the next use ends with
+    "already in registry". It happens where a network is larger than `stage3_max_reuse_distance`, 1e9 numbers.
+    """
+    models = checkpointed(module).models()
+    recomputed = (network for model in models if getattr(model, "gradient_checkpointing", False) for network in model.networks())
+    return any(not parameter.requires_grad for network in recomputed for parameter in network.parameters())

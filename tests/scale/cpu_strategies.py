@@ -15,6 +15,11 @@ from lit_rl.strategies.zero import ZeroStrategy
 class CPUZeroStrategy(ZeroStrategy):
     """`ZeroStrategy` without a GPU. The environment must say DS_ACCELERATOR=cpu before DeepSpeed is imported."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        if (zero := self.config["zero_optimization"])["stage"] == 3:  # with the usual 1e9 a miniature lets go of no weight
+            zero |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
+
     @property
     def root_device(self) -> torch.device:
         return torch.device("cpu", self.local_rank)  # the index is all that Lightning asks of it
