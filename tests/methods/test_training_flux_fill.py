@@ -152,8 +152,7 @@ def test_the_old_policy_is_of_every_trained_weight(places: Path, tmp_path: Path,
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "cls"), zip(KINDS, CLASSES * 2, strict=True))
 def test_a_continued_run_ends_as_the_unbroken_one(places: Path, tmp_path: Path, cls: type[Method], kind: str) -> None:
     """From inside the warm-up, its end, and inside an iteration whose images, masks and references are in the checkpoint then."""
 

@@ -29,6 +29,10 @@ SIZES: dict[str, Any] = dict(
     eos_token_id=2,
 )
 BERT = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"} | {"is_decoder": True}
+INKLING: dict[str, Any] = dict(
+    unpadded_vocab_size=50, logits_mup_width_multiplier=2.0, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+    head_dim=8, swa_head_dim=8, swa_num_attention_heads=4, swa_num_key_value_heads=2,
+)  # fmt: skip
 T = transformers
 MODELS: dict[str, tuple[Callable[[], Any], LMHead]] = {
     "granite": (lambda: T.GraniteForCausalLM(T.GraniteConfig(**SIZES, logits_scaling=8.0)), LMHead(scale=1 / 8)),
@@ -50,7 +54,7 @@ MODELS: dict[str, tuple[Callable[[], Any], LMHead]] = {
         LMHead(),
     ),
     "inkling, words that are left out": (
-        lambda: T.InklingForCausalLM(T.InklingTextConfig(**SIZES, unpadded_vocab_size=50, logits_mup_width_multiplier=2.0)),
+        lambda: T.InklingForCausalLM(T.InklingTextConfig(**SIZES | INKLING)),
         LMHead("own"),
     ),
     "bert, layers before the last": (lambda: T.BertLMHeadModel(T.BertConfig(**BERT)), LMHead("own")),
