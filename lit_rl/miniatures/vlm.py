@@ -134,7 +134,7 @@ def _model(
     parts = {"text_config": text, "vision_config": vision}
     if family == "qwen3_vl":
         return transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig.from_dict(parts | special))
-    text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 3 * hidden // 2}
+    text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 3 * hidden // 2, "norm_topk_prob": True}
     return transformers.Qwen3VLMoeForConditionalGeneration(transformers.Qwen3VLMoeConfig.from_dict(parts | special))
 
 

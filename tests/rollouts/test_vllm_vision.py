@@ -31,14 +31,20 @@ from lit_rl.rollouts.probe import trainer_logprobs
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 LORA = LoraSettings(rank=8, alpha=16)
-SIZES: Sequence[Sequence[tuple[int, int]]] = [[(64, 64)], [(96, 64)], [(64, 64), (128, 96)], [(100, 70)], [(20, 300)], [(600, 600)], []]
+SIZES: Sequence[Sequence[tuple[int, int]]] = [
+    [(64, 64)], [(96, 64)], [(64, 64), (128, 96)], [(100, 70)], [(20, 300)], [(600, 600)], [(20, 1900)], [(1, 150)], [],
+]  # fmt: skip
 OPTIONS = ["--max-model-len", "512", "--enable-scale-out", "--logprobs-mode", "raw_logprobs"]
 CLOSE = 1e-4
 dialects = pytest.mark.parametrize("dialect", ["openai", "vllm"])
 
 
 def served(root: Path, family: Family, kind: Any, *options: str) -> Iterator[tuple[ServerProcess, Path]]:
-    model = build_vlm(root / "model", family=family, characters="1234?", vision_hidden=64)
+    """A server of an export, as a run writes it."""
+    policy = VisionLanguageModel(str(build_vlm(root / "built", family=family, characters="1234?", vision_hidden=64)))
+    policy.load()
+    (model := root / "model").mkdir()
+    policy.save(model, {name: weight.detach() for name, weight in policy.trainable()})
     server = vllm(kind, model, root / "log", *OPTIONS, *options)
     server.start()
     try:
@@ -69,7 +75,8 @@ def requests(policy: VisionLanguageModel, copies: int = 1) -> list[Request]:
     found = []
     for i, sizes in enumerate(SIZES):
         content: list[dict[str, str]] = [{"type": "image"} for _ in sizes] + [{"type": "text", "text": "1?"}]
-        turns = [{"role": "user", "content": content}]
+        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        turns = [{"role": "system", "content": content}, {"role": "user", "content": "2"}] if i == 1 else turns
         ids = policy.encode(turns)
         pictures = [torch.from_numpy(np.random.RandomState(n).randint(0, 255, (3, *size), dtype=np.uint8)) for n, size in enumerate(sizes)]
         prompt, _ = policy.with_pictures(ids, [False] * len(ids), sizes)
