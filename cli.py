@@ -22,7 +22,7 @@ what a run is
                             ModelCheckpoint with a monitor calls so
   --run.dir DIR, --run.name NAME   all that the run writes is in DIR/NAME: logs, checkpoints, best, export, samples, predictions
   --run.callbacks.NAME null leave out a callback that every run has: progress, learning_rate, throughput, samples, newest, graceful_stop,
-                            rng_state; {{...}} in place of null sets its options, one of its kind in trainer.callbacks replaces it
+                            rng_state, heartbeat; {{...}} in place of null sets options, one of its kind in trainer.callbacks replaces it
   --seed_everything INT     one seed for prompts, rollouts, minibatches and evaluation
   --print_config            show the run as one YAML, every default included, and stop
 

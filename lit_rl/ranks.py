@@ -27,6 +27,16 @@ def place() -> tuple[int, int]:
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed() else (0, 1)
 
 
+def lost_contact(error: BaseException) -> bool:
+    """True for what a collective raises when another process has ended or does not answer.
+
+    Gloo reports all that happens to other processes as a RuntimeError, most often with its own file, sometimes without.
+    """
+    said = str(error).lower()
+    told = isinstance(error, RuntimeError) and ("gloo" in said or "caused pair closure" in said)
+    return isinstance(error, torch.distributed.DistError) or told
+
+
 # ---------------------------------------------------------------------- rows of tensors
 def gather_rows(x: Tensor) -> Tensor:
     """Rows of all processes in order of rank: "B ..." -> "sum of all B ...", B of each process its own. Collective.

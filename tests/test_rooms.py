@@ -21,7 +21,7 @@ FLOORS: Sequence[Sequence[str]] = (
     ("lit_rl.methods",),
     ("callbacks", "datamodules"),
     ("lit_rl.replay.__main__", "lit_rl.command_line", "lit_rl.prepare", "lit_rl.merge", "lit_rl.judges", "lit_rl.migrate"),
-    ("lit_rl.demo", "lit_rl.doctor", "lit_rl.platform", "cli"),
+    ("lit_rl.demo", "lit_rl.doctor", "lit_rl.launch", "lit_rl.platform", "cli"),
 )
 """Rooms and files from the ground up. A file imports from its own room and from floors below, never from its own floor's other rooms."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from fsspec.core import url_to_fs
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lit_rl.checkpoints.files import is_whole, resolve_checkpoint
+from lit_rl.checkpoints.files import is_whole, newest_complete, newest_first, resolve_checkpoint
 from lit_rl.checkpoints.reading import content
 from lit_rl.errors import ConfigError
 
@@ -92,3 +93,11 @@ def _address(path: str) -> str:
     except (ImportError, ValueError, OSError) as error:
         problem = str(error)
     raise ConfigError(f"--ckpt_path {path} cannot be read: {problem}; download the checkpoint and give its path")
+
+
+def go_on(folders: Sequence[str | os.PathLike]) -> str:
+    """Where a run that has ended can be continued from."""
+    found = newest_first([path for folder in folders if (path := newest_complete(Path(folder)))])
+    if found:
+        return f"the last complete checkpoint is {found[0]}: continue with --ckpt_path {found[0]}"
+    return "there is no complete checkpoint to continue from yet"

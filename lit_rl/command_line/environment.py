@@ -62,6 +62,18 @@ def fill_in(options: Namespace) -> Namespace:
     return options
 
 
+def expand_home(values: object) -> object:
+    """A parsed configuration in which every text that begins with `~/` is a path in the home folder. Changes it in place."""
+    if isinstance(values, str):
+        return os.path.expanduser(values) if values == "~" or values.startswith("~/") else values
+    if isinstance(values, Namespace | dict):
+        keys = vars(values) if isinstance(values, Namespace) else values
+        keys.update({key: expand_home(value) for key, value in keys.items()})
+    elif isinstance(values, list):
+        values[:] = map(expand_home, values)
+    return values
+
+
 def sources(options: Namespace) -> Iterator[str]:
     """A line for each variable that is set and belongs to an option of the run: whether its value is the one that counts."""
     for place in places(options):

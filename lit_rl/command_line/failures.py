@@ -5,12 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from lit_rl.checkpoints.files import newest_complete, newest_first
+from lit_rl.ranks import lost_contact
 
 _ELSEWHERE = "set run.dir, or where the run names it the folder of what writes there, to one that can be written"
 _ADVICE = {
@@ -39,7 +36,10 @@ def what_ended(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in _ADVICE and not isinstance(error, ConnectionError):
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)]
         return f"{' -> '.join(names) or 'a file'}: {error.strerror}; {_ADVICE[error.errno]}"
-    if _is_of_the_group(error):
+    if lost_contact(error):
+        notes = getattr(error, "__notes__", [])
+        if notes:  # by callbacks.heartbeat
+            return f"{notes[0]} has ended or does not answer: {_first_line(error)}"
         return (
             "another process of this run has ended, or has not answered for as long as trainer.strategy.init_args.timeout says (30 minutes "
             f"if it is not set): {_first_line(error)}"
@@ -49,21 +49,6 @@ def what_ended(error: BaseException) -> str | None:
     if _while_restoring(error):
         return f"the checkpoint of --ckpt_path does not hold what this run restores from it: {_first_line(error)}"
     return None
-
-
-def go_on(folders: Sequence[str | os.PathLike]) -> str:
-    """Where a run that has ended can be continued from."""
-    found = newest_first([path for folder in folders if (path := newest_complete(Path(folder)))])
-    if found:
-        return f"the last complete checkpoint is {found[0]}: continue with --ckpt_path {found[0]}"
-    return "there is no complete checkpoint to continue from yet"
-
-
-def _is_of_the_group(error: BaseException) -> bool:
-    """Gloo reports all that happens to other processes as a RuntimeError, most often with its own file, sometimes without."""
-    said = str(error).lower()
-    told = isinstance(error, RuntimeError) and ("gloo" in said or "caused pair closure" in said)
-    return isinstance(error, torch.distributed.DistError) or told
 
 
 def _while_restoring(error: BaseException) -> bool:

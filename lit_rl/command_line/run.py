@@ -21,27 +21,30 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.distributed import is_torchelastic_launched
 
 from callbacks.base import is_trial
 from callbacks.image_writer import ImageWriter
 from callbacks.text_writer import TextWriter
-from lit_rl.checkpoints.choosing import choose_checkpoint
+from lit_rl.checkpoints.choosing import choose_checkpoint, go_on
 from lit_rl.checkpoints.claims import claim, release
 from lit_rl.checkpoints.files import AtomicCheckpointIO, check_unused
 from lit_rl.checkpoints.version import check_file
 from lit_rl.command_line.class_change import install, replaced_components
 from lit_rl.command_line.dotted import imported_class
-from lit_rl.command_line.environment import fill_in, sources
+from lit_rl.command_line.environment import expand_home, fill_in, sources
 from lit_rl.command_line.errors import explain
-from lit_rl.command_line.failures import go_on, what_ended
+from lit_rl.command_line.failures import what_ended
 from lit_rl.command_line.out_of_memory import out_of_memory
 from lit_rl.command_line.renamed import CONFIG_VERSION, other_version
 from lit_rl.command_line.saved_config import SavedConfig
+from lit_rl.command_line.torchrun import end_with_parent
 from lit_rl.command_line.usual import RunFolder, filled_in, set_float32_matmul
 from lit_rl.command_line.yaml_files import broken_yaml, missing_file
-from lit_rl.errors import ConfigError
+from lit_rl.errors import LEFT_BY_ANOTHER, ConfigError
 from lit_rl.modules.base import LitRL
 from lit_rl.net.environment import redacted
+from lit_rl.ranks import lost_contact
 from lit_rl.rewards.base import RewardError
 from lit_rl.rollouts.base import RolloutError
 
@@ -55,6 +58,8 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: n
 logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
 
 SECONDS_TO_BE_ENDED = 3.0
+SECONDS_FOR_AGENT = 1.0
+"""The time in which torchrun's agent sees which process was the first to end."""
 
 
 class Parser(LightningArgumentParser):
@@ -62,7 +67,9 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **(kwargs | {"allow_abbrev": False}))  # --trainer.max_epoch would be taken for max_epochs
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """The sentence that says what is wrong, without pages of usage around it."""
+        """The sentence that says what is wrong, without pages of usage around it; of the processes of a node the first says it."""
+        if is_torchelastic_launched() and os.environ["LOCAL_RANK"] != "0":
+            time.sleep(SECONDS_TO_BE_ENDED)
         sys.stderr.write(f"error: {explain(message, sys.argv)}\n")
         raise SystemExit(2)
 
@@ -81,6 +88,7 @@ class CLI(LightningCLI):
 
     def __init__(self) -> None:
         install()
+        end_with_parent()
         super().__init__(
             LitRL,
             L.LightningDataModule,
@@ -203,7 +211,7 @@ class CLI(LightningCLI):
                 if note := self._go_on(subcommand).removeprefix("; "):
                     error.add_note(note)
                 raise
-            self._stop(f"{sentence}{self._go_on(subcommand)}", code=1)
+            self._stop(f"{sentence}{self._go_on(subcommand)}", code=LEFT_BY_ANOTHER if lost_contact(error) else 1)
         finally:
             release()
 
@@ -230,21 +238,11 @@ class CLI(LightningCLI):
 
     def _stop(self, message: str, *, code: int) -> None:
         """End this process with a sentence. The first ends those it started; the others wait for that, as the cause is mostly one."""
-        if self.trainer.global_rank:
+        if code == LEFT_BY_ANOTHER and is_torchelastic_launched():
+            time.sleep(SECONDS_FOR_AGENT)
+        elif self.trainer.global_rank:
             time.sleep(SECONDS_TO_BE_ENDED)
         elif launcher := self.trainer.strategy.launcher:
             launcher.kill(signal.SIGKILL)
         sys.stderr.write(f"error: {message}\n")
         raise SystemExit(code)
-
-
-def expand_home(values: object) -> object:
-    """A parsed configuration in which every text that begins with `~/` is a path in the home folder. Changes it in place."""
-    if isinstance(values, str):
-        return os.path.expanduser(values) if values == "~" or values.startswith("~/") else values
-    if isinstance(values, Namespace | dict):
-        keys = vars(values) if isinstance(values, Namespace) else values
-        keys.update({key: expand_home(value) for key, value in keys.items()})
-    elif isinstance(values, list):
-        values[:] = map(expand_home, values)
-    return values

@@ -20,6 +20,7 @@ from callbacks.episode_records import EpisodeRecords
 from callbacks.evaluation_sets import EvaluationSets
 from callbacks.export import FOLDERS, Export
 from callbacks.graceful_stop import GracefulStop
+from callbacks.heartbeat import Heartbeat
 from callbacks.platform_logger import PlatformLogger
 from callbacks.rng_state import RngState
 from callbacks.sample_gallery import SampleGallery
@@ -28,6 +29,7 @@ from callbacks.throughput import Throughput
 from callbacks.trackers import SwanLab, Trackio, WandB
 from lit_rl.checkpoints.choosing import is_count
 from lit_rl.command_line.dotted import imported, imported_class
+from lit_rl.command_line.torchrun import as_started
 from lit_rl.command_line.usual_classes import USUAL_CLASSES
 from lit_rl.errors import ConfigError
 from lit_rl.policies.by_device import has_tensor_cores
@@ -47,6 +49,7 @@ class UsualCallbacks:
         newest: The newest checkpoint, for --ckpt_path last: ModelCheckpoint. A ModelCheckpoint without monitor replaces it.
         graceful_stop: A checkpoint on SIGTERM and on a STOP file: callbacks.graceful_stop.GracefulStop.
         rng_state: Global random streams in checkpoints: callbacks.rng_state.RngState.
+        heartbeat: An end within a minute when another process freezes or is lost: callbacks.heartbeat.Heartbeat.
     """
 
     progress: Options | None = field(default_factory=dict)
@@ -56,6 +59,7 @@ class UsualCallbacks:
     newest: Options | None = field(default_factory=dict)
     graceful_stop: Options | None = field(default_factory=dict)
     rng_state: Options | None = field(default_factory=dict)
+    heartbeat: Options | None = field(default_factory=dict)
 
 
 @dataclass
@@ -100,6 +104,7 @@ USUAL = {
     "samples": Usual((SampleGallery, SampleTexts), before=True),
     "newest": Usual(ModelCheckpoint, NEWEST),
     "rng_state": Usual(RngState),
+    "heartbeat": Usual(Heartbeat),
     "graceful_stop": Usual(GracefulStop),
 }
 
@@ -108,6 +113,7 @@ def filled_in(options: Namespace) -> Namespace:
     """A copy of a subcommand's options with the usual callbacks in it, and with a folder wherever it leaves one open."""
     run, folder = options.clone(), run_folder(options)
     trainer = run.trainer
+    as_started(trainer)
     trainer.default_root_dir = trainer.default_root_dir or str(folder)
     if trainer.logger in (None, True):
         logger = {"save_dir": str(folder), "name": "logs", "version": ""}

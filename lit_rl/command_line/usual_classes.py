@@ -7,5 +7,6 @@ USUAL_CLASSES = {
     "samples": ("callbacks.sample_texts.SampleTexts", "callbacks.sample_gallery.SampleGallery"),  # of texts; of images
     "newest": ("lightning.pytorch.callbacks.ModelCheckpoint",),
     "rng_state": ("callbacks.rng_state.RngState",),
+    "heartbeat": ("callbacks.heartbeat.Heartbeat",),
     "graceful_stop": ("callbacks.graceful_stop.GracefulStop",),
 }

@@ -19,8 +19,9 @@ from forked import end_group, ended, forked_script
 from lightning.pytorch.callbacks import ModelCheckpoint
 from toy import ToyData, toy_config, toy_method, toy_trainer
 
+from lit_rl.checkpoints.choosing import go_on
 from lit_rl.checkpoints.files import AtomicCheckpointIO, resolve_checkpoint
-from lit_rl.command_line.failures import go_on, what_ended
+from lit_rl.command_line.failures import what_ended
 
 ROOT = Path(__file__).parents[2]
 

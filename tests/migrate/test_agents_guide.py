@@ -11,6 +11,7 @@ from test_cua_migration import keys  # noqa: F401
 
 from lit_rl.doctor.__main__ import parser as doctor
 from lit_rl.doctor.runs import parse
+from lit_rl.launch.options import divided
 from lit_rl.migrate.__main__ import parser as migration
 from lit_rl.net.environment import HUB, SECRETS, VARIABLES
 
@@ -31,6 +32,8 @@ TimeoutError lora.rank GPU_MEMORY_UTILIZATION https://hf-mirror.com target_accur
 def test_each_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)[1:]
+    if words[:2] == ["-m", "lit_rl.launch"]:
+        words = ["cli.py", *divided(words[2:])[1]]
     if words[:2] == ["cli.py", "fit"]:
         cut = words.index("--ckpt_path") if "--ckpt_path" in words else len(words)
         assert parse(words[2:cut]).model.class_path == "lit_rl.methods.agent_grpo.AgentGRPO"

@@ -13,6 +13,7 @@ from lit_rl.checkpoints.rl_to_sft import parser as converter
 from lit_rl.doctor.__main__ import parser as doctor
 from lit_rl.doctor.runs import parse
 from lit_rl.judges import parser as judges
+from lit_rl.launch.options import divided
 from lit_rl.migrate.__main__ import parser as migration
 from lit_rl.net.environment import SECRETS, VARIABLES
 from lit_rl.rewards.server import parser as server
@@ -43,6 +44,8 @@ WANDB_MODE SWANLAB_MODE SWANLAB_PROJ_NAME --rl_checkpoint guess_load_checkpoint 
 def test_each_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)[1:]
+    if words[:2] == ["-m", "lit_rl.launch"]:
+        words = ["cli.py", *divided(words[2:])[1]]
     if words[:2] == ["cli.py", "fit"]:
         assert parse(words[2:]).model.init_args.policy.class_path.endswith("DeepGenPolicy")
     else:
