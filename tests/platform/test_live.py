@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from socket import IPPROTO_TCP, TCP_NODELAY
 
 import pytest
 import requests
@@ -18,6 +19,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from lit_rl.platform.hub import WAITING, Hub
+from lit_rl.platform.patience import PatientProtocol
 from lit_rl.platform.routes.live import joined
 
 
@@ -83,6 +85,21 @@ def test_metrics_that_follow_each_other_are_one_frame() -> None:
 
     frames = joined([of("a", 1), of("a", 2), of("b", 3), {"type": "state", "seq": 4}, of("b", 5)])
     assert [(frame.get("points"), frame["seq"]) for frame in frames] == [([1, 2], 2), ([3], 3), (None, 4), ([5], 5)]
+
+
+def test_answers_do_not_wait_for_more_to_send(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without TCP_NODELAY the body of an answer waits 40 ms for the other side to acknowledge its head."""
+    seen = list[int]()
+    made = PatientProtocol.connection_made
+
+    def noted(self: PatientProtocol, transport: asyncio.Transport) -> None:
+        seen.append(transport.get_extra_info("socket").getsockopt(IPPROTO_TCP, TCP_NODELAY))
+        made(self, transport)
+
+    monkeypatch.setattr(PatientProtocol, "connection_made", noted)
+    with listening(tmp_path) as url:
+        assert requests.get(f"{url}/healthz", timeout=60).ok
+    assert seen and all(seen)
 
 
 def test_open_sockets_do_not_hold_up_the_end_and_a_frozen_one_nobody(tmp_path: Path) -> None:
