@@ -76,8 +76,10 @@ class Reports:
 
     def silence(self) -> None:
         """Note the runs of others that have not reported for long."""
+        since = time.time() - SILENT
         for job in self.records.in_states(("running",), source="external"):
-            if self.records.silent(str(job["uuid"]), time.time() - SILENT):
+            heard = job["reported_at"] or job["started_at"]
+            if isinstance(heard, float) and heard < since and self.records.silent(str(job["uuid"]), since):  # it may report meanwhile
                 self.hub.publish("state", str(job["uuid"]), state="stale", message="no report for ten minutes")
 
     def _heard(self, name: str) -> Job:
