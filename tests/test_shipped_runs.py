@@ -42,7 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_sd3(folder / "sd3", **sizes, layers=2, t5_hidden=32)  # the last block has fewer layers for LoRA
     build_flux(folder / "flux", **sizes, layers=1, single_layers=1, t5_hidden=24)
     build_fill(folder / "fill")
-    build_deepgen(folder / "deepgen", height=HEIGHT, width=WIDTH, hidden=32, connector_hidden=24)
+    build_deepgen(folder / "deepgen", height=HEIGHT, width=WIDTH, hidden=32, connector_hidden=24, language_layers=2)
     (folder / "train.txt").write_text("".join(f'a sign with "{i}"\n' for i in range(4)))
     (folder / "test.txt").write_text('a sign with "9"\n')
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)).save(folder / "source.png")

@@ -55,7 +55,7 @@ def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def deepgen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_deepgen(tmp_path_factory.mktemp("pipelines") / "deepgen")
+    return build_deepgen(tmp_path_factory.mktemp("pipelines") / "deepgen", language_layers=2)
 
 
 @pytest.fixture(scope="session")
