@@ -81,9 +81,7 @@ def learner(folder: Path, *, tasks: int = 8, group_size: int = 8, lr: float = 5e
         VisionLanguageModel(str(model), train_vision=True),
         prompts_per_iteration=tasks,
         group_size=group_size,
-        episodes=Episodes(
-            worlds=MiniWoBs(), codec=Places(), manner=Manner(max_turns=1, history=0, parse_penalty=0.1), concurrency=8, patience_s=30.0
-        ),
+        episodes=Episodes(worlds=MiniWoBs(), codec=Places(), manner=Manner(max_turns=1, history=0), concurrency=8, patience_s=30.0),
         answers=Answers(engine=HFEngine(), sampling=one, eval_sampling=one),
         optimizer=partial(torch.optim.AdamW, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
         lr_scheduler=partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.1, total_iters=10),
