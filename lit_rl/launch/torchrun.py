@@ -15,6 +15,7 @@ import psutil
 
 from lit_rl.errors import ConfigError
 from lit_rl.launch.options import Nodes
+from lit_rl.net.sockets import bind
 
 ROOT = Path(__file__).parents[2]
 SECONDS_TO_WAIT = 600
@@ -65,8 +66,15 @@ def interface(address: str) -> dict[str, str]:
 
 
 def wait_for_first(nodes: Nodes) -> None:
-    """Return when the first node listens; nodes may be started in any order. Raises ConfigError after ten minutes."""
-    if nodes.rank == 0 or nodes.address is None:
+    """Return when the first node listens; nodes may be started in any order. Raises ConfigError after ten minutes, and on the first node
+    where its port is taken."""
+    if nodes.address is None:
+        return
+    if nodes.rank == 0:
+        try:
+            bind("::" if ":" in nodes.address else "0.0.0.0", nodes.port, option="--master-port").close()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         return
     end, said = time.monotonic() + SECONDS_TO_WAIT, False
     while True:
@@ -106,9 +114,8 @@ def start(words: Sequence[str]) -> int:
     except SignalException as asked:
         return 128 + asked.sigval
     except RendezvousError as error:
-        reason = (
-            "another node has given up" if type(error).__name__.endswith(("ClosedError", "ExitError")) else "nodes have not come together"
-        )
-        sys.stderr.write(f"error: {reason}: {str(error).partition(' See inner')[0]}; its own message, on that node, says why\n")
+        closed = type(error).__name__.endswith(("ClosedError", "ExitError"))
+        reason = "another node has given up, and says why" if closed else "the nodes have not come together, or node 0 is lost"
+        sys.stderr.write(f"error: {reason}: {str(error).partition(' See inner')[0]}\n")
         return 1
     return 0

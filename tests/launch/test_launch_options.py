@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -141,3 +142,12 @@ def test_the_line_that_is_run(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("run", [["validate", *RUN[1:]], [*RUN, "--ckpt_path", "a.ckpt"], [*RUN, "--ckpt_path=last"]])
 def test_nothing_is_added_to_other_runs(capsys: pytest.CaptureFixture[str], run: list[str]) -> None:
     assert dry(capsys, run=run)[-len(run) :] == run
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_started(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port, "--", *RUN]) == 2
+    assert f"cannot listen on 0.0.0.0:{port}" in (said := capsys.readouterr().err) and "--master-port" in said
