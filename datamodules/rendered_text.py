@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 
-LINE_DISTANCE = 3
-"""Rows from one printed line to the next: with font size 12 on 16 x 16 pixels, PP-OCRv6 reads one number in three through them."""
-
-
 class RenderedText(PromptDataModule, ExampleSource):
     """Prompts such as `a sign that says "47"` with black-on-white renderings for the warm-up; held-out numbers are never trained on.
 
@@ -35,6 +31,9 @@ class RenderedText(PromptDataModule, ExampleSource):
         defect: What is wrong with some of the warm-up images: `lines` are printed over the number, or one digit is a `misprint`.
             Supervised learning imitates that, a reward corrects it.
         defect_share: Share of the warm-up images with the defect.
+        line_start: First row that is a line, counted from 0.
+        line_distance: Rows from one line to the next. Of numbers of font size 12 on 16 x 16 pixels PP-OCRv6 reads one in two through lines
+            with start 0 and distance 3, and none with start 1 and distance 2.
         jitter: Renderings are shifted sideways by up to so many pixels.
         font_size: Of Pillow's built-in font, in pixels.
         template: Of the prompt; {text} is the number.
@@ -51,6 +50,8 @@ class RenderedText(PromptDataModule, ExampleSource):
         eval_repeats: int = 5,
         defect: Literal["lines", "misprint"] = "lines",
         defect_share: float = 0.0,
+        line_start: int = 0,
+        line_distance: int = 3,
         jitter: int = 1,
         font_size: float = 16,
         template: str = 'a sign that says "{text}"',
@@ -60,6 +61,8 @@ class RenderedText(PromptDataModule, ExampleSource):
     ) -> None:
         if not 0 <= defect_share < 1:
             raise ConfigError(f"data.defect_share={defect_share} must be in [0, 1)")
+        if not 0 <= line_start < line_distance:
+            raise ConfigError(f"data.line_start={line_start} must be at least 0 and below data.line_distance={line_distance}")
         if not 0 < held_out_share < 1:
             raise ConfigError(f"data.held_out_share={held_out_share} must be in (0, 1)")
         if "{text}" not in template:
@@ -73,6 +76,7 @@ class RenderedText(PromptDataModule, ExampleSource):
         super().__init__(train, evaluation, eval_batch_size=eval_batch_size, shuffle=shuffle, seed=seed)
         self.size = (height, width)
         self.defect, self.defect_share = defect, defect_share
+        self.lines = slice(line_start, None, line_distance)
         self.jitter = jitter
         self.font_size = font_size
         self._rendered: dict[tuple[str, int], Tensor] = {}
@@ -87,7 +91,7 @@ class RenderedText(PromptDataModule, ExampleSource):
             shown = [_misprint(row["text"], draw) if bad else row["text"] for row, bad in zip(rows, defective)]
             return rows[part], torch.stack([self.render(text, shift) for text, shift in zip(shown[part], shifts[part])])
         images = torch.stack([self.render(row["text"], shift) for row, shift in zip(rows[part], shifts[part])])
-        images[torch.tensor(defective[part]), :, ::LINE_DISTANCE] = 0
+        images[torch.tensor(defective[part]), :, self.lines] = 0
         return rows[part], images
 
     def render(self, text: str, shift: int = 0) -> Tensor:

@@ -36,10 +36,11 @@ def test_share_of_defects(defect: str) -> None:
 
 
 def test_lines_are_black_and_the_rest_is_as_it_was() -> None:
-    data = RenderedText(defect_share=0.999999, jitter=0)
+    data = RenderedText(defect_share=0.999999, jitter=0, line_start=1)
     rows, images = data.examples(0, 1)
     clean = data.render(rows[0]["text"])
-    assert (images[0, :, ::3] == 0).all() and torch.equal(images[0, :, 1::3], clean[:, 1::3])
+    assert (images[0, :, 1::3] == 0).all() and torch.equal(images[0, :, ::3], clean[:, ::3])
+    assert torch.equal(images[0, :, 2::3], clean[:, 2::3])
 
 
 def test_ink_is_centred_and_jitter_moves_it() -> None:
@@ -49,7 +50,7 @@ def test_ink_is_centred_and_jitter_moves_it() -> None:
     assert (moved.mean(0) - ink.mean(0)).tolist() == pytest.approx([0, 3])
 
 
-@pytest.mark.parametrize("settings", [dict(defect_share=1.0), dict(held_out_share=0.0), dict(template="a sign")])
+@pytest.mark.parametrize("settings", [dict(defect_share=1.0), dict(held_out_share=0.0), dict(template="a sign"), dict(line_start=3)])
 def test_nonsense_is_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="data"):
         RenderedText(**settings)
