@@ -140,7 +140,7 @@ TASKS = {
     ),
     "deepgen": Task(
         model="DeepGen",
-        warmup="pictures of numbers, four in ten of which have lines printed over them",
+        warmup="pictures of numbers, nearly half of which have lines printed over them",
         prepare=prepare_deepgen,
         runs={"grpo": Run("Flow-GRPO", "configs/demo/flow_grpo_deepgen.yaml", Path("outputs/demo-deepgen"))},
         scores={"held_out_accuracy": "eval/numbers/overall_accuracy"},
