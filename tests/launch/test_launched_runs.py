@@ -134,15 +134,15 @@ def test_two_nodes_and_a_lost_process_of_one(tmp_path: Path, unbroken: dict[str,
     folder.mkdir()
     (folder / "3.1.SIGKILL").touch()
     words = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--nproc-per-node", "1", "--restarts", "2")
-    second = launched(folder, *words, "--node-rank", "1", log="node1")
-    first = launched(folder, *words, "--node-rank", "0", log="node0")
+    started = [launched(folder, *words, "--node-rank", "1", log="node1")]
     try:
-        assert ended(second, timeout=500) == 0, said(folder / "node1")[-5000:]
-        assert same(unbroken, finish(first, folder, "node0"))
+        until(lambda: (folder / "node1" / "log").exists() and "node 1 waits for node 0" in said(folder / "node1"))
+        started.append(launched(folder, *words, "--node-rank", "0", log="node0"))
+        assert ended(started[0], timeout=500) == 0, said(folder / "node1")[-5000:]
+        assert same(unbroken, finish(started[1], folder, "node0"))
     finally:
-        end_group(second)
-        end_group(first)
-    assert "node 1 waits for node 0" in said(folder / "node1")
+        for process in started:
+            end_group(process)
     assert "was ended by SIGKILL" in said(folder / "node0") + said(folder / "node1")
 
 
