@@ -13,12 +13,16 @@ from lit_rl.strategies.zero import ZeroStrategy
 
 
 class CPUZeroStrategy(ZeroStrategy):
-    """`ZeroStrategy` without a GPU. The environment must say DS_ACCELERATOR=cpu before DeepSpeed is imported."""
+    """`ZeroStrategy` without a GPU. The environment must say DS_ACCELERATOR=cpu before DeepSpeed is imported.
 
-    def __init__(self, **settings: Any) -> None:
+    reuse: Stage 3 lets go of weights that are not used again within so many numbers, as it does in large models. With the usual 1e9 a
+    miniature would keep them all.
+    """
+
+    def __init__(self, *, reuse: int = 20_000, **settings: Any) -> None:
         super().__init__(**settings)
-        if (zero := self.config["zero_optimization"])["stage"] == 3:  # with the usual 1e9 a miniature lets go of no weight
-            zero |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
+        if (zero := self.config["zero_optimization"])["stage"] == 3:
+            zero |= {"stage3_max_reuse_distance": reuse, "stage3_max_live_parameters": reuse}
 
     @property
     def root_device(self) -> torch.device:

@@ -56,6 +56,7 @@ STRATEGIES = {
     "zero1": partial(CPUZeroStrategy, stage=1),
     "zero2": partial(CPUZeroStrategy, stage=2),
     "zero3": partial(CPUZeroStrategy, stage=3),
+    "zero3, nothing kept": partial(CPUZeroStrategy, stage=3, reuse=0),
     "zero3-offload": partial(CPUZeroStrategy, stage=3, offload_optimizer=True, offload_parameters=True),
 }
 

@@ -32,7 +32,7 @@ def test_two_processes_train_as_one_does(pair: Pair, alone: Alone, tmp_path: Pat
     assert distance(a["old"], {name: a["weights"][name] for name in a["old"]}) > 0.01
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3, nothing kept"])
 def test_adapters_train_as_in_one_process(pair: Pair, alone: Alone, tmp_path: Path, sd3_folder: Path, strategy: str) -> None:
     """A miniature SD3: LoRA with gradient checkpointing, a KL to the reference that the warm-up left."""
     settings: dict[str, Any] = dict(sd3=LORA | {"pretrained": str(sd3_folder)}, trainer_args=dict(max_epochs=2), **TOY)
