@@ -124,7 +124,7 @@ def _recomputes_frozen(module: L.LightningModule) -> bool:
     """A network with frozen weights computes its blocks again in the backward pass.
 
     DeepSpeed (0.19.8) then lets go of frozen weights that it has gathered ahead and still counts as on their way: the next use ends with
-    "already in registry". It happens where a network is larger than `stage3_max_reuse_distance`, 1e9 numbers.
+    "already in registry". It can happen where a network is larger than `stage3_max_reuse_distance`, 1e9 numbers.
     """
     models = checkpointed(module).models()
     recomputed = (network for model in models if getattr(model, "gradient_checkpointing", False) for network in model.networks())
