@@ -96,7 +96,7 @@ def _address(path: str) -> str:
 
 
 def go_on(folders: Sequence[str | os.PathLike]) -> str:
-    """Where a run that has ended can be continued from."""
+    """Returns the sentence that says from which checkpoint a run that has ended continues."""
     found = newest_first([path for folder in folders if (path := newest_complete(Path(folder)))])
     if found:
         return f"the last complete checkpoint is {found[0]}: continue with --ckpt_path {found[0]}"

@@ -74,7 +74,7 @@ def finish(process: BaseProcess, folder: Path, log: str = ".") -> dict[str, Any]
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes end with when nothing happens to them."""
+    """The last checkpoint of two processes to which nothing happens."""
     folder = tmp_path_factory.mktemp("unbroken")
     return finish(launched(folder / "run", "--nproc-per-node", "2"), folder / "run")
 

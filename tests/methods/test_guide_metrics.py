@@ -81,7 +81,7 @@ METHODS: dict[str, tuple[Callable[[Any], Any], set[str]]] = {
     "sft.SFT": (lambda p: SFT(p, **SHORT), {"policy_loss"}),
     "dpo.DPO": (lambda p: DPO(p, prompts_per_iteration=4), {"policy_loss"}),
 }
-"""Of each method that a shipped run names: a small one, and those of the six canonical metrics that it has."""
+"""A small method for each one that a shipped run names, with those of the six canonical metrics that it has."""
 
 
 def data_of(name: str, folder: Path) -> Any:
@@ -98,7 +98,7 @@ def data_of(name: str, folder: Path) -> Any:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_reports_what_it_has_of_the_six(folder: Path, tmp_path: Path, name: str) -> None:
-    """As finite numbers, under the names that the platform shows; losses of methods that have one alone are the policy's."""
+    """They are finite numbers under the names that the platform shows; a single loss counts as the policy's."""
     make, wanted = METHODS[name]
     scored = {} if name.startswith(("flow", "diff")) else {"l": Lengths()}
     old = [OldPolicySync("copy")] if name.startswith("diff") else []

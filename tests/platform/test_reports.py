@@ -81,7 +81,7 @@ def test_curves_are_cut_into_buckets_by_least_largest_and_mean(platform: TestCli
 
 
 def test_curves_are_remembered_until_their_job_reports(platform: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a report of another job, and of a job of the same name that was removed, nothing is seen."""
+    """A job sees no report of another job, nor of a removed job of the same name."""
     monkeypatch.setattr(curves, "REMEMBERED", 30)
     made, read = list[object](), curves.made
     monkeypatch.setattr(curves, "made", lambda *asked: made.append(asked) or read(*asked))
