@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from copies import every_step
 from digit_world import agent, digit_tasks
 from scenarios import STRATEGIES
 from toy_text import trainer
 
+from callbacks.rng_state import RngState
 from lit_rl.policies.weights.shards import gathered
 from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Request, RolloutEngine, Sample, Sampling
@@ -31,8 +33,8 @@ class Elsewhere(RolloutEngine):
         raise AssertionError("agents ask one by one")
 
 
-def fit(model: str, out: str, strategy: str, *, parts: int = 1) -> dict[str, Any]:
-    """Two iterations; every trained weight, whole, is written into out/end.pt."""
+def fit(model: str, out: str, strategy: str, *, parts: int = 1, save: bool = False, ckpt_path: str | None = None) -> dict[str, Any]:
+    """Two iterations; every trained weight, whole, is written into out/end.pt. save: The state after each step is in out/step=N.ckpt."""
     torch.manual_seed(0)
     at = Path(out)
     at.mkdir(parents=True, exist_ok=True)
@@ -44,11 +46,12 @@ def fit(model: str, out: str, strategy: str, *, parts: int = 1) -> dict[str, Any
         accumulate_grad_batches=parts,
         strategy=STRATEGIES[strategy](),
         devices=1 if strategy == "one" else 2,
-        callbacks=[],
+        callbacks=[RngState(), every_step(at)] if save else [RngState()],
+        enable_checkpointing=save,
     )
     rank = at / f"rank{run.global_rank}"
     rank.mkdir(exist_ok=True)
-    run.fit(learner, datamodule=digit_tasks(rank))
+    run.fit(learner, datamodule=digit_tasks(rank), ckpt_path=ckpt_path)
     end = dict(gathered(learner, {name for name, p in learner.named_parameters() if p.requires_grad}))
     if run.is_global_zero:
         torch.save(end, at / "end.pt")

@@ -37,3 +37,13 @@ def test_two_processes_train_as_one_does(
         assert run["metrics"] == pytest.approx(one["metrics"], abs=1e-5)
     a, b = torch.load(weights), torch.load(tmp_path / "end.pt")
     assert a.keys() == b.keys() and distance(a, b) < 2e-6
+
+
+def test_a_run_that_stops_twice_inside_iterations_ends_as_the_unbroken_one(pair: Pair, tmp_path: Path, model: str) -> None:
+    def fit(name: str, start: str | None = None) -> dict[str, torch.Tensor]:
+        ckpt_path = str(tmp_path / start) if start else None
+        pair.run("agent_runs.fit", model=model, out=str(tmp_path / name), strategy="fsdp2", parts=2, save=True, ckpt_path=ckpt_path)
+        return torch.load(tmp_path / name / "end.pt")
+
+    unbroken, once, twice = fit("a"), fit("b", "a/epoch=0-step=1.ckpt"), fit("c", "b/epoch=1-step=3.ckpt")
+    assert all(torch.equal(end[name], unbroken[name]) for end in (once, twice) for name in unbroken)
