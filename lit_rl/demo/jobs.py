@@ -25,7 +25,7 @@ from lit_rl.demo.curves import read_curves
 from lit_rl.demo.sorting import ACCURACY, config, fine_tune
 from lit_rl.demo.sorting import OUT as SORTING
 from lit_rl.demo.stages import exported, kept
-from lit_rl.envs.browser import find_browser
+from lit_rl.envs.browser import check_packages, find_browser
 from lit_rl.errors import ConfigError
 
 OUT = Path("outputs/demo-platform")
@@ -56,7 +56,7 @@ def main() -> None:
         told = compared(url, uuids)
         say("two checkpoints of the first job as one model, a task of the platform")
         merged = merge(url, uuids[0])
-        screenshot(f"{url}/#/compare?jobs={','.join(uuids)}", OUT / "page.png")
+        seen = screenshot(f"{url}/#/compare?jobs={','.join(uuids)}", OUT / "page.png")
     say("the merged model on held-out prompts")
     place = ["--run.dir", str(OUT), "--run.name", "merged"]
     model = ["--model.init_args.policy.init_args.pretrained", str(merged), "--seed_everything", str(seed)]
@@ -66,7 +66,7 @@ def main() -> None:
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     after = ", ".join(f"{job['held_out_accuracy']:.0%}" for job in told["jobs"])
     say(f"held-out prompts answered right after {Size().iterations} iterations: {after}; by the merged model {accuracy:.0%}")
-    say(f"see {OUT / 'page.png'} and {OUT / 'summary.json'}; the page again: python -m lit_rl.platform --data {OUT / 'service'}")
+    say(f"see {' and '.join(map(str, [*seen, OUT / 'summary.json']))}; the page again: python -m lit_rl.platform --data {OUT / 'service'}")
 
 
 def ask(url: str, path: str, body: Mapping[str, object] | None = None) -> Any:
@@ -137,13 +137,14 @@ def merge(url: str, uuid: str) -> Path:
     return Path(done["output"])
 
 
-def screenshot(address: str, file: Path) -> None:
-    """A picture of a page, once its curves are drawn; only a sentence where there is no browser."""
+def screenshot(address: str, file: Path) -> list[Path]:
+    """Take a picture of a page, once its curves are drawn, and return its file; only a sentence, and no file, where there is no browser."""
     try:
+        check_packages("playwright")
         program = find_browser()
     except ConfigError as error:
         say(f"no screenshot: {error}")
-        return
+        return []
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -153,6 +154,7 @@ def screenshot(address: str, file: Path) -> None:
         page.locator("canvas").first.wait_for(timeout=120_000)
         page.screenshot(path=str(file), full_page=True)
         browser.close()
+    return [file]
 
 
 if __name__ == "__main__":
