@@ -17,6 +17,7 @@ from lit_rl.trackers.dual import DualLogger, init_logging
 from lit_rl.trackers.samples import Sample
 
 STEP_METRICS = ("epoch",)
+EVALUATIONS = ("val/", "eval/")
 
 
 class PlatformLogger(Logger):
@@ -32,6 +33,7 @@ class PlatformLogger(Logger):
         super().__init__()
         self._wandb, self._step = wandb, 0
         self._logger: DualLogger | None = None
+        self._evaluated: dict[str, float] = {}
 
     @property
     def name(self) -> str:
@@ -57,7 +59,9 @@ class PlatformLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Numbers of a step."""
-        self._step = self._step if step is None else step
+        if step is not None and step != self._step:
+            self._step, self._evaluated = step, {}
+        self._evaluated |= {key: float(value) for key, value in metrics.items() if key.startswith(EVALUATIONS)}
         epoch = metrics.get("epoch")
         numbers = {key: value for key, value in metrics.items() if key not in STEP_METRICS}
         self.experiment.log_metrics(self._step, numbers, epoch=None if epoch is None else int(epoch))
@@ -75,13 +79,12 @@ class PlatformLogger(Logger):
 
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
-        """A checkpoint that was written; one that is chosen by a metric with its value."""
-        if isinstance(checkpoint_callback, ModelCheckpoint):
-            monitor, value = checkpoint_callback.monitor, checkpoint_callback.best_model_score
-            results = None if monitor is None or value is None else {monitor: float(value)}
-            path = checkpoint_callback.best_model_path or checkpoint_callback.last_model_path
-            if path:
-                self.experiment.log_checkpoint(self._step, path, results)
+        """A checkpoint that was written, with what an evaluation found at its step; first of all the number that it is kept for."""
+        path = str(getattr(checkpoint_callback, "_last_checkpoint_saved", ""))  # Lightning has no public name for it
+        if isinstance(checkpoint_callback, ModelCheckpoint) and path:
+            monitor, value = checkpoint_callback.monitor, checkpoint_callback.best_k_models.get(path)
+            watched = {} if monitor is None or value is None else {monitor: float(value)}
+            self.experiment.log_checkpoint(self._step, path, watched | self._evaluated or None)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

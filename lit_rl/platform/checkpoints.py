@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -16,6 +16,7 @@ from lit_rl.platform.schema import checkpoints
 from lit_rl.platform.store import Store
 
 Found = dict[str, object]
+FALLING = ("loss", "perplexity", "error")
 
 
 class Checkpoints:
@@ -40,17 +41,14 @@ class Checkpoints:
             connection.execute(mine.values(chosen=sa.case((checkpoints.c.path == path, 1), else_=None)))
 
     def listed(self, job: str) -> list[Found]:
-        """All checkpoints of a job by step; the one that was selected is marked as the best, else that of the best result."""
+        """All checkpoints of a job by step, and which of them is the best, see `best_of`."""
         query = sa.select(checkpoints).where(checkpoints.c.job == job).order_by(checkpoints.c.step, checkpoints.c.id)
         with self.store.read() as connection:
             rows: list[Found] = [dict(row) for row in connection.execute(query).mappings()]
         known = {row["path"] for row in rows}
         rows += [found for found in self._on_disk(job) if found["path"] not in known]
-        chosen = any(row.get("chosen") for row in rows)
-        scores = {id(row): found for row in rows if (found := float(bool(row.get("chosen"))) if chosen else score(row)) is not None}
-        best = max(scores.values(), default=None)
-        folder = self.records.folder(job)
-        return [self._shown(row, folder, is_best=best is not None and scores.get(id(row)) == best) for row in rows]
+        folder, best = self.records.folder(job), best_of(rows)
+        return [self._shown(row, folder, is_best=row is best) for row in rows]
 
     def file(self, job: str, which: str) -> Path:
         """The file of a checkpoint below the job's folder, links followed. Raises ApiError 404 for all others."""
@@ -94,11 +92,26 @@ class Checkpoints:
         return {key: row[key] for key in ("id", "step", "path", "kind", "eval_results")} | mark
 
 
-def score(row: Mapping[str, object]) -> float | None:
-    """The first number of a checkpoint's results."""
+def best_of(rows: Sequence[Found]) -> Found | None:
+    """The checkpoint that was selected, else the first one of the best result; None where none has a result.
+
+    Results are compared under one name: the first of those that were kept for their result, in `best`, or else of any. The lowest value is
+    the best of a name with one of the words `FALLING` in it.
+    """
+    if (selected := next((row for row in rows if row.get("chosen")), None)) is not None:
+        return selected
+    kept = sorted(rows, key=lambda row: Path(str(row["path"])).parent.name != "best")
+    name = next((name for row in kept for name in _numbers(row)), "")
+    found = [row for row in rows if name in _numbers(row)]
+    sign = -1 if any(word in name for word in FALLING) else 1
+    return max(found, key=lambda row: sign * _numbers(row)[name], default=None)
+
+
+def _numbers(row: Found) -> dict[str, float]:
+    """Results of a checkpoint."""
     results = row["eval_results"]
-    numbers = [value for value in results.values() if isinstance(value, int | float)] if isinstance(results, dict) else []
-    return float(numbers[0]) if numbers else None
+    found = results.items() if isinstance(results, Mapping) else ()
+    return {str(name): float(value) for name, value in found if isinstance(value, int | float) and not isinstance(value, bool)}
 
 
 def _step(path: Path) -> int:

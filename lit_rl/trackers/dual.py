@@ -98,7 +98,9 @@ class DualLogger:
         results = None if eval_results is None else as_json(flat_numbers(eval_results))
         if self._outbox is not None:
             self._outbox.other("checkpoints", {"step": int(step), "path": str(checkpoint_path), "eval_results": results})
-        self._also(lambda run: run.log({f"eval/{key}": value for key, value in flat_numbers(eval_results or {}).items()}, step))
+        found = flat_numbers(eval_results or {}).items()
+        named = {key if key.startswith(("val/", "eval/")) else f"eval/{key}": value for key, value in found}
+        self._also(lambda run: run.log(named, step))
 
     def log_status(self, status: str, message: str = "") -> None:
         """Reports a state of the run; it is an alert in Weights & Biases."""

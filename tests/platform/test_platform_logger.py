@@ -55,19 +55,28 @@ def test_the_command_line_adds_the_logger_by_the_environment(monkeypatch: pytest
 
 
 def test_a_run_reports_its_metrics_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file with the step at which it was written and what the evaluation of that step found; the brightest one is the best."""
     monkeypatch.chdir(tmp_path)
     with listening(tmp_path) as url:
         monkeypatch.setenv("JOB_UUID", "toy")
         monkeypatch.setenv("PLATFORM_URL", url)
-        keep: L.Callback = ModelCheckpoint(dirpath=tmp_path / "checkpoints", save_last=True, every_n_epochs=1, save_on_train_epoch_end=True)
-        trainer = toy_trainer(tmp_path, callbacks=[keep], max_epochs=2, enable_checkpointing=True, logger=PlatformLogger())
+        newest = ModelCheckpoint(dirpath=tmp_path / "checkpoints", save_last=True, every_n_epochs=1, save_on_train_epoch_end=True)
+        watch = {"monitor": "val/brightness", "mode": "max", "save_top_k": 9, "save_on_train_epoch_end": False}
+        keep: list[L.Callback] = [newest, ModelCheckpoint(tmp_path / "best", "{step}", **watch)]
+        trainer = toy_trainer(
+            tmp_path, callbacks=keep, max_epochs=3, enable_checkpointing=True, limit_val_batches=1.0, logger=PlatformLogger()
+        )
         trainer.fit(toy_method(), ToyData())
         rows = requests.get(f"{url}/api/jobs/toy/metrics", timeout=60).json()
+        bright = {r["step"]: r["val/brightness"] for r in requests.get(f"{url}/api/jobs/toy/metrics?split=eval", timeout=60).json()}
         job = requests.get(f"{url}/api/jobs/toy", timeout=60).json()
-        checkpoints = requests.get(f"{url}/api/jobs/toy/checkpoints", timeout=60).json()
-    assert len(rows) == 2 and all(isinstance(row[name], float) for row in rows for name in ("policy_loss", "reward_mean"))
+        found = requests.get(f"{url}/api/jobs/toy/checkpoints", timeout=60).json()
+    assert len(rows) == 3 and all(isinstance(row[name], float) for row in rows for name in ("policy_loss", "reward_mean"))
     assert job["last_metrics"].keys() >= CANONICAL_OF_FLOWS and job["state"] == "succeeded"
-    assert checkpoints and all(found["path"].endswith(".ckpt") for found in checkpoints)
+    assert len(bright) == 3 and [one["step"] for one in found if "/best/" in one["path"]] == sorted(bright)
+    assert all(one["eval_results"]["val/brightness"] == pytest.approx(bright[one["step"]], abs=1e-6) for one in found)
+    assert [one["step"] for one in found if one["is_best"]] == [max(bright, key=lambda step: bright[step])]
+    assert [one["step"] for one in found if one["path"].endswith("/last.ckpt")] == [max(bright)]
 
 
 def reported(url: str, step: int) -> list[dict[str, Any]]:

@@ -149,6 +149,14 @@ def test_checkpoints_come_back_as_the_guide_prints_them(platform: TestClient) ->
     assert [c["is_best"] for c in found] == [False, True, False] and not any(c["exists"] for c in found)
 
 
+def test_the_checkpoint_of_the_lowest_loss_is_the_best(platform: TestClient) -> None:
+    for step, loss in ((1, 0.7), (2, 0.4), (3, 0.4), (4, 0.6)):
+        body = {"step": step, "path": f"runs/best/{step}.ckpt", "eval_results": {"val/loss": loss, "val/accuracy": step}}
+        platform.post("/api/jobs/j/checkpoints", json=body)
+    platform.post("/api/jobs/j/checkpoints", json={"step": 0, "path": "runs/checkpoints/0.ckpt", "eval_results": {"val/accuracy": 9.0}})
+    assert [c["step"] for c in platform.get("/api/jobs/j/checkpoints").json() if c["is_best"]] == [2]
+
+
 def test_only_files_of_the_jobs_folder_are_handed_out(platform: TestClient, tmp_path: Path) -> None:
     uuid = platform.post("/api/jobs", json=GUIDE_JOB).json()["uuid"]
     folder = Path(platform.get(f"/api/jobs/{uuid}").json()["run_dir"])
