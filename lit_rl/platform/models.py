@@ -14,7 +14,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.platform.answers import invalid
 from lit_rl.platform.bodies import Body, Line, PathText
 from lit_rl.platform.places import modified, place_of, size_of, there, utf8
-from lit_rl.platform.schema import checkpoints
+from lit_rl.platform.schema import checkpoints, jobs
 from lit_rl.platform.service import Service
 from lit_rl.platform.tasks import Task
 from lit_rl.surgery.choosing import best
@@ -89,9 +89,11 @@ def select_task(here: Service, body: Select) -> Task:
 
 
 def listed(here: Service) -> list[dict[str, object]]:
-    """Merged models, and checkpoints and exports of jobs, the newest first."""
-    found = [*_merged(here), *_of_jobs(here)]
-    return sorted(found, key=lambda one: modified(Path(str(one["path"]))), reverse=True)[:LISTED]
+    """Merged models, and checkpoints and exports of jobs with the job's name, the newest first."""
+    found = sorted([*_merged(here), *_of_jobs(here)], key=lambda one: modified(Path(str(one["path"]))), reverse=True)[:LISTED]
+    with here.store.read() as connection:
+        names = {row.uuid: row.name for row in connection.execute(sa.select(jobs.c.uuid, jobs.c.name))}
+    return [one | {"job_name": names.get(one["job"])} for one in found]
 
 
 def _merged(here: Service) -> Iterator[dict[str, object]]:

@@ -78,7 +78,9 @@ def test_the_best_checkpoint_becomes_a_model(platform: TestClient, tmp_path: Pat
     assert all((found["x"][name] == weights[0][name]).all() for name in weights[0])
     changed = {name for name in weights[1] if not (found["y"][name] == weights[1][name]).all()}
     assert changed == {name for name in weights[1] if "_proj" in name and name.endswith("weight")}
-    listed = {one["path"]: one["eval_results"] for one in platform.get("/api/models").json()["items"] if one["kind"] == "export"}
+    told = [one for one in platform.get("/api/models").json()["items"] if one["kind"] == "export"]
+    assert {one["job_name"] for one in told} == {GUIDE_JOB["name"]}
+    listed = {one["path"]: one["eval_results"] for one in told}
     assert listed == {str(adapter): {"x": 0.0, "y": 0.0}, str(a): {"x": 1.0, "y": -1.0}}
 
 

@@ -3,7 +3,7 @@ import { bytes, duration, number } from "./format";
 import { wait } from "./live";
 import { outside, phases, sources } from "./names";
 import { body, fields, optionFields, typed } from "./schema";
-import { align, cumulate, empty, last, put, smooth } from "./series";
+import { align, cumulate, distinct, empty, last, put, smooth } from "./series";
 
 describe("curves", () => {
   it("puts a point where its step belongs, and replaces the same step", () => {
@@ -20,6 +20,11 @@ describe("curves", () => {
     expect(smooth([1, 1, null, 1], 0.9)).toEqual([1, 1, null, 1]);
     expect(smooth([0, 1], 0.5)[1]).toBeCloseTo(2 / 3);
   });
+  it("leaves out curves that say the same as an earlier one", () => {
+    const curve = (...mean: number[]) => ({ ...empty(), step: mean.map((_, i) => i), mean });
+    const curves = { a: curve(1, 2), "a/only_set": curve(1, 2), b: curve(1, 3), c: curve(1) };
+    expect(distinct(Object.entries(curves), ([, series]) => [series]).map(([name]) => name)).toEqual(["a", "b", "c"]);
+  });
   it("stacks", () => expect(cumulate([[1, 2], [3, null]])).toEqual([[1, 2], [4, 2]]));
 });
 
@@ -32,10 +37,10 @@ describe("names", () => {
     ]);
   });
   it("orders phases as they run", () => {
-    expect(phases(["time/other_s", "time/train_s", "time/rollout_s", "time/made_up_s"]).map(([phase]) => phase)).toEqual(["rollout", "train", "made_up", "other"]);
+    expect(phases(["time/other_s", "time/train_s", "time/score_s", "time/rollout_s", "time/made_up_s"]).map(([phase]) => phase)).toEqual(["rollout", "score", "train", "made_up", "other"]);
   });
   it("knows the guide's ranges", () => {
-    expect([outside("kl_divergence", 0.2), outside("clip_fraction", 0.05), outside("clip_fraction", 0.2), outside("entropy", 9)]).toEqual(["high", "low", null, null]);
+    expect([outside("kl_divergence", 0.2), outside("clip_fraction", 0.05), outside("clip_fraction", 0.2), outside("clip_fraction", 0), outside("entropy", 9)]).toEqual(["high", "low", null, null, null]);
   });
 });
 

@@ -18,10 +18,13 @@ export const NORMAL: Record<string, Normal> = {
   zero_std_ratio: { high: 0.8 },
 };
 
-/** Says on which side of its normal range a value is; null inside, or where there is no range. */
+/**
+ * Says on which side of its normal range a value is; null inside, or where there is no range. A clip fraction of exactly 0 is no warning:
+ * a method that updates once for each rollout never clips.
+ */
 export function outside(name: string, value: number | null | undefined): "low" | "high" | null {
   const normal = NORMAL[name];
-  if (!normal || value === null || value === undefined) return null;
+  if (!normal || value === null || value === undefined || (name === "clip_fraction" && value === 0)) return null;
   if (normal.high !== undefined && value > normal.high) return "high";
   return normal.low !== undefined && value < normal.low ? "low" : null;
 }
@@ -51,7 +54,7 @@ export function sources(names: Iterable<string>): Source[] {
   return [...found.values()].sort((a, b) => a.name.localeCompare(b.name));
 }
 
-const PHASES = ["rollout", "reward", "train", "sync", "validation", "other"];
+const PHASES = ["rollout", "score", "reward", "train", "sync", "validation", "other"];
 
 /** The phases of an iteration among the names of metrics, in the order in which they run: [phase, key]. */
 export function phases(names: Iterable<string>): [string, string][] {

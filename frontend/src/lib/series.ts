@@ -35,6 +35,15 @@ export function last(series: Series | undefined): Value {
   return null;
 }
 
+/** Entries of which no earlier one has the same curve or curves: an average over one data set is that of the set. */
+export function distinct<T>(entries: T[], curves: (entry: T) => (Series | undefined)[]): T[] {
+  const seen = new Set<string>();
+  return entries.filter((entry) => {
+    const key = JSON.stringify(curves(entry).map((series) => series && [series.step, series.mean]));
+    return !seen.has(key) && seen.add(key);
+  });
+}
+
 /** Exponential moving average with the bias of the start taken out; weight 0 leaves the values as they are. */
 export function smooth(values: Value[], weight: number): Value[] {
   if (weight <= 0) return values;

@@ -120,6 +120,7 @@ export interface Model {
   name?: string;
   kind?: string;
   job?: string | null;
+  job_name?: string | null;
   step?: number | null;
   size_bytes?: number | null;
   [field: string]: unknown;

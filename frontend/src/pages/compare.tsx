@@ -7,7 +7,7 @@ import { useLoad } from "../lib/load";
 import { CANONICAL, NORMAL, isEvaluation } from "../lib/names";
 import { t, told } from "../lib/prefs";
 import { jobLink } from "../lib/router";
-import { fromAnswer, type Series } from "../lib/series";
+import { distinct, fromAnswer, type Series } from "../lib/series";
 import type { Job, SeriesAnswer } from "../lib/types";
 import { Empty, Failure, StateChip } from "../parts/common";
 import { Plot } from "../parts/plot";
@@ -39,7 +39,9 @@ export function Compare({ ids }: { ids: string[] }) {
   if (!data) return <Empty>{t("loading")}</Empty>;
   const [{ config_diff, summary }, sides] = data;
   const names = [...new Set(sides.flatMap(({ series }) => [...series.keys()]))].sort();
-  const first = names.filter((name) => (CANONICAL as readonly string[]).includes(name) || isEvaluation(name) || name === "zero_std_ratio");
+  const canonical = names.filter((name) => (CANONICAL as readonly string[]).includes(name) || name === "zero_std_ratio");
+  const evaluations = distinct(names.filter(isEvaluation), (name) => sides.map(({ series }) => series.get(name)));
+  const first = [...canonical, ...evaluations];
   const label = (side: Side) => (sides.filter(({ job }) => job.name === side.job.name).length > 1 ? `${side.job.name} (${side.job.uuid.slice(0, 8)})` : side.job.name);
   return (
     <>

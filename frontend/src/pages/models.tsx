@@ -5,6 +5,7 @@ import { ApiError, get, post } from "../lib/api";
 import { bytes } from "../lib/format";
 import { useLoad } from "../lib/load";
 import { t } from "../lib/prefs";
+import { jobLink } from "../lib/router";
 import type { Model, Task } from "../lib/types";
 import { Empty, Failure } from "../parts/common";
 import { TaskCard } from "../parts/task";
@@ -23,6 +24,7 @@ export function Models() {
       <h1>{t("models")}</h1>
       <Failure error={error} />
       {data && !list.length && <Empty>{t("no_models")}</Empty>}
+      {list.length > 0 && <p class="dim">{t("merge_how")}</p>}
       {list.length > 0 && (
         <table class="list card">
           <tbody>
@@ -35,6 +37,7 @@ export function Models() {
                   <span>{model.name ?? model.path.split("/").at(-1)}</span>
                   <small class="dim">{model.path}</small>
                 </td>
+                <td>{model.job && <a href={jobLink(model.job)}>{model.job_name || model.job}</a>}</td>
                 <td>{[model.kind, model.step != null ? t("step", { n: model.step }) : ""].filter(Boolean).join(" · ")}</td>
                 <td class="num">{bytes(model.size_bytes)}</td>
               </tr>
@@ -83,7 +86,7 @@ function Merge({ chosen, started }: { chosen: string[]; started: (task: string) 
           ))}
         </select>
       </label>
-      {NEEDS_BASE.has(method) && (
+      {(NEEDS_BASE.has(method) || chosen.some((path) => path.endsWith(".ckpt"))) && (
         <label>
           <span>{t("base_model")}</span>
           <input value={base} onInput={(event) => setBase(event.currentTarget.value)} />

@@ -38,7 +38,7 @@ export function AllCharts({ feed, smoothing }: { feed: Feed; smoothing: number }
           {group && <h2>{group}</h2>}
           <div class="grid">
             {members.map((name) => (
-              <Plot key={name} title={name} lines={[{ name, series: feed.series.get(name)!, color: 1 }]} normal={NORMAL[name]} smoothing={smoothing} height={150} sync="job" />
+              <Plot key={name} title={name} lines={[{ name, series: feed.series.get(name)!, color: 1 }]} normal={NORMAL[name]} smoothing={smoothing} low sync="job" />
             ))}
           </div>
         </section>

@@ -6,7 +6,7 @@ import { bytes, plain, when } from "../lib/format";
 import { prefs, t } from "../lib/prefs";
 import { go, jobLink } from "../lib/router";
 import type { Feed } from "../lib/feed";
-import type { Job, Task } from "../lib/types";
+import type { Checkpoint, Job, Task } from "../lib/types";
 import { Action, Empty } from "../parts/common";
 import { TaskCard } from "../parts/task";
 
@@ -45,7 +45,7 @@ export function Checkpoints({ feed }: { feed: Feed }) {
                 </small>
               </td>
               <td>
-                {Object.entries(one.eval_results ?? {}).map(([name, value]) => (
+                {results(one).map(([name, value]) => (
                   <span key={name} class="score">
                     <span class="dim">{name}</span> <b>{plain(value)}</b>
                   </span>
@@ -69,11 +69,18 @@ export function Checkpoints({ feed }: { feed: Feed }) {
   );
 }
 
+/** At most four results, those that say the same left out: an average over one data set is that of the set. */
+function results({ eval_results }: Checkpoint): [string, unknown][] {
+  const found = Object.entries(eval_results ?? {});
+  return found.filter(([, value], i) => found.findIndex(([, other]) => other === value) === i).slice(0, 4);
+}
+
 /** Choose the best checkpoint by one of its evaluations, and export its weights. */
 function Best({ feed }: { feed: Feed }) {
   const names = [...new Set(feed.checkpoints.flatMap((one) => Object.keys(one.eval_results ?? {})))].sort();
   const [metric, setMetric] = useState(names[0] ?? "");
-  const [mode, setMode] = useState("max");
+  const [chosen, setMode] = useState<string | null>(null);
+  const mode = chosen ?? (/loss|perplexity|error/.test(metric || names[0] || "") ? "min" : "max");
   const [task, setTask] = useState<string | null>(null);
   if (!names.length) return null;
   const select = async () => setTask((await post<Task>("api/models/select", { job: feed.id, metric: metric || names[0], mode, top_k: 1, export: "full" })).id);

@@ -5,6 +5,7 @@ import { number, percent } from "../lib/format";
 import type { Feed } from "../lib/feed";
 import { CANONICAL, NORMAL, isEvaluation, outside, phases, sources } from "../lib/names";
 import { t, told } from "../lib/prefs";
+import { distinct } from "../lib/series";
 
 const SYNC = "job";
 /** Share of pairs that two rewards order in opposite ways, above which the service has an alert. */
@@ -45,7 +46,8 @@ export function Tiles({ feed }: { feed: Feed }) {
 export function RewardPanel({ feed, smoothing }: Props) {
   const found = sources(feed.series.keys());
   const total = lines(feed, ["reward_mean"]);
-  const evaluations = [...feed.series.keys()].filter((name) => isEvaluation(name) && /reward|accuracy|score/.test(name)).slice(0, 5);
+  const named = [...feed.series.keys()].filter((name) => isEvaluation(name) && /reward|accuracy|score/.test(name));
+  const evaluations = distinct(named, (name) => [feed.series.get(name)]).slice(0, 5);
   const shown = [...total, ...lines(feed, evaluations, { dash: true }, 2)];
   if (!shown.length && !found.length) return null;
   return (

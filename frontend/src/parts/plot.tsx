@@ -22,7 +22,8 @@ export interface PlotProps {
   normal?: Normal;
   stacked?: boolean;
   smoothing?: number;
-  height?: number;
+  /** 150 pixels instead of 200. */
+  low?: boolean;
   note?: preact.ComponentChildren;
   /** Charts of one name share their cursor. */
   sync?: string;
@@ -78,8 +79,8 @@ function around(_plot: uPlot, low: number, high: number): uPlot.Range.MinMax {
   return low === 0 && high === 0 ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true);
 }
 
-function options(props: PlotProps, width: number, events: Events): uPlot.Options {
-  const { lines, stacked, normal, height = 200 } = props;
+function options(props: PlotProps, { clientWidth, clientHeight }: HTMLElement, events: Events): uPlot.Options {
+  const { lines, stacked, normal } = props;
   const axis = { stroke: css("--dim"), grid: { stroke: css("--grid"), width: 1 }, ticks: { stroke: css("--grid"), width: 1 }, font: "11px system-ui" };
   const palette = lines.map((line) => css(`--c${((line.color - 1) % 8) + 1}`));
   const bars = stacked ? uPlot.paths.bars!({ size: [1, 60], gap: 0 }) : undefined;
@@ -102,8 +103,8 @@ function options(props: PlotProps, width: number, events: Events): uPlot.Options
     bands.push({ series: [at, at + 1], fill: `${palette[i]}2e` });
   }
   return {
-    width,
-    height,
+    width: clientWidth || 300,
+    height: clientHeight || 200,
     series: [{ label: "step" }, ...shown],
     bands,
     legend: { show: false },
@@ -123,9 +124,9 @@ export function range(normal: Normal): string {
 
 /** What the chart is made of; when it changes the chart is made anew, else only its data are set. */
 function shape(props: PlotProps): string {
-  const { lines, stacked, smoothing, height } = props;
+  const { lines, stacked, smoothing } = props;
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  return JSON.stringify([lines.map(({ name, color, series }) => [name, color, series.raw]), stacked, smoothing, height, prefs, dark]);
+  return JSON.stringify([lines.map(({ name, color, series }) => [name, color, series.raw]), stacked, smoothing, prefs, dark]);
 }
 
 export function Plot(props: PlotProps) {
@@ -138,9 +139,12 @@ export function Plot(props: PlotProps) {
   const key = shape(props);
   useEffect(() => {
     zoomed.current = false;
-    const made = new uPlot(options(props, place.current!.clientWidth || 300, { move: setIndex, zoom: (on) => (zoomed.current = on) }), data as uPlot.AlignedData, place.current!);
+    const made = new uPlot(options(props, place.current!, { move: setIndex, zoom: (on) => (zoomed.current = on) }), data as uPlot.AlignedData, place.current!);
     plot.current = made;
-    const watch = new ResizeObserver(([entry]) => made.setSize({ width: Math.floor(entry!.contentRect.width) || 300, height: made.height }));
+    const watch = new ResizeObserver(([entry]) => {
+      const { width, height } = entry!.contentRect;
+      made.setSize({ width: Math.floor(width) || 300, height: Math.floor(height) || 200 });
+    });
     watch.observe(place.current!);
     return () => {
       watch.disconnect();
@@ -161,7 +165,7 @@ export function Plot(props: PlotProps) {
         <strong>{title}</strong>
         {normal && <span class="dim">{range(normal)}</span>}
       </figcaption>
-      <div ref={place} class="canvas" role="img" aria-label={`${title}: ${says}`} />
+      <div ref={place} class={props.low ? "canvas low" : "canvas"} role="img" aria-label={`${title}: ${says}`} />
       <ul class="legend">
         {lines.map((line, i) => (
           <li key={line.name}>
@@ -172,7 +176,7 @@ export function Plot(props: PlotProps) {
         ))}
         {step !== undefined && <li class="dim">{props.at ? props.at(step) : t("step", { n: step })}</li>}
       </ul>
-      {note && <p class="note">{note}</p>}
+      {note && <div class="note">{note}</div>}
     </figure>
   );
 }
