@@ -9,6 +9,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def bind(host: str, port: int, *, option: str = "--port") -> socket.socket:
     """A listening socket. Raises ValueError naming the port, its owner where known, and the way out by `option`."""
+    if not 0 <= port < 1 << 16:
+        raise ValueError(f"cannot listen on {host}:{port}: ports are 0 to 65535; choose another with {option} (0: any free one)")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY only where the protocol is named
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

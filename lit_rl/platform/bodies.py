@@ -9,6 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, St
 Line = Annotated[str, StringConstraints(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 """One line of text."""
 
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+"""One line of text, something of which can be seen."""
+
 PathText = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Text = Annotated[str, StringConstraints(max_length=20_000, pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Field(ge=1, le=1 << 40)]
@@ -45,7 +48,7 @@ class NewJob(Body):
     overrides: further keys of the run's YAML, e.g. {"model.init_args.group_size": 8}; class paths in it are of this project.
     """
 
-    name: Annotated[Line, StringConstraints(min_length=1)]
+    name: Name
     algorithm: Annotated[Line, StringConstraints(min_length=1)]
     description: Text = ""
     notes: Text = ""
@@ -68,7 +71,7 @@ class NewJob(Body):
 class ChangedJob(Body):
     """Fields of a job that may be changed at any time."""
 
-    name: Annotated[Line, StringConstraints(min_length=1)] | None = None
+    name: Name | None = None
     description: Text | None = None
     notes: Text | None = None
     tags: Tags | None = None

@@ -65,6 +65,7 @@ def test_one_idempotency_key_makes_one_job(platform: TestClient) -> None:
         ({"learning_rate": 0}, "learning_rate"),
         ({"batch_size": 2**70}, "batch_size"),
         ({"name": "a\nb"}, "name"),
+        ({"name": "  "}, "name"),
         ({"model_path": "a\0b"}, "model_path"),
         ({"name": "x" * 4096}, "name"),
     ],

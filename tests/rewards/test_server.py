@@ -147,6 +147,12 @@ def test_a_taken_port_is_one_sentence_naming_the_owner() -> None:
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_cannot_be_is_named(port: int) -> None:
+    with pytest.raises(ValueError, match=rf"127.0.0.1:{port}: ports are 0 to 65535; choose another with --page-port"):
+        bind("127.0.0.1", port, option="--page-port")
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
