@@ -12,7 +12,7 @@ CELLS = 5
 
 
 class Corridor(gymnasium.Env):
-    """fault: What a step to the left does: `hang`, `die` or `raise`."""
+    """fault: What a step to the left does: `hang`, `die` or `raise`; `blind`: a package that draws is missing."""
 
     metadata = {"render_modes": ["rgb_array", "ansi"]}  # noqa: RUF012
 
@@ -37,6 +37,8 @@ class Corridor(gymnasium.Env):
         return self.cell, float(over), over, False, {}
 
     def render(self) -> np.ndarray | str:
+        if self.fault == "blind":
+            raise gymnasium.error.DependencyNotInstalled("pygame is not installed")
         if self.render_mode == "ansi":
             return "".join("X" if cell == self.cell else "." for cell in range(CELLS))
         picture = np.zeros((16, 16 * CELLS, 3), np.uint8)

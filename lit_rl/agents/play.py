@@ -83,6 +83,7 @@ class Episodes:
         self.min_valid_fraction, self.patience_s = min_valid_fraction, patience_s
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._playing: asyncio.Task[list[Trajectory]] | None = None
         self._active = 0
 
     # ------------------------------------------------------------------ life
@@ -100,16 +101,21 @@ class Episodes:
             raise
 
     def close(self) -> None:
-        """End everything that was started. A second call does nothing."""
+        """End everything that was started, once episodes that were cancelled have given their worlds back. A second call does nothing."""
         if self._loop is None or self._thread is None:
             return
         loop, thread, self._loop = self._loop, self._thread, None
         try:
-            asyncio.run_coroutine_threadsafe(self.worlds.stop(), loop).result()
+            asyncio.run_coroutine_threadsafe(self._stop(), loop).result()
         finally:
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
+
+    async def _stop(self) -> None:
+        if self._playing is not None:
+            await asyncio.wait([self._playing])
+        await self.worlds.stop()
 
     def _in_loop(self, work: Coroutine[None, None, T]) -> Future[T]:
         assert self._loop is not None, "start comes first"
@@ -140,7 +146,7 @@ class Episodes:
 
     async def _all(self, kind: type[Episode], policy: TokenPolicy, desk: Desk, jobs: Sequence[Job]) -> list[Trajectory]:
         places = asyncio.Semaphore(self.concurrency)
-        self._active = 0
+        self._playing, self._active = asyncio.current_task(), 0
 
         async def one(job: Job) -> Trajectory:
             async with places:
@@ -155,6 +161,8 @@ class Episodes:
                 tasks = [everything.create_task(one(job)) for job in jobs]
         except ExceptionGroup as errors:  # the first one cancelled the others
             raise errors.exceptions[0] from None
+        finally:
+            self._playing = None
         return [task.result() for task in tasks]
 
     async def _episode(self, kind: type[Episode], policy: TokenPolicy, desk: Desk, job: Job) -> Trajectory:

@@ -148,19 +148,26 @@ class GymWorlds(Worlds):
         kinds: tuple[Kind, ...] = ("key", "type") if keys else ("type",)
         self.kinds = frozenset(kinds)
         self._idle: list[HostProcess] = []
+        self._checked: Task | None = None
 
     def check(self, task: Task) -> None:
         if not task.instruction:
             raise ConfigError("instruction: it is missing; an environment does not write its own")
         least_return(task)
+        self._checked = task
 
     async def start(self) -> None:
+        """Make an environment and look at it, since a package that draws may be missing. Raises ConfigError where that fails thrice."""
         check_packages("gymnasium")
         try:
-            async with self.world():
-                pass
+            await self.attempts(self._look)
         except WorldError as error:
             raise ConfigError(f"the environment {self.env_id} cannot be made: {error}") from error
+
+    async def _look(self, world: World, attempt: int) -> None:
+        if self._checked is not None:
+            await world.reset(self._checked, self._checked.seed or 0)
+            await world.screenshot()
 
     async def stop(self) -> None:
         while self._idle:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -27,6 +28,16 @@ from lit_rl.replay.sources import PromptSource, TaskSource
 from lit_rl.rollouts.base import Sampling
 from lit_rl.seeding import Key
 from lit_rl.types import Prompts, TokenRollout
+
+
+class EndOfWorlds(L.Callback):
+    """Gives worlds back where a run ends with an error or by Ctrl-C: Lightning does not call a module's teardown then."""
+
+    def __init__(self, episodes: Episodes) -> None:
+        self.episodes = episodes
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.episodes.close()
 
 
 class AgentGRPO(GRPO):
@@ -77,9 +88,14 @@ class AgentGRPO(GRPO):
     def needs_rewards(self) -> bool:
         return False
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [*super().configure_callbacks(), EndOfWorlds(self.episodes)]
+
     def check_parts(self, stage: str) -> None:
+        """Also starts what the worlds share, so that a missing browser or key is told before any model is loaded."""
         super().check_parts(stage)
         self.source(TaskSource).check_tasks(self.episodes.worlds.check)
+        self.episodes.start()
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from copies import every_step
-from digit_world import agent, digit_tasks
+from digit_world import DigitWorld, DigitWorlds, agent, digit_tasks
 from toy_text import model_folder, trainer, weights
 
 from callbacks.base import RLCallback
@@ -122,6 +124,46 @@ def test_a_group_of_one_warns_and_finishes(model: Path, tmp_path: Path) -> None:
     run = trainer(max_epochs=2, callbacks=[], limit_val_batches=0)
     run.fit(made, datamodule=digit_tasks(tmp_path))
     assert run.global_step == 2
+
+
+class Noted(DigitWorlds):
+    """Notes what happens to it; a world takes a while to close."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[str] = []
+
+    async def start(self) -> None:
+        self.noted.append("start")
+
+    async def stop(self) -> None:
+        self.noted.append("stop")
+
+    async def on_open(self) -> DigitWorld:
+        world = await super().on_open()
+
+        async def on_close() -> None:
+            await asyncio.sleep(0.3)
+            self.noted.append("close")
+
+        world.on_close = on_close  # type: ignore[method-assign]
+        return world
+
+
+def test_worlds_start_before_the_model_is_loaded_and_end_with_a_run_that_fails(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ValueError("no answer")
+
+    worlds, made = Noted(), agent(model, prompts_per_iteration=2, group_size=2)
+    load = made.policy.load
+    monkeypatch.setattr(made.policy, "load", lambda: worlds.noted.append("load") or load())
+    made.episodes.worlds, made.answers.engine.generate = worlds, broken  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="no answer"):
+        trainer(max_epochs=1, callbacks=[], limit_val_batches=0).fit(made, datamodule=digit_tasks(tmp_path))
+    assert worlds.noted == ["start", "load", *["close"] * 4, "stop"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "worlds"]
 
 
 def test_what_cannot_be_had_is_told(model: Path, tmp_path: Path) -> None:

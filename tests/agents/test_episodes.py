@@ -233,6 +233,29 @@ def test_requests_of_all_episodes_are_answered_together_in_the_order_of_their_ke
     assert [(t.group, t.number) for t in found] == [(g, n) for _, g, n in tasks]
 
 
+class OneWaits(TinyDesktops):
+    """The first world carries out its first action when all others are closed."""
+
+    async def on_open(self) -> World:
+        world, first = await super().on_open(), self.counts["opened"] == 0
+        carry_out = world.on_execute
+
+        async def on_execute(action: Action) -> None:
+            while first and self.counts["closed"] < 2:
+                await asyncio.sleep(0.01)
+            await carry_out(action)
+
+        world.on_execute = on_execute  # type: ignore[method-assign]
+        return world
+
+
+def test_a_straggler_does_not_hold_the_others(policy: VisionLanguageModel) -> None:
+    tasks = [(BUTTONS, 0, number) for number in range(3)]
+    found, engine = play(policy, lambda key: "wait 0", worlds=OneWaits(size=64), tasks=tasks, manner=Manner(max_repeats=0), patience_s=0.05)
+    assert [(t.status, len(t.turns)) for t in found] == [(Status.MAX_TURNS, 4)] * 3
+    assert [{key[-3] for key in batch} for batch in engine.batches[-3:]] == [{0}] * 3
+
+
 def test_siblings_share_the_world_and_not_the_answers() -> None:
     task = Task(id="t")
     jobs = jobs_of([(task, 0, 0), (task, 0, 1), (task, 1, 0)], seed=5, place=("train", 7))

@@ -119,6 +119,16 @@ def test_texts_and_actions_in_json() -> None:
 def test_an_environment_that_there_is_not_is_told_at_the_start() -> None:
     with pytest.raises(ConfigError, match=r"the environment Nowhere-v0 cannot be made: .*NameNotFound"):
         asyncio.run(GymWorlds(env_id="Nowhere-v0").start())
+
+    async def start(worlds: GymWorlds) -> None:
+        worlds.check(TASK)
+        async with worlds:
+            raise AssertionError("it started")
+
+    worlds = corridors(fault="blind")
+    with pytest.raises(ConfigError, match=r"Corridor-v0 cannot be made: render of the environment failed: DependencyNotInstalled: pygame"):
+        asyncio.run(start(worlds))
+    assert worlds.counts == {"opened": 3, "closed": 3, "leaked": 0}
     with pytest.raises(ConfigError, match=r"evaluator.at_least: None is not a number"):
         GymWorlds(env_id="x").check(Task(id="a", instruction="x"))
 
