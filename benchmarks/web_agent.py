@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--page", default="click-tab")
     parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--held-out", type=int, default=64)
+    parser.add_argument("--held-out", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     began = held().cpu
