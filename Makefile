@@ -1,4 +1,4 @@
-# make setup | make demo [SEED=1] | make demo-nft [SEED=1] | make demo-fill | make demo-fill-nft | make demo-deepgen [SEED=1] | make demo-llm [METHOD=ppo] | make demo-agent [SEED=1] [METHOD=lora] | make demo-platform | make test | make test-vllm | make lint — each prepares what it needs, on a machine with Python 3.11 or newer.
+# make setup | make demo [SEED=1] | make demo-nft [SEED=1] | make demo-fill | make demo-fill-nft | make demo-deepgen [SEED=1] | make demo-llm [METHOD=ppo] | make demo-agent [SEED=1] [METHOD=lora] | make demo-platform | make test | make test-vllm | make test-ray | make lint — each prepares what it needs, on a machine with Python 3.11 or newer.
 PYTHON ?= python3
 SEED ?= 0
 METHOD ?= grpo
@@ -6,7 +6,7 @@ BIN = .venv/bin
 READY = .venv/.ready
 VLLM = .venv-vllm
 
-.PHONY: page setup demo demo-nft demo-fill demo-fill-nft demo-deepgen demo-llm demo-agent demo-platform test test-vllm lint
+.PHONY: page setup demo demo-nft demo-fill demo-fill-nft demo-deepgen demo-llm demo-agent demo-platform test test-vllm test-ray lint
 
 setup: $(READY)
 
@@ -49,6 +49,14 @@ test: $(READY)
 # vLLM's build for the CPU wants older packages than the project: it has an environment of its own.
 test-vllm: $(READY) $(VLLM)/.ready
 	VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm tests/rollouts/test_vllm.py tests/rollouts/test_vllm_vision.py
+
+# Ray has no part in the other tests; it changes no package that they use.
+test-ray: .venv/.ray
+	$(BIN)/python -m pytest -m ray tests/launch/test_ray.py
+
+.venv/.ray: $(READY)
+	$(BIN)/python -m pip install --quiet --editable ".[ray]" --constraint constraints.txt
+	@touch $@
 
 $(VLLM)/.ready: constraints-vllm.txt
 	@echo "== Setting up $(VLLM) (about 3 minutes, 3.5 GB) =="

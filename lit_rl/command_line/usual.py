@@ -67,7 +67,7 @@ class RunFolder:
     """The folder that a run writes into: logs, checkpoints, best, export, samples and predictions in one folder, `dir`/`name`.
 
     Args:
-        dir: The folder of all runs.
+        dir: The folder of all runs. The launcher says by LIT_RL_FOLDER where a relative one starts, else it is in the working folder.
         name: The run's folder in it; trainer.default_root_dir, or "run", if left out.
         callbacks: Callbacks that every run has; {NAME: null} leaves one out.
         float32_matmul: How products of float32 matrices are computed: highest (float32), high (TF32 on a GPU) or medium (bfloat16), see
@@ -138,11 +138,12 @@ def filled_in(options: Namespace) -> Namespace:
 def run_folder(options: Namespace) -> Path:
     """`run.dir`/`run.name`. Raises ConfigError for a name that leads out of `run.dir`."""
     name, root = options.run.name, options.trainer.default_root_dir
+    start = Path(os.environ.get("LIT_RL_FOLDER", ""))
     if name is None:
-        return Path(root) if root else Path(options.run.dir) / "run"
+        return start / root if root else start / options.run.dir / "run"
     if not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ConfigError(f"run.name={name!r} must be a folder in run.dir={options.run.dir}: set run.dir to another place")
-    return Path(options.run.dir) / name
+    return start / options.run.dir / name
 
 
 def _usual(run: Namespace, own: list[Namespace]) -> Iterator[tuple[str, Namespace]]:

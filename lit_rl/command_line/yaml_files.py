@@ -25,10 +25,11 @@ def missing_file(argv: Sequence[str]) -> str | None:
 
 def broken_yaml(argv: Sequence[str]) -> str | None:
     """The place and the fault of the first --config file that is no YAML or no mapping, or that sets a key twice."""
-    return next((fault for file in config_files(argv) if (fault := _fault(file))), None)
+    return next((wrong for file in config_files(argv) if (wrong := fault(file))), None)
 
 
-def _fault(file: Path) -> str | None:
+def fault(file: Path, holds: str = "a run has keys such as model, data and trainer") -> str | None:
+    """The place and the fault of a file that is no YAML, no mapping, or sets a key twice. holds: what belongs into it."""
     try:
         root = yaml.compose(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -42,9 +43,9 @@ def _fault(file: Path) -> str | None:
     except yaml.YAMLError as error:
         return f"{file}: this is not YAML: {' '.join(str(error).split())}"
     if not isinstance(root, yaml.MappingNode):
-        holds = "is empty" if root is None else "holds a list" if isinstance(root, yaml.SequenceNode) else "holds a single value"
-        return f"{file}: a run has keys such as model, data and trainer; this file {holds}"
-    return next((f"{file}:{fault}" for node in _mappings(root) if (fault := _twice(node))), None)
+        found = "is empty" if root is None else "holds a list" if isinstance(root, yaml.SequenceNode) else "holds a single value"
+        return f"{file}: {holds}; this file {found}"
+    return next((f"{file}:{twice}" for node in _mappings(root) if (twice := _twice(node))), None)
 
 
 def _twice(node: yaml.MappingNode) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 from lit_rl.errors import LEFT_BY_ANOTHER
+from lit_rl.launch.options import say
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -62,9 +62,3 @@ def lost(failure: ProcessFailure, rank: int) -> str:
 def exit_code(failure: ProcessFailure) -> int:
     """The exit code as a shell has it."""
     return 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode
-
-
-def say(sentence: str) -> None:
-    """Write a sentence to the error stream, at once."""
-    sys.stderr.write(f"launcher: {sentence}\n")
-    sys.stderr.flush()

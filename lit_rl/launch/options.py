@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -16,6 +17,9 @@ from lit_rl.net.gpus import gpus
 COMMANDS = ("fit", "validate", "test", "predict")
 PORT = 29700
 GRACE = 120
+SECONDS_TO_WAIT = 600
+"""The patience with a node that has not started yet, with one that is lost and may come back, and with a cluster that has no room."""
+
 USAGE = "python -m lit_rl.launch [OPTIONS] -- fit --config FILE"
 
 
@@ -48,6 +52,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--master-addr", help="address of the first node (default: MASTER_ADDR, CHIEF_IP, SLURM's first node)")
     p.add_argument("--master-port", help=f"a free port of the first node (default: MASTER_PORT, SLURM's, else {PORT})")
     p.add_argument("--nproc-per-node", help="processes on this node (default: NGPUS, --trainer.devices, one for each GPU, 1)")
+    p.add_argument(
+        "--ray", nargs="?", const="", metavar="ADDRESS", help="run on a Ray cluster: HOST:PORT, local, auto (default: RAY_ADDRESS, auto)"
+    )
+    p.add_argument("--nodes", metavar="N", help="with --ray: number of nodes (default: NNODES, else 1)")
+    p.add_argument("--gpus-per-node", metavar="G", help="with --ray: GPUs of each node (default: NGPUS, else those that the nodes have)")
+    p.add_argument("--with-servers", metavar="FILE", help="with --ray: YAML of servers to run beside, see docs/scaling.md")
     p.add_argument("--restarts", default="0", metavar="N", help="how often a run goes on by itself after a process or node is lost")
     p.add_argument(
         "--grace",
@@ -57,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--dry-run", action="store_true", help="print the line that is run, and stop")
     return p
+
+
+def say(sentence: str) -> None:
+    """Write a sentence to the error stream, at once."""
+    sys.stderr.write(f"launcher: {sentence}\n")
+    sys.stderr.flush()
 
 
 def divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -14,12 +14,10 @@ from unittest.mock import patch
 import psutil
 
 from lit_rl.errors import ConfigError
-from lit_rl.launch.options import Nodes
+from lit_rl.launch.options import SECONDS_TO_WAIT, Nodes
 from lit_rl.net.sockets import bind
 
 ROOT = Path(__file__).parents[2]
-SECONDS_TO_WAIT = 600
-"""The patience with a node that has not started yet, and with one that is lost and may come back."""
 
 
 def command(nodes: Nodes, run: Sequence[str], *, restarts: int, grace: int, local: str) -> list[str]:
