@@ -134,7 +134,10 @@ def check_health(url: str, *, headers: Mapping[str, str], patience_s: float) -> 
         if status in (404, 405):
             return {}
         if status not in (200, 503):
-            raise ConfigError(f"reward server {url} answers GET /health with status {status}; is something else listening on that port?")
+            raise ConfigError(
+                f"reward server {url} answers GET /health with status {status}; is something else listening on that port, such as the "
+                "platform? Start the reward server on another one, e.g. --port 8004, and name it in `urls` or REWARD_SERVER_URLS"
+            )
         if status == 503 and time.monotonic() >= until:
             raise ConfigError(
                 f"reward server {url} is still loading or draining after {patience_s:g} s; look at its log or raise deadline_s"

@@ -56,7 +56,9 @@ class Plan:
         return yaml.safe_dump(self.overrides, sort_keys=False, allow_unicode=True)
 
     def argv(self, folder: Path, root: Path, checkpoint: str | None) -> list[str]:
-        """The command. What a user wrote is in the YAML and never a word of it."""
+        """The command; no words without a template. What a user wrote is in the YAML and never a word of it."""
+        if self.template is None:
+            return []
         more = ["--ckpt_path", checkpoint] if checkpoint else []
         return [sys.executable, str(root / "cli.py"), "fit", "--config", str(self.template), "--config", str(folder / OVERLAY), *more]
 

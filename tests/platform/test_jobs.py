@@ -129,6 +129,13 @@ def test_a_database_of_the_first_version_becomes_one_of_today(tmp_path: Path) ->
     Store(tmp_path).close()  # and again, where nothing is to be done
 
 
+def test_a_method_that_nobody_knows_has_no_command(platform: TestClient) -> None:
+    job = platform.post("/api/jobs", json=GUIDE_JOB | {"algorithm": "rlhf9000"})
+    assert job.status_code == 201 and job.json()["problems"][0]["field"] == "algorithm"
+    assert platform.get(f"/api/jobs/{job.json()['uuid']}/config").json()["argv"] == []
+    assert platform.post(f"/api/jobs/{job.json()['uuid']}/start", json={}).status_code == 422
+
+
 def test_a_database_of_a_later_release_is_refused(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with store.write() as connection:

@@ -298,6 +298,27 @@ def test_the_keyboard_is_enough(browser: Browser, watched: str) -> None:
         expect(cards.first).to_be_focused()
 
 
+def test_metrics_of_any_name_are_shown_and_numbers_are_the_newest(browser: Browser, service: str) -> None:
+    """A job without any metric that a panel is for has its charts; of a curve in buckets the last point is the run's own."""
+    ask(service, "jobs/own/metrics", {"points": [{"step": 1, "metrics": {"accuracy": 0.5}}]})
+    for start in (0, 1000, 2000):
+        points = [{"step": step, "metrics": {"reward_mean": float(step)}} for step in range(start, start + 1000)]
+        ask(service, "jobs/long/metrics", {"points": points})
+    with opened(browser, f"{service}/#/jobs/own") as page:
+        expect(page.locator("[data-plot=accuracy] canvas")).to_be_visible()
+        page.goto(f"{service}/#/jobs/long")
+        expect(page.locator("[data-tile=reward_mean] b")).to_have_text("2999")
+
+
+def test_cards_of_a_row_are_equally_high(browser: Browser, watched: str) -> None:
+    """The chart beside the one with a table takes the room that the table has."""
+    with opened(browser, watched) as page:
+        expect(page.locator(".grid .plot canvas").nth(1)).to_be_visible()
+        heights = page.locator(".grid").first.locator(".plot").evaluate_all("cards => cards.map(card => card.offsetHeight)")
+        drawn = page.locator(".grid").first.locator("canvas").evaluate_all("all => all.map(canvas => canvas.offsetHeight)")
+        assert len(heights) == 2 and heights[0] == heights[1] and drawn[0] > drawn[1]
+
+
 def test_charts_have_ink(browser: Browser, watched: str) -> None:
     """On a phone, in the dark, every chart has drawn something in the colour of its first curve."""
     with opened(browser, watched, width=390, color_scheme="dark") as page:

@@ -22,7 +22,9 @@ from callbacks.reward_scoring import RewardScoring
 from callbacks.sample_gallery import SampleGallery
 from callbacks.sample_texts import SampleTexts
 from lit_rl.command_line.usual import _report_to_platform
+from lit_rl.errors import ConfigError
 from lit_rl.methods.grpo import GRPO
+from lit_rl.rewards.client import HTTPReward
 from lit_rl.rollouts.answers import Answers
 from lit_rl.rollouts.base import Sampling
 from lit_rl.trackers.outbox import SETS, Outbox
@@ -77,6 +79,12 @@ def test_a_run_reports_its_metrics_and_checkpoints(tmp_path: Path, monkeypatch: 
     assert all(one["eval_results"]["val/brightness"] == pytest.approx(bright[one["step"]], abs=1e-6) for one in found)
     assert [one["step"] for one in found if one["is_best"]] == [max(bright, key=lambda step: bright[step])]
     assert [one["step"] for one in found if one["path"].endswith("/last.ckpt")] == [max(bright)]
+
+
+def test_the_platform_is_not_taken_for_a_reward_server(tmp_path: Path) -> None:
+    """Both have port 8000 by default; a run must not find out at its first rewards."""
+    with listening(tmp_path) as url, pytest.raises(ConfigError, match="such as the platform.* --port 8004.*REWARD_SERVER_URLS"):
+        HTTPReward(outputs=["red"], urls=[url]).setup(rank=0, world_size=1, device="cpu")
 
 
 def reported(url: str, step: int) -> list[dict[str, Any]]:

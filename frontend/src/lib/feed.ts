@@ -74,6 +74,10 @@ export class Feed {
       ]);
       this.job = job;
       this.series = new Map(Object.entries(series).map(([name, answer]) => [name, fromAnswer(answer)]));
+      for (const [name, value] of Object.entries(job.last_metrics ?? {})) {
+        const curve = this.series.get(name); // one of buckets ends with a mean
+        if (curve && !curve.raw && curve.step.at(-1)! < (job.progress?.step ?? 0)) put(curve, job.progress!.step!, value);
+      }
       this.checkpoints = checkpoints;
       this.alerts = alerts;
       this.gpu.clear();

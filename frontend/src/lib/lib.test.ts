@@ -1,7 +1,7 @@
 import { describe, expect, it } from "vitest";
 import { bytes, duration, number } from "./format";
 import { wait } from "./live";
-import { outside, phases, sources } from "./names";
+import { hasPanel, outside, phases, sources } from "./names";
 import { body, fields, optionFields, typed } from "./schema";
 import { align, cumulate, distinct, empty, last, put, smooth } from "./series";
 
@@ -38,6 +38,9 @@ describe("names", () => {
   });
   it("orders phases as they run", () => {
     expect(phases(["time/other_s", "time/train_s", "time/score_s", "time/rollout_s", "time/made_up_s"]).map(([phase]) => phase)).toEqual(["rollout", "score", "train", "made_up", "other"]);
+  });
+  it("knows what the overview has no panel for", () => {
+    expect(["loss", "time/train_s", "reward/judge", "group/zero_std_ratio", "accuracy", "val/loss"].map(hasPanel)).toEqual([true, true, true, true, false, false]);
   });
   it("knows the guide's ranges", () => {
     expect([outside("kl_divergence", 0.2), outside("clip_fraction", 0.05), outside("clip_fraction", 0.2), outside("clip_fraction", 0), outside("entropy", 9)]).toEqual(["high", "low", null, null, null]);

@@ -54,6 +54,10 @@ export function sources(names: Iterable<string>): Source[] {
   return [...found.values()].sort((a, b) => a.name.localeCompare(b.name));
 }
 
+/** True for metrics that the overview has a panel for. */
+export const hasPanel = (name: string): boolean =>
+  /^(reward|time|throughput)\/|^(policy_loss|value_loss|loss|reward_mean|kl_divergence|ppo_kl|kl|entropy|clip_fraction|lr|grad_norm)$|zero_std_ratio$/.test(name);
+
 const PHASES = ["rollout", "score", "reward", "train", "sync", "validation", "other"];
 
 /** The phases of an iteration among the names of metrics, in the order in which they run: [phase, key]. */

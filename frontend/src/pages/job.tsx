@@ -4,7 +4,7 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import { call, post } from "../lib/api";
 import { between, duration, when } from "../lib/format";
 import { useFeed, type Feed } from "../lib/feed";
-import { ACTIVE } from "../lib/names";
+import { ACTIVE, hasPanel } from "../lib/names";
 import { prefs, t, type Word } from "../lib/prefs";
 import { go, jobLink } from "../lib/router";
 import type { Job } from "../lib/types";
@@ -197,9 +197,10 @@ function Tabs({ id, shown }: { id: string; shown: Tab }) {
 
 /** What will run, before it does. */
 function Plan({ feed }: { feed: Feed }) {
+  const nothing = feed.job!.problems?.some(({ field }) => field === "algorithm" || field === "template");
   return (
     <>
-      <p data-plan>{t(feed.job!.problems?.length ? "not_ready" : "ready")}</p>
+      {!nothing && <p data-plan>{t(feed.job!.problems?.length ? "not_ready" : "ready")}</p>}
       <Config feed={feed} />
     </>
   );
@@ -210,6 +211,7 @@ function Overview({ feed, smoothing }: { feed: Feed; smoothing: number }) {
   if (!feed.series.size) return <Empty>{t("no_metrics")}</Empty>;
   return (
     <>
+      {![...feed.series.keys()].some(hasPanel) && <AllCharts feed={feed} smoothing={smoothing} />}
       <Tiles feed={feed} />
       <RewardPanel feed={feed} smoothing={smoothing} />
       <GroupPanel feed={feed} smoothing={smoothing} />

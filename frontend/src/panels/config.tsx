@@ -19,12 +19,12 @@ export function Config({ feed }: { feed: Feed }) {
   return (
     <section aria-label={t("tab.config")}>
       <Failure error={error} />
-      {data && (
+      {data && command && (
         <>
           <h2>
             {t("command")} <CopyButton text={command} />
           </h2>
-          <pre class="card text">{command || "–"}</pre>
+          <pre class="card text">{command}</pre>
           <h2>
             YAML <CopyButton text={data.yaml ?? ""} />
           </h2>

@@ -22,12 +22,13 @@ export function JobGpus({ feed }: { feed: Feed }) {
   if (!found.length) return null;
   const lines = (read: (sample: GpuSample) => Value): Line[] =>
     found.map(([index, samples]) => ({ name: `GPU ${index}`, series: curve(samples, read), color: index + 1 }));
+  const memory = Math.max(...found.flatMap(([, samples]) => samples.map((sample) => sample.memory_total ?? 0)));
   return (
     <section>
       <h2>{t("panel.gpus")}</h2>
       <div class="grid">
-        <Plot title={t("gpu.utilization")} lines={lines((sample) => sample.utilization)} at={ago} />
-        <Plot title={t("gpu.memory")} lines={lines((sample) => sample.memory_used)} at={ago} />
+        <Plot title={t("gpu.utilization")} lines={lines((sample) => sample.utilization)} top={100} at={ago} />
+        <Plot title={t("gpu.memory")} lines={lines((sample) => sample.memory_used)} top={memory} at={ago} />
       </div>
     </section>
   );

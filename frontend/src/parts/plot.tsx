@@ -22,6 +22,8 @@ export interface PlotProps {
   normal?: Normal;
   stacked?: boolean;
   smoothing?: number;
+  /** The highest value that there can be. */
+  top?: number;
   /** 150 pixels instead of 200. */
   low?: boolean;
   note?: preact.ComponentChildren;
@@ -108,8 +110,8 @@ function options(props: PlotProps, { clientWidth, clientHeight }: HTMLElement, e
     series: [{ label: "step" }, ...shown],
     bands,
     legend: { show: false },
-    scales: { x: { time: false, range: (_plot, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) }, y: { range: stacked ? (_p, _l, high) => [0, high || 1] : around } },
-    axes: [{ ...axis, size: 28 }, { ...axis, size: 52, values: (_plot, values) => values.map((value) => (value === null ? "" : tick(value))) }],
+    scales: { x: { time: false, range: (_plot, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) }, y: { range: stacked ? (_p, _l, high) => [0, high || 1] : props.top ? [0, props.top] : around } },
+    axes: [{ ...axis, size: 28 }, { ...axis, size: 58, values: (_plot, values) => values.map((value) => (value === null ? "" : tick(value))) }],
     cursor: { sync: props.sync ? { key: props.sync, setSeries: false } : undefined, points: { show: !stacked }, drag: { x: true, y: false }, bind: { dblclick: (_plot, _target, handler) => (event) => (events.zoom(false), handler(event)) } },
     hooks: { drawClear: normal ? [band(normal)] : [], setCursor: [(plot) => events.move(plot.cursor.idx ?? null)], setSelect: [(plot) => plot.select.width > 0 && events.zoom(true)] },
   };

@@ -33,6 +33,12 @@ def health(here: Here) -> Response:
     return Json({"status": "ok", "version": VERSION, "db": "ok"})
 
 
+@router.get("/health", include_in_schema=False)
+def no_reward_server() -> Response:
+    """Tell a reward client that it asks the wrong server: port 8000 is the default of both."""
+    raise ApiError(421, "no_reward_server", "this is the platform; start reward servers on other ports and set REWARD_SERVER_URLS")
+
+
 @router.post("/api/login", status_code=204)
 def login(body: Login, here: Here) -> Response:
     """Let a browser in that knows the token."""
