@@ -15,6 +15,7 @@ from lit_rl.agents.episodes import Trajectory
 from lit_rl.agents.film import film_strip
 from lit_rl.agents.records import header, read_records, record, written
 from lit_rl.checkpoints.progress import minibatches_done
+from lit_rl.checkpoints.replacing import atomic_file
 from lit_rl.errors import ConfigError
 from lit_rl.methods.agent_grpo import AgentGRPO
 from lit_rl.modules.reporting import logged_step
@@ -63,7 +64,8 @@ class EpisodeRecords(RLCallback):
         """A new file."""
         assert isinstance(method, AgentGRPO)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(written([header(method.episodes.worlds), *rows]), encoding="utf-8")
+        with atomic_file(self.file) as file:
+            file.write(written([header(method.episodes.worlds), *rows]).encode())
 
     def on_trajectories(self, trainer: L.Trainer, module: Method, trajectories: Sequence[Trajectory]) -> None:
         """Write the lines of all processes, and show some strips."""

@@ -7,6 +7,7 @@ The first line names the worlds, each other line is an episode:
 | `iteration`, `stage` | counted from 1; `train` or `eval` |
 | `task`, `group`, `number`, `seed`, `attempt` | the task as in its file, its place in the rollout, the world's seed, earlier tries |
 | `instruction`, `status`, `success`, `reward`, `seconds`, `why` | as `lit_rl.agents.episodes.Trajectory`; `reward` null: lost |
+| `temperature` | of its answers, where siblings have different ones; else null |
 | `turns` | `state` (a name of the screen that it was to), `text`, `action` (null: none), `error`, `prompt_tokens`, `tokens` |
 """
 
@@ -32,12 +33,19 @@ VERSION = 1
 
 
 def header(worlds: Worlds) -> dict[str, object]:
-    """The first line: which worlds these were, as a YAML names them; options that hold no plain value are left out."""
+    """The first line: which worlds these were, as a YAML names them; options that JSON does not hold are left out."""
     cls = type(worlds)
     given = {name: getattr(worlds, name, None) for name in inspect.signature(cls).parameters if name != "limits"}
-    plain = {name: value for name, value in given.items() if isinstance(value, str | int | float | bool)}
+    plain = {name: value for name, value in given.items() if value is not None and _plain(value)}
     limits = asdict(worlds.limits) if is_dataclass(worlds.limits) else {}
     return {"episodes": VERSION, "worlds": {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": plain | {"limits": limits}}}
+
+
+def _plain(value: object) -> bool:
+    """True for what a line holds as it is."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _plain(part) for key, part in value.items())
+    return all(map(_plain, value)) if isinstance(value, list) else value is None or isinstance(value, str | int | float | bool)
 
 
 def record(trajectory: Trajectory, *, iteration: int, stage: str) -> dict[str, object]:
@@ -68,19 +76,26 @@ def record(trajectory: Trajectory, *, iteration: int, stage: str) -> dict[str, o
         "reward": None if math.isnan(trajectory.reward) else trajectory.reward,
         "seconds": round(trajectory.seconds, 3),
         "why": trajectory.why,
+        "temperature": trajectory.temperature,
         "turns": turns,
     }
 
 
 def read_records(file: Path) -> tuple[Worlds, list[dict[str, Any]]]:
-    """The worlds of a file, not started, and its episodes. Raises ConfigError with file and line for what is none."""
+    """The worlds of a file, not started, and its episodes. Raises ConfigError with file and line for what is none.
+
+    A last line that was not written to its end, as a killed run leaves it, is passed over.
+    """
     if not file.is_file():
         raise ConfigError(f"{file}: no such file; a run of agents writes episodes/rollouts.jsonl in its folder")
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    *lines, unfinished = file.read_text(encoding="utf-8").split("\n")  # not at every character that Unicode ends lines by
+    for number, line in enumerate([*lines, unfinished] if unfinished else lines, 1):
         try:
             row = json.loads(line)
         except ValueError as error:
+            if rows and number > len(lines):
+                break
             raise ConfigError(f"{file}:{number}: this is not JSON: {error}") from error
         wanted = "turns" if number > 1 else "worlds"
         if not isinstance(row, dict) or wanted not in row:

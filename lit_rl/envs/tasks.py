@@ -45,7 +45,7 @@ def read_tasks(path: str | Path, check: Callable[[Task], None] | None = None) ->
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such task file; write one JSON object with the keys {', '.join(KEYS)} a line")
     tasks: dict[str, Task] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:

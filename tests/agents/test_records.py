@@ -22,6 +22,8 @@ from lit_rl.agents.episodes import Manner
 from lit_rl.agents.film import FRAME, MARK, film_strip
 from lit_rl.agents.records import action_from, header, read_records, record, written
 from lit_rl.envs.failures import Status
+from lit_rl.envs.gym import GymWorlds
+from lit_rl.envs.tasks import Task
 from lit_rl.envs.tiny_desktop import TinyDesktops
 from lit_rl.errors import ConfigError
 from lit_rl.miniatures.vlm import build_vlm
@@ -61,6 +63,21 @@ def test_an_episode_is_read_as_it_was_written(file: Path) -> None:
 def test_episodes_done_again_go_as_before(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(file)]) == 0
     assert "2 of 2 episodes went as before (0 were lost then and left out)" in capsys.readouterr().out
+
+
+def test_episodes_of_an_environment_go_as_before_by_its_own_keys_and_a_last_line_that_was_cut_is_passed_over(
+    policy: VisionLanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where an instruction has a character by which Unicode ends a line."""
+    worlds = GymWorlds(env_id="gym_corridor:Corridor-v0", options={"fault": ""}, keys={"left": 0, "right": 1})
+    task = Task(id="a", instruction="go\u2028right", params={"cell": 3}, evaluator={"at_least": 1})
+    said = ["key left", "hm", "key right", "key right"]
+    [found], _ = play(policy, lambda key: said[key[-1]], worlds=worlds, tasks=[(task, 0, 0)])
+    assert found.success and len(found.turns) == 4
+    text = written([header(worlds), *[record(found, iteration=1, stage="train")] * 2])
+    (tmp_path / "r.jsonl").write_text(text[:-20], encoding="utf-8")
+    assert main([str(tmp_path / "r.jsonl")]) == 0
+    assert "1 of 1 episodes went as before" in capsys.readouterr().out
 
 
 def test_an_episode_that_nobody_understood_goes_as_before_where_its_world_would_count_as_done(

@@ -75,8 +75,8 @@ def test_task_files_name_file_line_and_key(tmp_path: Path, line: str, told: str)
 
 def test_task_files_of_other_systems_are_read_and_empty_ones_are_not(tmp_path: Path) -> None:
     file = tmp_path / "tasks.jsonl"
-    file.write_bytes('\ufeff{"id": "a", "instruction": "öffne", "seed": 0}\r\n\r\n'.encode())
-    assert read_tasks(file) == [Task(id="a", instruction="öffne", seed=0)]
+    file.write_bytes('\ufeff{"id": "a", "instruction": "öffne\u2028", "seed": 0}\r\n\r\n'.encode())
+    assert read_tasks(file) == [Task(id="a", instruction="öffne\u2028", seed=0)]
     file.write_text("\n")
     with pytest.raises(ConfigError, match=r"tasks\.jsonl has no task"):
         read_tasks(file)
