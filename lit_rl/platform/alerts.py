@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from lit_rl.platform.answers import text_of
 from lit_rl.platform.hub import Hub
 from lit_rl.platform.metrics import Metrics
+from lit_rl.platform.records import ENDED
 from lit_rl.platform.schema import alerts, jobs
 from lit_rl.platform.store import Store
 
@@ -89,10 +90,11 @@ class Alerts:
         return [_shown(row) for row in rows]
 
     def of_all(self, *, open_only: bool, limit: int) -> list[dict[str, object]]:
-        """Alerts of all jobs and of the machine, whose `job` is None, the newest first."""
+        """Alerts of all jobs and of the machine, whose `job` is None, the newest first. open_only: Those of jobs that are not over."""
         query = sa.select(alerts, jobs.c.name).outerjoin(jobs, jobs.c.uuid == alerts.c.job).order_by(alerts.c.id.desc()).limit(limit)
+        now = sa.and_(alerts.c.ended_at.is_(None), sa.func.coalesce(jobs.c.state, "").not_in(ENDED))
         with self.store.read() as connection:
-            rows = connection.execute(query.where(alerts.c.ended_at.is_(None)) if open_only else query).mappings().all()
+            rows = connection.execute(query.where(now) if open_only else query).mappings().all()
         return [_shown(row) | {"job": row["job"] or None, "name": row["name"]} for row in rows]
 
 

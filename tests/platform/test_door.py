@@ -202,8 +202,11 @@ def test_overrides_set_keys_of_the_run_and_classes_of_this_project(platform: Tes
 def test_nothing_of_the_environment_comes_from_the_one_who_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_PRELOAD", "evil.so")
     monkeypatch.setenv("AWS_SECRET", "s")
+    ours = dict.fromkeys(("DISABLE_RL_REWARD_MODEL", "REWARD_SERVER_URLS", "GBOX_API_KEY", "VLLM_API_KEY", "OCR_URL", "JUDGE_TOKEN"), "1")
+    for name, value in ours.items():
+        monkeypatch.setenv(name, value)  # what a run by the command line would read
     found = environment_of(Settings(data=tmp_path), "j", tmp_path, gpus=(1, 3))
-    assert found["CUDA_VISIBLE_DEVICES"] == "1,3" and found["JOB_UUID"] == "j" and "PATH" in found
+    assert found["CUDA_VISIBLE_DEVICES"] == "1,3" and found["JOB_UUID"] == "j" and "PATH" in found and ours.items() <= found.items()
     assert not {"LD_PRELOAD", "AWS_SECRET", "PYTHONSTARTUP"} & found.keys()
 
 

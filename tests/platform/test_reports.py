@@ -187,6 +187,9 @@ def test_rules_open_and_close_alerts(platform: TestClient) -> None:
     every, still = (platform.get("/api/alerts", params=query).json() for query in ({}, {"open": True, "limit": 2}))
     assert [(alert["job"], alert["name"]) for alert in every] == [(None, None)] + [("j", "j")] * 5
     assert [alert["rule"] for alert in still] == ["disk", "disagreement"]
+    platform.post("/api/jobs/j/status", json={"status": "failed"})
+    now = platform.get("/api/alerts", params={"open": True}).json()
+    assert [alert["rule"] for alert in now] == ["disk"]  # nobody can mend a job that is over; its own page still tells
 
 
 def test_the_rest_takes_as_long_as_the_steps_of_this_run_took(platform: TestClient) -> None:
