@@ -206,6 +206,15 @@ def test_the_gallery_follows_a_prompt_over_time(browser: Browser, watched: str) 
         expect(cards.nth(0)).to_contain_text("-1")
 
 
+def test_samples_of_different_prompts_lie_beside_each_other(browser: Browser, service: str) -> None:
+    for group in range(3):
+        parts = {"samples": (None, json.dumps({"items": [sample(1, f"p{group}", 0, 0)]}))}
+        requests.post(f"{service}/api/jobs/singles/samples", files=parts, timeout=30).raise_for_status()
+    with opened(browser, f"{service}/#/jobs/singles/samples") as page:
+        expect(page.locator("[data-sample]")).to_have_count(3)
+        assert len({place["y"] for one in page.locator(".group").all() if (place := one.bounding_box())}) == 1
+
+
 def test_jobs_are_compared(browser: Browser, service: str) -> None:
     """Chosen in the list; what their settings differ in is a table, their curves lie over each other."""
     ids = [ask(service, "jobs", GUIDE_JOB | {"name": f"seed {seed}", "overrides": {"seed_everything": seed}})["uuid"] for seed in range(2)]

@@ -81,6 +81,7 @@ export function Samples({ feed }: { feed: Feed }) {
           </select>
         </label>
       </div>
+      <div class={groups.every((group) => group.length === 1) ? "singles" : ""}>
       {groups.map((group) => (
         <section class="group" key={`${group[0]!.step}|${group[0]!.group}|${group[0]!.prompt}`}>
           <h3>
@@ -93,6 +94,7 @@ export function Samples({ feed }: { feed: Feed }) {
           </div>
         </section>
       ))}
+      </div>
       {open !== null && flat[open] && <Viewer list={flat} at={open} move={setOpen} close={() => setOpen(null)} />}
     </section>
   );
