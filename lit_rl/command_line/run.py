@@ -63,6 +63,9 @@ SECONDS_FOR_AGENT = 1.0
 
 
 class Parser(LightningArgumentParser):
+    parsed = False
+    """All options are checked by now. Each further check of a run takes as long as parsing it did."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"allow_abbrev": False}))  # --trainer.max_epoch would be taken for max_epochs
 
@@ -80,7 +83,8 @@ class Parser(LightningArgumentParser):
         """
         options = fill_in(namespace.clone())
         comments = "".join(f"# {line}\n" for line in sources(options))
-        return f"{redacted(super().dump(options, *args, **kwargs))}{comments}"
+        unchecked = {"skip_validation": True} if self.parsed else {}
+        return f"{redacted(super().dump(options, *args, **(kwargs | unchecked)))}{comments}"
 
 
 class CLI(LightningCLI):
@@ -128,6 +132,7 @@ class CLI(LightningCLI):
         except ConfigError as error:
             self.parser.error(str(error))
         expand_home(self.config)
+        self.parser.parsed = True
 
     def instantiate_classes(self) -> None:
         """From the options with the run's folder and usual callbacks in them; `config.yaml` holds them as they were asked for."""
