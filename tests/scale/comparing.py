@@ -16,6 +16,10 @@ FULL: dict[str, Any] = {"keep_reference": True, "gradient_checkpointing": True}
 
 Alone = Callable[..., tuple[Path, Any]]
 """The fixture `alone`."""
+Written = Callable[[str], Path]
+"""The fixture `written`."""
+AT = "epoch=1-step=3.ckpt"
+"""A checkpoint of it, inside its only iteration; `epoch=0-step=2.ckpt` is of the end of the warm-up."""
 
 
 def ended(folder: Path) -> dict[str, Any]:

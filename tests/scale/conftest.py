@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from comparing import LORA, Written
 from deepgen import build as build_deepgen
 from fill import build_fill
 from pair import Pair
@@ -51,6 +52,23 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path,
 def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipelines") / "sd3"
     return build_sd3(folder, height=16, width=24, hidden=32, heads=2, layers=2, text_hidden=16, text_length=16, t5_hidden=32)
+
+
+@pytest.fixture(scope="session")
+def written(pair: Pair, tmp_path_factory: pytest.TempPathFactory, sd3_folder: Path) -> Written:
+    """written(strategy): folder of a LoRA run under it on two processes, with `comparing.AT`."""
+    done: dict[str, Path] = {}
+
+    def write(strategy: str) -> Path:
+        if strategy not in done:
+            folder = tmp_path_factory.mktemp(strategy)
+            settings: dict[str, Any] = dict(sd3=LORA | {"pretrained": str(sd3_folder)}, trainer_args=dict(max_epochs=2))
+            save, method = dict(every_n_train_steps=1), dict(train_micro_batch=4)
+            pair.run("fit", folder=str(folder), strategy=strategy, method_args=method, save=save, **settings)
+            done[strategy] = folder
+        return done[strategy]
+
+    return write
 
 
 @pytest.fixture(scope="session")

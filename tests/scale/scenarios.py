@@ -111,9 +111,11 @@ def method(
     adam = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3)  # with an eps of 1e-8 gradients of twice the size would train the same
     chosen = getattr(torch.optim, settings["optimizer"]) if "optimizer" in settings else adam
     defaults: dict[str, Any] = dict(
-        prompts_per_iteration=4, group_size=4, num_steps=4, eval_num_steps=4, rollout_micro_batch=6, clip_low=1e-2, clip_high=1e-2,
+        prompts_per_iteration=4, group_size=4, num_steps=4, eval_num_steps=2, rollout_micro_batch=6, clip_low=1e-2, clip_high=1e-2,
         warmup_steps=2, warmup_batch_size=8, inner_epochs=2, updates_per_iteration=4, kl_coef=0.1,
     )  # fmt: skip
+    if sd3 or fill or deepgen:  # each pair once: their passes take a hundred times as long as the toy's
+        defaults |= dict(num_steps=3, inner_epochs=1, updates_per_iteration=2)
     settings = defaults | settings | {"optimizer": chosen}
     dropout = settings.pop("dropout", 0.0)
     settings["advantage"] = Advantage(**settings.get("advantage", {}))

@@ -7,14 +7,13 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import scenarios
 import torch
-from comparing import FULL, LORA, SHARDED, distance, ended
+from comparing import AT, FULL, LORA, SHARDED, Written, distance, ended
 from pair import Pair
 
 from lit_rl.checkpoints.files import what_is_missing
@@ -24,27 +23,9 @@ from lit_rl.surgery.inputs import Adapter, open_input
 
 pytestmark = pytest.mark.slow
 
-AT = "epoch=1-step=4.ckpt"
 KINDS = ["ddp", "fsdp2", "zero3"]
 """A strategy for each way in which weights and moments are stored: a file, torch's shards, DeepSpeed's."""
-METHOD = dict(num_steps=3, train_micro_batch=4)
-Written = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def written(pair: Pair, tmp_path_factory: pytest.TempPathFactory, sd3_folder: Path) -> Written:
-    """written(strategy): folder of a LoRA run under it, with a checkpoint inside its only iteration."""
-    done: dict[str, Path] = {}
-
-    def write(strategy: str) -> Path:
-        if strategy not in done:
-            folder = tmp_path_factory.mktemp(strategy)
-            settings = dict(method_args=METHOD, sd3=LORA | {"pretrained": str(sd3_folder)}, trainer_args=dict(max_epochs=2))
-            pair.run("fit", folder=str(folder), strategy=strategy, save=dict(every_n_train_steps=2), **settings)
-            done[strategy] = folder
-        return done[strategy]
-
-    return write
+METHOD = dict(train_micro_batch=4)
 
 
 def stored(checkpoint: Path) -> dict[str, list[int]]:
@@ -106,7 +87,7 @@ def test_training_goes_on_in_one_process(written: Written, tmp_path: Path, sd3_f
     """From the end of the warm-up: an iteration in progress belongs to its processes."""
     settings: dict[str, Any] = dict(sd3=LORA | {"pretrained": str(sd3_folder)}, trainer_args=dict(max_epochs=2))
     checkpoint = str(written("fsdp2-file") / "epoch=0-step=2.ckpt")
-    scenarios.fit(str(tmp_path), "one", method_args=dict(num_steps=3, train_micro_batch=8), ckpt_path=checkpoint, **settings)
+    scenarios.fit(str(tmp_path), "one", method_args=dict(train_micro_batch=8), ckpt_path=checkpoint, **settings)
     assert distance(ended(written("fsdp2-file"))["weights"], ended(tmp_path)["weights"]) < 1e-6
 
 

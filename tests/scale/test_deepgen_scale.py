@@ -24,16 +24,15 @@ ALL = ["transformer", "bridge", "adapter"]
 KINDS: dict[str, dict[str, Any]] = {
     "transformer": {"gradient_checkpointing": True},
     "bridge": {"train": ["bridge"], "gradient_checkpointing": True},
-    "adapter": {"train": ["adapter"]},
     "all": {"train": ALL, "learning_rates": {"bridge": 3e-3, "adapter": 1e-3}, "gradient_checkpointing": True},
     "all, LoRA": {"train": ALL, "lora": {"rank": 4, "alpha": 8.0, "init": "default"}},
 }
 FIRST = {"transformer": "network", "bridge": "conditioner.bridge", "adapter": "conditioner.language"}
 
 
-SAVE = dict(every_n_train_steps=4)
-"""Inside the first iteration, which is steps 3 to 6."""
-INSIDE = "epoch=1-step=4.ckpt"
+SAVE = dict(every_n_train_steps=3)
+"""Inside the first iteration, which is steps 3 and 4."""
+INSIDE = "epoch=1-step=3.ckpt"
 
 
 def settings(folder: Path, kind: str, epochs: int) -> dict[str, Any]:
@@ -45,7 +44,7 @@ def settings(folder: Path, kind: str, epochs: int) -> dict[str, Any]:
 
 
 def method(pairs: int) -> dict[str, Any]:
-    return dict(num_steps=3, train_micro_batch=pairs, seed=5)
+    return dict(train_micro_batch=pairs, seed=5)
 
 
 @pytest.mark.parametrize(
@@ -54,9 +53,8 @@ def method(pairs: int) -> dict[str, Any]:
         ("ddp", "bridge", False),
         ("fsdp2", "transformer", False),
         ("fsdp2", "all", True),
-        ("zero2", "adapter", False),
-        ("zero3", "all", True),
-        ("zero3-offload", "all, LoRA", False),
+        ("zero2", "all, LoRA", True),
+        ("zero3", "all", False),
     ],
 )
 def test_two_processes_train_as_one_does(

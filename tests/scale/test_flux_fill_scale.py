@@ -38,7 +38,7 @@ def settings(fill_folder: Path, kind: str, *, nft: bool, epochs: int) -> dict[st
 
 def method(pairs: int, *, nft: bool) -> dict[str, Any]:
     # Of the seed: with some, a pixel lies so near to the middle of two of its 256 values that the last bits of the warm-up decide.
-    return dict(num_steps=3, train_micro_batch=pairs, seed=5) | ({"nft": {"beta": 0.5}} if nft else {})
+    return dict(train_micro_batch=pairs, seed=5) | ({"nft": {"beta": 0.5}} if nft else {})
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +63,9 @@ def exported(folder: Path, epochs: int) -> dict[str, Tensor]:
     ("strategy", "kind", "nft", "continues"),
     [
         ("ddp", "adapter and LoRA", True, True),
-        ("fsdp2", "adapter", False, False),
-        ("fsdp2", "everything", True, True),
-        ("fsdp2-file", "adapter and LoRA", False, True),
-        ("zero2", "everything", True, True),
-        ("zero3", "adapter and LoRA", False, True),
-        ("zero3", "adapter, frozen reference", True, False),
+        ("fsdp2", "everything", False, True),
+        ("zero2", "adapter", True, True),
+        ("zero3", "adapter, frozen reference", False, True),
     ],
 )
 def test_two_processes_train_as_one_does(
@@ -76,11 +73,11 @@ def test_two_processes_train_as_one_does(
 ) -> None:
     """A warm-up of two updates, then an iteration; the exported adapters are those weights.
 
-    Two iterations where an old policy answers, or where the run is continued from inside the first, bit for bit.
+    Two iterations where an old policy answers. Some are continued from inside the first, bit for bit.
     """
-    epochs = 3 if nft or continues else 2
+    epochs = 3 if nft else 2
     more: dict[str, Any] = settings(fill_folder, kind, nft=nft, epochs=epochs) | dict(strategy=strategy, method_args=method(4, nft=nft))
-    saved = dict(every_n_train_steps=4) if continues else None
+    saved = dict(every_n_train_steps=3) if continues else None
     ranks = pair.run("fit", folder=str(tmp_path / "two"), export=True, save=saved, **more)
     assert [rank["held"] < 0.55 for rank in ranks] == [strategy in SPLIT_WEIGHTS] * 2
     a, b = one(kind, nft, epochs), ended(tmp_path / "two") | {"exported": exported(tmp_path / "two", epochs)}
@@ -89,7 +86,7 @@ def test_two_processes_train_as_one_does(
     assert any("image_proj" in name for name in a["trained"]) and any("to_v_ip" in name for name in a["trained"])
     assert max(float(tensor.abs().max()) for key, tensor in a["exported"].items() if "to_v_ip" in key) > 0.005  # it started at 0
     if continues:  # the kept reference, average, old policy and the images of the rollout come back
-        pair.run("fit", folder=str(tmp_path / "again"), ckpt_path=str(tmp_path / "two" / "epoch=1-step=4.ckpt"), **more)
+        pair.run("fit", folder=str(tmp_path / "again"), ckpt_path=str(tmp_path / "two" / "epoch=1-step=3.ckpt"), **more)
         continued = ended(tmp_path / "again")
         assert identical(b, continued)
         assert not nft or distance(b["old"], continued["old"]) == 0

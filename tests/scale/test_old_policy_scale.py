@@ -36,8 +36,8 @@ def test_two_processes_train_as_one_does(pair: Pair, alone: Alone, tmp_path: Pat
 def test_adapters_train_as_in_one_process(pair: Pair, alone: Alone, tmp_path: Path, sd3_folder: Path, strategy: str) -> None:
     """A miniature SD3: LoRA with gradient checkpointing, a KL to the reference that the warm-up left."""
     settings: dict[str, Any] = dict(sd3=LORA | {"pretrained": str(sd3_folder)}, trainer_args=dict(max_epochs=2), **TOY)
-    one, _ = alone(scenarios.fit, method_args=pairs(8) | dict(num_steps=3), **settings)
-    pair.run("fit", folder=str(tmp_path / "two"), strategy=strategy, method_args=pairs(4) | dict(num_steps=3), **settings)
+    one, _ = alone(scenarios.fit, method_args=pairs(8), **settings)
+    pair.run("fit", folder=str(tmp_path / "two"), strategy=strategy, method_args=pairs(4), **settings)
     a, b = ended(one), ended(tmp_path / "two")
     assert distance(a["weights"], b["weights"]) < TOLERANCE and distance(a["old"], b["old"]) < TOLERANCE
     assert a["old"].keys() == set(a["trained"])

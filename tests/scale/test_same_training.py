@@ -47,7 +47,7 @@ def test_two_processes_train_as_one_does(pair: Pair, alone: Alone, tmp_path: Pat
 def test_sd3_trains_as_in_one_process(pair: Pair, alone: Alone, tmp_path: Path, sd3_folder: Path, strategy: str, kind: str) -> None:
     """With gradient checkpointing, a KL to the reference that the warm-up left, and an export at the end."""
     # Of the seed: with some, a pixel lies so near to the middle of two of its 256 values that the last bits decide.
-    method: dict[str, Any] = dict(num_steps=3, seed=2)
+    method: dict[str, Any] = dict(seed=2)
     sd3 = (LORA if kind == "lora" else FULL) | {"pretrained": str(sd3_folder)}
     settings: dict[str, Any] = dict(sd3=sd3, trainer_args=dict(max_epochs=2), export=True)
     one, _ = alone(scenarios.fit, method_args=method | dict(train_micro_batch=8), **settings)
@@ -70,12 +70,12 @@ def weights_in(folder: Path, kind: str) -> dict[str, torch.Tensor]:
     return load_file(folder / name)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2-bf16", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2-bf16", "zero2", "zero3"])
 def test_bf16_mixed_stays_near_float32(pair: Pair, alone: Alone, tmp_path: Path, sd3_folder: Path, strategy: str) -> None:
-    """Six steps of at most 0.01 each; bfloat16 has 8 bits."""
+    """Four steps of at most 0.01 each; bfloat16 has 8 bits."""
     settings: dict[str, Any] = dict(sd3=LORA | {"pretrained": str(sd3_folder)})
     full, mixed = dict(max_epochs=2), dict(max_epochs=2, precision="bf16-mixed")
-    one, _ = alone(scenarios.fit, method_args=dict(num_steps=3, train_micro_batch=8), trainer_args=full, **settings)
-    arguments: dict[str, Any] = dict(strategy=strategy, method_args=dict(num_steps=3, train_micro_batch=4), trainer_args=mixed)
+    one, _ = alone(scenarios.fit, method_args=dict(train_micro_batch=8), trainer_args=full, **settings)
+    arguments: dict[str, Any] = dict(strategy=strategy, method_args=dict(train_micro_batch=4), trainer_args=mixed)
     pair.run("fit", folder=str(tmp_path / "two"), **arguments, **settings)
     assert 0 < distance(ended(one)["weights"], ended(tmp_path / "two")["weights"]) < 2e-3
