@@ -1,4 +1,4 @@
-"""`pytest --cpu-seconds`: what each folder and the dearest tests cost, with the processes that they start, however busy the machine is."""
+"""`pytest --cpu-seconds`: what folders, files and the dearest tests cost, with the processes that they start, however busy it is."""
 
 from __future__ import annotations
 
@@ -40,13 +40,15 @@ class CpuSeconds:
         return report
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        spent, folders = Counter[str](), Counter[str]()
+        spent, files, folders = Counter[str](), Counter[str](), Counter[str]()
         for report in (report for reports in terminalreporter.stats.values() for report in reports):
             for name, seconds in getattr(report, "user_properties", ()):
                 if name == "cpu_seconds":
                     spent[report.nodeid] += seconds
-                    folders[report.nodeid.partition("::")[0].rpartition("/")[0]] += seconds
-        for title, rows in (("folder", folders.most_common()), ("test", spent.most_common(SHOWN))):
+                    file = report.nodeid.partition("::")[0]
+                    files[file] += seconds
+                    folders[file.rpartition("/")[0]] += seconds
+        for title, rows in (("folder", folders.most_common()), ("file", files.most_common(SHOWN)), ("test", spent.most_common(SHOWN))):
             terminalreporter.section(f"CPU seconds by {title}, {sum(spent.values()):.1f} in all")
             for name, seconds in rows:
                 terminalreporter.write_line(f"{seconds:8.1f}  {name}")

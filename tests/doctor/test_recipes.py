@@ -45,13 +45,17 @@ def test_the_page_has_every_recipe_and_says_where_it_fits() -> None:
 
 
 def unlike() -> list[Recipe]:
-    """The first recipe of each kind of policy, placement and fullest phase: relatives of a method are computed alike."""
-    page, found = told(), dict[tuple[str, ...], Recipe]()
+    """Recipes until each policy, placement and fullest phase is among them: others combine the same computations."""
+    page, traits = told(), dict[str, set[str]]()
     for recipe in recipes():
         policy = yaml.safe_load(recipe.path.read_text())["model"]["init_args"]["policy"]["class_path"]
-        _, placement, _, fullest, _ = cells(page[recipe.name])
-        found.setdefault((policy, placement, fullest), recipe)
-    return list(found.values())
+        _, _, _, fullest, _ = cells(page[recipe.name])
+        traits[recipe.name] = {policy, recipe.base, fullest}
+    left, found = set[str]().union(*traits.values()), list[str]()
+    while left:
+        found.append(max(traits, key=lambda name: len(traits[name] & left)))
+        left -= traits[found[-1]]
+    return [recipe for recipe in recipes() if recipe.name in found]
 
 
 @pytest.mark.slow
