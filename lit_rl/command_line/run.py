@@ -63,8 +63,7 @@ SECONDS_FOR_AGENT = 1.0
 
 
 class Parser(LightningArgumentParser):
-    parsed = False
-    """All options are checked by now. Each further check of a run takes as long as parsing it did."""
+    parsed = False  # --print_config asks before; after it a further check of all would take as long as parsing did
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"allow_abbrev": False}))  # --trainer.max_epoch would be taken for max_epochs
@@ -77,14 +76,11 @@ class Parser(LightningArgumentParser):
         raise SystemExit(2)
 
     def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
-        """The options with those of the environment, without secrets, and comments that say which come from there.
-
-        --print_config asks before all is parsed.
-        """
+        """The options with those of the environment, without secrets, and comments that say which come from there."""
         options = fill_in(namespace.clone())
         comments = "".join(f"# {line}\n" for line in sources(options))
-        unchecked = {"skip_validation": True} if self.parsed else {}
-        return f"{redacted(super().dump(options, *args, **(kwargs | unchecked)))}{comments}"
+        kwargs |= {"skip_validation": True} if self.parsed else {}
+        return f"{redacted(super().dump(options, *args, **kwargs))}{comments}"
 
 
 class CLI(LightningCLI):
