@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,9 @@ METHODS = {"grpo": "GRPO of every weight", "lora": "GRPO of an adapter"}
 TASKS = Path("configs/agent/tasks")
 WORDS = ("user\n", "assistant\n", "click", " red", " green", " blue", " yellow", " 0", " 1", " 2")
 """All that is said in these episodes, one token each."""
-DEMONSTRATIONS, HELD_OUT, SIZE = 512, 32, 96
+DEMONSTRATIONS, SIZE = 512, 96
+OTHER_SHAPES = 512
+"""The first of the buttons' shapes on the screens that say when the fine-tuning is to stop."""
 SHOWN = 4
 """Held-out tasks whose film strips are in the picture."""
 ACCURACY = "val/accuracy"
@@ -76,7 +79,10 @@ def warm_start(seed: int) -> float:
 
 
 def prepare(out: Path, seed: int, *, demonstrations: int = DEMONSTRATIONS) -> None:
-    """A random model, and the right clicks of training tasks and of some held-out ones."""
+    """A random model, and the right clicks on screens of the training tasks, and on others that say when to stop.
+
+    The latter's buttons have shapes that neither training tasks nor held-out ones have.
+    """
     from lit_rl.agents.codecs import Compact
     from lit_rl.agents.demonstrations import demonstrate, write_rows
     from lit_rl.agents.episodes import Manner
@@ -88,10 +94,11 @@ def prepare(out: Path, seed: int, *, demonstrations: int = DEMONSTRATIONS) -> No
 
     model = build_vlm(out / "model", family="qwen3_vl", characters="\n", words=WORDS, max_side=SIZE, patch_spread=0.02, seed=seed)
     episodes = Episodes(worlds=TinyDesktops(size=SIZE), codec=Compact(space="bins:3", prompt=False), manner=Manner(history=0))
-    train, held_out = (read_tasks(TASKS / f"buttons_{split}.jsonl") for split in ("train", "eval"))
+    train = read_tasks(TASKS / "buttons_train.jsonl")
+    others = [replace(task, params={**task.params, "first_shape": OTHER_SHAPES}) for task in train]
     (out / "data").mkdir()
     try:
-        for name, tasks in {"train": train * (demonstrations // len(train)), "val": held_out[:HELD_OUT]}.items():
+        for name, tasks in {"train": train * (demonstrations // len(train)), "val": others}.items():
             write_rows(demonstrate(VisionLanguageModel(str(model)), episodes, tasks, seed=seed), out / f"data/{name}.jsonl")
     finally:
         episodes.close()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Mapping
 
 import pytest
 from contract import WorldContract
 
+from lit_rl.demo.desktop import OTHER_SHAPES
 from lit_rl.envs.actions import Action
 from lit_rl.envs.base import Outcome
-from lit_rl.envs.desktop import Desktop, checked_settings
+from lit_rl.envs.desktop import Desktop, checked_settings, click_on
 from lit_rl.envs.tasks import Task, read_tasks
 from lit_rl.envs.tiny_desktop import PROGRAMS, TinyDesktops
 from lit_rl.errors import ConfigError
@@ -141,6 +143,26 @@ def test_the_shipped_tasks_are_sound_solvable_in_their_turns_and_held_out() -> N
         for given in [*train, *held_out]:
             settings = {key: value for key, value in given.params.items() if key != "program"}
             assert play(desktop(str(given.params["program"]), given.seed or 0, **settings)) <= given.max_turns
+
+
+def test_held_out_buttons_have_screens_that_neither_training_nor_the_end_of_fine_tuning_sees() -> None:
+    """Every shape in every place, on the screen of the miniature that learns there; a click on the middle of the cell is a hit."""
+
+    def screens(first: int, count: int) -> set[bytes]:
+        found = set()
+        for place, shape in itertools.product(range(9), range(first, first + count)):
+            machine = desktop("buttons", shapes=count, first_shape=first)
+            machine.program.places, machine.program.shapes = [place], [shape]
+            found.add(machine.picture().tobytes())
+            machine.act(click_on(machine.program.cell(place, 3)))
+            assert machine.program.hits == 1 and first <= machine.program.shapes[0] < first + count
+        return found
+
+    tasks = [read_tasks(f"configs/agent/tasks/buttons_{split}.jsonl") for split in ("train", "eval")]
+    [(first, count)], [held_out] = ({(t.params.get("first_shape", 0), t.params["shapes"]) for t in of} for of in tasks)
+    seen = [screens(first, count), screens(OTHER_SHAPES, count), screens(*held_out)]
+    assert [len(some) for some in seen] == [9 * count, 9 * count, 9 * held_out[1]]
+    assert len(set.union(*seen)) == sum(map(len, seen))
 
 
 def test_the_size_of_the_screen_has_bounds() -> None:
