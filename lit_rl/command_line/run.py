@@ -58,8 +58,7 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: n
 logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
 
 SECONDS_TO_BE_ENDED = 3.0
-SECONDS_FOR_AGENT = 1.0
-"""The time in which torchrun's agent sees which process was the first to end."""
+SECONDS_FOR_AGENT = 1.0  # in which torchrun's agent sees which process was the first to end
 
 
 class Parser(LightningArgumentParser):
@@ -85,6 +84,8 @@ class Parser(LightningArgumentParser):
 
 class CLI(LightningCLI):
     """`fit | validate | test | predict` over any `LitRL` method and any datamodule, named by dotted path in the YAML."""
+
+    parser: Parser
 
     def __init__(self) -> None:
         install()
