@@ -21,6 +21,7 @@ from lit_rl.errors import ConfigError
 from lit_rl.modules.meters import Meters
 from lit_rl.modules.reporting import Report
 from lit_rl.ranks import gather_objects, gather_to_first
+from lit_rl.strategies.summing import sum_in_order
 from lit_rl.types import Rollout
 
 
@@ -134,7 +135,8 @@ class Resume:
             raise ConfigError("this checkpoint lacks the states of callbacks, so averages of weights would begin anew: use another")
 
     def go_on(self, method: Resumable) -> None:
-        """Take up the place, the schedule and the log of a restored run, when training starts."""
+        """Take up the place, the schedule and the log of a restored run, when training starts. A run that is not restored sums as one."""
+        sum_in_order(method.trainer.strategy)
         place, before, self.place, self.logged_before = self.place, self.logged_before, None, {}
         if place is None:
             return
