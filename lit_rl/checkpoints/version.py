@@ -14,8 +14,17 @@ KEY = "lit_rl_version"
 """Key of that number: in a single file, in `meta.pt` of FSDP2's folders, in the model states of DeepSpeed's."""
 
 
-def check_file(checkpoint: Path) -> None:
-    """Raise ConfigError for a file or folder of another version. One that cannot be read is told of when it is loaded."""
+def check_file(checkpoint: Path, processes: int | None = None) -> None:
+    """Raise ConfigError for a file or folder of another version. One that cannot be read is told of when it is loaded.
+
+    processes: of the run that would train on from it; of DeepSpeed's folders each reads the file of its own rank.
+    """
+    written = len(list((checkpoint / "checkpoint").glob("*_optim_states.pt")))
+    if processes and written not in (0, processes):
+        raise ConfigError(
+            f"checkpoint {checkpoint} is a folder of DeepSpeed's that {written} processes wrote, and this run has {processes}: continue "
+            f"with {written} under the same configs/base/deepspeed_*.yaml; checkpoints of configs/base/fsdp.yaml continue on any number"
+        )
     stored = number_in(checkpoint, KEY)
     if stored is not None:
         check_version(max(0, stored), f"checkpoint {checkpoint}")

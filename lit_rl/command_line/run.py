@@ -190,7 +190,7 @@ class CLI(LightningCLI):
                 if found is None and subcommand != "fit":
                     raise ConfigError(f"--ckpt_path last: there is no checkpoint yet in {', '.join(map(str, folders))}; run fit first")
                 if found is not None and Path(found).exists():
-                    check_file(Path(found))
+                    check_file(Path(found), self.trainer.world_size if subcommand == "fit" else None)
                 kwargs["ckpt_path"] = found
         except ConfigError as error:
             self.parser.error(str(error))

@@ -74,3 +74,14 @@ def test_a_run_of_an_earlier_release_is_not_continued(
     assert done.value.code == 2 and f"error: checkpoint {last} is of version 0, of an earlier release" in said
     with pytest.raises(ConfigError, match="the checkpoint is of version 0"):
         toy_trainer(tmp_path, max_epochs=9).fit(toy_method(), ToyData(), ckpt_path=str(last))
+
+
+def test_a_deepspeed_folder_continues_on_as_many_processes(tmp_path: Path) -> None:
+    """The names of its files are enough: nothing is loaded."""
+    (tmp_path / "checkpoint").mkdir()
+    for rank in range(4):
+        (tmp_path / f"checkpoint/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    check_file(tmp_path, 4)
+    check_file(tmp_path)
+    with pytest.raises(ConfigError, match="that 4 processes wrote, and this run has 2: continue with 4"):
+        check_file(tmp_path, 2)
