@@ -12,9 +12,11 @@ import yaml
 
 from lit_rl.launch.__main__ import main
 from lit_rl.launch.options import divided, parser
+from lit_rl.launch.servers import read_servers
 
 ROOT = Path(__file__).parents[2]
 SLURM, SKYPILOT = ROOT / "configs/cluster/slurm.sbatch", ROOT / "configs/cluster/skypilot.yml"
+KUBERAY, SERVERS = ROOT / "configs/cluster/kuberay.yaml", ROOT / "configs/cluster/servers.yaml"
 
 
 def launched(text: str) -> list[list[str]]:
@@ -54,7 +56,34 @@ def test_skypilot_has_its_keys_and_hands_its_nodes_to_the_launcher() -> None:
     }
 
 
-@pytest.mark.parametrize("file", [SLURM, SKYPILOT, ROOT / "docs/scaling.md", ROOT / "docs/zh/scaling.md"], ids=lambda file: file.name)
+def test_kuberay_has_its_keys_and_nodes_for_the_run() -> None:
+    job = yaml.safe_load(KUBERAY.read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob") and job["metadata"]["name"]
+    spec = job["spec"]
+    cluster = spec["rayClusterSpec"]
+    assert f"\nray=={cluster['rayVersion']}\n" in (ROOT / "constraints.txt").read_text()
+    pods = [cluster["headGroupSpec"]["template"]["spec"], *(group["template"]["spec"] for group in cluster["workerGroupSpecs"])]
+    for pod in pods:
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        assert all(mount["name"] in volumes for container in pod["containers"] for mount in container["volumeMounts"])
+        assert all({"name", "image", "resources"} <= container.keys() for container in pod["containers"])
+    own, run = divided(launched(spec["entrypoint"])[0])
+    asked, group = parser().parse_args(own), cluster["workerGroupSpecs"][0]
+    assert int(asked.nodes) == group["replicas"] == group["minReplicas"] == group["maxReplicas"] and group["groupName"]
+    assert int(asked.gpus_per_node) == pods[1]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+    assert run[-2:] == ["--run.dir", "/outputs"] and int(asked.grace) < int(
+        re.findall(r'STOP_WAIT_TIME_S: "(\d+)"', spec["runtimeEnvYAML"])[0]
+    )
+
+
+def test_the_example_of_servers_can_be_read_and_names_variables_of_a_run() -> None:
+    reward, answers = read_servers(SERVERS)
+    assert (reward.variable, reward.count, answers.variable, answers.gpus) == ("REWARD_SERVER_URLS", 2, "VLLM_API_BASE", 2.0)
+
+
+@pytest.mark.parametrize(
+    "file", [SLURM, SKYPILOT, KUBERAY, ROOT / "docs/scaling.md", ROOT / "docs/zh/scaling.md"], ids=lambda file: file.name
+)
 def test_each_command_is_one_of_the_launcher(file: Path) -> None:
     commands = launched(file.read_text())
     assert commands
