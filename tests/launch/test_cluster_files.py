@@ -16,7 +16,7 @@ from lit_rl.launch.servers import read_servers
 
 ROOT = Path(__file__).parents[2]
 SLURM, SKYPILOT = ROOT / "configs/cluster/slurm.sbatch", ROOT / "configs/cluster/skypilot.yml"
-KUBERAY, SERVERS = ROOT / "configs/cluster/kuberay.yaml", ROOT / "configs/cluster/servers.yaml"
+KUBERAY, SERVERS = ROOT / "configs/cluster/kuberay.yml", ROOT / "configs/cluster/servers.yml"
 
 
 def launched(text: str) -> list[list[str]]:
