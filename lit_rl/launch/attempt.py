@@ -128,7 +128,8 @@ class Attempt:
         self._listen(self._over, None)
         if all(node.code == 0 for node in nodes):
             return 0
-        return next((code for code in self.failed if code != LEFT_BY_ANOTHER), LEFT_BY_ANOTHER)
+        # A node that finds the first one gone says 1, and may be heard before that one's own code.
+        return min(self.failed, key=lambda code: (code == LEFT_BY_ANOTHER, code == 1), default=LEFT_BY_ANOTHER)
 
     # ------------------------------------------------------------------ placing
     def _placed(self, bundles: Sequence[Mapping[str, float]], strategy: str, what: str, name: str) -> list[Member]:
