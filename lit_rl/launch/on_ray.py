@@ -6,6 +6,7 @@ Ray places; torchrun starts, watches and restarts processes, as without Ray. Whe
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import signal
@@ -100,7 +101,7 @@ def connected(address: str) -> Iterator[Any]:
         raise ConfigError("--ray needs the package ray: pip install '.[ray]', here and on the nodes") from error
     runtime_env = {} if shipped_by_job(os.environ) else {"working_dir": str(Path.cwd()), "excludes": excluded(Path.cwd())}
     try:
-        ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR", namespace="lit-rl")
+        ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR, namespace="lit-rl")
     except ConnectionError as error:
         raise ConfigError(
             f"no Ray cluster answers at {address!r}: `ray start --head` on the first machine and `ray start --address=FIRST:6379` on the "
